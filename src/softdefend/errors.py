@@ -1,0 +1,25 @@
+"""Errors a person can act on: one line that names the setting, what was given and what is accepted."""
+
+from __future__ import annotations
+
+
+class SettingError(ValueError):
+    """A setting, file or tensor from outside that cannot be used. The command line exits with code 2.
+
+    Args:
+        setting: the name a user knows it by (``threat.eps``, a path, an argument name).
+        given: what was given, as the user would recognise it.
+        accepted: what would have been accepted.
+
+    >>> str(SettingError("threat.eps", "8", "a value in (0, 1] in pixel units, such as 8/255"))
+    'threat.eps: got 8; accepted: a value in (0, 1] in pixel units, such as 8/255'
+    """
+
+    def __init__(self, setting: str, given: object, accepted: str) -> None:
+        self.setting, self.given, self.accepted = setting, given, accepted
+        text = f"{setting}: got {given}; accepted: {accepted}"
+        super().__init__(" ".join(text.split()))
+
+
+class DivergenceError(RuntimeError):
+    """Training stopped because the loss or a weight is no longer a usable number (exit code 3)."""

@@ -1,0 +1,63 @@
+"""How a network stands for one forward: batch-normalisation mode, frozen parameters, TF32."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from softdefend.labels import BNMode
+
+
+def set_mode(net: nn.Module, mode: BNMode) -> None:
+    """Put the network in training (``train``, ``batch``) or evaluation mode.
+
+    ``batch`` normalises by the batch's statistics and leaves the running ones as they are.
+    """
+    net.train(mode != "eval")
+    for module in net.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            module.track_running_stats = mode != "batch"
+
+
+@contextlib.contextmanager
+def attacked(net: nn.Module, mode: BNMode) -> Iterator[None]:
+    """The network as an attack sees it: in ``mode`` and with frozen parameters; both restored after.
+
+    Frozen parameters spare the attack their gradients, also in compiled code, which does not prune them
+    by itself: 23 forward units per PGD-10 step instead of 33.
+    """
+    training = net.training
+    learned = [p for p in net.parameters() if p.requires_grad]
+    set_mode(net, mode)
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
+        set_mode(net, "train" if training else "eval")
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Allow or forbid TF32 in convolutions and matrix products; no effect on a CPU.
+
+    torch allows it in convolutions unless told otherwise, so an fp32 evaluation has to forbid it.
+    """
+    # The newer fp32_precision names cannot be mixed with the ones torch.compile still reads.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
