@@ -1,0 +1,70 @@
+"""What an attack climbs: one number per sample, larger meaning worse for the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from softdefend.errors import SettingError
+
+AttackLoss = Callable[[Tensor], Tensor]
+"""Maps logits [b, k] to a loss [b]."""
+LossName = Literal["ce", "margin", "kl"]
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of each sample, [b].
+
+    Args:
+        logits: [b, k].
+        target: labels [b] int64, or probabilities [b, k].
+    """
+    return F.cross_entropy(logits, target, reduction="none")
+
+
+def margin(logits: Tensor, target: Tensor) -> Tensor:
+    """Best wrong logit minus the true one, [b]: positive where the network is wrong (Carlini & Wagner,
+    arXiv 1608.04644, f6 without its clamp).
+
+    Args:
+        logits: [b, k], k >= 2.
+        target: labels [b] int64, or probabilities [b, k], of which the largest names the class.
+    """
+    label = target if target.ndim == 1 else target.argmax(dim=1)
+    true = F.one_hot(label, logits.shape[1]).bool()
+    return logits.masked_fill(true, -torch.inf).amax(dim=1) - logits.masked_fill(~true, 0).sum(dim=1)
+
+
+def kl_from(clean_logits: Tensor) -> AttackLoss:
+    """KL(p(x) || p(x')) of each sample against clean logits [b, k] (TRADES, arXiv 1901.08573, eq. 3)."""
+    log_clean = F.log_softmax(clean_logits.detach(), dim=1)
+
+    def loss(logits: Tensor) -> Tensor:
+        return kl_divergence(log_clean, F.log_softmax(logits, dim=1))
+
+    return loss
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of each row, [b], from log-probabilities [b, k]; differentiable in both."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def named(name: LossName, forward: Callable[[Tensor], Tensor], image: Tensor, target: Tensor) -> AttackLoss:
+    """The attack loss called ``name``; ``kl`` measures from the network's own clean prediction.
+
+    Raises:
+        SettingError: unknown name.
+    """
+    if name == "ce":
+        return lambda logits: cross_entropy(logits, target)
+    if name == "margin":
+        return lambda logits: margin(logits, target)
+    if name == "kl":
+        with torch.no_grad():
+            return kl_from(forward(image))
+    raise SettingError("attack.loss", repr(name), "ce, margin or kl")

@@ -1,0 +1,157 @@
+"""Projected gradient descent (Madry et al., arXiv 1706.06083): steps of steepest ascent inside the ball."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from softdefend.attacks.base import Attack, Forward, value_and_gradient
+from softdefend.attacks.losses import AttackLoss, LossName, named
+from softdefend.errors import SettingError
+from softdefend.threat import Budget, ThreatModel
+
+Start = Literal["auto", "uniform", "uniform-unclipped", "gaussian", "none"]
+
+GAUSSIAN_START_STD = 0.001
+"""Standard deviation of the ``gaussian`` start, in pixel units (TRADES' reference code)."""
+
+
+@dataclass(frozen=True)
+class PGD(Attack):
+    """Projected gradient descent in l-inf or l2.
+
+    Args:
+        steps: gradient steps, >= 0 (0 returns the start).
+        step_size: length of a step in pixel units; a quarter of ``eps`` when None (2/255 at 8/255).
+        restarts: independent starts, >= 1; each sample keeps its best.
+        start: ``uniform`` draws in the ball and cuts to [0, 1]; ``uniform-unclipped`` leaves the start
+            outside [0, 1] until the first step (TE's and SGLS's per-epoch evaluation); ``gaussian`` adds
+            noise of 0.001 (TRADES, MART); ``none`` starts at the image; ``auto`` is ``uniform``, and in
+            training the objective's own.
+        loss: ``ce``, ``margin`` or ``kl``.
+        keep: ``last`` returns the final iterate (what the field calls PGD-k); ``best`` the iterate of
+            largest loss, at the cost of one more forward. With restarts, samples always keep their best
+            restart.
+
+    Raises:
+        SettingError: a count, length or name outside these ranges.
+    """
+
+    steps: int = 10
+    """Gradient steps, >= 0."""
+    step_size: Budget | None = None
+    """Length of a step in pixel units; a quarter of eps when null."""
+    restarts: int = 1
+    """Independent random starts, >= 1."""
+    start: Start = "auto"
+    """Where a search begins: auto, uniform, uniform-unclipped, gaussian or none."""
+    loss: LossName = "ce"
+    """What to climb: ce, margin or kl."""
+    keep: Literal["last", "best"] = "last"
+    """Which iterate to return: last or best."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise SettingError("attack.steps", self.steps, "a whole number >= 0")
+        if self.restarts < 1:
+            raise SettingError("attack.restarts", self.restarts, "a whole number >= 1")
+        if self.step_size is not None:
+            object.__setattr__(self, "step_size", Budget(self.step_size))
+            if self.step_size <= 0:
+                raise SettingError("attack.step_size", self.step_size, "a positive length such as 2/255")
+        for field, value, accepted in (
+            ("start", self.start, ("auto", "uniform", "uniform-unclipped", "gaussian", "none")),
+            ("loss", self.loss, ("ce", "margin", "kl")),
+            ("keep", self.keep, ("last", "best")),
+        ):
+            if value not in accepted:
+                raise SettingError(f"attack.{field}", repr(value), " or ".join(accepted))
+
+    @property
+    def name(self) -> str:
+        """``pgd-20``, ``pgd-20-margin``, ``pgd-50x10`` (restarts)."""
+        suffix = "" if self.loss == "ce" else f"-{self.loss}"
+        return f"pgd-{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "") + suffix
+
+    def __call__(
+        self,
+        forward: Forward,
+        image: Tensor,
+        target: Tensor,
+        threat: ThreatModel,
+        *,
+        loss: AttackLoss | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """See :meth:`Attack.__call__`. Cost per restart: ``steps`` forwards and input gradients, and one
+        forward more where a best has to be kept."""
+        climb = loss or named(self.loss, forward, image, target)
+        step_size = float(threat.eps) / 4 if self.step_size is None else float(self.step_size)
+        best = best_value = None
+        for _ in range(self.restarts):
+            adversarial = _begin(self.start, image, threat, generator)
+            for _ in range(self.steps):
+                value, grad = value_and_gradient(forward, climb, adversarial)
+                if self.keep == "best":
+                    best, best_value = _better(adversarial, value, best, best_value)
+                adversarial = threat.project(image, threat.ascend(adversarial, grad, step_size))
+            if self.keep == "best" or self.restarts > 1:
+                adversarial = threat.project(image, adversarial)
+                with torch.no_grad():
+                    value = climb(forward(adversarial))
+                best, best_value = _better(adversarial, value, best, best_value)
+        return threat.project(image, adversarial if best is None else best)
+
+
+@dataclass(frozen=True)
+class FGSM(Attack):
+    """One signed-gradient step of length ``eps`` from the image (Goodfellow et al., arXiv 1412.6572).
+
+    In l2 the step is the normalised gradient. Deterministic: no random start.
+    """
+
+    loss: LossName = "ce"
+    """What to climb: ce, margin or kl."""
+
+    @property
+    def name(self) -> str:
+        """``fgsm``, or ``fgsm-margin`` and the like."""
+        return "fgsm" if self.loss == "ce" else f"fgsm-{self.loss}"
+
+    def __call__(
+        self,
+        forward: Forward,
+        image: Tensor,
+        target: Tensor,
+        threat: ThreatModel,
+        *,
+        loss: AttackLoss | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """See :meth:`Attack.__call__`. Cost: one forward and one input gradient."""
+        climb = loss or named(self.loss, forward, image, target)
+        _, grad = value_and_gradient(forward, climb, image)
+        return threat.project(image, threat.ascend(image, grad, float(threat.eps)))
+
+
+def _begin(start: Start, image: Tensor, threat: ThreatModel, generator: torch.Generator | None) -> Tensor:
+    if start == "none":
+        return image
+    if start == "gaussian":
+        noise = torch.randn(image.shape, generator=generator, device=image.device, dtype=image.dtype)
+        return image + GAUSSIAN_START_STD * noise
+    point = threat.random_start(image, generator)
+    return point if start == "uniform-unclipped" else point.clamp(0, 1)
+
+
+def _better(
+    candidate: Tensor, value: Tensor, best: Tensor | None, best_value: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Per sample, whichever of the two has the larger loss [b]; the earlier one on a tie."""
+    if best is None or best_value is None:
+        return candidate, value
+    wins = value > best_value
+    return torch.where(wins.view(-1, 1, 1, 1), candidate, best), torch.where(wins, value, best_value)
