@@ -1,0 +1,23 @@
+"""Images, labels and splits: from a source on disk to batches on the device."""
+
+from softdefend.data.augment import AugmentSettings, epoch_plan
+from softdefend.data.base import Batch, DataBundle, Split, split
+from softdefend.data.describe import channel_stats, describe
+from softdefend.data.load import from_tensors, load
+from softdefend.data.resident import Resident
+from softdefend.data.settings import DataSettings
+
+__all__ = [
+    "AugmentSettings",
+    "Batch",
+    "DataBundle",
+    "DataSettings",
+    "Resident",
+    "Split",
+    "channel_stats",
+    "describe",
+    "epoch_plan",
+    "from_tensors",
+    "load",
+    "split",
+]

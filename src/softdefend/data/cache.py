@@ -1,0 +1,94 @@
+"""Decoded images on disk: one safetensors file per source, checked against a sha256 of its content."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from softdefend.data.base import Split
+from softdefend.data.raw import Raw
+
+_log = logging.getLogger(__name__)
+_FORMAT = 1
+
+
+def default_folder() -> Path:
+    """``softdefend`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softdefend"
+
+
+def source_key(files: Iterable[Path], **options: object) -> str:
+    """sha256 of the paths, sizes and modification times of a source's files, and of the reader's options."""
+    stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([_FORMAT, sorted(stats), options]).encode()).hexdigest()
+
+
+def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over names, dtypes, shapes and bytes of tensors in host memory, in the given order."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def cached(folder: Path, key: str, build: Callable[[], Raw]) -> Raw:
+    """The data under ``key``, built and stored where they are not there or not intact.
+
+    A cache never stops a run: a damaged file is rebuilt and a folder that cannot be written is done without;
+    both are logged as warnings.
+    """
+    path = folder / f"{key}.safetensors"
+    raw = _read(path)
+    if raw is None:
+        raw = build()
+        _write(path, raw)
+    return raw
+
+
+def _read(path: Path) -> Raw | None:
+    try:
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["softdefend"])
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        if checksum(tensors.items()) != header["checksum"]:
+            raise ValueError("its content does not match its checksum")
+        test = Split(tensors["test.images"], tensors["test.labels"]) if header["test"] else None
+        train = Split(tensors["train.images"], tensors["train.labels"])
+        return Raw(header["name"], train, test, tuple(header["classes"]), header["notes"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        _log.warning("cache file %s is rebuilt: %s", path, error)
+        return None
+
+
+def _write(path: Path, raw: Raw) -> None:
+    tensors = {"train.images": raw.train.images, "train.labels": raw.train.labels}
+    if raw.test is not None:
+        tensors |= {"test.images": raw.test.images, "test.labels": raw.test.labels}
+    header = {
+        "checksum": checksum(sorted(tensors.items())),
+        "name": raw.name,
+        "test": raw.test is not None,
+        "classes": raw.classes,
+        "notes": raw.notes,
+    }
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # its own: several runs may decode at once
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, {"softdefend": json.dumps(header)})
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        _log.warning("decoded images are not cached: %s", error)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

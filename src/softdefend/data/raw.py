@@ -1,0 +1,73 @@
+"""What every reader gives: the source as it is, before splits, noise and subsets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from softdefend.data.base import Split
+from softdefend.errors import SettingError
+
+
+@dataclass(frozen=True, eq=False)
+class Raw:
+    """A source's own training and test data, in the source's order.
+
+    Attributes:
+        name: short name for tables.
+        train: all data that are not the source's own test split.
+        test: None where the source has no test split.
+        classes: class names.
+        notes: plain values for the run's record.
+
+    Raises:
+        SettingError: labels without a class, one class only, test images of another shape.
+    """
+
+    name: str
+    train: Split
+    test: Split | None
+    classes: tuple[str, ...]
+    notes: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for part, split in (("training", self.train), ("test", self.test)):
+            if split is not None:
+                self._check_labels(part, split)
+        if self.train.labels.min() == self.train.labels.max():
+            only = self.classes[int(self.train.labels[0])]
+            raise SettingError(
+                "data.source",
+                f"{self.name} with the only class {only}",
+                "training images of at least 2 classes",
+            )
+        if self.test is not None and self.test.images.shape[1:] != self.train.images.shape[1:]:
+            shapes = [list(split.images.shape[1:]) for split in (self.test, self.train)]
+            raise SettingError(
+                "data.source", f"test images of shape {shapes[0]}", f"training's shape {shapes[1]}"
+            )
+
+    def _check_labels(self, part: str, split: Split) -> None:
+        outside = (split.labels < 0) | (split.labels >= len(self.classes))
+        if bool(outside.any()):
+            row = int(outside.nonzero()[0])
+            raise SettingError(
+                "data.source",
+                f"label {int(split.labels[row])} at row {row} of the {part} data of {self.name}",
+                f"labels in 0..{len(self.classes) - 1}, one for each of {len(self.classes)} classes",
+            )
+
+
+def numbered(*splits: Split | None) -> tuple[str, ...]:
+    """Class names "0", "1", ... up to the largest label, for data that come without names.
+
+    Raises:
+        SettingError: a label that is not below the number of images, so is hardly a class.
+    """
+    largest = max(int(split.labels.max()) for split in splits if split is not None)
+    n = sum(len(split) for split in splits if split is not None)
+    if largest >= n:
+        raise SettingError(
+            "data.label_column", f"label {largest} among {n} images", "classes numbered from 0"
+        )
+    return tuple(str(i) for i in range(largest + 1))

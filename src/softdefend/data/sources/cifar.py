@@ -1,0 +1,85 @@
+"""CIFAR-10 and CIFAR-100 as their authors publish them and torchvision unpacks them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from softdefend.data.base import Split, split
+from softdefend.data.raw import Raw
+from softdefend.data.sources.unpickle import load
+from softdefend.errors import SettingError
+
+_CIFAR10, _CIFAR100 = "cifar-10-batches-py", "cifar-100-python"
+
+
+def find(path: Path) -> Path | None:
+    """The folder with the batches: ``path``, or the one inside it that carries the published name."""
+    for folder in (path, path / _CIFAR10, path / _CIFAR100):
+        if (folder / "batches.meta").is_file() or (folder / "data_batch_1").is_file():
+            return folder
+        if (folder / "train").is_file() and (folder / "meta").is_file():
+            return folder
+    return None
+
+
+def read(folder: Path, label_column: str | None) -> Raw:
+    """CIFAR-10 (``data_batch_1..5``, ``test_batch``, ``batches.meta``) or CIFAR-100 (``train``, ``test``,
+    ``meta``): [n, 3, 32, 32] uint8, in the published order.
+
+    Args:
+        folder: as :func:`find` gave it.
+        label_column: CIFAR-100: ``fine_label`` (100 classes, the default) or ``coarse_label`` (20).
+
+    Raises:
+        SettingError: a missing, damaged or unsafe file.
+    """
+    if not (folder / "meta").is_file():
+        if label_column not in (None, "label"):
+            raise SettingError("data.label_column", label_column, "label, for CIFAR-10")
+        train, test, meta, kind = (
+            [f"data_batch_{i}" for i in range(1, 6)],
+            "test_batch",
+            "batches.meta",
+            "label",
+        )
+        names_key = "label_names"
+    else:
+        kind = label_column or "fine_label"
+        if kind not in ("fine_label", "coarse_label"):
+            raise SettingError("data.label_column", label_column, "fine_label | coarse_label, for CIFAR-100")
+        train, test, meta = ["train"], "test", "meta"
+        names_key = f"{kind}_names"
+    missing = [name for name in (*train, test, meta) if not (folder / name).is_file()]
+    if missing:
+        every = ", ".join([*train, test, meta])
+        raise SettingError("data.source", f"{folder} without {missing[0]}", f"all of {every}")
+    classes = _names(folder / meta, names_key)
+    train_split = _split([folder / name for name in train], f"{kind}s")
+    return Raw(folder.resolve().name, train_split, _split([folder / test], f"{kind}s"), classes)
+
+
+def _names(path: Path, key: str) -> tuple[str, ...]:
+    names = load(path).get(key)
+    if not isinstance(names, list) or not all(isinstance(name, bytes | str) for name in names):
+        raise SettingError("data.source", f"{path} without {key}", "a list of class names")
+    return tuple(name.decode() if isinstance(name, bytes) else name for name in names)
+
+
+def _split(files: list[Path], labels_key: str) -> Split:
+    images: list[Tensor] = []
+    labels: list[int] = []
+    for path in files:
+        content = load(path)
+        pixels, own = content.get("data"), content.get(labels_key)
+        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3072,):
+            raise SettingError("data.source", f"{path} without image data", "data: a uint8 array [n, 3072]")
+        own = own.tolist() if isinstance(own, np.ndarray) else own
+        if not isinstance(own, list) or len(own) != len(pixels) or not all(type(x) is int for x in own):
+            raise SettingError("data.source", f"{path} without usable {labels_key}", "one integer per image")
+        images.append(torch.from_numpy(pixels.copy()))  # the bytes of a pickle are not writable
+        labels += own
+    return split(torch.cat(images).view(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64))

@@ -1,0 +1,21 @@
+"""scikit-learn's handwritten digits: 1,797 real 8x8 images that need no download."""
+
+from __future__ import annotations
+
+import torch
+
+from softdefend.data.base import split
+from softdefend.data.raw import Raw
+
+
+def read() -> Raw:
+    """[1797, 1, 8, 8] uint8, grey levels 0..16 of the source mapped to round(v 255 / 16); no test split.
+
+    Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI (1998), its test part.
+    """
+    from sklearn.datasets import load_digits  # takes a second to import: only where it is used
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels).mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
+    classes = tuple(str(digit) for digit in range(10))
+    return Raw("digits", split(images, torch.from_numpy(labels)), None, classes)

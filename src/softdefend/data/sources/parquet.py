@@ -1,0 +1,195 @@
+"""Parquet files in hub layout: a column of encoded images and a column of integer labels."""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from softdefend.data.base import Split, split
+from softdefend.data.cache import cached, source_key
+from softdefend.data.decode import decode
+from softdefend.data.raw import Raw, numbered
+from softdefend.errors import SettingError
+
+_SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation"} | {
+    "val": "validation",
+    "dev": "validation",
+}
+_SPLIT_WORD = re.compile(rf"(?:^|[^a-z0-9])({'|'.join(_SPLITS)})(?=$|[^a-z0-9])")
+_LABEL_NAMES = ("label", "labels", "fine_label", "fine_labels")
+
+
+def read(path: Path, image_column: str | None, label_column: str | None, cache: Path, name: str) -> Raw:
+    """A Parquet file, or a folder of them.
+
+    In a folder the split is told from the file's name (``train-00000-of-00001.parquet``) or its folder's
+    (``train/0000.parquet``); several shards are read in the order of their names. Files without a split in
+    their name are training data. Where there are validation files but no test files, they are the test
+    split; where there are both, the validation files are not read, because the validation split of a run is
+    held out of its training data. A single file is training data only.
+
+    Args:
+        path: file or folder.
+        image_column: struct{bytes, path} or binary; None: the ``Image`` feature of the ``huggingface``
+            schema metadata, else the only column of such a type.
+        label_column: of an integer type; None: the ``ClassLabel`` feature, else a column called label,
+            labels, fine_label or fine_labels, else the only integer column.
+        cache: folder of decoded images.
+        name: what tables call the data.
+
+    Raises:
+        SettingError: files that are not Parquet, columns or labels that cannot be used, undecodable images.
+    """
+    shards = {"train": [path]} if path.is_file() else _shards(path)
+    notes: dict[str, object] = {}
+    if "test" not in shards and "validation" in shards:
+        shards["test"] = shards["validation"]
+        notes["test_split"] = "the source's validation split"
+    train, test = shards["train"], shards.get("test")
+    key = source_key(
+        [*train, *(test or ())], reader="parquet", columns=[image_column, label_column], name=name
+    )
+
+    def build() -> Raw:
+        schema = _schema(train[0])
+        columns = _image_column(schema, image_column, train[0]), _label_column(schema, label_column, train[0])
+        parts = _read_split(train, *columns), None if test is None else _read_split(test, *columns)
+        names = _features(schema).get(columns[1], {}).get("names")
+        classes = tuple(str(n) for n in names) if names else numbered(*parts)
+        return Raw(name, *parts, classes, notes)
+
+    return cached(cache, key, build)
+
+
+def _shards(root: Path) -> dict[str, list[Path]]:
+    """Split name to files, for the one configuration under ``root``."""
+    configs: dict[Path, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for file in sorted(root.rglob("*.parquet")):
+        if (word := _SPLIT_WORD.search(file.stem.lower())) is not None:
+            configs[file.parent][_SPLITS[word[1]]].append(file)
+        elif file.parent != root and file.parent.name in _SPLITS:
+            configs[file.parent.parent][_SPLITS[file.parent.name]].append(file)
+        else:
+            configs[file.parent]["train"].append(file)
+    if not configs:
+        raise SettingError("data.source", f"{root} without Parquet files", "a folder of Parquet files")
+    if len(configs) > 1:
+        names = ", ".join(sorted(str(folder.relative_to(root)) for folder in configs))
+        raise SettingError("data.source", f"{root} with several data sets", f"one of its folders: {names}")
+    (found,) = configs.values()
+    if "train" not in found:
+        raise SettingError(
+            "data.source",
+            f"{root} with only {', '.join(sorted(found))} files",
+            "a folder with training files",
+        )
+    return dict(found)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise SettingError("data.source", f"{path} ({reason})", "an intact Parquet file") from None
+
+
+def _schema(path: Path) -> pa.Schema:
+    with _opened(path) as file:
+        return file.schema_arrow
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """The hub's description of the columns; empty where there is none."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return {name: value for name, value in features.items() if isinstance(value, dict)}
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return {}
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _holds_images(kind.field("bytes").type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _image_column(schema: pa.Schema, wanted: str | None, path: Path) -> str:
+    usable = [field.name for field in schema if _holds_images(field.type)]
+    marked = [
+        n for n, feature in _features(schema).items() if feature.get("_type") == "Image" and n in usable
+    ]
+    return _choose(
+        "data.image_column", wanted, usable, marked, f"encoded images (bytes){_present(schema, path)}"
+    )
+
+
+def _label_column(schema: pa.Schema, wanted: str | None, path: Path) -> str:
+    usable = [field.name for field in schema if pa.types.is_integer(field.type)]
+    features = _features(schema).items()
+    marked = [n for n, feature in features if feature.get("_type") == "ClassLabel" and n in usable]
+    if len(marked) != 1:  # CIFAR-100 has a fine and a coarse label
+        marked = [name for name in _LABEL_NAMES if name in (marked or usable)][:1]
+    return _choose("data.label_column", wanted, usable, marked, f"integer labels{_present(schema, path)}")
+
+
+def _present(schema: pa.Schema, path: Path) -> str:
+    return f"; {path.name} has " + ", ".join(f"{field.name} ({field.type})" for field in schema)
+
+
+def _choose(setting: str, wanted: str | None, usable: list[str], marked: list[str], accepted: str) -> str:
+    candidates = [wanted] if wanted in usable else [] if wanted is not None else marked or usable
+    if len(candidates) != 1:
+        found = f"{len(candidates)} candidates ({', '.join(candidates)})" if candidates else "no such column"
+        raise SettingError(setting, wanted or found, f"the name of a column of {accepted}")
+    return candidates[0]
+
+
+def _read_split(files: list[Path], image_column: str, label_column: str) -> Split:
+    encoded: list[bytes | None] = []
+    labels: list[int | None] = []
+    starts = []
+    for path in files:
+        starts.append(len(encoded))
+        with _opened(path) as file:
+            # Every shard must have the columns that were found in the first.
+            _image_column(file.schema_arrow, image_column, path)
+            _label_column(file.schema_arrow, label_column, path)
+            table = file.read(columns=[image_column, label_column])
+            images = table.column(image_column)
+            if pa.types.is_struct(images.type):
+                images = pc.struct_field(images, "bytes")
+            encoded += images.to_pylist()
+            labels += table.column(label_column).cast(pa.int64()).to_pylist()
+    if not encoded:
+        raise SettingError("data.source", f"{files[0]} without rows", "at least one image")
+
+    def name(i: int) -> str:
+        shard = bisect_right(starts, i) - 1
+        return f"row {i - starts[shard]} of {files[shard].name}"
+
+    def content(i: int) -> bytes:
+        data = encoded[i]
+        if data is None:
+            raise SettingError("data.source", f"{name(i)} (no bytes)", "images stored in the file")
+        return data
+
+    if None in labels:
+        raise SettingError(
+            "data.label_column", f"no label at {name(labels.index(None))}", "a label per image"
+        )
+    images = decode(len(encoded), content, name, "decoding")
+    return split(images, torch.tensor(labels), labels_name="data.label_column")

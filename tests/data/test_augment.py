@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from softdefend.data import AugmentSettings, epoch_plan
+from softdefend.errors import SettingError
+
+
+def plan(
+    n: int = 1000, *, seed: int = 0, epoch: int = 0, augment: str = "crop-flip", pad: int = 4
+) -> torch.Tensor:
+    return epoch_plan(n, seed=seed, epoch=epoch, augment=augment, pad=pad)
+
+
+def test_every_image_once_and_every_window_inside_the_padded_image() -> None:
+    rows = plan()
+    assert rows.shape == (1000, 4)
+    assert rows.dtype == torch.int64
+    assert sorted(rows[:, 0].tolist()) == list(range(1000))
+    assert rows[:, 1:3].min() == 0
+    assert rows[:, 1:3].max() == 8
+    assert set(rows[:, 3].tolist()) == {0, 1}
+
+
+def test_the_same_place_gives_the_same_plan_and_another_place_another() -> None:
+    assert torch.equal(plan(seed=3, epoch=5), plan(seed=3, epoch=5))
+    for other in (plan(seed=3, epoch=6), plan(seed=4, epoch=5)):
+        for column in range(4):
+            assert not torch.equal(plan(seed=3, epoch=5)[:, column], other[:, column])
+
+
+def test_offsets_and_flips_are_uniform_and_unrelated_to_each_other() -> None:
+    rows = plan(20_000)
+    assert chisquare(torch.bincount(rows[:, 1], minlength=9).numpy()).pvalue > 1e-3
+    assert chisquare(torch.bincount(rows[:, 2], minlength=9).numpy()).pvalue > 1e-3
+    assert chisquare(torch.bincount(rows[:, 3], minlength=2).numpy()).pvalue > 1e-3
+    joint = torch.bincount(rows[:, 1] * 18 + rows[:, 2] * 2 + rows[:, 3], minlength=162)
+    assert chisquare(joint.numpy()).pvalue > 1e-3
+
+
+def test_augmentations_share_their_draws_and_leave_out_the_rest() -> None:
+    full, flip, crop, none = (plan(augment=kind) for kind in ("crop-flip", "flip", "crop", "none"))
+    for rows in (flip, crop, none):
+        assert torch.equal(rows[:, 0], full[:, 0])
+    assert torch.equal(flip[:, 3], full[:, 3])
+    assert (flip[:, 1:3] == 4).all()
+    assert torch.equal(crop[:, 1:3], full[:, 1:3])
+    assert (crop[:, 3] == 0).all()
+    assert (none[:, 1:] == torch.tensor([4, 4, 0])).all()
+
+
+def test_an_unknown_augmentation_is_refused() -> None:
+    with pytest.raises(
+        SettingError, match=r"augment\.kind: got rotate; accepted: none \| flip \| crop \| crop-flip"
+    ):
+        plan(augment="rotate")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kind": "rotate"}, "augment.kind: got rotate; accepted: none | flip | crop | crop-flip"),
+        ({"pad": -1}, "augment.pad: got -1; accepted: 0 or more pixels"),
+        ({"pad_mode": "wrap"}, "augment.pad_mode: got wrap; accepted: zero | reflect"),
+    ],
+)
+def test_impossible_augmentations_are_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        AugmentSettings(**wrong)  # type: ignore[arg-type]
+    assert str(caught.value) == message
