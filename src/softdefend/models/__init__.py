@@ -1,0 +1,86 @@
+"""Networks for small images; every one of them takes pixels in [0, 1] and normalises in its first layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from softdefend.errors import SettingError
+from softdefend.models.factory import from_timm, from_user
+from softdefend.models.logits import check_logits
+from softdefend.models.normalise import Normalise, normalised
+from softdefend.models.preact_resnet import PreActResNet18
+from softdefend.models.resnet import ResNet18
+from softdefend.models.small_cnn import SmallCNN
+from softdefend.models.wide_resnet import WideResNet
+
+__all__ = ["NAMES", "NetSettings", "Normalise", "build", "check_logits", "normalised"]
+
+_RESIDUAL: dict[str, Callable[[int, int], nn.Module]] = {
+    "resnet18": ResNet18,
+    "preact_resnet18": PreActResNet18,
+    "wrn28_10": lambda num_classes, in_channels: WideResNet(num_classes, in_channels, depth=28, widen=10),
+    "wrn34_10": lambda num_classes, in_channels: WideResNet(num_classes, in_channels, depth=34, widen=10),
+}
+
+NAMES: tuple[str, ...] = ("small_cnn", *_RESIDUAL)
+"""The built-in networks; ``timm:NAME`` and ``module:function`` are accepted beside them."""
+
+
+@dataclass(frozen=True)
+class NetSettings:
+    """The network to train."""
+
+    name: str = "resnet18"
+    """small_cnn, resnet18, preact_resnet18, wrn28_10, wrn34_10, timm:NAME (where timm is installed), or your
+    own factory as package.module:function."""
+
+    width: int | None = None
+    """Channels of the first layer; for small_cnn only (default 32)."""
+
+
+def build(
+    settings: NetSettings, *, num_classes: int, in_channels: int, mean: Sequence[float], std: Sequence[float]
+) -> nn.Module:
+    """A network with fresh weights whose first layer normalises; drawn from torch's global generator.
+
+    Args:
+        settings: which network.
+        num_classes: k, the length of the logits.
+        in_channels: channels c of the images.
+        mean, std: of each channel, in units of pixels in [0, 1].
+
+    Returns:
+        A module that maps images [b,c,h,w], float32 in [0, 1], to logits [b,k]; any h and w of 8 or more
+        for the built-in networks.
+
+    Raises:
+        SettingError: an unknown name, a setting the network does not have, or statistics that do not fit.
+    """
+    if num_classes < 2:
+        raise SettingError("num_classes", num_classes, "2 or more")
+    if in_channels < 1:
+        raise SettingError("in_channels", in_channels, "1 or more")
+    if len(mean) != in_channels:
+        given = f"{len(mean)} means for images with {in_channels} channels"
+        raise SettingError("normalisation", given, "one mean and one standard deviation per channel")
+    return normalised(_bare(settings, num_classes, in_channels), mean, std)
+
+
+def _bare(settings: NetSettings, num_classes: int, in_channels: int) -> nn.Module:
+    name, width = settings.name, settings.width
+    if name == "small_cnn":
+        if width is not None and width < 1:
+            raise SettingError("net.width", width, "1 or more")
+        return SmallCNN(num_classes, in_channels, 32 if width is None else width)
+    if width is not None:
+        raise SettingError("net.width", f"{width} with net.name {name}", "null; only small_cnn has a width")
+    if name in _RESIDUAL:
+        return _RESIDUAL[name](num_classes, in_channels)
+    if name.startswith("timm:"):
+        return from_timm(name.removeprefix("timm:"), num_classes, in_channels)
+    if ":" in name:
+        return from_user(name, num_classes, in_channels)
+    raise SettingError("net.name", name, f"{', '.join(NAMES)}, timm:NAME or module:function")

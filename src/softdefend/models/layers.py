@@ -1,0 +1,32 @@
+"""What the residual networks share: bias-free convolutions and the initialisation."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
+    """A convolution that keeps height and width at stride 1; no bias, because a BatchNorm follows."""
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def global_average(features: Tensor) -> Tensor:
+    """[b,c,h,w] -> [b,c] for any h and w.
+
+    A plain mean: its backward pass is deterministic on CUDA, which adaptive pooling's is not in general.
+    """
+    return features.mean(dim=(2, 3))
+
+
+def initialise(net: nn.Module) -> None:
+    """Kaiming initialisation, normal with fan-out mode (He et al., arXiv 1502.01852, section 2.2).
+
+    Convolutions are drawn from N(0, 2 / (kernel area x output channels)), as in the Wide ResNet of TRADES'
+    code and in most ResNet code; BatchNorm starts at weight 1 and bias 0; a linear layer keeps torch's
+    uniform weights and starts with bias 0.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,61 @@
+"""PreActResNet-18 for small images (He et al., arXiv 1603.05027)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softdefend.models.layers import conv, global_average
+
+
+class PreActBlock(nn.Module):
+    """``conv(relu(bn(conv(a)))) + shortcut`` with ``a = relu(bn(x))``.
+
+    The shortcut is x itself, or a 1x1 convolution of a (not of x, and without BatchNorm) where the shape
+    changes.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), conv(inputs, outputs, stride=stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(outputs), conv(outputs, outputs)
+        self.shortcut = None
+        if stride != 1 or inputs != outputs:
+            self.shortcut = conv(inputs, outputs, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b,inputs,h,w] -> [b,outputs,h/stride,w/stride]."""
+        active = F.relu(self.bn1(x), inplace=True)
+        shortcut = x if self.shortcut is None else self.shortcut(active)
+        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active)), inplace=True)) + shortcut
+        return out
+
+
+class PreActResNet18(nn.Module):
+    """PreActResNet-18 as adversarial training uses it on 32x32 images; 11,172,170 parameters for 10 classes.
+
+    Two layouts are in use. This is that of Rice et al. (arXiv 2002.11569), with a last BatchNorm and ReLU
+    before the pooling; the other one has none (11,171,146 parameters). A bare 3x3 stem with 64 channels,
+    four stages of two blocks with 64, 128, 256 and 512 channels and strides 1, 2, 2, 2, global average
+    pooling, linear.
+
+    Args:
+        num_classes: k, the length of the logits.
+        in_channels: channels of the images.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.stem = conv(in_channels, 64)
+        blocks: list[nn.Module] = []
+        for inputs, outputs, stride in [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]:
+            blocks += [PreActBlock(inputs, outputs, stride), PreActBlock(outputs, outputs, 1)]
+        self.blocks = nn.Sequential(*blocks)
+        self.bn = nn.BatchNorm2d(512)
+        self.linear = nn.Linear(512, num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``image`` [b,c,h,w] -> logits [b,k]."""
+        features = F.relu(self.bn(self.blocks(self.stem(image))), inplace=True)
+        logits: Tensor = self.linear(global_average(features))
+        return logits

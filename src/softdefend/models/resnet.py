@@ -1,0 +1,56 @@
+"""ResNet-18 for small images (He et al., arXiv 1512.03385)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softdefend.models.layers import conv, global_average
+
+
+class BasicBlock(nn.Module):
+    """``relu(bn(conv(relu(bn(conv(x))))) + shortcut(x))``.
+
+    The shortcut is the identity, or a 1x1 convolution with BatchNorm where the shape changes.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(inputs, outputs, stride=stride), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = conv(outputs, outputs), nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b,inputs,h,w] -> [b,outputs,h/stride,w/stride]."""
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out)) + self.shortcut(x)
+        return F.relu(out, inplace=True)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 as robustness papers use it on 32x32 images; 11,173,962 parameters for 10 classes.
+
+    Against the ImageNet layout: a 3x3 stem with 64 channels and no max-pooling. Four stages of two basic
+    blocks with 64, 128, 256 and 512 channels and strides 1, 2, 2, 2; global average pooling; linear.
+    Weights start as torch's layers start them, as in the robustness papers' code.
+
+    Args:
+        num_classes: k, the length of the logits.
+        in_channels: channels of the images.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv(in_channels, 64), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
+        blocks: list[nn.Module] = []
+        for inputs, outputs, stride in [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]:
+            blocks += [BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1)]
+        self.blocks = nn.Sequential(*blocks)
+        self.linear = nn.Linear(512, num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``image`` [b,c,h,w] -> logits [b,k]."""
+        logits: Tensor = self.linear(global_average(self.blocks(self.stem(image))))
+        return logits
