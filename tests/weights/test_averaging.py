@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from softdefend.errors import SettingError
+from softdefend.weights import EMA
+
+
+def test_average_follows_the_warmed_up_recursion_in_plain_python():
+    """First update copies; then w <- d w + (1 - d) v with d = min(decay, (1 + t) / (10 + t))."""
+    net = nn.Linear(2, 1, bias=False)
+    rule = EMA(decay=0.6)
+    rule.setup(net)
+    expected = None
+    for t, value in enumerate([1.0, 3.0, -2.0, 5.0, 0.5, 4.0]):
+        nn.init.constant_(net.weight, value)
+        rule.after_step()
+        decay = min(0.6, (1 + t) / (10 + t))
+        expected = value if expected is None else decay * expected + (1 - decay) * value
+        np.testing.assert_allclose(rule.prediction.weight.detach(), expected, rtol=1e-6)
+    assert net.weight.unique().item() == 4.0
+
+
+def test_batch_statistics_are_the_live_networks():
+    net = nn.Sequential(nn.BatchNorm1d(3))
+    rule = EMA()
+    rule.setup(net)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net(torch.randn(8, 3))
+        rule.after_step()
+        assert torch.equal(rule.prediction[0].running_mean, net[0].running_mean)
+    assert rule.prediction[0].running_mean.data_ptr() != net[0].running_mean.data_ptr()
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1])
+def test_impossible_decay_is_refused(decay):
+    with pytest.raises(SettingError, match=r"weight\.decay"):
+        EMA(decay)
