@@ -1,0 +1,113 @@
+"""Files that survive a crash, and are refused when they did not.
+
+A checkpoint is a header, the SHA-256 of the body, its length, and the body: tensors, numbers, strings,
+lists and dicts as ``torch.save`` writes them, read back with ``weights_only=True`` only. The checksum is
+verified before a single byte of the body is parsed, and no pickled code is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softdefend.errors import SettingError
+from softdefend.files import write_atomic
+
+_MAGIC = b"softdefend-checkpoint-1\n"
+_HEADER = len(_MAGIC) + 32 + 8
+
+
+class CheckpointError(SettingError):
+    """A checkpoint that cannot be used."""
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` (tensors and plain values) atomically with its checksum."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    body = buffer.getvalue()
+    header = _MAGIC + hashlib.sha256(body).digest() + len(body).to_bytes(8, "little")
+    write_atomic(path, header + body)
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint written by :func:`save`.
+
+    Raises:
+        CheckpointError: missing, foreign, truncated or altered file, or a body that is more than data.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(str(path), error.strerror, "a readable checkpoint file") from error
+    if not content.startswith(_MAGIC):
+        raise CheckpointError(str(path), "a file of another kind", "a softdefend checkpoint")
+    body = content[_HEADER:]
+    length = int.from_bytes(content[_HEADER - 8 : _HEADER], "little")
+    if len(content) < _HEADER or len(body) != length:
+        raise CheckpointError(
+            str(path), f"a truncated file ({len(body)} of {length} bytes)", "a whole checkpoint"
+        )
+    if hashlib.sha256(body).digest() != content[len(_MAGIC) : len(_MAGIC) + 32]:
+        raise CheckpointError(
+            str(path), "an altered file (its checksum does not match)", "an intact checkpoint"
+        )
+    try:
+        state = torch.load(io.BytesIO(body), map_location=device, weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            str(path), "a body that is not plain data", "tensors and plain values"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(str(path), f"a {type(state).__name__}", "a dictionary of training state")
+    return state
+
+
+class CheckpointFolder:
+    """The newest few checkpoints of one run, named by how many steps had been made.
+
+    Args:
+        folder: where they lie.
+        keep: how many to keep, >= 2, so that a damaged newest one leaves a previous good one.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+
+    def paths(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self.folder.glob("step-*.ckpt"))
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write the state after ``step`` updates, then let the oldest go."""
+        path = self.folder / f"step-{step:09d}.ckpt"
+        save(path, state)
+        for old in self.paths()[: -self.keep]:
+            old.unlink()
+        return path
+
+    def load(self, chosen: Path | None = None, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+        """The chosen checkpoint, else the newest; None where there is none.
+
+        Raises:
+            CheckpointError: it cannot be used; the line names the previous good one, if any.
+        """
+        paths = self.paths()
+        path = chosen or (paths[-1] if paths else None)
+        if path is None:
+            return None
+        try:
+            return load(path, device)
+        except CheckpointError as error:
+            for other in reversed([p for p in paths if p != path]):
+                try:
+                    load(other)
+                except CheckpointError:
+                    continue
+                offer = f"; the previous good one is {other}: continue from it with --resume {other}"
+                raise CheckpointError(error.setting, error.given, error.accepted + offer) from error
+            raise

@@ -1,0 +1,193 @@
+"""The run folder: everything that a run is, in one place."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save as to_safetensors
+from torch import nn
+
+from softdefend.errors import SettingError
+from softdefend.files import write_atomic
+from softdefend.training.checkpoint import CheckpointFolder
+
+# What may change between a run and its continuation without changing a result.
+RESUMABLE = ("folder", "resume", "progress", "save", "report", "evaluate")
+
+
+class RunFolder:
+    """Files of one run: ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``timing.jsonl``,
+    ``checkpoints/``, ``best.safetensors``, ``last.safetensors``, ``evaluation/`` and ``report.html``.
+
+    Args:
+        path: created where absent.
+        keep: checkpoints to keep.
+
+    Raises:
+        SettingError: the folder cannot be written, or another process trains in it.
+    """
+
+    def __init__(self, path: Path | str, keep: int = 2) -> None:
+        self.path = Path(path)
+        self.checkpoints = CheckpointFolder(self.path / "checkpoints", keep)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held for the life of the run)
+        except OSError as error:
+            raise SettingError(
+                "folder", f"{self.path} ({error.strerror})", "a folder that can be written"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise SettingError(
+                "folder", f"{self.path}, in use by another process", "a folder of its own"
+            ) from error
+
+    def close(self) -> None:
+        """Let other processes in."""
+        self._lock.close()
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write the resolved configuration, or compare it with the one that this run began with.
+
+        Raises:
+            SettingError: the folder holds a run with other settings; the line names them.
+        """
+        path = self.path / "config.yaml"
+        if not path.exists():
+            write_atomic(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
+            return
+        before, now = flatten(read_yaml(path)), flatten(json.loads(json.dumps(config)))
+        changed = sorted(
+            key
+            for key in before.keys() | now.keys()
+            if before.get(key) != now.get(key) and key.split(".")[0] not in RESUMABLE
+        )
+        if changed:
+            first = changed[0]
+            more = f" (and {', '.join(changed[1:4])})" if changed[1:] else ""
+            raise SettingError(
+                first + more,
+                f"{now.get(first)!r} where the run in {self.path} began with {before.get(first)!r}",
+                "the settings it began with, or another --folder",
+            )
+        write_atomic(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
+
+    def write_environment(self, device: torch.device, seed: int) -> None:
+        """Versions, machine and commit, for whoever wants to repeat the run."""
+        path = self.path / "environment.json"
+        if not path.exists():
+            write_atomic(path, json.dumps({**environment(device), "seed": seed}, indent=1).encode())
+
+    def append(self, name: str, row: Mapping[str, Any]) -> int:
+        """Add one line to a JSON Lines file and return the file's size in bytes.
+
+        Raises:
+            SettingError: the disk is full or the folder no longer writable.
+        """
+        path = self.path / name
+        try:
+            with open(path, "ab") as file:
+                file.write(json.dumps(row).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+                return file.tell()
+        except OSError as error:
+            raise SettingError(
+                str(path),
+                error.strerror or error,
+                "a writable place with enough free space; the last checkpoint stands",
+            ) from error
+
+    def truncate(self, name: str, size: int) -> None:
+        """Take back lines written after a checkpoint that knew ``size`` bytes.
+
+        Raises:
+            SettingError: the file is shorter than the checkpoint remembers.
+        """
+        path = self.path / name
+        present = path.stat().st_size if path.exists() else 0
+        if present < size:
+            raise SettingError(
+                str(path), f"{present} bytes", f"the file this run wrote, of {size} bytes or more"
+            )
+        if present > size:
+            os.truncate(path, size)
+
+    def save_model(self, name: str, net: nn.Module, metadata: Mapping[str, Any]) -> None:
+        """Weights as safetensors, with ``metadata`` as JSON under one key: the format keeps no order of keys,
+        and equal runs have equal bytes."""
+        tensors = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+        content = to_safetensors(tensors, metadata={"softdefend": json.dumps(metadata)})
+        write_atomic(self.path / f"{name}.safetensors", content)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        SettingError: missing, unreadable, or something else.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingError(str(path), type(error).__name__, "a readable YAML file") from error
+    if not isinstance(content, dict):
+        raise SettingError(str(path), f"a {type(content).__name__}", "a YAML mapping")
+    return content
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, machine and commit of this process."""
+    from softdefend import __version__
+
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "softdefend": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": gpu or f"CPU, {torch.get_num_threads()} threads",
+        "commit": _commit(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(Path(word).name if not number else word for number, word in enumerate(sys.argv)),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that is running: git's word, else the variable SOFTDEFEND_COMMIT."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("SOFTDEFEND_COMMIT")
+    return done.stdout.strip()

@@ -1,0 +1,65 @@
+"""Learning-rate schedules: pure functions of where the run is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from softdefend.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Factor on the base learning rate over the run.
+
+    Args:
+        kind: ``step`` multiplies by ``gamma`` at each milestone and changes between epochs only;
+            ``cosine`` falls from 1 to 0; ``cyclic`` rises linearly from 0 to 1 at ``peak`` and falls
+            linearly to 0. The last two change at every step.
+        milestones: fractions of the run, increasing, in (0, 1); 0.5 of 200 epochs drops after 100 epochs.
+        gamma: factor at a milestone, in (0, 1].
+        one_based: count epochs from one when comparing with milestones, as the published SGLS code does:
+            every drop comes one epoch earlier (after 99 epochs of 200).
+        peak: fraction of the run at which ``cyclic`` peaks, in (0, 1).
+
+    Raises:
+        SettingError: a value outside these ranges.
+    """
+
+    kind: Literal["step", "cosine", "cyclic"] = "step"
+    """step, cosine or cyclic."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """step: fractions of the run at which the rate drops."""
+    gamma: float = 0.1
+    """step: factor at each milestone."""
+    one_based: bool = False
+    """step: drop one epoch earlier, as the published SGLS code does."""
+    peak: float = 0.5
+    """cyclic: fraction of the run at which the rate peaks."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        if self.kind not in ("step", "cosine", "cyclic"):
+            raise SettingError("schedule.kind", repr(self.kind), "step, cosine or cyclic")
+        increasing = all(a < b for a, b in zip(self.milestones, self.milestones[1:], strict=False))
+        if not (increasing and all(0 < m < 1 for m in self.milestones)):
+            raise SettingError("schedule.milestones", list(self.milestones), "increasing fractions in (0, 1)")
+        if not 0 < self.gamma <= 1:
+            raise SettingError("schedule.gamma", self.gamma, "a number in (0, 1]")
+        if not 0 < self.peak < 1:
+            raise SettingError("schedule.peak", self.peak, "a number in (0, 1)")
+
+    def drops(self, epochs: int) -> list[int]:
+        """Zero-based epochs at which a step schedule has just dropped."""
+        shift = 1 if self.one_based else 0
+        return [max(0, round(m * epochs) - shift) for m in self.milestones]
+
+    def factor(self, epoch: int, fraction: float, epochs: int) -> float:
+        """The factor at ``fraction`` in [0, 1) of zero-based ``epoch`` in a run of ``epochs``."""
+        if self.kind == "step":
+            return self.gamma ** sum(epoch >= drop for drop in self.drops(epochs))
+        progress = (epoch + fraction) / epochs
+        if self.kind == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        return progress / self.peak if progress < self.peak else (1 - progress) / (1 - self.peak)

@@ -1,0 +1,220 @@
+"""One training step: image, label, attack, loss, update, memory, meters.
+
+Nothing in the step reads the device from the host, branches on data or changes a shape, so on a GPU the
+whole of it can be captured as a CUDA graph, once per phase and batch size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from softdefend.attacks import PGD, Forward
+from softdefend.data import Resident
+from softdefend.errors import SettingError
+from softdefend.labels import BNMode, LabelRule, Predictions
+from softdefend.modes import attacked, set_mode
+from softdefend.objectives import Objective
+from softdefend.threat import ThreatModel
+from softdefend.training.engine import Engine
+from softdefend.training.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """The optimiser and the length of the run: SGD with momentum, as the field's protocols have it.
+
+    Raises:
+        SettingError: a value outside its range.
+    """
+
+    epochs: int = 200
+    """Passes over the training data, >= 1."""
+    batch_size: int = 128
+    """Images per step, >= 1."""
+    lr: float = 0.1
+    """Base learning rate, > 0."""
+    momentum: float = 0.9
+    """In [0, 1)."""
+    nesterov: bool = False
+    """Nesterov's form of momentum."""
+    weight_decay: float = 5e-4
+    """>= 0, on every parameter, as the reference codes do."""
+    drop_last: bool = True
+    """Leave the last, smaller batch of an epoch out. The reference codes train on it (false)."""
+    schedule: Schedule = Schedule()
+    """Learning rate over the run."""
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("epochs", self.epochs, self.epochs >= 1, "a whole number >= 1"),
+            ("batch_size", self.batch_size, self.batch_size >= 1, "a whole number >= 1"),
+            ("lr", self.lr, 0 < self.lr < float("inf"), "a positive number"),
+            ("momentum", self.momentum, 0 <= self.momentum < 1, "a number in [0, 1)"),
+            ("weight_decay", self.weight_decay, 0 <= self.weight_decay < float("inf"), "a number >= 0"),
+            (
+                "nesterov",
+                self.nesterov,
+                not self.nesterov or self.momentum > 0,
+                "true only with momentum > 0",
+            ),
+        )
+        for name, value, good, accepted in checks:
+            if not good:
+                raise SettingError(f"optim.{name}", value, accepted)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The three independent answers, and the threat and attack they are trained against."""
+
+    threat: ThreatModel
+    attack: PGD
+    label: LabelRule
+    objective: Objective
+    attack_bn: BNMode = "eval"
+
+
+METERS = ("samples", "loss", "adversarial_correct", "clean_correct", "target_entropy")
+
+
+def make_optimiser(net: nn.Module, settings: OptimSettings, device: torch.device) -> torch.optim.SGD:
+    """SGD whose momentum exists from the start, so that the first step is like every other.
+
+    On a GPU the learning rate is a device tensor: a captured step reads it, the host writes it.
+    """
+    on_gpu = device.type == "cuda"
+    optimiser = torch.optim.SGD(
+        [p for p in net.parameters() if p.requires_grad],
+        lr=torch.tensor(settings.lr, device=device) if on_gpu else settings.lr,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        weight_decay=settings.weight_decay,
+        fused=True if on_gpu else None,
+    )
+    if settings.momentum > 0:
+        for parameter in optimiser.param_groups[0]["params"]:
+            optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimiser
+
+
+class TrainStep:
+    """Runs steps, eagerly or from captured graphs.
+
+    Args:
+        net: the network, on the engine's device; its own object is never wrapped or replaced.
+        data: the training split.
+        recipe: what to train.
+        optimiser: from :func:`make_optimiser`.
+        engine: device and precision.
+    """
+
+    def __init__(
+        self, net: nn.Module, data: Resident, recipe: Recipe, optimiser: torch.optim.SGD, engine: Engine
+    ) -> None:
+        self.net, self.data, self.recipe, self.optimiser, self.engine = net, data, recipe, optimiser, engine
+        start = recipe.attack.start
+        self.attack = replace(recipe.attack, start=recipe.objective.start if start == "auto" else start)
+        self.generator = torch.Generator(engine.device)
+        self.meters = torch.zeros(len(METERS), device=engine.device, dtype=torch.float64)
+        self._forward: Forward = torch.compile(net, dynamic=False) if engine.settings.compile else net
+        self._graphs: dict[tuple[str, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def __call__(self, plan: Tensor, phase: str, key: int) -> None:
+        """Make one update.
+
+        Args:
+            plan: [b, 4] rows of an epoch plan.
+            phase: the label rule's phase.
+            key: seed of every random draw in this step.
+        """
+        self.generator.manual_seed(key)
+        torch.manual_seed(key)  # what a network with dropout draws from
+        if not self.engine.settings.capture:
+            self._body(plan, phase)
+            return
+        graph, static_plan = self._graphs.get((phase, len(plan))) or self._capture(plan, phase, key)
+        static_plan.copy_(plan)
+        graph.replay()
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the steps that follow."""
+        for group in self.optimiser.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The network in training precision, logits in float32."""
+        with self.engine.autocast():
+            return self._forward(image).float()
+
+    def _body(self, plan: Tensor, phase: str) -> None:
+        recipe, batch = self.recipe, self.data.batch(plan)
+        attack_target = recipe.label.attack_target(batch, phase)
+        with attacked(self.net, recipe.attack_bn):
+            loss = recipe.objective.inner_loss(self.forward, batch.image, attack_target)
+            adversarial = self.attack(
+                self.forward, batch.image, attack_target, recipe.threat, loss=loss, generator=self.generator
+            )
+        set_mode(self.net, "train")
+        predictions = recipe.objective.predict(self.forward, batch.image, adversarial)
+        seen = predictions.detach()
+        if seen.clean is None and recipe.label.needs_clean(phase):
+            seen = Predictions(seen.adversarial, self._clean(batch.image))
+        target = recipe.label.target(batch, seen, phase)
+        total = recipe.objective.outer_loss(predictions, target)
+        self.optimiser.zero_grad(set_to_none=True)
+        total.backward()  # type: ignore[no-untyped-call]
+        self.optimiser.step()
+        self._measure(batch.label, seen, target, total)
+
+    @torch.no_grad()
+    def _clean(self, image: Tensor) -> Tensor:
+        set_mode(self.net, self.recipe.label.clean_bn)
+        logits = self.forward(image)
+        set_mode(self.net, "train")
+        return logits
+
+    @torch.no_grad()
+    def _measure(self, label: Tensor, seen: Predictions, target: Tensor, total: Tensor) -> None:
+        size = len(label)
+        right = (seen.adversarial.argmax(1) == label).sum()
+        # NaN, not zero, where no clean forward was made: the epoch's figure is then absent.
+        clean = right * torch.nan if seen.clean is None else (seen.clean.argmax(1) == label).sum()
+        entropy = torch.special.entr(target).sum()
+        count = torch.full_like(total, size)
+        values = (count, total.detach() * size, right, clean, entropy)
+        self.meters += torch.stack([v.to(self.meters.dtype) for v in values])
+
+    def _state(self) -> list[Tensor]:
+        """Every tensor that a step changes."""
+        momentum = [v for s in self.optimiser.state.values() for v in s.values() if isinstance(v, Tensor)]
+        label = list(self.recipe.label.state_dict().values())
+        return [*self.net.parameters(), *self.net.buffers(), *momentum, *label, self.meters]
+
+    def _capture(self, plan: Tensor, phase: str, key: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Record the step's kernels; the rehearsals that capture needs leave no trace in the state."""
+        before = [tensor.detach().clone() for tensor in self._state()]
+        static_plan = plan.clone()
+        side = torch.cuda.Stream(self.engine.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._body(static_plan, phase)
+        torch.cuda.current_stream().wait_stream(side)
+        self.optimiser.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            self._body(static_plan, phase)
+        with torch.no_grad():
+            for tensor, value in zip(self._state(), before, strict=True):
+                tensor.copy_(value)
+        self.generator.manual_seed(key)
+        torch.manual_seed(key)
+        self._graphs[phase, len(plan)] = graph, static_plan
+        return graph, static_plan

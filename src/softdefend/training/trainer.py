@@ -1,0 +1,358 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from softdefend import rng
+from softdefend.attacks import PGD
+from softdefend.data import AugmentSettings, DataBundle, Resident, epoch_plan
+from softdefend.errors import DivergenceError, SettingError
+from softdefend.evaluation.evaluate import Evaluator
+from softdefend.labels import RunInfo
+from softdefend.training.checkpoint import CheckpointError
+from softdefend.training.engine import Engine, RuntimeSettings
+from softdefend.training.folder import RunFolder
+from softdefend.training.step import METERS, OptimSettings, Recipe, TrainStep, make_optimiser
+from softdefend.weights import Plain, WeightRule
+
+
+@dataclass(frozen=True)
+class ValidateSettings:
+    """What is measured after an epoch. The best checkpoint is chosen by robust validation accuracy."""
+
+    attack: PGD = PGD(steps=10)
+    """The attack on validation images."""
+    every: int = 1
+    """Epochs between validations, >= 1; the last epoch is always validated."""
+    size: int | None = None
+    """Validation images used; all when null."""
+    test_size: int = 0
+    """Test images measured for the learning curve only, never for selection; 0 for none."""
+    batch_size: int = 500
+    """Images at once."""
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("every", self.every, 1),
+            ("size", 1 if self.size is None else self.size, 1),
+            ("test_size", self.test_size, 0),
+            ("batch_size", self.batch_size, 1),
+        ):
+            if value < least:
+                raise SettingError(f"validate.{name}", value, f"a whole number >= {least}")
+
+
+@dataclass(frozen=True)
+class SaveSettings:
+    """How often the run can be picked up again."""
+
+    every_steps: int | None = None
+    """Steps between checkpoints within an epoch; only at the end of epochs when null."""
+    keep: int = 2
+    """Checkpoints to keep, >= 2: a damaged newest one leaves a previous good one."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (needs the tensorboard extra)."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None and self.every_steps < 1:
+            raise SettingError("save.every_steps", self.every_steps, "a whole number >= 1, or null")
+        if self.keep < 2:
+            raise SettingError("save.keep", self.keep, "a whole number >= 2")
+
+
+# A mean loss this many times that of guessing has nothing left to learn from.
+_DIVERGED = 20.0
+_CHECK_EVERY = 50
+
+
+class Trainer:
+    """Trains one network with one recipe in one run folder.
+
+    A run that is killed at any moment and started again with the same settings ends in the same bits on the
+    same machine: network, optimiser, averages, label memory and metrics.
+
+    Args:
+        net: images [b, c, h, w] in [0, 1] to logits [b, k].
+        bundle: training, validation and test data.
+        recipe: label rule, objective, threat and training attack.
+        folder: the run folder; created where absent, continued where it holds a checkpoint.
+        optim, augment, validate, runtime, save: settings, see each class.
+        weight: the weight rule.
+        seed: of every random draw.
+        config: the resolved configuration, for the folder and for the check on resume.
+        progress: show progress bars.
+
+    Raises:
+        SettingError: settings that do not fit the data, the device or the run in the folder.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        bundle: DataBundle,
+        recipe: Recipe,
+        folder: Path | str,
+        *,
+        optim: OptimSettings | None = None,
+        augment: AugmentSettings | None = None,
+        validate: ValidateSettings | None = None,
+        runtime: RuntimeSettings | None = None,
+        save: SaveSettings | None = None,
+        weight: WeightRule | None = None,
+        seed: int = 0,
+        config: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.optim, self.augment = optim or OptimSettings(), augment or AugmentSettings()
+        self.validate, self.save = validate or ValidateSettings(), save or SaveSettings()
+        self.engine = Engine(runtime or RuntimeSettings())
+        self.bundle, self.recipe, self.weight = bundle, recipe, weight or Plain()
+        self.seed, self.progress = seed, progress
+        self.k = len(bundle.classes)
+        device, channels_last = self.engine.device, bool(self.engine.settings.channels_last)
+        self.net = net.to(device)
+        if channels_last:
+            self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.train_data = Resident(
+            bundle.train,
+            device,
+            pad=self.augment.pad,
+            pad_mode=self.augment.pad_mode,
+            channels_last=channels_last,
+        )
+        self.validation_data = Resident(bundle.validation, device, channels_last=channels_last)
+        self.test_data = Resident(bundle.test, device, channels_last=channels_last)
+        self.batch_size = self.optim.batch_size
+        if self.batch_size > self.train_data.n:
+            raise SettingError(
+                "optim.batch_size", self.batch_size, f"at most the {self.train_data.n} training images"
+            )
+        self.steps_per_epoch = (
+            self.train_data.n // self.batch_size
+            if self.optim.drop_last
+            else math.ceil(self.train_data.n / self.batch_size)
+        )
+        self.optimiser = make_optimiser(self.net, self.optim, device)
+        self.weight.setup(self.net)
+        recipe.label.setup(RunInfo(self.train_data.labels, self.k, self.optim.epochs))
+        self.step = TrainStep(self.net, self.train_data, recipe, self.optimiser, self.engine)
+        self.epoch = self.done = 0  # epochs finished; steps finished in the current one
+        self.best: dict[str, Any] = {}
+        self.metrics_bytes = 0
+        self.folder = RunFolder(folder, self.save.keep)
+        try:
+            self.folder.write_config(config or {})
+            self.folder.write_environment(device, seed)
+        except BaseException:
+            self.folder.close()
+            raise
+
+    def fit(
+        self, resume: Path | None = None, on_epoch: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        """Train to the end, from the newest checkpoint where there is one.
+
+        Args:
+            resume: a checkpoint to continue from, in place of the newest.
+            on_epoch: called with each metrics row.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or belongs to another run.
+            DivergenceError: the loss or a weight is no longer finite; the last good checkpoint is kept.
+        """
+        self._restore(resume)
+        with self.engine.training_numerics():
+            while self.epoch < self.optim.epochs:
+                started = time.perf_counter()
+                row = self._train_epoch()
+                self.folder.append(
+                    "timing.jsonl", {"epoch": self.epoch, "seconds": time.perf_counter() - started}
+                )
+                if on_epoch is not None:
+                    on_epoch(row)
+        self.folder.save_model("last", self.weight.prediction, {"epoch": self.epoch})
+
+    def _train_epoch(self) -> dict[str, Any]:
+        phase = self.recipe.label.phase(self.epoch)
+        plan = epoch_plan(
+            self.train_data.n,
+            seed=self.seed,
+            epoch=self.epoch,
+            augment=self.augment.kind,
+            pad=self.augment.pad,
+            device=self.engine.device,
+        )
+        with tqdm(
+            total=self.steps_per_epoch,
+            initial=self.done,
+            desc=f"epoch {self.epoch + 1}/{self.optim.epochs}",
+            leave=False,
+            disable=None if self.progress else True,  # None: only on a terminal
+        ) as bar:
+            while self.done < self.steps_per_epoch:
+                self.step.set_lr(self._lr())
+                rows = plan[self.done * self.batch_size : (self.done + 1) * self.batch_size]
+                self.step(rows, phase, rng.key(self.seed, "step", self.epoch, self.done))
+                self.weight.after_step()
+                self.done += 1
+                bar.update()
+                if self.done % _CHECK_EVERY == 0:
+                    bar.set_postfix(loss=f"{self._check()['loss']:.3f}", refresh=False)
+                if self.save.every_steps and self.done % self.save.every_steps == 0:
+                    self._check()
+                    self._save()
+        row = self._end_epoch(phase)
+        self._save()
+        return row
+
+    def _lr(self) -> float:
+        fraction = self.done / self.steps_per_epoch
+        return self.optim.lr * self.optim.schedule.factor(self.epoch, fraction, self.optim.epochs)
+
+    def _check(self) -> dict[str, float]:
+        """Means of the epoch so far.
+
+        Raises:
+            DivergenceError: the loss or a weight is not finite, or the loss far above that of guessing.
+        """
+        sums = dict(zip(METERS, self.step.meters.tolist(), strict=True))
+        means = {name: value / max(sums["samples"], 1) for name, value in sums.items()}
+        loss = means["loss"]
+        if not math.isfinite(loss) or loss > _DIVERGED * math.log(max(self.k, 2)):
+            self._diverged(f"the loss is {loss:g}")
+        if not torch.stack([p.detach().isfinite().all() for p in self.net.parameters()]).all():
+            self._diverged("a weight is not finite")
+        return means
+
+    def _diverged(self, what: str) -> None:
+        paths = self.folder.checkpoints.paths()
+        last = f"the last good checkpoint is {paths[-1]}" if paths else "no checkpoint had been written"
+        raise DivergenceError(
+            f"training diverged in epoch {self.epoch + 1}, step {self.done}: {what}; {last}; "
+            "a lower optim.lr or fp32 precision may help"
+        )
+
+    def _end_epoch(self, phase: str) -> dict[str, Any]:
+        means, lr = self._check(), self._lr_of_last_step()
+        self.step.meters.zero_()
+        self.epoch, self.done = self.epoch + 1, 0
+        row: dict[str, Any] = {
+            "epoch": self.epoch,
+            "step": self.epoch * self.steps_per_epoch,
+            "phase": phase,
+            "lr": lr,
+            "loss": means["loss"],
+            "train_robust": means["adversarial_correct"],
+            "train_clean": means["clean_correct"],
+            "target_entropy": means["target_entropy"],
+            **self._validate(),
+        }
+        row = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+        if row["val_robust"] is not None and row["val_robust"] > self.best.get("val_robust", -1.0):
+            self.best = {"epoch": self.epoch, "val_robust": row["val_robust"]}
+            self.folder.save_model("best", self.weight.prediction, self.best)
+        self.metrics_bytes = self.folder.append("metrics.jsonl", row)
+        self._tensorboard(row)
+        return row
+
+    def _lr_of_last_step(self) -> float:
+        fraction = (self.done - 1) / self.steps_per_epoch
+        return self.optim.lr * self.optim.schedule.factor(self.epoch, fraction, self.optim.epochs)
+
+    def _validate(self) -> dict[str, float | None]:
+        """Clean and robust accuracy after this epoch on validation (and, for the curve, test) images."""
+        figures: dict[str, float | None] = dict.fromkeys(
+            ("val_clean", "val_robust", "test_clean", "test_robust")
+        )
+        if self.epoch % self.validate.every and self.epoch < self.optim.epochs:
+            return figures
+        for name, data, size in (
+            ("val", self.validation_data, self.validate.size),
+            ("test", self.test_data, self.validate.test_size),
+        ):
+            if size != 0:
+                evaluator = Evaluator(
+                    self.weight.prediction,
+                    data,
+                    self.recipe.threat,
+                    batch_size=self.validate.batch_size,
+                    seed=self.seed,
+                )
+                result = evaluator([self.validate.attack], limit=size)
+                figures[f"{name}_clean"] = result.clean.rate
+                figures[f"{name}_robust"] = result.robust(self.validate.attack.name).rate
+        return figures
+
+    def _tensorboard(self, row: dict[str, Any]) -> None:
+        if not self.save.tensorboard:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise SettingError(
+                "save.tensorboard", "true", "false, or an installed softdefend[tensorboard]"
+            ) from error
+        with SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=row["epoch"]) as writer:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    writer.add_scalar(name, value, row["epoch"])
+
+    def _save(self) -> None:
+        params = self.optimiser.param_groups[0]["params"]
+        state = {
+            "epoch": self.epoch,
+            "done": self.done,
+            "fingerprint": self.bundle.fingerprint,
+            "seed": self.seed,
+            "net": self.net.state_dict(),
+            "momentum": [self.optimiser.state[p]["momentum_buffer"] for p in params]
+            if self.optim.momentum
+            else [],
+            "weight": self.weight.state_dict(),
+            "label": self.recipe.label.state_dict(),
+            "meters": self.step.meters,
+            "best": json.dumps(self.best),
+            "metrics_bytes": self.metrics_bytes,
+        }
+        self.folder.checkpoints.save(self.epoch * self.steps_per_epoch + self.done, state)
+
+    def _restore(self, resume: Path | None) -> None:
+        state = self.folder.checkpoints.load(resume, self.engine.device)
+        if state is None:
+            self.folder.truncate("metrics.jsonl", 0)
+            return
+        if (state.get("fingerprint"), state.get("seed")) != (self.bundle.fingerprint, self.seed):
+            raise CheckpointError(
+                str(self.folder.path),
+                "a checkpoint of other data or another seed",
+                "the data and seed it began with",
+            )
+        try:
+            self.net.load_state_dict(state["net"])
+            with torch.no_grad():
+                params = self.optimiser.param_groups[0]["params"]
+                for parameter, momentum in zip(params, state["momentum"], strict=bool(self.optim.momentum)):
+                    self.optimiser.state[parameter]["momentum_buffer"].copy_(momentum)
+                self.step.meters.copy_(state["meters"])
+            self.weight.load_state_dict(state["weight"])
+            self.recipe.label.load_state_dict(state["label"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                str(self.folder.path),
+                "a checkpoint of another network or recipe",
+                "the settings it was written with",
+            ) from error
+        self.epoch, self.done, self.metrics_bytes = state["epoch"], state["done"], state["metrics_bytes"]
+        self.best = json.loads(state["best"])
+        self.folder.truncate("metrics.jsonl", self.metrics_bytes)

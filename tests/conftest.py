@@ -1,0 +1,78 @@
+"""Small things that many tests train."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from softdefend.attacks import PGD
+from softdefend.data import AugmentSettings, DataBundle, from_tensors
+from softdefend.rng import stream
+from softdefend.threat import Budget, ThreatModel
+from softdefend.training import OptimSettings, Recipe, RuntimeSettings, SaveSettings, Trainer
+from softdefend.training.trainer import ValidateSettings
+from tiny import K
+
+
+@pytest.fixture(scope="session")
+def bundle() -> DataBundle:
+    """48 training images of 1x6x6 in 4 classes that a small network can tell apart."""
+    generator = stream(0, "test-images")
+    labels = torch.arange(96) % K
+    images = 0.3 * torch.rand(96, 1, 6, 6, generator=generator)
+    for number, label in enumerate(labels.tolist()):
+        images[number, 0, label] += 0.5
+    return from_tensors(images, labels, validation=16, test_fraction=1 / 3, name="stripes")
+
+
+@pytest.fixture
+def make_net():
+    """A function that builds the same small network (with BatchNorm and dropout) every time."""
+
+    def make() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.Sequential(
+                nn.Conv2d(1, 8, 3, padding=1),
+                nn.BatchNorm2d(8),
+                nn.ReLU(),
+                nn.Dropout(0.1),
+                nn.AvgPool2d(3),
+                nn.Flatten(),
+                nn.Linear(32, K),
+            )
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(bundle, make_net, tmp_path):
+    """A function that builds a trainer of three short epochs; same arguments, same run."""
+
+    made: list[Trainer] = []
+
+    def make(label, objective, weight=None, folder="run", **settings) -> Trainer:
+        recipe = Recipe(ThreatModel("linf", Budget("0.1")), PGD(steps=3), label, objective)
+        defaults = {
+            "optim": OptimSettings(epochs=3, batch_size=16, lr=0.1),
+            "augment": AugmentSettings("crop-flip", pad=1),
+            "validate": ValidateSettings(attack=PGD(steps=2)),
+            "runtime": RuntimeSettings(device="cpu", threads=1),
+            "save": SaveSettings(every_steps=1),
+        }
+        trainer = Trainer(
+            make_net(),
+            bundle,
+            recipe,
+            tmp_path / folder,
+            weight=weight,
+            progress=False,
+            **{**defaults, **settings},
+        )
+        made.append(trainer)
+        return trainer
+
+    yield make
+    for trainer in made:
+        trainer.folder.close()

@@ -1,0 +1,113 @@
+"""What only a CUDA device can show; run with ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from softdefend import EMA, PGDAT, SGLR, TRADES, Hard, OptimSettings
+from softdefend.training import RuntimeSettings, SaveSettings
+from tiny import Killed
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("default"),
+]
+
+
+def runtime(**settings) -> RuntimeSettings:
+    return RuntimeSettings(device="cuda", **{"deterministic": True, **settings})
+
+
+def weights(trainer) -> torch.Tensor:
+    return torch.cat([v.float().flatten() for v in trainer.net.state_dict().values()])
+
+
+@pytest.mark.parametrize("objective", [PGDAT, TRADES])
+@pytest.mark.parametrize("label", [Hard, SGLR])
+def test_captured_steps_equal_eager_steps(make_trainer, label, objective):
+    """Without dropout-like draws of its own the captured step makes the eager step's numbers."""
+    runs = {}
+    for name, capture in (("eager", False), ("captured", True)):
+        trainer = make_trainer(label(), objective(), folder=name, runtime=runtime(capture=capture))
+        for module in trainer.net.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer.fit()
+        runs[name] = weights(trainer), (trainer.folder.path / "metrics.jsonl").read_text()
+    torch.testing.assert_close(runs["captured"][0], runs["eager"][0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weight", [None, EMA])
+def test_a_captured_run_cut_and_continued_ends_in_the_same_bits(make_trainer, weight):
+    def trainer(folder):
+        return make_trainer(
+            SGLR(),
+            PGDAT(),
+            weight and weight(),
+            folder=folder,
+            runtime=runtime(capture=True, channels_last=True),
+        )
+
+    whole = trainer("whole")
+    whole.fit()
+    for cut in (2, 4):
+        part, made = trainer("cut"), itertools.count(1)
+        step = part.step
+
+        def stop(plan, phase, key, step=step, made=made, cut=cut):
+            if next(made) > cut:
+                raise Killed
+            step(plan, phase, key)
+
+        stop.set_lr, stop.meters = step.set_lr, step.meters
+        part.step = stop
+        with pytest.raises(Killed):
+            part.fit()
+        part.folder.close()
+    last = trainer("cut")
+    last.fit()
+    assert torch.equal(weights(whole), weights(last))
+    assert (whole.folder.path / "metrics.jsonl").read_bytes() == (
+        last.folder.path / "metrics.jsonl"
+    ).read_bytes()
+
+
+def test_every_replay_draws_new_noise(make_trainer):
+    """The same batch, two keys: different random starts, so different updates; the same key: the same."""
+    trainer = make_trainer(Hard(), PGDAT(), runtime=runtime(capture=True))
+    for module in trainer.net.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    plan = torch.zeros(16, 4, dtype=torch.long, device="cuda")
+    plan[:, 0] = torch.arange(16)
+    results = []
+    for key in (1, 2, 1):
+        before = [t.detach().clone() for t in trainer.step._state()]
+        trainer.step(plan, "fixed", key)
+        results.append(weights(trainer))
+        with torch.no_grad():
+            for tensor, value in zip(trainer.step._state(), before, strict=True):
+                tensor.copy_(value)
+    assert torch.equal(results[0], results[2])
+    assert not torch.equal(results[0], results[1])
+
+
+def test_the_fast_path_trains(make_trainer):
+    """bf16, channels_last, compiled, captured: learns, and leaves weights in fp32."""
+    trainer = make_trainer(
+        SGLR(),
+        PGDAT(),
+        runtime=runtime(
+            precision="bf16", channels_last=True, compile=True, capture=True, deterministic=False
+        ),
+        optim=OptimSettings(epochs=12, batch_size=12, lr=0.1),
+        save=SaveSettings(),
+    )
+    rows = []
+    trainer.fit(on_epoch=rows.append)
+    assert rows[-1]["val_clean"] > 0.6
+    assert all(p.dtype == torch.float32 for p in trainer.net.parameters())
