@@ -1,0 +1,204 @@
+"""Evaluate the checkpoints of a run and write what was found beside them."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from softdefend.attacks import PGD
+from softdefend.attacks.names import parse_attack
+from softdefend.data import DataBundle, Resident
+from softdefend.errors import SettingError
+from softdefend.evaluation.evaluate import Evaluation, Evaluator, Rate
+from softdefend.files import write_atomic
+from softdefend.threat import Budget, ThreatModel
+
+CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+"""Multiples of the trained eps at which the robust-accuracy curve is measured."""
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """The evaluation of a finished run on its test images."""
+
+    attacks: tuple[str, ...] = ("pgd-20",)
+    """Names of attacks: fgsm, pgd-20, pgd-50x10, pgd-20-margin."""
+    size: int | None = None
+    """Test images used; all when null."""
+    curve_size: int = 1000
+    """Test images for the curve of robust accuracy against eps; 0 leaves it out."""
+    examples: int = 8
+    """Example images kept for the report; 0 for none."""
+    batch_size: int = 500
+    """Images at once."""
+    seed: int = 0
+    """Of the attacks' random starts."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attacks", tuple(self.attacks))
+        for name in self.attacks:
+            parse_attack(name)
+        for name, value, least in (
+            ("size", 1 if self.size is None else self.size, 1),
+            ("curve_size", self.curve_size, 0),
+            ("examples", self.examples, 0),
+            ("batch_size", self.batch_size, 1),
+        ):
+            if value < least:
+                raise SettingError(f"evaluate.{name}", value, f"a whole number >= {least}")
+
+
+def load_weights(net: nn.Module, path: Path) -> dict[str, Any]:
+    """Put safetensors weights into ``net`` and return their metadata.
+
+    Raises:
+        SettingError: missing or damaged file, or weights of another network.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata: dict[str, Any] = json.loads((file.metadata() or {}).get("softdefend", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError as error:
+        raise SettingError(str(path), "no such file", "weights written by a training run") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SettingError(str(path), "a damaged or foreign file", "safetensors weights") from error
+    try:
+        net.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise SettingError(
+            str(path), "weights of another network", f"weights of {type(net).__name__}"
+        ) from error
+    return metadata
+
+
+def evaluate_checkpoint(
+    net: nn.Module,
+    bundle: DataBundle,
+    threat: ThreatModel,
+    folder: Path,
+    which: str,
+    settings: EvaluateSettings,
+    identity: dict[str, Any],
+    *,
+    device: torch.device,
+    data_name: str,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Evaluate ``which`` (``best`` or ``last``) of a run folder on the test images.
+
+    ``identity`` is written with the result, to recognise the same evaluation by.
+
+    Writes ``evaluation/{which}.json``, one row a sample in ``evaluation/{which}.parquet`` and, for ``last``,
+    the report's example images.
+
+    Returns:
+        What went into the JSON file.
+    """
+    metadata = load_weights(net, folder / f"{which}.safetensors")
+    net = net.to(device)
+    data = Resident(bundle.test, device)
+    evaluator = Evaluator(net, data, threat, batch_size=settings.batch_size, seed=settings.seed)
+    result = evaluator(
+        [parse_attack(name) for name in settings.attacks], limit=settings.size, progress=progress
+    )
+    report = {
+        "which": which,
+        "epoch": metadata.get("epoch"),
+        "split": "test",
+        "name_of_data": data_name,
+        "settings": identity,
+        **result.to_dict(),
+        "per_class": _per_class(result, bundle.classes),
+        "eps_curve": _curve(net, data, threat, settings, result) if settings.curve_size else [],
+    }
+    write_atomic(folder / "evaluation" / f"{which}.parquet", _records(result))
+    if which == "last" and settings.examples:
+        content = _examples(evaluator, result, settings.examples, bundle.classes)
+        write_atomic(folder / "evaluation" / "examples.safetensors", content)
+    write_atomic(folder / "evaluation" / f"{which}.json", json.dumps(report, indent=1).encode())
+    return report
+
+
+def _per_class(result: Evaluation, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+    rows = []
+    right = result.clean_prediction == result.label
+    for number, name in enumerate(classes):
+        members = result.label == number
+        n = int(members.sum())
+        if n:
+            shares = {"clean": int(right[members].sum()) / n, "robust": int(result.worst[members].sum()) / n}
+            rows.append({"class": name, **shares, "n": n})
+    return rows
+
+
+def _curve(
+    net: nn.Module, data: Resident, threat: ThreatModel, settings: EvaluateSettings, result: Evaluation
+) -> list[dict[str, Any]]:
+    """Robust accuracy under PGD-20 at multiples of eps, starting from clean accuracy at zero."""
+    n = min(settings.curve_size, len(result.label))
+    clean = Rate.of((result.clean_prediction == result.label)[:n])
+    points = [{"eps": "0", "value": 0.0, **asdict(clean)}]
+    for factor in CURVE:
+        eps = scaled(threat.eps, factor)
+        if threat.norm == "linf" and eps > 1:
+            break
+        evaluator = Evaluator(
+            net, data, ThreatModel(threat.norm, eps), batch_size=settings.batch_size, seed=settings.seed
+        )
+        rate = evaluator([PGD(steps=20)], limit=n).robust("pgd-20")
+        points.append({"eps": str(eps), "value": float(eps), **asdict(rate)})
+    return points
+
+
+def scaled(eps: Budget, factor: float) -> Budget:
+    """``eps`` times ``factor``, written as eps is: 8/255 times 0.5 is 4/255."""
+    above, slash, below = str(eps).partition("/")
+    return Budget(f"{float(above) * factor:g}{slash}{below}")
+
+
+def _records(result: Evaluation) -> bytes:
+    """One row a sample: label, clean prediction, and per attack prediction, distance and robust."""
+    columns: dict[str, Any] = {
+        "index": range(len(result.label)),
+        "label": result.label.numpy(),
+        "clean_prediction": result.clean_prediction.numpy(),
+    }
+    for name, record in result.attacks.items():
+        columns[f"{name}/prediction"] = record.prediction.numpy()
+        columns[f"{name}/distance"] = record.distance.numpy()
+        columns[f"{name}/robust"] = record.robust.numpy()
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    return buffer.getvalue()
+
+
+def _examples(evaluator: Evaluator, result: Evaluation, count: int, classes: tuple[str, ...]) -> bytes:
+    """Example images for the report: the first of each class in turn, whatever the attack did to them."""
+    number_in_class = torch.zeros_like(result.label)
+    for number in range(len(classes)):
+        members = result.label == number
+        number_in_class[members] = torch.arange(int(members.sum()))
+    index = torch.argsort(number_in_class, stable=True)[:count].to(evaluator.data.labels.device)
+    attack = parse_attack(next(iter(result.attacks), "pgd-20"))
+    image, adversarial, clean, attacked_ = evaluator.show(attack, index)
+    tensors: dict[str, Tensor] = {
+        "image": image,
+        "adversarial": adversarial,
+        "label": evaluator.data.labels[index],
+        "clean_prediction": clean.argmax(1),
+        "adversarial_prediction": attacked_.argmax(1),
+        "clean_confidence": clean.amax(1),
+        "adversarial_confidence": attacked_.amax(1),
+    }
+    on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    return to_safetensors(on_cpu, metadata={"classes": json.dumps(classes)})

@@ -1,0 +1,271 @@
+"""The figures of a report, each with a text for those who do not see it.
+
+Only matplotlib's object-oriented interface: no global state, no display. A recipe has one colour in all
+figures; what a colour cannot say (training or test, best or last) is said by the dash of a line.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import matplotlib
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from softdefend.report.curves import (
+    Line,
+    all_drops,
+    by_epoch,
+    by_eps,
+    eps_unit,
+    refinement_start,
+    trained_eps,
+)
+from softdefend.report.embed import INK
+from softdefend.report.runs import CHECKPOINTS, Group, setting
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, without the yellow and the black
+# that vanish on a light or a dark page
+_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6bb1")
+
+_NORMS = {"linf": "ℓ∞", "l2": "ℓ₂"}
+
+DASHES: dict[str, str] = {"first": "-", "second": "--"}
+
+MOST_CLASSES = 20
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure, its title and a text that says what it shows."""
+
+    figure: Figure
+    title: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Series:
+    """A column of the metrics, or a checkpoint, and what it is called in the legend."""
+
+    column: str
+    label: str
+
+
+def colours(groups: Sequence[Group]) -> dict[str, str]:
+    """One colour for each recipe, by label."""
+    spread = len(groups) > len(_PALETTE)
+    spectrum = matplotlib.colormaps["turbo"]
+    return {
+        group.label: to_hex(spectrum((i + 0.5) / len(groups))) if spread else _PALETTE[i]
+        for i, group in enumerate(groups)
+    }
+
+
+def norm_label(norm: object) -> str:
+    """ℓ∞ for linf, ℓ₂ for l2, anything else as it is."""
+    return _NORMS.get(str(norm), str(norm))
+
+
+def epoch_plot(
+    title: str, groups: Sequence[Group], colour: Mapping[str, str], series: Sequence[Series], unit: str
+) -> Plot | None:
+    """Up to two columns of the metrics by epoch: the first drawn solid, the second dashed.
+
+    Args:
+        title: what the vertical axis is.
+        groups: the recipes; several runs of one are drawn as their mean with a band from the smallest to
+            the largest.
+        colour: by recipe label.
+        series: one or two columns.
+        unit: ``"%"`` (columns in [0, 1] are scaled to it), or the unit of the columns as they are.
+
+    Returns:
+        None where no run has any of the columns.
+    """
+    figure, axes = _canvas(f"{title} ({unit})" if unit else title, "epoch")
+    words: list[str] = []
+    dashes: dict[str, str] = {}
+    for group in groups:
+        for one, dash in zip(series, DASHES.values(), strict=False):
+            line = by_epoch(group.runs, one.column, 100.0 if unit == "%" else 1.0)
+            if line is None:
+                continue
+            dashes[dash] = one.label
+            _draw(axes, line, colour[group.label], dash, f"{group.label}, {one.label}")
+            words.append(_words(group.label, one.label, line, "epoch ", unit))
+            if dash == DASHES["first"]:
+                _mark_best(axes, group, line, colour[group.label])
+    if not words:
+        return None
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if unit == "nats":
+        top = max(axes.dataLim.y1, 0.01)
+        axes.set_ylim(-0.04 * top, 1.08 * top)
+    handles = [*_recipe_handles(groups, colour), *_dash_handles(dashes)]
+    if any(str(line.get_label()).endswith(", best checkpoint") for line in axes.lines):
+        handles.append(Line2D([], [], color=INK, marker="o", ls="", mfc="none", label="best checkpoint"))
+    _finish(figure, axes, [*handles, *_vertical_marks(axes, groups, colour)])
+    return Plot(figure, title, f"Line chart: {title} by epoch. " + " ".join(words))
+
+
+def eps_plot(
+    title: str, groups: Sequence[Group], colour: Mapping[str, str], checkpoints: Sequence[str] = CHECKPOINTS
+) -> Plot | None:
+    """Robust accuracy against eps, the best checkpoint solid and the last dashed; None without any curve."""
+    runs = [run for group in groups for run in group.runs]
+    per = eps_unit(runs)
+    norms = " and ".join(sorted({norm_label(setting(run, "threat.norm")) for run in runs}))
+    figure, axes = _canvas(
+        "robust accuracy (%)", f"ε of the attack, {norms}" + (", in 1/255" if per > 1 else "")
+    )
+    words: list[str] = []
+    dashes: dict[str, str] = {}
+    for group in groups:
+        for which in checkpoints:
+            line = by_eps(group.runs, which, per)
+            if line is None:
+                continue
+            dash = DASHES["first" if which == "best" else "second"]
+            dashes[dash] = which
+            _draw(axes, line, colour[group.label], dash, f"{group.label}, {which}")
+            words.append(_words(group.label, which, line, "ε = ", "%"))
+    if not words:
+        return None
+    handles = [*_recipe_handles(groups, colour), *_dash_handles(dashes)]
+    trained = {eps for run in runs if (eps := trained_eps(run)) is not None}
+    for eps in sorted(trained):
+        axes.axvline(per * eps, color=INK, lw=1, ls=":", label="ε in training")
+    if trained:
+        handles.append(Line2D([], [], color=INK, lw=1, ls=":", label="ε in training"))
+    axes.set_ylim(bottom=0)
+    _finish(figure, axes, handles)
+    return Plot(figure, title, f"Line chart: {title}. " + " ".join(words))
+
+
+def class_plot(title: str, groups: Sequence[Group], colour: Mapping[str, str], which: str) -> Plot | None:
+    """Clean (hollow) and robust (filled) accuracy of every class; of many classes, the hardest ones.
+
+    Args:
+        which: the checkpoint, "best" or "last".
+    """
+    tables = {group.label: class_means(group, which) for group in groups}
+    tables = {label: table for label, table in tables.items() if table}
+    if not tables:
+        return None
+    names = list(dict.fromkeys(name for table in tables.values() for name in table))
+    robust = {name: fmean(t[name][1] for t in tables.values() if name in t) for name in names}
+    cut = len(names) > MOST_CLASSES
+    shown = sorted(names, key=robust.__getitem__)[:MOST_CLASSES] if cut else names
+    figure, axes = _canvas("", "accuracy (%)", height=1.3 + 0.3 * len(shown))
+    for i, (label, table) in enumerate(tables.items()):
+        offset = (i - (len(tables) - 1) / 2) * min(0.22, 0.7 / len(tables))
+        places = [y + offset for y, name in enumerate(shown) if name in table]
+        clean = [100 * table[name][0] for name in shown if name in table]
+        kept = [100 * table[name][1] for name in shown if name in table]
+        axes.hlines(places, kept, clean, color=colour[label], lw=1, alpha=0.6)
+        axes.plot(clean, places, "o", color=colour[label], mfc="none", ms=5, label=f"{label}, clean")
+        axes.plot(kept, places, "o", color=colour[label], ms=5, label=f"{label}, robust")
+    axes.set_yticks(range(len(shown)), [_plain(name, 18) for name in shown])
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_xlim(-2, 102)
+    handles = _recipe_handles([group for group in groups if group.label in tables], colour)
+    handles.append(Line2D([], [], color=INK, marker="o", ls="", mfc="none", ms=5, label="clean"))
+    handles.append(Line2D([], [], color=INK, marker="o", ls="", ms=5, label="robust"))
+    _finish(figure, axes, handles)
+    hardest = min(robust, key=robust.__getitem__)
+    alt = f"Dot chart: {title}. Lowest robust accuracy: {hardest}, {100 * robust[hardest]:.1f}%."
+    return Plot(figure, title + (f" (the {len(shown)} hardest of {len(names)})" if cut else ""), alt)
+
+
+def class_means(group: Group, which: str) -> dict[str, tuple[float, float]]:
+    """(clean, robust) accuracy in [0, 1] by class, the mean over the runs that have it."""
+    values: dict[str, list[tuple[float, float]]] = {}
+    for run in group.runs:
+        for line in run.evaluations.get(which, {}).get("per_class") or []:
+            values.setdefault(str(line.get("class")), []).append((line["clean"], line["robust"]))
+    return {name: (fmean(c for c, _ in pairs), fmean(r for _, r in pairs)) for name, pairs in values.items()}
+
+
+def _canvas(ylabel: str, xlabel: str, height: float = 3.2) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.2, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(xlabel, color=INK)
+    axes.set_ylabel(ylabel, color=INK)
+    axes.tick_params(colors=INK)
+    axes.grid(color=INK, alpha=0.13, lw=0.7)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+    return figure, axes
+
+
+def _draw(axes: Axes, line: Line, colour: str, dash: str, label: str) -> None:
+    marker = "o" if len(line.x) <= 12 else ""
+    axes.plot(line.x, line.y, dash, color=colour, lw=1.7, marker=marker, ms=3.5, label=label)
+    if line.low != line.y or line.high != line.y:
+        axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.16, lw=0)
+
+
+def _mark_best(axes: Axes, group: Group, line: Line, colour: str) -> None:
+    """A ring where the best checkpoint was taken; several runs have no common place for it."""
+    epoch = group.runs[0].evaluations.get("best", {}).get("epoch")
+    if len(group.runs) == 1 and epoch in line.x:
+        y = line.y[line.x.index(epoch)]
+        axes.plot([epoch], [y], "o", color=colour, mfc="none", ms=8, label=f"{group.label}, best checkpoint")
+
+
+def _vertical_marks(axes: Axes, groups: Sequence[Group], colour: Mapping[str, str]) -> list[Line2D]:
+    handles = []
+    for epoch in all_drops(groups):
+        axes.axvline(epoch, color=INK, lw=1, ls=":", label="learning rate drops")
+    if all_drops(groups):
+        handles.append(Line2D([], [], color=INK, lw=1, ls=":", label="learning rate drops"))
+    starts: dict[int, list[str]] = {}
+    for group in groups:
+        start = refinement_start(group.runs[0])
+        if start is not None:
+            starts.setdefault(start, []).append(group.label)
+    for start, recipes in starts.items():
+        alone = len(recipes) == 1
+        label = f"label refinement starts ({recipes[0] if alone else f'{len(recipes)} recipes'})"
+        line = axes.axvline(start, color=colour[recipes[0]] if alone else INK, lw=1.2, ls="-.", label=label)
+        handles.append(line)
+    return handles
+
+
+def _recipe_handles(groups: Iterable[Group], colour: Mapping[str, str]) -> list[Line2D]:
+    return [Line2D([], [], color=colour[group.label], lw=3, label=group.label) for group in groups]
+
+
+def _dash_handles(labels: Mapping[str, str]) -> list[Line2D]:
+    return [Line2D([], [], color=INK, ls=d, lw=1.5, label=label) for d, label in labels.items() if label]
+
+
+def _finish(figure: Figure, axes: Axes, handles: Sequence[Artist]) -> None:
+    labels = [_plain(str(handle.get_label()), 44) for handle in handles]
+    columns = 1 if max(map(len, labels)) > 30 else 2
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.2 * rows)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK, fontsize=9
+    )
+
+
+def _plain(text: str, longest: int) -> str:
+    """Text as it is: no formula in it, nothing hidden by a leading underscore, and no longer than fits."""
+    short = textwrap.shorten(text, longest, placeholder="…").replace("$", r"\$")
+    return f" {short}" if short.startswith("_") else short
+
+
+def _words(recipe: str, label: str, line: Line, at: str, unit: str) -> str:
+    name = f"{recipe}, {label}" if label else recipe
+    ends = (f"{line.y[i]:.1f}{unit} at {at}{line.x[i]:g}" for i in (0, -1))
+    return f"{name}: {' and '.join(ends)}."

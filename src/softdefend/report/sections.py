@@ -1,0 +1,362 @@
+"""The parts of a report's page; each returns nothing, or a short note, where the runs do not have it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+
+from softdefend.report.curves import first_with
+from softdefend.report.embed import png_uri, svg_uri
+from softdefend.report.figures import Plot, Series, class_means, class_plot, epoch_plot, eps_plot
+from softdefend.report.markup import Html, details, join, row, scrolling_table, tag
+from softdefend.report.runs import CHECKPOINTS, Examples, Group, RunRecord, is_number
+from softdefend.report.tables import ABSENT, Cell, Row, attack_label, percent, seeds_text
+
+# more lines than this in one figure cannot be told apart: then training and test, best and last get their own
+_MOST_TOGETHER = 3
+
+# 24 examples of 3 pictures with noise in them are about one megabyte
+_MOST_EXAMPLES = 24
+
+_ON = {
+    "test_robust": "test images",
+    "val_robust": "validation images",
+    "test_clean": "test images",
+    "val_clean": "validation images",
+    "train_robust": "training images",
+    "train_clean": "training images",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What every section draws from: the recipes, their rows of the table and their colours."""
+
+    groups: Sequence[Group]
+    rows: Sequence[Row]
+    colour: Mapping[str, str]
+
+
+def comparison(report: Report) -> Html:
+    """The table of best, last and difference."""
+    evaluated = [row for row in report.rows if row.clean.best or row.clean.last]
+    if not evaluated:
+        return _section("Best, last and their difference", _note("No checkpoint has been evaluated yet."))
+    attack = attack_label(report.rows[0].attack)
+    groups = tag(
+        "tr",
+        tag("th", "recipe", rowspan=2, scope="col"),
+        tag("th", "seeds", rowspan=2, scope="col"),
+        tag("th", "clean accuracy, %", colspan=3, scope="colgroup"),
+        tag("th", f"accuracy under {attack}, %", colspan=3, scope="colgroup"),
+    )
+    columns = tag("tr", *(tag("th", name, scope="col") for name in ["best", "last", "best − last"] * 2))
+    body = [
+        tag(
+            "tr",
+            tag("th", _key(report, line.recipe), scope="row"),
+            tag("td", seeds_text(line)),
+            *(
+                tag("td", cell)
+                for triple in (line.clean, line.robust)
+                for cell in (
+                    _number(triple.best),
+                    _number(triple.last),
+                    _number(triple.difference, signed=True),
+                )
+            ),
+        )
+        for line in report.rows
+    ]
+    return _section(
+        "Best, last and their difference",
+        scrolling_table("Accuracy of the best and of the last checkpoint", join(groups, columns), body),
+        _note(_legend(report, evaluated)),
+    )
+
+
+def _key(report: Report, recipe: str) -> Html:
+    swatch = tag("span", "", class_="swatch", style=f"background:{report.colour[recipe]}", aria_hidden="true")
+    return join(swatch, recipe)
+
+
+def _number(cell: Cell | None, *, signed: bool = False) -> Html:
+    text = join(percent(cell, signed=signed).replace("-", "−"))
+    if cell is None or cell.interval is None:
+        return text
+    low, high = (f"{100 * end:.2f}" for end in cell.interval)
+    return join(text, tag("small", f"[{low}, {high}]"))
+
+
+def _legend(report: Report, rows: Sequence[Row]) -> str:
+    evaluations = [e for group in report.groups for run in group.runs for e in run.evaluations.values()]
+    sizes = " and ".join(sorted({f"{_plain(e.get('n'))} {e.get('split', '')} images" for e in evaluations}))
+    present = [cell for r in rows for t in (r.clean, r.robust) for cell in (t.best, t.last) if cell]
+    spread = (
+        "± is the standard deviation over runs (n − 1). "
+        if any(cell.std is not None for cell in present)
+        else ""
+    )
+    names = sorted({str(e["interval"]) for e in evaluations if e.get("interval")})
+    bracket = (
+        f"Brackets: interval ({', '.join(names)}). " if names and any(c.interval for c in present) else ""
+    )
+    return f"Counted on {sizes}. {spread}{bracket}Best: the checkpoint that was selected during training."
+
+
+def learning_curves(report: Report) -> Html:
+    """Robust and clean accuracy, loss and target entropy by epoch."""
+    robust = first_with(report.groups, ("test_robust", "val_robust"))
+    clean = first_with(report.groups, ("test_clean", "val_clean"))
+    plots = [
+        *_accuracy(report, "Robust accuracy", [robust, "train_robust"]),
+        *_accuracy(report, "Clean accuracy", [clean, "train_clean"]),
+        epoch_plot("Training loss", report.groups, report.colour, [Series("loss", "")], ""),
+        epoch_plot("Target entropy", report.groups, report.colour, [Series("target_entropy", "")], "nats"),
+    ]
+    drawn = [plot for plot in plots if plot]
+    if not drawn:
+        return _section("Learning curves", _note("No epoch has been finished yet."))
+    several = any(len(group.runs) > 1 for group in report.groups)
+    notes = ["Lines are means over runs, bands reach from the lowest to the highest run."] if several else []
+    if robust is None:
+        notes.append("No robust accuracy on held-out images was recorded during training.")
+    elif robust == "val_robust":
+        notes.append("The test set was not monitored: the curves are of the validation images.")
+    else:
+        notes.append("Test images were monitored only; no checkpoint was selected on them.")
+    if first_with(report.groups, ("train_robust",)):
+        notes.append("Training accuracy is counted on the images of the training steps, as attacked there.")
+    return _section("Learning curves", _plots(drawn), _note(" ".join(notes)))
+
+
+def _accuracy(report: Report, title: str, columns: Sequence[str | None]) -> list[Plot | None]:
+    series = [Series(column, _ON[column]) for column in columns if column]
+    if len(report.groups) <= _MOST_TOGETHER:
+        return [epoch_plot(title, report.groups, report.colour, series, "%")]
+    return [
+        epoch_plot(f"{title} on {one.label}", report.groups, report.colour, [Series(one.column, "")], "%")
+        for one in series
+    ]
+
+
+def eps_curves(report: Report) -> Html:
+    """Robust accuracy against eps."""
+    if len(report.groups) <= _MOST_TOGETHER:
+        both = "Robust accuracy of the best and the last checkpoint"
+        plots = [eps_plot(both, report.groups, report.colour)]
+    else:
+        plots = [
+            eps_plot(f"Robust accuracy of the {which} checkpoint", report.groups, report.colour, [which])
+            for which in CHECKPOINTS
+        ]
+    drawn = [plot for plot in plots if plot]
+    if not drawn:
+        return Html("")
+    note = "Bands: the evaluation's interval for one run, lowest to highest run for several."
+    return _section("Robust accuracy against ε", _plots(drawn), _note(note))
+
+
+def classes(report: Report) -> Html:
+    """Accuracy by class, of the best checkpoint where there is one."""
+    which = next((w for w in CHECKPOINTS if any(class_means(group, w) for group in report.groups)), None)
+    if which is None:
+        return Html("")
+    tables = {group.label: class_means(group, which) for group in report.groups}
+    tables = {label: table for label, table in tables.items() if table}
+    plot = class_plot(
+        f"Clean and robust accuracy of the {which} checkpoint", report.groups, report.colour, which
+    )
+    names = list(dict.fromkeys(name for table in tables.values() for name in table))
+    head = join(
+        tag(
+            "tr",
+            tag("th", "class", rowspan=2, scope="col"),
+            *(tag("th", _key(report, label), colspan=2, scope="colgroup") for label in tables),
+        ),
+        row("th", *["clean, %", "robust, %"] * len(tables)),
+    )
+    body = [
+        tag(
+            "tr",
+            tag("th", name, scope="row"),
+            *(tag("td", text) for t in tables.values() for text in _pair(t, name)),
+        )
+        for name in names
+    ]
+    table = scrolling_table(f"Accuracy by class, {which} checkpoint", head, body)
+    return _section(
+        "Accuracy by class", _plots([plot] if plot else []), details("The same as a table", table)
+    )
+
+
+def _pair(table: dict[str, tuple[float, float]], name: str) -> list[str]:
+    return [f"{100 * value:.1f}" for value in table[name]] if name in table else [ABSENT, ABSENT]
+
+
+def examples(report: Report) -> Html:
+    """Images, magnified perturbations and adversarial images, with what the network made of them."""
+    found = [
+        (group.label, run)
+        for group in report.groups
+        for run in [next((run for run in group.runs if run.examples), None)]
+        if run
+    ]
+    each = max(2, min(6, _MOST_EXAMPLES // max(1, len(found))))
+    parts = [_example_block(report, label, run, each) for label, run in found]
+    return _section("Example images", *parts) if parts else Html("")
+
+
+def _example_block(report: Report, label: str, run: RunRecord, most: int) -> Html:
+    assert run.examples is not None
+    shown = run.examples
+    largest = float(np.abs(shown.adversarial - shown.image).max(initial=0.0))
+    factor = max(1, round(0.5 / largest)) if largest else 1
+    cards = [_example(shown, i, factor) for i in range(min(most, len(shown.label)))]
+    note = (
+        f"Seed {run.seed}. The perturbation is magnified {factor} times around grey; "
+        f"its largest change of a pixel is {largest:.4f} on the scale from 0 to 1."
+    )
+    return join(tag("h3", _key(report, label)), _note(note), tag("div", *cards, class_="examples"))
+
+
+def _example(shown: Examples, i: int, factor: int) -> Html:
+    truth = _class(shown, shown.label[i])
+    delta = 0.5 + factor * (shown.adversarial[i] - shown.image[i])
+    outcomes = [
+        ("clean", shown.image[i], shown.clean_prediction[i], shown.clean_confidence[i]),
+        (
+            "adversarial",
+            shown.adversarial[i],
+            shown.adversarial_prediction[i],
+            shown.adversarial_confidence[i],
+        ),
+    ]
+    clean, adversarial = (
+        _picture(
+            image,
+            f"{name} image of class {truth}",
+            join(name, tag("br"), tag("b", _class(shown, prediction)), f" {100 * float(confidence):.0f}%"),
+            _verdict(prediction == shown.label[i]),
+        )
+        for name, image, prediction, confidence in outcomes
+    )
+    change = _picture(
+        delta, f"perturbation, magnified {factor} times", join("perturbation", tag("br"), f"× {factor}")
+    )
+    return tag("div", tag("p", "true class: ", tag("b", truth)), clean, change, adversarial, class_="example")
+
+
+def _picture(image: Any, alt: str, *caption: str) -> Html:
+    return tag("figure", tag("img", src=png_uri(image), alt=alt), tag("figcaption", *caption))
+
+
+def _verdict(correct: bool) -> Html:
+    word, mark = ("correct", "✓") if correct else ("wrong", "✗")
+    return tag("span", f"{mark} {word}", class_=word)
+
+
+def _class(shown: Examples, index: Any) -> str:
+    i = int(index)
+    return shown.classes[i] if 0 <= i < len(shown.classes) else str(i)
+
+
+def attacks(report: Report) -> Html:
+    """Every count of every evaluation, with what the attack cost."""
+    names = ("recipe", "seed", "checkpoint", "epoch", "attack", "still correct", "accuracy, %", "interval, %")
+    cost = ("forward passes", "backward passes", "seconds")
+    body = [
+        row("td", group.label, str(run.seed), which, str(evaluation.get("epoch", ABSENT)), *cells)
+        for group in report.groups
+        for run in group.runs
+        for which, evaluation in run.evaluations.items()
+        for cells in _attack_cells(evaluation)
+    ]
+    if not body:
+        return Html("")
+    table = scrolling_table("Every evaluation and its cost", row("th", *names, *cost), body)
+    return details("Every evaluation and its cost", table)
+
+
+def _attack_cells(evaluation: dict[str, Any]) -> list[list[str]]:
+    results = {"clean": evaluation["clean"], **evaluation["attacks"]}
+    if evaluation.get("worst"):
+        results["worst"] = evaluation["worst"]
+    return [
+        [
+            "none (clean)" if name == "clean" else attack_label(name),
+            f"{_plain(found.get('count'))} of {_plain(found.get('n'))}",
+            f"{100 * found['rate']:.2f}",
+            _interval(found),
+            *(_plain(found.get(cost)) for cost in ("forwards", "backwards", "seconds")),
+        ]
+        for name, found in results.items()
+    ]
+
+
+def _interval(found: dict[str, Any]) -> str:
+    low, high = found.get("low"), found.get("high")
+    return f"{100 * low:.2f} to {100 * high:.2f}" if is_number(low) and is_number(high) else ABSENT
+
+
+def _plain(value: Any) -> str:
+    if not is_number(value):
+        return ABSENT
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
+
+def provenance(report: Report) -> Html:
+    """Runs, versions, commits, seeds, and every resolved configuration."""
+    runs = [(group.label, run) for group in report.groups for run in group.runs]
+    names = ("softdefend", "commit", "torch", "python", "device", "platform", "started")
+    head = row("th", "recipe", "run", "seed", "epochs", "seconds per epoch", *names)
+    body = [
+        row(
+            "td",
+            label,
+            run.folder.name,
+            str(run.seed),
+            str(run.metrics[-1]["epoch"] if run.metrics else 0),
+            _seconds(run),
+            *(str(run.environment.get(name, ABSENT)) for name in names),
+        )
+        for label, run in runs
+    ]
+    configs = [
+        details(
+            f"{label}, seed {run.seed} ({run.folder.name})",
+            tag("pre", yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True), tabindex=0),
+        )
+        for label, run in runs
+    ]
+    return details(
+        "Runs, versions and full configuration",
+        scrolling_table("Runs", head, body),
+        tag("h3", "Configuration"),
+        *configs,
+    )
+
+
+def _seconds(run: RunRecord) -> str:
+    seconds = [line["seconds"] for line in run.timing if is_number(line.get("seconds"))]
+    return f"{sum(seconds) / len(seconds):.1f}" if seconds else ABSENT
+
+
+def _section(title: str, *children: str) -> Html:
+    return tag("section", tag("h2", title), *children)
+
+
+def _note(text: str) -> Html:
+    return tag("p", text, class_="note")
+
+
+def _plots(plots: Sequence[Plot]) -> Html:
+    return tag("div", *(_figure(plot) for plot in plots), class_="plots")
+
+
+def _figure(plot: Plot) -> Html:
+    return tag("figure", tag("figcaption", plot.title), tag("img", src=svg_uri(plot.figure), alt=plot.alt))
