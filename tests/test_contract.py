@@ -1,0 +1,173 @@
+"""What every label rule, objective and weight rule must do, over the whole grid.
+
+A new rule is found through the public names; these tests say what was forgotten.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+import softdefend
+from softdefend.config import packaged, resolve, rules
+from softdefend.data import Batch
+from softdefend.labels import Predictions, RunInfo
+from softdefend.modes import attacked
+from softdefend.rng import stream
+from tiny import K, Killed
+
+ROOT = Path(__file__).parent.parent
+LABELS, OBJECTIVES, WEIGHTS = rules("label"), rules("objective"), rules("weight")
+GRID = list(itertools.product(LABELS, OBJECTIVES, WEIGHTS))
+
+
+def rule(name: str):
+    return getattr(softdefend, name)()
+
+
+def assert_same(first, second, path=""):
+    """Bit equality of nested state."""
+    assert type(first) is type(second), path
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), path
+        for key in first:
+            assert_same(first[key], second[key], f"{path}/{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), path
+        for number, pair in enumerate(zip(first, second, strict=True)):
+            assert_same(*pair, f"{path}/{number}")
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), path
+    else:
+        assert first == second, path
+
+
+def final(trainer) -> dict:
+    return trainer.folder.checkpoints.load()
+
+
+@pytest.mark.parametrize(("label", "objective", "weight"), GRID)
+def test_a_run_cut_anywhere_and_continued_ends_in_the_same_bits(make_trainer, label, objective, weight):
+    """Network, momentum, averages, label memory, meters, best and metrics, from three cuts."""
+    whole = make_trainer(rule(label), rule(objective), rule(weight), folder="whole")
+    whole.fit()
+    steps = 0
+    for cut in (2, 4, 3):  # mid-epoch, across an epoch's end, and once more
+        part = make_trainer(rule(label), rule(objective), rule(weight), folder="cut")
+        made = itertools.count(1)
+        body = part.step._body
+
+        def stop(plan, phase, made=made, cut=cut, body=body):
+            if next(made) > cut:
+                raise Killed
+            body(plan, phase)
+
+        part.step._body = stop
+        try:
+            part.fit()
+        except Killed:
+            steps += 1
+        part.folder.close()
+    assert steps > 0
+    last = make_trainer(rule(label), rule(objective), rule(weight), folder="cut")
+    last.fit()
+    assert_same(final(whole), final(last))
+    for name in ("metrics.jsonl", "best.safetensors", "last.safetensors"):
+        assert (whole.folder.path / name).read_bytes() == (last.folder.path / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(("label", "objective"), list(itertools.product(LABELS, OBJECTIVES)))
+def test_training_learns_and_reports_what_it_measured(make_trainer, label, objective):
+    """Every combination beats guessing on a problem that a linear network solves."""
+    trainer = make_trainer(
+        rule(label), rule(objective), optim=softdefend.OptimSettings(epochs=12, batch_size=12, lr=0.1)
+    )
+    rows = []
+    trainer.fit(on_epoch=rows.append)
+    assert [row["epoch"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["val_clean"] > 0.6
+    assert rows[-1]["loss"] < rows[0]["loss"] or label == "SGLR"
+    assert all(0 <= row["train_robust"] <= 1 and row["target_entropy"] >= 0 for row in rows)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("label", LABELS)
+def test_targets_are_distributions_and_gradients_flow_where_they_should(make_net, label, objective):
+    chosen, goal = rule(label), rule(objective)
+    labels = torch.arange(20) % K
+    chosen.setup(RunInfo(labels, K, epochs=10))
+    index = torch.tensor([4, 1, 9, 16, 7, 0])
+    image = torch.rand(6, 1, 6, 6, generator=stream(0, "x"))
+    batch = Batch(index, image, labels[index])
+    for phase in dict.fromkeys(chosen.phase(epoch) for epoch in range(10)):
+        net = make_net().train()
+        attack_target = chosen.attack_target(batch, phase)
+        assert attack_target.shape in ((6,), (6, K))
+        assert not attack_target.requires_grad
+        with attacked(net, "eval"):
+            loss = goal.inner_loss(net, image, attack_target)(net(image + 0.01))
+            assert loss.shape == (6,)
+        assert all(p.grad is None for p in net.parameters())
+        seen = goal.predict(net, image, image + 0.01)
+        clean = seen.clean if seen.clean is not None else net(image)
+        target = chosen.target(batch, Predictions(seen.adversarial.detach(), clean.detach()), phase)
+        assert target.shape == (6, K)
+        assert not target.requires_grad
+        assert (target >= 0).all()
+        torch.testing.assert_close(target.sum(1), torch.ones(6))
+        total = goal.outer_loss(seen, target)
+        assert total.shape == ()
+        total.backward()
+        assert all(
+            p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0
+            for p in net.parameters()
+        )
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_rules_state_is_plain_tensors_and_survives_a_round_trip(label):
+    labels = torch.arange(20) % K
+    first, second = rule(label), rule(label)
+    for chosen in (first, second):
+        chosen.setup(RunInfo(labels, K, epochs=4))
+    index = torch.arange(20)
+    draw = torch.randn(2, 20, K, generator=stream(0, "z"))
+    batch = Batch(index, torch.zeros(20, 1, 6, 6), labels)
+    first.target(batch, Predictions(draw[0], draw[1]), first.phase(3))
+    saved = {key: value.clone() for key, value in first.state_dict().items()}
+    assert all(isinstance(value, torch.Tensor) for value in saved.values())
+    second.load_state_dict(saved)
+    assert_same(second.state_dict(), saved)
+    ahead = [
+        chosen.target(batch, Predictions(draw[1], draw[0]), chosen.phase(3)) for chosen in (first, second)
+    ]
+    assert torch.equal(*ahead)
+
+
+@pytest.mark.parametrize("name", LABELS + OBJECTIVES + WEIGHTS)
+def test_every_rule_has_a_card_a_preset_and_a_documented_source(name):
+    kind = getattr(softdefend, name)
+    card = ROOT / "docs" / "methods" / f"{name.lower()}.md"
+    assert card.is_file(), f"write {card.relative_to(ROOT)}"
+    text = card.read_text()
+    for heading in ("## Idea", "## Equations", "## Settings", "## Differences", "## Cost", "## Source"):
+        assert heading in text, f"{card.name} lacks '{heading}'"
+    for setting in inspect.signature(kind).parameters:
+        if setting not in ("args", "kwargs"):
+            assert f"`{setting}`" in text, f"{card.name} does not explain {setting}"
+    mentions = [
+        path.stem for path in packaged("preset").values() if f"class_path: {name}" in path.read_text()
+    ]
+    assert mentions, f"add a preset that uses {name} to configs/presets"
+    assert inspect.getdoc(kind)
+
+
+@pytest.mark.parametrize("preset", packaged("preset"))
+@pytest.mark.parametrize("protocol", packaged("config"))
+def test_every_preset_resolves_with_every_protocol(protocol, preset):
+    experiment = resolve(["--config", protocol, "--preset", preset])
+    assert experiment.name == preset
