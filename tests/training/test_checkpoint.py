@@ -1,0 +1,129 @@
+import errno
+import hashlib
+import io
+import os
+import pickle
+
+import pytest
+import torch
+
+from softdefend.errors import SettingError
+from softdefend.files import write_atomic
+from softdefend.training import checkpoint
+from softdefend.training.checkpoint import CheckpointError, CheckpointFolder
+
+STATE = {
+    "epoch": 3,
+    "net": {"w": torch.arange(6.0).view(2, 3)},
+    "best": "{}",
+    "list": [torch.ones(2)],
+    "none": None,
+}
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    checkpoint.save(tmp_path / "a.ckpt", STATE)
+    back = checkpoint.load(tmp_path / "a.ckpt")
+    assert torch.equal(back["net"]["w"], STATE["net"]["w"])
+    assert torch.equal(back["list"][0], torch.ones(2))
+    assert (back["epoch"], back["best"], back["none"]) == (3, "{}", None)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+@pytest.mark.parametrize("where", [0, 10, 30, 60, 70, 200, -1])
+def test_a_flipped_bit_anywhere_is_refused(tmp_path, where):
+    path = tmp_path / "a.ckpt"
+    checkpoint.save(path, STATE)
+    content = bytearray(path.read_bytes())
+    content[where] ^= 0b100
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"another kind|truncated|altered"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 24, 40, 63, 64, 100, -1])
+def test_a_truncated_file_is_refused(tmp_path, kept):
+    path = tmp_path / "a.ckpt"
+    checkpoint.save(path, STATE)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=r"another kind|truncated"):
+        checkpoint.load(path)
+
+
+class Bomb:
+    """A pickle that would create a file when loaded."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_body_with_code_is_refused_and_does_not_run_even_with_a_right_checksum(tmp_path):
+    buffer = io.BytesIO()
+    torch.save({"net": Bomb(tmp_path / "boom")}, buffer)
+    body = buffer.getvalue()
+    head = checkpoint._MAGIC + hashlib.sha256(body).digest() + len(body).to_bytes(8, "little")
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(head + body)
+    with pytest.raises(CheckpointError, match="not plain data"):
+        checkpoint.load(path)
+    path.write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
+    with pytest.raises(CheckpointError, match="another kind"):
+        checkpoint.load(path)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_a_body_that_is_no_dictionary_is_refused(tmp_path):
+    checkpoint.save(tmp_path / "a.ckpt", [1, 2])  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="got a list"):
+        checkpoint.load(tmp_path / "a.ckpt")
+
+
+def test_the_folder_keeps_the_newest_and_loads_the_newest(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    assert folder.load() is None
+    for step in (5, 10, 100, 1000):
+        folder.save(step, {"step": step})
+    assert [int(p.stem.removeprefix("step-")) for p in folder.paths()] == [100, 1000]
+    assert folder.load()["step"] == 1000
+    assert folder.load(folder.paths()[0])["step"] == 100
+
+
+def test_a_damaged_newest_offers_the_previous_good_one(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=3)
+    paths = [folder.save(step, {"step": step}) for step in (1, 2, 3)]
+    paths[2].write_bytes(paths[2].read_bytes()[:-1])
+    with pytest.raises(
+        CheckpointError, match=rf"truncated.*continue from it with --resume {paths[1]}"
+    ) as caught:
+        folder.load()
+    assert "\n" not in str(caught.value)
+    paths[1].write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match=f"--resume {paths[0]}"):
+        folder.load()
+    paths[0].unlink()
+    with pytest.raises(CheckpointError, match=r"a whole checkpoint$"):
+        folder.load()
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch, call):
+    path = tmp_path / "a.txt"
+    write_atomic(path, b"old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(SettingError, match="No space left on device"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_that_is_a_file_is_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SettingError, match=r"Not a directory|File exists"):
+        write_atomic(tmp_path / "file" / "a.txt", b"new")

@@ -1,0 +1,85 @@
+"""Twenty SIGKILLs at random moments of one run; the bits at the end do not know of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from softdefend.training import checkpoint
+
+KILLS = 20
+
+# Imports once, then forks: every training is a process of its own that dies by a real SIGKILL, and the twenty
+# restarts do not pay for twenty imports of torch.
+NURSERY = """
+import json, os, random, signal, sys, time
+import lightning_fabric
+from softdefend.__main__ import main
+
+arguments, kills, seed = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+draw = random.Random(seed)
+
+def start():
+    pid = os.fork()
+    if pid == 0:
+        os._exit(main(arguments))
+    return pid
+
+killed = 0
+for _ in range(kills):
+    pid = start()
+    time.sleep(draw.uniform(0.2, 1.2))
+    if os.waitpid(pid, os.WNOHANG) == (0, 0):
+        os.kill(pid, signal.SIGKILL)
+        killed += os.waitpid(pid, 0)[1] == signal.SIGKILL
+print("killed", killed)
+status = os.waitpid(start(), 0)[1]
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+RUN = """--config digits_demo --preset sglr-ema --data.train_size 96 --data.validation 48 --optim.epochs 60
+--optim.batch_size 32 --net.width 8 --attack.steps 2 --label.start 0.2 --validate.test_size 0
+--save.every_steps 2 --evaluate.size 32 --evaluate.curve_size 0 --runtime.threads 1 --progress false"""
+
+
+def nursery(folder: Path, kills: int) -> subprocess.CompletedProcess[str]:
+    arguments = json.dumps(["train", *RUN.split(), "--folder", str(folder)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", NURSERY, arguments, str(kills), "7"]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+
+
+def assert_same(first: object, second: object) -> None:
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    elif isinstance(first, list):
+        for pair in zip(first, second, strict=True):
+            assert_same(*pair)
+    else:
+        assert first == second
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_no_trace(tmp_path):
+    whole, killed = nursery(tmp_path / "whole", 0), nursery(tmp_path / "killed", KILLS)
+    assert whole.returncode == 0, whole.stderr
+    assert killed.returncode == 0, killed.stderr
+    assert f"killed {KILLS}" in killed.stdout, "the run ended before all kills: make it longer"
+    first, second = (
+        checkpoint.load(checkpoint.CheckpointFolder(tmp_path / name / "checkpoints").paths()[-1])
+        for name in ("whole", "killed")
+    )
+    assert_same(first, second)
+    for name in ("metrics.jsonl", "best.safetensors", "last.safetensors", "evaluation/last.parquet"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+    assert len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()) == 60

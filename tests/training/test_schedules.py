@@ -1,0 +1,51 @@
+import math
+
+import pytest
+
+from softdefend.errors import SettingError
+from softdefend.training import Schedule
+
+
+def changes(schedule: Schedule, epochs: int) -> dict[int, float]:
+    """Zero-based epochs at which the factor differs from the epoch before, and the factor."""
+    factors = [schedule.factor(e, 0.0, epochs) for e in range(epochs)]
+    return {e: f for e, f in enumerate(factors) if e == 0 or f != factors[e - 1]}
+
+
+def test_the_fields_protocol_drops_after_100_and_150_of_200_epochs():
+    assert changes(Schedule(), 200) == {0: 1.0, 100: pytest.approx(0.1), 150: pytest.approx(0.01)}
+
+
+def test_one_based_counting_drops_one_epoch_earlier_as_the_reference_does():
+    """LR 0.1 for the reference's epochs 1 to 99."""
+    assert list(changes(Schedule(one_based=True), 200)) == [0, 99, 149]
+
+
+def test_a_step_schedule_is_constant_within_an_epoch():
+    assert Schedule().factor(99, 0.999, 200) == 1.0
+
+
+def test_cosine_and_cyclic_against_their_closed_forms():
+    cosine, cyclic = Schedule("cosine"), Schedule("cyclic", peak=0.4)
+    for epoch in range(10):
+        for fraction in (0.0, 0.25, 0.9):
+            t = (epoch + fraction) / 10
+            assert cosine.factor(epoch, fraction, 10) == pytest.approx(math.cos(math.pi * t / 2) ** 2)
+            assert cyclic.factor(epoch, fraction, 10) == pytest.approx(min(t / 0.4, (1 - t) / 0.6))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kind": "linear"},
+        {"milestones": (0.75, 0.5)},
+        {"milestones": (0.0, 0.5)},
+        {"milestones": (0.5, 1.0)},
+        {"gamma": 0.0},
+        {"gamma": 2.0},
+        {"peak": 1.0},
+    ],
+)
+def test_impossible_schedules_are_refused(wrong):
+    with pytest.raises(SettingError, match=f"schedule.{next(iter(wrong))}"):
+        Schedule(**wrong)
