@@ -277,3 +277,24 @@ def test_bf16_and_channels_last_train_on_the_cpu_and_keep_fp32_weights(make_trai
     assert (torch.float32, torch.bfloat16) in inside
     assert all(p.dtype == torch.float32 for p in trainer.net.parameters())
     assert rows_of(trainer)[-1]["val_clean"] > 0.6
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_events_hold_the_metrics_also_after_a_resume(make_trainer):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for epochs in (2, 3):  # a longer run over the same folder continues it
+        trainer = make_trainer(
+            Hard(), PGDAT(), optim=OptimSettings(epochs=epochs, batch_size=16), save=SaveSettings(tensorboard=True)
+        )
+        trainer.fit()
+        trainer.folder.close()
+    reader = events.EventAccumulator(str(trainer.folder.path / "tensorboard"))
+    reader.Reload()
+    points = [(event.step, event.value) for event in reader.Scalars("val_robust")]
+    assert points == [(row["epoch"], pytest.approx(row["val_robust"], abs=1e-6)) for row in rows_of(trainer)]
+
+
+def test_tensorboard_that_is_not_installed_is_refused_before_training(monkeypatch):
+    monkeypatch.setattr("softdefend.training.trainer.find_spec", lambda name: None)
+    with pytest.raises(SettingError, match=r"save\.tensorboard: got true"):
+        SaveSettings(tensorboard=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -98,14 +99,17 @@ class RunFolder:
         Raises:
             SettingError: the disk is full or the folder no longer writable.
         """
-        path = self.path / name
+        path, before = self.path / name, None
         try:
-            with open(path, "ab") as file:
+            with open(path, "ab", buffering=0) as file:
+                before = file.tell()
                 file.write(json.dumps(row).encode() + b"\n")
-                file.flush()
                 os.fsync(file.fileno())
                 return file.tell()
         except OSError as error:
+            if before is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(path, before)  # half a line would spoil the next one
             raise SettingError(
                 str(path),
                 error.strerror or error,
@@ -129,10 +133,13 @@ class RunFolder:
 
     def save_model(self, name: str, net: nn.Module, metadata: Mapping[str, Any]) -> None:
         """Weights as safetensors, with ``metadata`` as JSON under one key: the format keeps no order of keys,
-        and equal runs have equal bytes."""
+        and equal runs have equal bytes. A file that already holds them keeps its date: what was evaluated
+        from it stays valid."""
         tensors = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
         content = to_safetensors(tensors, metadata={"softdefend": json.dumps(metadata)})
-        write_atomic(self.path / f"{name}.safetensors", content)
+        path = self.path / f"{name}.safetensors"
+        if not (path.is_file() and path.read_bytes() == content):
+            write_atomic(path, content)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -155,7 +162,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingError(str(path), type(error).__name__, "a readable YAML file") from error
+        raise SettingError(str(path), f"unreadable YAML ({error})", "a readable YAML file") from error
     if not isinstance(content, dict):
         raise SettingError(str(path), f"a {type(content).__name__}", "a YAML mapping")
     return content

@@ -84,10 +84,16 @@ def make_optimiser(net: nn.Module, settings: OptimSettings, device: torch.device
     """SGD whose momentum exists from the start, so that the first step is like every other.
 
     On a GPU the learning rate is a device tensor: a captured step reads it, the host writes it.
+
+    Raises:
+        SettingError: nothing to train.
     """
     on_gpu = device.type == "cuda"
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    if not parameters:
+        raise SettingError("net", f"{type(net).__name__} without trainable parameters", "some to train")
     optimiser = torch.optim.SGD(
-        [p for p in net.parameters() if p.requires_grad],
+        parameters,
         lr=torch.tensor(settings.lr, device=device) if on_gpu else settings.lr,
         momentum=settings.momentum,
         nesterov=settings.nesterov,

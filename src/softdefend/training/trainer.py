@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,10 @@ class SaveSettings:
             raise SettingError("save.every_steps", self.every_steps, "a whole number >= 1, or null")
         if self.keep < 2:
             raise SettingError("save.keep", self.keep, "a whole number >= 2")
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise SettingError(
+                "save.tensorboard", "true", "false, or pip install 'softdefend[tensorboard]' first"
+            )
 
 
 # A mean loss this many times that of guessing has nothing left to learn from.
@@ -297,13 +302,11 @@ class Trainer:
     def _tensorboard(self, row: dict[str, Any]) -> None:
         if not self.save.tensorboard:
             return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise SettingError(
-                "save.tensorboard", "true", "false, or an installed softdefend[tensorboard]"
-            ) from error
-        with SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=row["epoch"]) as writer:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = str(self.folder.path / "tensorboard")
+        # purge_step: what an earlier, killed process wrote beyond its last checkpoint is taken back.
+        with SummaryWriter(folder, purge_step=row["epoch"]) as writer:  # type: ignore[no-untyped-call]
             for name, value in row.items():
                 if isinstance(value, float):
                     writer.add_scalar(name, value, row["epoch"])
