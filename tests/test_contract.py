@@ -5,15 +5,18 @@ A new rule is found through the public names; these tests say what was forgotten
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import itertools
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 import softdefend
-from softdefend.config import packaged, resolve, rules
+from softdefend.complaints import RULES, rules
+from softdefend.config import packaged, resolve
 from softdefend.data import Batch
 from softdefend.labels import Predictions, RunInfo
 from softdefend.modes import attacked
@@ -160,10 +163,12 @@ def test_every_rule_has_a_card_a_preset_and_a_documented_source(name):
         if setting not in ("args", "kwargs"):
             assert f"`{setting}`" in text, f"{card.name} does not explain {setting}"
     mentions = [
-        path.stem for path in packaged("preset").values() if f"class_path: {name}" in path.read_text()
+        path.stem
+        for path in packaged("preset").values()
+        if re.search(rf"class_path: {name}\b", path.read_text())
     ]
     assert mentions, f"add a preset that uses {name} to configs/presets"
-    assert inspect.getdoc(kind)
+    assert kind.__doc__, f"{name} has no docstring of its own"
 
 
 @pytest.mark.parametrize("preset", packaged("preset"))
@@ -171,3 +176,25 @@ def test_every_rule_has_a_card_a_preset_and_a_documented_source(name):
 def test_every_preset_resolves_with_every_protocol(protocol, preset):
     experiment = resolve(["--config", protocol, "--preset", preset])
     assert experiment.name == preset
+
+
+@pytest.mark.parametrize(
+    ("room", "base"), [("labels", "label"), ("objectives", "objective"), ("weights", "weight")]
+)
+def test_every_rule_that_is_written_is_public_and_has_a_test(room, base):
+    tests = "".join(path.read_text() for path in (ROOT / "tests" / room).glob("test_*.py"))
+    found = 0
+    for path in (ROOT / "src" / "softdefend" / room).glob("*.py"):
+        module = importlib.import_module(f"softdefend.{room}.{path.stem}".removesuffix(".__init__"))
+        for name, kind in vars(module).items():
+            own = inspect.isclass(kind) and kind.__module__ == module.__name__
+            if (
+                own
+                and issubclass(kind, RULES[base])
+                and kind is not RULES[base]
+                and not inspect.isabstract(kind)
+            ):
+                found += 1
+                assert name in softdefend.__all__, f"add {name} to softdefend/__init__.py and its __all__"
+                assert re.search(rf"\b{name}\b", tests), f"write a test that uses {name} in tests/{room}/"
+    assert found >= 2

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from softdefend.errors import SettingError
-from softdefend.weights import EMA
+from softdefend.weights import EMA, Plain
 
 
 def test_average_follows_the_warmed_up_recursion_in_plain_python():
@@ -38,3 +38,11 @@ def test_batch_statistics_are_the_live_networks():
 def test_impossible_decay_is_refused(decay):
     with pytest.raises(SettingError, match=r"weight\.decay"):
         EMA(decay)
+
+
+def test_the_plain_rule_predicts_with_the_trained_network_itself():
+    net, rule = nn.Linear(2, 1), Plain()
+    rule.setup(net)
+    rule.after_step()
+    assert rule.prediction is net
+    assert rule.state_dict() == {}

@@ -30,10 +30,15 @@ class AugmentSettings:
     pad_mode: PadMode = "zero"
     """What the padding holds: zero (black) or reflect (the image mirrored at its border)."""
 
+    @property
+    def margin(self) -> int:
+        """Pixels of padding that are used: none without a crop."""
+        return self.pad if "crop" in self.kind else 0
+
     def __post_init__(self) -> None:
         for name, kind in (("kind", Augment), ("pad_mode", PadMode)):
             if getattr(self, name) not in get_args(kind):
-                raise SettingError(f"augment.{name}", getattr(self, name), " | ".join(get_args(kind)))
+                raise SettingError(f"augment.{name}", getattr(self, name), " or ".join(get_args(kind)))
         if self.pad < 0:
             raise SettingError("augment.pad", self.pad, "0 or more pixels")
 
@@ -59,7 +64,7 @@ def epoch_plan(
         device: where the plan is used.
     """
     if augment not in get_args(Augment):
-        raise SettingError("augment.kind", augment, " | ".join(get_args(Augment)))
+        raise SettingError("augment.kind", augment, " or ".join(get_args(Augment)))
     order = torch.randperm(n, generator=stream(seed, "order", epoch))
     draws = stream(seed, "augment", epoch)
     flip = torch.randint(0, 2, (n, 1), generator=draws)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,7 +32,10 @@ def load(settings: DataSettings) -> DataBundle:
     Raises:
         SettingError: a source, label file or number that cannot be used.
     """
-    return _bundle(read(settings), settings, {"source": settings.source})
+    raw = read(settings)
+    if settings.name is not None:
+        raw = replace(raw, name=settings.name)
+    return _bundle(raw, settings, {"source": settings.source})
 
 
 def from_tensors(

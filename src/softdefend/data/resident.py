@@ -37,7 +37,7 @@ class Resident:
     ) -> None:
         n, c, h, w = split.images.shape
         if pad_mode not in ("zero", "reflect"):
-            raise SettingError("augment.pad_mode", pad_mode, "zero | reflect")
+            raise SettingError("augment.pad_mode", pad_mode, "zero or reflect")
         if not 0 <= pad < min(h, w):
             raise SettingError("augment.pad", pad, f"0 to {min(h, w) - 1} pixels for images of {h}x{w}")
         self.n = n

@@ -21,6 +21,9 @@ class DataSettings:
     train/class/name.png and test/class/name.png), or torchvision's cifar-10-batches-py or cifar-100-python
     folder."""
 
+    name: str | None = None
+    """What tables and reports call the data; taken from the source if not given."""
+
     image_column: str | None = None
     """Parquet only: the column of encoded images; found from the schema if not given."""
 
@@ -67,7 +70,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         if self.noise not in get_args(Noise):
-            raise SettingError("data.noise", self.noise, " | ".join(get_args(Noise)))
+            raise SettingError("data.noise", self.noise, " or ".join(get_args(Noise)))
         if not self.source:
             raise SettingError(
                 "data.source", "nothing", "digits, hf:owner/name, or the path of a file or folder"

@@ -51,7 +51,8 @@ class SGLR(LabelRule):
             with the hard label, 0 the hard rule.
         temperature: of the predictions that enter the memory, > 0.
         start: fraction of the run after which refinement begins, in [0, 1]: the first refined epoch,
-            counted from one, is the ceiling of ``start * epochs`` (the code's 90 of 200; 17 of 36).
+            counted from one, is the ceiling of ``start * epochs`` (the code's 90 of 200; 17 of 36); at 1
+            the last epoch alone is refined.
         clean_bn: batch normalisation of the extra clean forward. ``train`` (the code) updates running
             statistics with clean images too. Without effect where the objective makes its own clean
             forward, as TRADES does.

@@ -18,8 +18,8 @@ class EMA(WeightRule):
     """Exponential moving average of the weights; the average predicts, the plain weights train.
 
     Batch-normalisation statistics are the live network's, copied at every step. In the first steps the
-    decay is min(decay, (1 + t) / (10 + t)), so that the start is forgotten (as in Gowal et al.'s code,
-    arXiv 2010.03593).
+    decay is min(decay, (1 + t) / (10 + t)), so that the start is forgotten. (Rebuilds of Gowal et al.,
+    arXiv 2010.03593, use the same formula after copying the weights for the first 2.5% of the run.)
 
     Args:
         decay: weight of the old average per step, in [0, 1).
