@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
@@ -12,14 +14,15 @@ from typing import NoReturn
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from softdefend import __version__, pipeline
-from softdefend.config import make_parser, readable, resolve
+from softdefend.complaints import readable
+from softdefend.config import make_parser, packaged, resolve
 from softdefend.data import DataSettings, describe, load
 from softdefend.errors import DivergenceError, SettingError
 from softdefend.evaluation import EvaluateSettings
 from softdefend.report import comparison_rows, markdown_table, read_run, text_table, write_report
-from softdefend.threat import ThreatModel
+from softdefend.threat import Budget, ThreatModel
 
-EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 3, 130, 141
 
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
@@ -27,7 +30,7 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> argparse.Namespa
         parsed = parser.parse_args(list(arguments))
         made: argparse.Namespace = parser.instantiate(parsed)
     except ArgumentError as error:
-        raise readable(error) from error
+        raise readable(error, parser) from error
     return made
 
 
@@ -40,8 +43,10 @@ def _evaluate_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="softdefend evaluate",
         exit_on_error=False,
-        description="Evaluate a run's best and last checkpoint on its test images; what is not given "
-        "is as the run was configured.",
+        allow_abbrev=False,
+        description="Evaluate a run's best and last checkpoint on its test images; what is not given is as "
+        "the run was configured. Under another norm or eps than the trained one the result is a file of its "
+        "own, such as evaluation/best-linf-4_255.json, and the report keeps its figures.",
     )
     parser.add_argument("run", nargs="+", type=str, help="run folders")
     parser.add_argument(
@@ -49,7 +54,7 @@ def _evaluate_parser() -> ArgumentParser:
     )
     parser.add_argument("--attacks", nargs="+", type=str, help="such as fgsm pgd-20 pgd-50x10 pgd-20-margin")
     parser.add_argument("--norm", type=str | None, help="linf or l2")
-    parser.add_argument("--eps", type=str | None, help="radius in pixel units, such as 8/255")
+    parser.add_argument("--eps", type=Budget | None, help="radius in pixel units, such as 8/255")
     parser.add_argument("--size", type=int | None, help="test images used")
     parser.add_argument("--curve_size", type=int | None, help="images of the eps curve; 0 leaves it out")
     parser.add_argument("--batch_size", type=int, default=defaults.batch_size, help="images at once")
@@ -66,7 +71,8 @@ def _evaluate(arguments: Sequence[str]) -> None:
     for folder in map(Path, given.run):
         experiment = pipeline.open_run(folder)[0]
         trained, settings = experiment.recipe.threat, experiment.evaluate
-        threat = ThreatModel(given.norm or trained.norm, given.eps or trained.eps)
+        eps = trained.eps if given.eps is None else given.eps
+        threat = ThreatModel(given.norm or trained.norm, eps)
         chosen = EvaluateSettings(
             attacks=tuple(given.attacks or settings.attacks),
             size=given.size if given.size is not None else settings.size,
@@ -87,7 +93,8 @@ def _compare_parser() -> argparse.ArgumentParser:
         "Every setting of 'softdefend train' is accepted beside these. Finished runs are kept, unfinished "
         "ones continued.",
     )
-    parser.add_argument("--presets", nargs="+", required=True, help="recipes, by name or path")
+    presets = ", ".join(packaged("preset"))
+    parser.add_argument("--presets", nargs="+", required=True, help=f"recipes, by name or path: {presets}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/compare"), help="where the runs and report go"
@@ -105,6 +112,7 @@ def _report_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="softdefend report",
         exit_on_error=False,
+        allow_abbrev=False,
         description="One table and one self-contained HTML page from finished or running runs.",
     )
     parser.add_argument("run", nargs="+", type=str, help="run folders")
@@ -126,6 +134,7 @@ def _data_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="softdefend data",
         exit_on_error=False,
+        allow_abbrev=False,
         description="'prepare' reads, checks and caches a data set; 'describe' also prints what is in it.",
     )
     parser.add_argument("action", type=str, help="prepare or describe")
@@ -155,13 +164,15 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose errors are our one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise SettingError("command line", message, f"what '{self.prog} --help' says")
+        raise readable(message, self)
 
 
 def _top_parser() -> ArgumentParser:
     """The whole command line in one parser, for help, version and shell completion."""
     set_parsing_settings(add_print_completion_argument=True)
-    parser = ArgumentParser(prog="softdefend", version=__version__, description=__doc__, exit_on_error=False)
+    parser = ArgumentParser(
+        prog="softdefend", version=__version__, description=__doc__, exit_on_error=False, allow_abbrev=False
+    )
     commands = parser.add_subcommands()
     for name, make in (
         ("train", make_parser),
@@ -187,21 +198,32 @@ def run(arguments: Sequence[str]) -> None:
     if arguments and arguments[0] in COMMANDS:
         COMMANDS[arguments[0]][0](arguments[1:])
         return
-    if arguments and not arguments[0].startswith("-"):
-        raise SettingError("command", repr(arguments[0]), ", ".join(COMMANDS))
-    _parse(_top_parser(), arguments or ["--help"])
+    if not arguments or not arguments[0].startswith("-"):
+        given = repr(arguments[0]) if arguments else "nothing"
+        raise SettingError("command", given, f"{', '.join(COMMANDS)}; see softdefend --help")
+    # jsonargparse puts the completion library's name before the shell's.
+    _parse(
+        _top_parser(),
+        [re.sub(r"^(--print_completion=)?(bash|zsh)$", r"\1shtab-\2", word) for word in arguments],
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done, 2 bad input, 3 training diverged, 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 2 bad input, 3 training diverged, 130 interrupted,
+    141 nobody reads our output any more."""
     try:
         run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
     except SettingError as error:
         print(f"softdefend: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except DivergenceError as error:
         print(f"softdefend: stopped: {error}", file=sys.stderr)
         return EXIT_DIVERGED
+    except BrokenPipeError:
+        # The reader of our output has gone, as `head` does; the interpreter must not try to flush to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         print(
             "softdefend: interrupted; the same command continues where the last checkpoint stands",

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from softdefend.attacks import PGD, Attack
@@ -82,9 +83,8 @@ def train(
         "runtime": runtime or RuntimeSettings(),
         "save": save or SaveSettings(),
     }
-    check_logits(
-        net, tuple(bundle.train.images.shape[1:]), len(bundle.classes), next(net.parameters()).device
-    )
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    check_logits(net, tuple(bundle.train.images.shape[1:]), len(bundle.classes), device)
     trainer = Trainer(
         net,
         bundle,

@@ -7,19 +7,19 @@ form can stand in their place.
 
 from __future__ import annotations
 
+import argparse
 import json
-import re
-from argparse import ArgumentError
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 from jsonargparse.typing import register_type
 
 from softdefend.attacks import PGD
+from softdefend.complaints import RULES, readable
 from softdefend.data import AugmentSettings, DataSettings
 from softdefend.errors import SettingError
 from softdefend.evaluation import EvaluateSettings
@@ -34,11 +34,33 @@ from softdefend.training import (
     SaveSettings,
     ValidateSettings,
 )
+from softdefend.training.folder import flatten, read_yaml
 from softdefend.weights import WeightRule
 
 register_type(Budget, serializer=str, deserializer=Budget)
 
 _FOLDERS = {"config": "protocols", "preset": "presets"}
+
+_HINTS: dict[str, Any] = {
+    "name": str,
+    "seed": int,
+    "progress": bool,
+    "data": DataSettings,
+    "augment": AugmentSettings,
+    "net": NetSettings,
+    "threat": ThreatModel,
+    "attack": PGD,
+    "attack_bn": BNMode,
+    "label": LabelRule,
+    "objective": Objective,
+    "weight": WeightRule,
+    "optim": OptimSettings,
+    "validate": ValidateSettings,
+    "runtime": RuntimeSettings,
+    "save": SaveSettings,
+    "evaluate": EvaluateSettings,
+}
+"""Settings that must have a value."""
 
 
 def packaged(kind: str) -> dict[str, Path]:
@@ -66,7 +88,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
     wherever both speak, and dotted overrides win over both.
 
     Raises:
-        SettingError: an unknown name, or a name missing.
+        SettingError: an unknown name, a name missing, or a file that is no configuration.
     """
     files: dict[str, list[str]] = {kind: [] for kind in _FOLDERS}
     rest: list[str] = []
@@ -75,8 +97,9 @@ def expand(arguments: Sequence[str]) -> list[str]:
         flag, equals, value = word.partition("=")
         kind = flag.removeprefix("--")
         if flag in ("--config", "--preset"):
-            name = value if equals else next(words, "")
-            files[kind].append(f"--config={find(kind, name)}")
+            path = find(kind, value if equals else next(words, ""))
+            _refuse_misfits(read_yaml(path), _HINTS)
+            files[kind].append(f"--config={path}")
         else:
             rest.append(word)
     return [*files["config"], *files["preset"], *rest]
@@ -87,6 +110,7 @@ def make_parser(prog: str = "softdefend train") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         exit_on_error=False,
+        allow_abbrev=False,
         description="Train a robust classifier. Name a protocol (--config) and a recipe (--preset), or give "
         "YAML files; override any setting by its dotted name.",
         epilog=f"protocols: {', '.join(packaged('config'))}; presets: {', '.join(packaged('preset'))}",
@@ -162,13 +186,18 @@ def resolve(arguments: Sequence[str] | dict[str, Any]) -> Experiment:
     parser = make_parser()
     try:
         if isinstance(arguments, dict):
+            _refuse_misfits(arguments, _HINTS)
             parsed = parser.parse_object(arguments)
         else:
             parsed = parser.parse_args(expand(arguments))
-        config = json.loads(parser.dump(parsed, format="json", skip_unset=False))
+    except argparse.ArgumentError as error:
+        raise readable(error, parser) from error
+    config = json.loads(parser.dump(parsed, format="json", skip_unset=False))
+    _refuse_misfits(config, _HINTS)
+    try:
         made = parser.instantiate(parsed)
-    except ArgumentError as error:
-        raise readable(error) from error
+    except SettingError as error:
+        raise _located(error, config) from error
     return Experiment(
         config=config,
         name=made.name,
@@ -194,35 +223,24 @@ def resolve(arguments: Sequence[str] | dict[str, Any]) -> Experiment:
     )
 
 
-_RULES: dict[str, type] = {"label": LabelRule, "objective": Objective, "weight": WeightRule}
+def _located(error: SettingError, config: Mapping[str, Any]) -> SettingError:
+    """The error with its setting's whole name: a ``Schedule`` does not know that it is ``optim.schedule``."""
+    values = {key.replace(".init_args", ""): value for key, value in flatten(config).items()}
+    named = [key for key in values if f".{key}".endswith(f".{error.setting}")]
+    exact = [key for key in named if str(values[key]) == str(error.given).strip("'")]
+    return SettingError((exact or named or [error.setting])[0], error.given, error.accepted)
 
 
-def readable(error: ArgumentError) -> SettingError:
-    """The parser's complaint as one line that names the setting, what was given and what is accepted."""
-    text = " ".join(str(error).split())
-    key = re.search(r'Parser key "([^"]+)"', text)
-    unknown = re.search(r"unrecognized arguments: (.*)|[Oo]ption '([^']+)' is not accepted", text)
-    got = re.search(r"Expected an? (.+?)\. Got value: (.+)$", text)
-    setting = key[1] if key else "command line"
-    if unknown:
-        given = f"unknown setting {unknown[1] or unknown[2]}"
-        return SettingError(setting, given, "the settings that --help lists")
-    if setting in _RULES and "class_path" not in text:
-        given = text.rpartition(": ")[2]
-        return SettingError(
-            setting, given, " or ".join(rules(setting)) + ", or the import path of your own class"
-        )
-    if got:
-        return SettingError(setting, got[2], got[1])
-    return SettingError(setting, text.partition(":")[2].strip() or text, "what --help says of it")
-
-
-def rules(kind: str) -> list[str]:
-    """Names of the rules that stand for ``label``, ``objective`` or ``weight`` in a configuration."""
-    import softdefend
-
-    base = _RULES[kind]
-    members = (getattr(softdefend, name) for name in softdefend.__all__)
-    return sorted(
-        m.__name__ for m in members if isinstance(m, type) and issubclass(m, base) and m is not base
-    )
+def _refuse_misfits(content: Mapping[str, Any], hints: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse what the parser lets through: null for anything, and a section that is not a mapping."""
+    for name, value in content.items():
+        hint, setting = hints.get(name), f"{prefix}{name}"
+        if value is None and hint is not None and type(None) not in get_args(hint):
+            raise SettingError(setting, "null", "a value, as --help says")
+        if not is_dataclass(hint) or (isinstance(value, str) and setting in RULES):
+            continue
+        if not isinstance(value, Mapping):
+            names = ", ".join(field.name for field in fields(hint))
+            raise SettingError(setting, repr(value), f"its settings by name: {names}")
+        inner = value.get("init_args") or {} if "class_path" in value else value
+        _refuse_misfits(inner, get_type_hints(hint), f"{setting}.")

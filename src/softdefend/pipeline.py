@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -98,11 +99,15 @@ def evaluate_run(
     threat: ThreatModel | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Evaluate one checkpoint of a run, unless the same evaluation already lies in its folder."""
-    path = experiment.folder / "evaluation" / f"{which}.json"
+    """Evaluate one checkpoint of a run, unless the same evaluation already lies in its folder.
+
+    Under the trained threat the result is the run's own, ``evaluation/{which}.json``; under another one it
+    is a file beside it, so that reports never mix threats.
+    """
     threat = threat or experiment.recipe.threat
+    name = which + _suffix(threat, experiment.recipe.threat)
     wanted = {**json.loads(json.dumps(asdict(settings))), "norm": threat.norm, "eps": str(threat.eps)}
-    result = _existing(path)
+    result = _existing(experiment.folder, which, name)
     if result is None or result.get("settings") != wanted:
         result = evaluate_checkpoint(
             net,
@@ -112,21 +117,28 @@ def evaluate_run(
             which,
             settings,
             wanted,
+            name=name,
             device=device,
             data_name=bundle.name,
             progress=experiment.progress,
         )
     figures = [f"{name} {100 * figure['rate']:.1f}%" for name, figure in result["attacks"].items()]
     say(
-        f"{which} (epoch {result['epoch']}): clean {100 * result['clean']['rate']:.1f}%  "
-        + "  ".join(figures)
+        f"{name} (epoch {result['epoch']}): clean {100 * result['clean']['rate']:.1f}%  " + "  ".join(figures)
     )
     return result
 
 
-def _existing(path: Path) -> dict[str, Any] | None:
+def _suffix(threat: ThreatModel, trained: ThreatModel) -> str:
+    """Nothing for the trained threat, else the threat in letters that file names may have."""
+    if (threat.norm, float(threat.eps)) == (trained.norm, float(trained.eps)):
+        return ""
+    return f"-{threat.norm}-{re.sub(r'[^0-9.e]+', '_', str(threat.eps))}"
+
+
+def _existing(folder: Path, which: str, name: str) -> dict[str, Any] | None:
     """An evaluation of the weights as they now are, or None."""
-    weights = path.parent.parent / f"{path.stem}.safetensors"
+    path, weights = folder / "evaluation" / f"{name}.json", folder / f"{which}.safetensors"
     try:
         if path.stat().st_mtime_ns < weights.stat().st_mtime_ns:
             return None

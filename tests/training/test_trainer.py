@@ -284,7 +284,10 @@ def test_tensorboard_events_hold_the_metrics_also_after_a_resume(make_trainer):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for epochs in (2, 3):  # a longer run over the same folder continues it
         trainer = make_trainer(
-            Hard(), PGDAT(), optim=OptimSettings(epochs=epochs, batch_size=16), save=SaveSettings(tensorboard=True)
+            Hard(),
+            PGDAT(),
+            optim=OptimSettings(epochs=epochs, batch_size=16),
+            save=SaveSettings(tensorboard=True),
         )
         trainer.fit()
         trainer.folder.close()

@@ -206,7 +206,8 @@ class Evaluator:
     ) -> tuple[Tensor, Tensor]:
         """Adversarial and clean images of one batch; an attack's NaN counts as no change."""
         batch = self.data.take(index)
+        image = batch.image.clone()  # the attack's own: it may write into what it is given
         generator = rng.stream(self.seed, f"evaluate/{attack.name}", step=number, device=batch.image.device)
-        adversarial = attack(forward, batch.image, batch.label, self.threat, generator=generator)
+        adversarial = attack(forward, image, batch.label, self.threat, generator=generator).detach()
         adversarial = torch.where(adversarial.isfinite(), adversarial.float(), batch.image)
         return self.threat.project(batch.image, adversarial), batch.image

@@ -90,6 +90,7 @@ def evaluate_checkpoint(
     settings: EvaluateSettings,
     identity: dict[str, Any],
     *,
+    name: str,
     device: torch.device,
     data_name: str,
     progress: bool = False,
@@ -98,8 +99,8 @@ def evaluate_checkpoint(
 
     ``identity`` is written with the result, to recognise the same evaluation by.
 
-    Writes ``evaluation/{which}.json``, one row a sample in ``evaluation/{which}.parquet`` and, for ``last``,
-    the report's example images.
+    Writes ``evaluation/{name}.json``, one row a sample in ``evaluation/{name}.parquet`` and, for the name
+    ``last``, the report's example images.
 
     Returns:
         What went into the JSON file.
@@ -121,11 +122,11 @@ def evaluate_checkpoint(
         "per_class": _per_class(result, bundle.classes),
         "eps_curve": _curve(net, data, threat, settings, result) if settings.curve_size else [],
     }
-    write_atomic(folder / "evaluation" / f"{which}.parquet", _records(result))
-    if which == "last" and settings.examples:
+    write_atomic(folder / "evaluation" / f"{name}.parquet", _records(result))
+    if name == "last" and settings.examples:
         content = _examples(evaluator, result, settings.examples, bundle.classes)
         write_atomic(folder / "evaluation" / "examples.safetensors", content)
-    write_atomic(folder / "evaluation" / f"{which}.json", json.dumps(report, indent=1).encode())
+    write_atomic(folder / "evaluation" / f"{name}.json", json.dumps(report, indent=1).encode())
     return report
 
 

@@ -71,6 +71,8 @@ def build(
 
 def _bare(settings: NetSettings, num_classes: int, in_channels: int) -> nn.Module:
     name, width = settings.name, settings.width
+    if name not in NAMES and ":" not in name:
+        raise SettingError("net.name", name, f"{', '.join(NAMES)}, timm:NAME or module:function")
     if name == "small_cnn":
         if width is not None and width < 1:
             raise SettingError("net.width", width, "1 or more")
@@ -81,6 +83,4 @@ def _bare(settings: NetSettings, num_classes: int, in_channels: int) -> nn.Modul
         return _RESIDUAL[name](num_classes, in_channels)
     if name.startswith("timm:"):
         return from_timm(name.removeprefix("timm:"), num_classes, in_channels)
-    if ":" in name:
-        return from_user(name, num_classes, in_channels)
-    raise SettingError("net.name", name, f"{', '.join(NAMES)}, timm:NAME or module:function")
+    return from_user(name, num_classes, in_channels)

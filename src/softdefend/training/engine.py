@@ -94,11 +94,12 @@ class Engine:
         self.settings = settings = _resolve(settings, self.device.type == "cuda")
         if settings.capture and self.device.type != "cuda":
             raise SettingError("runtime.capture", f"true on {self.device.type}", "false, or a CUDA device")
-        logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its import touches deprecated names of its own dependencies
             from lightning_fabric import Fabric
 
+            # Its import sets this level itself.
+            logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
             self._fabric = Fabric(
                 accelerator="gpu" if self.device.type == "cuda" else "cpu",
                 devices=[self.device.index] if self.device.type == "cuda" else 1,

@@ -24,7 +24,8 @@ from softdefend.files import write_atomic
 from softdefend.training.checkpoint import CheckpointFolder
 
 # What may change between a run and its continuation without changing a result.
-RESUMABLE = ("folder", "resume", "progress", "save", "report", "evaluate")
+RESUMABLE = ("folder", "resume", "progress", "save", "evaluate")
+_SHOWN = 4  # changed settings that one message names
 
 
 class RunFolder:
@@ -78,11 +79,11 @@ class RunFolder:
             if before.get(key) != now.get(key) and key.split(".")[0] not in RESUMABLE
         )
         if changed:
-            first = changed[0]
-            more = f" (and {', '.join(changed[1:4])})" if changed[1:] else ""
+            shown, rest = changed[:_SHOWN], changed[_SHOWN:]
+            values = [", ".join(repr(tree.get(key)) for key in shown) for tree in (now, before)]
             raise SettingError(
-                first + more,
-                f"{now.get(first)!r} where the run in {self.path} began with {before.get(first)!r}",
+                ", ".join(shown) + (f" and {len(rest)} more" if rest else ""),
+                f"{values[0]} where the run in {self.path} began with {values[1]}",
                 "the settings it began with, or another --folder",
             )
         write_atomic(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
@@ -101,9 +102,10 @@ class RunFolder:
         """
         path, before = self.path / name, None
         try:
-            with open(path, "ab", buffering=0) as file:
+            with open(path, "ab") as file:
                 before = file.tell()
                 file.write(json.dumps(row).encode() + b"\n")
+                file.flush()
                 os.fsync(file.fileno())
                 return file.tell()
         except OSError as error:
@@ -177,7 +179,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "softdefend": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "device": gpu or f"CPU, {torch.get_num_threads()} threads",
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -132,7 +132,7 @@ class Trainer:
         self.train_data = Resident(
             bundle.train,
             device,
-            pad=self.augment.pad,
+            pad=self.augment.margin,
             pad_mode=self.augment.pad_mode,
             channels_last=channels_last,
         )
@@ -195,7 +195,7 @@ class Trainer:
             seed=self.seed,
             epoch=self.epoch,
             augment=self.augment.kind,
-            pad=self.augment.pad,
+            pad=self.augment.margin,
             device=self.engine.device,
         )
         with tqdm(
@@ -306,7 +306,7 @@ class Trainer:
 
         folder = str(self.folder.path / "tensorboard")
         # purge_step: what an earlier, killed process wrote beyond its last checkpoint is taken back.
-        with SummaryWriter(folder, purge_step=row["epoch"]) as writer:  # type: ignore[no-untyped-call]
+        with SummaryWriter(folder, purge_step=row["epoch"]) as writer:
             for name, value in row.items():
                 if isinstance(value, float):
                     writer.add_scalar(name, value, row["epoch"])
