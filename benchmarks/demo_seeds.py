@@ -41,7 +41,9 @@ def figures(folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Train every seed with both recipes and write what came out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--noise-rate", type=float, default=0.3)
     parser.add_argument("--folder", type=Path, default=Path("runs/demo_seeds"))
@@ -53,7 +55,15 @@ def main() -> int:
     runs: list[dict[str, Any]] = []
     for seed in args.seeds:
         started = time.time()
-        words = ["--config", "digits_demo", "--data.split_seed", str(seed), "--data.noise_seed", str(seed), *noise]
+        words = [
+            "--config",
+            "digits_demo",
+            "--data.split_seed",
+            str(seed),
+            "--data.noise_seed",
+            str(seed),
+            *noise,
+        ]
         folder = args.folder / f"noise{args.noise_rate:g}"
         pipeline.compare(words, PRESETS, [seed], folder)
         pair = {preset: figures(folder / f"{preset}-seed{seed}") for preset in PRESETS}
@@ -72,7 +82,9 @@ def main() -> int:
         "mean_best_minus_last": {
             preset: round(mean(run[preset]["best_minus_last"] for run in runs), 2) for preset in PRESETS
         },
-        "mean_last_clean": {preset: round(mean(run[preset]["last"]["clean"] for run in runs), 2) for preset in PRESETS},
+        "mean_last_clean": {
+            preset: round(mean(run[preset]["last"]["clean"] for run in runs), 2) for preset in PRESETS
+        },
         "mean_last_pgd-20": {
             preset: round(mean(run[preset]["last"]["pgd-20"] for run in runs), 2) for preset in PRESETS
         },

@@ -18,30 +18,16 @@ from pathlib import Path
 
 EXPECTED = {"pgd-at": {"clean": 77.5, "pgd-20": 46.5}, "sglr-reference": {"clean": 74.9, "pgd-20": 47.8}}
 
+ENVIRONMENT = ("softdefend", "commit", "torch", "python", "device", "started")
+
 
 def launch(preset: str, args: argparse.Namespace) -> subprocess.Popen[bytes]:
     """One training run as a process of its own, its output in a log file."""
     folder = args.folder / f"{preset}-seed{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "softdefend",
-        "train",
-        "--config",
-        "cifar10_resnet18_short",
-        "--preset",
-        preset,
-    ]
-    command += [
-        "--data.source",
-        str(args.data),
-        "--seed",
-        str(args.seed),
-        "--folder",
-        str(folder),
-        *args.rest,
-    ]
+    command = [sys.executable, "-m", "softdefend", "train", "--config", "cifar10_resnet18_short"]
+    command += ["--preset", preset, "--seed", str(args.seed), "--folder", str(folder)]
+    command += ["--data.source", str(args.data), "--data.name", args.data_name, *args.rest]
     with open(folder / "log.txt", "ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
@@ -71,7 +57,8 @@ def summary(preset: str, args: argparse.Namespace) -> dict[str, object]:
     expected = EXPECTED.get(preset, {})
     row["expected_last"] = expected
     row["last_minus_expected"] = {name: round(last[name] - value, 2) for name, value in expected.items()}
-    row["environment"] = json.loads((folder / "environment.json").read_text())
+    environment = json.loads((folder / "environment.json").read_text())
+    row["environment"] = {name: environment[name] for name in ENVIRONMENT}
     row["curve"] = rows
     return row
 
@@ -86,10 +73,11 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/short"))
     parser.add_argument("--presets", nargs="+", default=["pgd-at", "sglr-reference"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--summary-only", action="store_true", help="the runs are finished: only collect")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/short_schedule.json"))
     args, args.rest = parser.parse_known_args()
     started = time.time()
-    processes = {preset: launch(preset, args) for preset in args.presets}
+    processes = {} if args.summary_only else {preset: launch(preset, args) for preset in args.presets}
     codes = {preset: process.wait() for preset, process in processes.items()}
     failed = [preset for preset, code in codes.items() if code]
     for preset in failed:
@@ -98,8 +86,8 @@ def main() -> int:
     results = {
         "data": args.data_name,
         "protocol": "cifar10_resnet18_short",
-        "runs_at_once": len(processes),
-        "wall_seconds_this_call": round(time.time() - started, 1),
+        "runs_at_once_on_the_gpu": len(args.presets),
+        "wall_seconds_of_the_last_call": round(time.time() - started, 1) if processes else None,
         "runs": [summary(preset, args) for preset in args.presets if preset not in failed],
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
