@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,12 @@ from softdefend.threat import Budget, ThreatModel
 from softdefend.training import OptimSettings, Recipe, RuntimeSettings, SaveSettings, Trainer
 from softdefend.training.trainer import ValidateSettings
 from tiny import K
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests of the CPU run on the CPU also where there is a GPU; ``-m gpu`` is for the others."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

@@ -240,6 +240,7 @@ def test_compare_keeps_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFi
     folder = tmp_path / "all"
     presets, seeds = ["pgd-at", "sglr-reference"], ["0", "1"]
     words = ["compare", *SMALL, "--presets", *presets, "--folder", str(folder), "--optim.epochs", "1"]
+    words += ["--evaluate.curve_size", "0", "--evaluate.attacks", "[fgsm]"]
     done([*words, "--seeds", "0"], capsys)
     weights = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     assert len(weights) == 2 * 3
@@ -293,8 +294,13 @@ def test_data_is_prepared_and_described(tmp_path: Path, capsys: pytest.CaptureFi
 # --- configuration, help and completion ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protocol", packaged("config"))
-@pytest.mark.parametrize("preset", packaged("preset"))
+@pytest.mark.parametrize(
+    ("protocol", "preset"),
+    [
+        *(("digits_demo", preset) for preset in packaged("preset")),
+        *((p, "trades-sglr") for p in packaged("config")),
+    ],
+)
 def test_printed_configuration_feeds_back(
     protocol: str, preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

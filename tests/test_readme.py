@@ -1,0 +1,66 @@
+"""What README shows works as it stands."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from softdefend.__main__ import COMMANDS
+from softdefend.config import resolve
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line[1:] for line in words if line and line[0] == "softdefend"]
+
+
+def test_the_python_example_runs_and_shows_a_result(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("python")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 12
+    exec(compile(example, "README.md", "exec"), {})
+    assert "pgd-20" in capsys.readouterr().out
+    assert (tmp_path / "runs/mine/last.safetensors").is_file()
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_names_a_real_command_and_its_settings_resolve(words):
+    assert words[0] in COMMANDS
+    if words[0] == "train":
+        resolve(words[1:])
+
+
+def test_the_two_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test"):
+        assert f"make {target}" in README
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+def test_ci_runs_readmes_test_command():
+    assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("make test")
+
+
+def test_every_linked_file_exists():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_results_table_is_what_the_result_files_say():
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
+    results = (ROOT / "docs" / "results.md").read_text()
+    assert tables["short_schedule"]() in README
+    for table in (tables["short_schedule"](), tables["demo"](), tables["demo"]("demo_seeds_clean")):
+        assert table in results
