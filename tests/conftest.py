@@ -21,6 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Tests of the CPU run on the CPU also where there is a GPU; ``-m gpu`` is for the others."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)  # the tensors are tiny: a second thread costs more than it brings
 
 
 @pytest.fixture(scope="session")
