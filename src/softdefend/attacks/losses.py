@@ -15,6 +15,9 @@ AttackLoss = Callable[[Tensor], Tensor]
 """Maps logits [b, k] to a loss [b]."""
 LossName = Literal["ce", "margin", "kl"]
 
+_NO_GAP = 1e-12
+"""Keeps a ratio of logits finite where they are all equal; the reference's value."""
+
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of each sample, [b].
@@ -37,6 +40,43 @@ def margin(logits: Tensor, target: Tensor) -> Tensor:
     label = target if target.ndim == 1 else target.argmax(dim=1)
     true = F.one_hot(label, logits.shape[1]).bool()
     return logits.masked_fill(true, -torch.inf).amax(dim=1) - logits.masked_fill(~true, 0).sum(dim=1)
+
+
+def dlr(logits: Tensor, target: Tensor) -> Tensor:
+    """Difference-of-logits ratio of each sample, [b]: the margin over the gap between the largest and the
+    third logit, so that it does not change when logits are scaled or shifted (Croce & Hein, arXiv
+    2003.01690, eq. 6). Positive where the network is wrong. With two classes there is no third logit: the
+    bare :func:`margin`.
+
+    Args:
+        logits: [b, k], k >= 2.
+        target: labels [b] int64, or probabilities [b, k], of which the largest names the class.
+    """
+    if logits.shape[1] < 3:
+        return margin(logits, target)
+    label = target if target.ndim == 1 else target.argmax(dim=1)
+    top, order = logits.topk(3, dim=1)
+    other = torch.where(order[:, 0] == label, top[:, 1], top[:, 0])
+    true = logits.gather(1, label[:, None]).squeeze(1)
+    return (other - true) / (top[:, 0] - top[:, 2] + _NO_GAP)
+
+
+def targeted_dlr(logits: Tensor, label: Tensor, aim: Tensor) -> Tensor:
+    """Difference-of-logits ratio towards one wrong class, [b]: that class's logit minus the true one, over
+    the gap between the largest logit and the mean of the third and fourth (Croce & Hein, arXiv 2003.01690,
+    eq. 7). With fewer than four classes there is no fourth logit: the bare difference.
+
+    Args:
+        logits: [b, k], k >= 2.
+        label: [b] int64.
+        aim: the class to reach, [b] int64.
+    """
+    pair = logits.gather(1, torch.stack([aim, label], dim=1))
+    difference = pair[:, 0] - pair[:, 1]
+    if logits.shape[1] < 4:
+        return difference
+    top = logits.topk(4, dim=1).values
+    return difference / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + _NO_GAP)
 
 
 def kl_from(clean_logits: Tensor) -> AttackLoss:
