@@ -69,7 +69,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
         if which not in pipeline.WHICH:
             raise SettingError("--which", repr(which), " or ".join(pipeline.WHICH))
     for folder in map(Path, given.run):
-        experiment = pipeline.open_run(folder)[0]
+        experiment = pipeline.open_run(folder)
         trained, settings = experiment.recipe.threat, experiment.evaluate
         eps = trained.eps if given.eps is None else given.eps
         threat = ThreatModel(given.norm or trained.norm, eps)
@@ -82,7 +82,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
             seed=given.seed,
         )
         print(folder)
-        pipeline.evaluate(folder, given.which, chosen, device=given.device, threat=threat)
+        pipeline.evaluate(experiment, given.which, chosen, threat, device=given.device)
 
 
 def _compare_parser() -> argparse.ArgumentParser:

@@ -148,8 +148,8 @@ def _existing(folder: Path, which: str, name: str) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def open_run(folder: Path) -> tuple[Experiment, DataBundle, nn.Module]:
-    """The experiment, data and (untrained) network of a run that the command line trained.
+def open_run(folder: Path) -> Experiment:
+    """The experiment of a run that the command line trained; reads its configuration only.
 
     Raises:
         SettingError: no such run, or one trained from Python with a network of its own.
@@ -162,36 +162,35 @@ def open_run(folder: Path) -> tuple[Experiment, DataBundle, nn.Module]:
         raise SettingError(
             "run", f"{folder}, trained from Python", "evaluate it there: softdefend.evaluate(net, ...)"
         )
-    experiment = replace(resolve(config), folder=folder)
-    bundle = load(experiment.data)
-    return experiment, bundle, make_net(experiment, bundle)
+    return replace(resolve(config), folder=folder)
 
 
 def evaluate(
-    folder: Path,
+    experiment: Experiment,
     which: Sequence[str],
-    settings: EvaluateSettings | None,
+    settings: EvaluateSettings,
+    threat: ThreatModel,
     *,
     device: str = "auto",
-    threat: ThreatModel | None = None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Evaluate checkpoints of a run on its test images and renew its report."""
-    experiment, bundle, net = open_run(folder)
+    bundle = load(experiment.data)
+    net = make_net(experiment, bundle)
     results = [
         evaluate_run(
             experiment,
             bundle,
             net,
             name,
-            settings or experiment.evaluate,
+            settings,
             device=resolve_device(device),
             threat=threat,
             say=say,
         )
         for name in which
     ]
-    write_report([read_run(folder)], folder / "report.html")
+    write_report([read_run(experiment.folder)], experiment.folder / "report.html")
     return results
 
 
