@@ -19,28 +19,19 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from collect import environment, figures
 from softdefend import pipeline
 
 PRESETS = ("pgd-at", "sglr-reference")
-ENVIRONMENT = ("softdefend", "commit", "torch", "python", "device", "started")
 
 
-def figures(folder: Path) -> dict[str, Any]:
-    """Clean and PGD-20 accuracy in percent at best and last, and what training saw."""
-    row: dict[str, Any] = {}
-    for which in ("best", "last"):
-        result = json.loads((folder / "evaluation" / f"{which}.json").read_text())
-        row[which] = {
-            "epoch": result["epoch"],
-            "clean": round(100 * result["clean"]["rate"], 2),
-            "pgd-20": round(100 * result["attacks"]["pgd-20"]["rate"], 2),
-            "n": result["n"],
-        }
+def measured(folder: Path) -> dict[str, Any]:
+    """Figures of one finished run, and what training saw."""
+    row = figures(folder)
     row["best_minus_last"] = round(row["best"]["pgd-20"] - row["last"]["pgd-20"], 2)
     final = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     row["train_robust_last"] = round(100 * final["train_robust"], 2)
-    environment = json.loads((folder / "environment.json").read_text())
-    row["environment"] = {name: environment[name] for name in ENVIRONMENT}
+    row["environment"] = environment(folder)
     return row
 
 
@@ -60,7 +51,7 @@ def one(seed: int, noise_rate: float, folder: Path) -> dict[str, Any]:
         *noise,
     ]
     pipeline.compare(words, PRESETS, [seed], folder)
-    pair = {preset: figures(folder / f"{preset}-seed{seed}") for preset in PRESETS}
+    pair = {preset: measured(folder / f"{preset}-seed{seed}") for preset in PRESETS}
     at, sglr = (pair[preset] for preset in PRESETS)
     gain = round(sglr["last"]["pgd-20"] - at["last"]["pgd-20"], 2)
     return {

@@ -15,10 +15,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+from collect import environment, figures
 
 EXPECTED = {"pgd-at": {"clean": 77.5, "pgd-20": 46.5}, "sglr-reference": {"clean": 74.9, "pgd-20": 47.8}}
-
-ENVIRONMENT = ("softdefend", "commit", "torch", "python", "device", "started")
 
 
 def launch(preset: str, args: argparse.Namespace) -> subprocess.Popen[bytes]:
@@ -32,33 +33,25 @@ def launch(preset: str, args: argparse.Namespace) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
-def summary(preset: str, args: argparse.Namespace) -> dict[str, object]:
+def summary(preset: str, args: argparse.Namespace) -> dict[str, Any]:
     """Figures of one finished run, with its curve and what it was expected to reach."""
     folder = args.folder / f"{preset}-seed{args.seed}"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = {
         r["epoch"]: r["seconds"] for r in map(json.loads, (folder / "timing.jsonl").read_text().splitlines())
     }
-    row: dict[str, object] = {
+    row: dict[str, Any] = {
         "recipe": preset,
         "seed": args.seed,
         "seconds_training": round(sum(seconds.values()), 1),
     }
     row["seconds_per_epoch_median"] = round(sorted(seconds.values())[len(seconds) // 2], 2)
-    for which in ("best", "last"):
-        result = json.loads((folder / "evaluation" / f"{which}.json").read_text())
-        row[which] = {
-            "epoch": result["epoch"],
-            "clean": round(100 * result["clean"]["rate"], 2),
-            "pgd-20": round(100 * result["attacks"]["pgd-20"]["rate"], 2),
-            "n": result["n"],
-        }
-    last: dict[str, float] = row["last"]  # type: ignore[assignment]
+    row |= figures(folder)
+    last = row["last"]
     expected = EXPECTED.get(preset, {})
     row["expected_last"] = expected
     row["last_minus_expected"] = {name: round(last[name] - value, 2) for name, value in expected.items()}
-    environment = json.loads((folder / "environment.json").read_text())
-    row["environment"] = {name: environment[name] for name in ENVIRONMENT}
+    row["environment"] = environment(folder)
     row["curve"] = rows
     return row
 
