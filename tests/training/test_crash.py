@@ -16,14 +16,17 @@ from softdefend.training import checkpoint
 KILLS = 20
 
 # Imports once, then forks: every training is a process of its own that dies by a real SIGKILL, and the twenty
-# restarts do not pay for twenty imports of torch.
+# restarts do not pay for twenty imports of torch. A kill waits for the run to have come a given way, never for
+# a time: a fast machine must not finish before the last kill, nor a slow one fail to get anywhere.
 NURSERY = """
 import json, os, random, signal, sys, time
+from pathlib import Path
 import lightning_fabric
 from softdefend.__main__ import main
 
-arguments, kills, seed = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+arguments, kills, seed, epochs = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 draw = random.Random(seed)
+metrics = Path(arguments[-1]) / "metrics.jsonl"
 
 def start():
     pid = os.fork()
@@ -31,19 +34,25 @@ def start():
         os._exit(main(arguments))
     return pid
 
+def rows():
+    return metrics.read_bytes().count(b"\\n") if metrics.exists() else 0
+
 killed = 0
-for _ in range(kills):
+for target in sorted(draw.randrange(epochs // 2) for _ in range(kills)):
     pid = start()
-    time.sleep(draw.uniform(0.2, 1.2))
-    if os.waitpid(pid, os.WNOHANG) == (0, 0):
-        os.kill(pid, signal.SIGKILL)
-        killed += os.waitpid(pid, 0)[1] == signal.SIGKILL
+    time.sleep(draw.uniform(0, 0.05))
+    while rows() < target and os.waitpid(pid, os.WNOHANG) == (0, 0):
+        time.sleep(0.002)
+    time.sleep(draw.uniform(0, 0.05))
+    os.kill(pid, signal.SIGKILL)
+    killed += os.waitpid(pid, 0)[1] == signal.SIGKILL
 print("killed", killed)
 status = os.waitpid(start(), 0)[1]
 sys.exit(os.waitstatus_to_exitcode(status))
 """
 
-RUN = """--config digits_demo --preset sglr-ema --data.train_size 96 --data.validation 48 --optim.epochs 60
+EPOCHS = 60
+RUN = f"""--config digits_demo --preset sglr-ema --data.train_size 96 --data.validation 48 --optim.epochs {EPOCHS}
 --optim.batch_size 32 --net.width 8 --attack.steps 2 --label.start 0.2 --validate.test_size 0
 --save.every_steps 2 --evaluate.size 32 --evaluate.curve_size 0 --runtime.threads 1 --progress false"""
 
@@ -51,7 +60,7 @@ RUN = """--config digits_demo --preset sglr-ema --data.train_size 96 --data.vali
 def nursery(folder: Path, kills: int) -> subprocess.CompletedProcess[str]:
     arguments = json.dumps(["train", *RUN.split(), "--folder", str(folder)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", NURSERY, arguments, str(kills), "7"]
+    command = [sys.executable, "-c", NURSERY, arguments, str(kills), "7", str(EPOCHS)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
 
 
@@ -82,4 +91,4 @@ def test_twenty_kills_leave_no_trace(tmp_path):
     assert_same(first, second)
     for name in ("metrics.jsonl", "best.safetensors", "last.safetensors", "evaluation/last.parquet"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
-    assert len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()) == 60
+    assert len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()) == EPOCHS
