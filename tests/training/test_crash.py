@@ -16,7 +16,7 @@ from softdefend.training import checkpoint
 KILLS = 20
 
 # Imports once, then forks: every training is a process of its own that dies by a real SIGKILL, and the twenty
-# restarts do not pay for twenty imports of torch. A kill waits for the run to have come a given way, never for
+# restarts do not pay for twenty imports of torch. A kill waits until the run has come a given way, not for
 # a time: a fast machine must not finish before the last kill, nor a slow one fail to get anywhere.
 NURSERY = """
 import json, os, random, signal, sys, time
@@ -52,9 +52,9 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 EPOCHS = 60
-RUN = f"""--config digits_demo --preset sglr-ema --data.train_size 96 --data.validation 48 --optim.epochs {EPOCHS}
---optim.batch_size 32 --net.width 8 --attack.steps 2 --label.start 0.2 --validate.test_size 0
---save.every_steps 2 --evaluate.size 32 --evaluate.curve_size 0 --runtime.threads 1 --progress false"""
+RUN = f"""--config digits_demo --preset sglr-ema --data.train_size 96 --data.validation 48
+--optim.epochs {EPOCHS} --optim.batch_size 32 --net.width 8 --attack.steps 2 --label.start 0.2
+--validate.test_size 0 --save.every_steps 2 --evaluate.size 32 --evaluate.curve_size 0 --runtime.threads 1 --progress false"""
 
 
 def nursery(folder: Path, kills: int) -> subprocess.CompletedProcess[str]:
