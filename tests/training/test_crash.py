@@ -54,7 +54,8 @@ sys.exit(os.waitstatus_to_exitcode(status))
 EPOCHS = 60
 RUN = f"""--config digits_demo --preset sglr-ema --data.train_size 96 --data.validation 48
 --optim.epochs {EPOCHS} --optim.batch_size 32 --net.width 8 --attack.steps 2 --label.start 0.2
---validate.test_size 0 --save.every_steps 2 --evaluate.size 32 --evaluate.curve_size 0 --runtime.threads 1 --progress false"""
+--validate.test_size 0 --save.every_steps 2 --evaluate.size 32 --evaluate.curve_size 0
+--runtime.threads 1 --progress false"""
 
 
 def nursery(folder: Path, kills: int) -> subprocess.CompletedProcess[str]:
