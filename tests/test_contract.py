@@ -18,9 +18,10 @@ import softdefend
 from softdefend.complaints import RULES, rules
 from softdefend.config import packaged, resolve
 from softdefend.data import Batch
-from softdefend.labels import Predictions, RunInfo
+from softdefend.labels import Predictions
 from softdefend.modes import attacked
 from softdefend.rng import stream
+from softdefend.rule import RunInfo
 from tiny import K, Killed
 
 ROOT = Path(__file__).parent.parent
@@ -100,29 +101,44 @@ def test_training_learns_and_reports_what_it_measured(make_trainer, label, objec
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("label", LABELS)
 def test_targets_are_distributions_and_gradients_flow_where_they_should(make_net, label, objective):
-    chosen, goal = rule(label), rule(objective)
     labels = torch.arange(20) % K
-    chosen.setup(RunInfo(labels, K, epochs=10))
     index = torch.tensor([4, 1, 9, 16, 7, 0])
-    image = torch.rand(6, 1, 6, 6, generator=stream(0, "x"))
-    batch = Batch(index, image, labels[index])
-    for phase in dict.fromkeys(chosen.phase(epoch) for epoch in range(10)):
-        net = make_net().train()
-        attack_target = chosen.attack_target(batch, phase)
-        assert attack_target.shape in ((6,), (6, K))
-        assert not attack_target.requires_grad
+    views = rule(objective).views
+    image = torch.rand(6 * views, 1, 6, 6, generator=stream(0, "x"))
+    batch, first = Batch(index, image, labels[index]), Batch(index, image[:6], labels[index])
+    adversarial = image + 0.01
+    epochs_of_phases = {}
+    for epoch in range(10):
+        chosen, goal, net = rule(label), rule(objective), make_net().train()
+        for part in (chosen, goal):
+            part.setup(RunInfo(labels, K, 10, net))
+        epochs_of_phases[chosen.phase(epoch), goal.phase(epoch)] = epoch
+    for epoch in epochs_of_phases.values():
+        chosen, goal, net = rule(label), rule(objective), make_net().train()
+        for part in (chosen, goal):
+            part.setup(RunInfo(labels, K, 10, net))
+            part.advance(epoch + 0.5)
+        phase = chosen.phase(epoch)
+        away_from = chosen.attack_target(first, phase)
+        assert away_from.shape in ((6,), (6, K))
+        assert not away_from.requires_grad
+        away_from = away_from.repeat(views, *[1] * (away_from.ndim - 1))
         with attacked(net, "eval"):
-            loss = goal.inner_loss(net, image, attack_target)(net(image + 0.01))
-            assert loss.shape == (6,)
+            loss = goal.inner_loss(net, batch, away_from)(net(adversarial))
+            assert loss.shape == (6 * views,)
         assert all(p.grad is None for p in net.parameters())
-        seen = goal.predict(net, image, image + 0.01)
+        seen = goal.predict(net, image, adversarial)
         clean = seen.clean if seen.clean is not None else net(image)
-        target = chosen.target(batch, Predictions(seen.adversarial.detach(), clean.detach()), phase)
+        everything = Predictions(seen.adversarial, clean).detach().first(6)
+        supervision = chosen.supervise(first, adversarial[:6], everything, phase)
+        target = supervision.target
         assert target.shape == (6, K)
         assert not target.requires_grad
         assert (target >= 0).all()
         torch.testing.assert_close(target.sum(1), torch.ones(6))
-        total = goal.outer_loss(seen, target)
+        if supervision.weight is not None:
+            assert supervision.weight.mean().item() == pytest.approx(1, abs=1e-5)
+        total = goal.outer_loss(seen, batch, supervision)
         assert total.shape == ()
         total.backward()
         assert all(

@@ -1,8 +1,33 @@
 """Constants and helpers that several test rooms share."""
 
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from softdefend.data import Batch
+from softdefend.labels import Supervision
+from softdefend.rule import RunInfo
+
 K = 4
 """Classes of the small data set in conftest.py."""
 
 
 class Killed(BaseException):
     """Stands for SIGKILL where a process of its own would be too slow."""
+
+
+def about(net: nn.Module, labels: Tensor | None = None, epochs: int = 10) -> RunInfo:
+    """A run of ``net`` on samples of K classes in turn, unless labels are given."""
+    return RunInfo(torch.arange(20) % K if labels is None else labels, K, epochs, net)
+
+
+def believed(target: Tensor, label: Tensor | None = None) -> Supervision:
+    """What a rule says that wants ``target`` [b, k] and nothing else."""
+    return Supervision(target.argmax(1) if label is None else label, target)
+
+
+def batch_of(image: Tensor, label: Tensor | None = None) -> Batch:
+    """The first samples of the training set."""
+    index = torch.arange(len(image))
+    return Batch(index, image, index % K if label is None else label)

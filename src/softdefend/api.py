@@ -17,6 +17,7 @@ from softdefend.labels import BNMode, Hard, LabelRule
 from softdefend.models import check_logits
 from softdefend.objectives import PGDAT, Objective
 from softdefend.report import RunRecord, read_run
+from softdefend.rule import Rule
 from softdefend.threat import Budget, ThreatModel
 from softdefend.training import (
     OptimSettings,
@@ -159,5 +160,5 @@ def plain(value: Any) -> Any:
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     kind = type(value)
-    arguments = {k: plain(v) for k, v in vars(value).items() if isinstance(v, (str, int, float, bool))}
+    arguments = {k: plain(v) for k, v in vars(value).items() if isinstance(v, (str, int, float, bool, Rule))}
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}

@@ -11,12 +11,13 @@ from torch import nn
 from softdefend.attacks import PGD
 from softdefend.data import Batch, Resident, Split
 from softdefend.errors import SettingError
-from softdefend.labels import SGLR, Hard, Predictions, RunInfo
+from softdefend.labels import SGLR, Hard, Predictions
 from softdefend.objectives import PGDAT
 from softdefend.rng import stream
+from softdefend.rule import RunInfo
 from softdefend.threat import Budget, ThreatModel
 from softdefend.training import Engine, OptimSettings, Recipe, RuntimeSettings
-from softdefend.training.step import TrainStep, make_optimiser
+from softdefend.training.step import Phase, TrainStep, make_optimiser
 
 N, K = 12, 5
 LABELS = torch.arange(N) % K
@@ -194,7 +195,7 @@ def test_one_step_equals_the_reference_rule_rederived_in_float64():
     )
     index = torch.tensor([3, 0, 7, 11, 5])
     plan = torch.stack([index, *torch.zeros(3, 5, dtype=torch.long)], dim=1)
-    step(plan, "refined", key=1)
+    step(plan, Phase("refined", "fixed", "fixed"), key=1)
 
     x, y = images[index].double(), LABELS[index]
     adversarial = x.clone()

@@ -5,13 +5,14 @@ from torch import nn
 
 from softdefend.errors import SettingError
 from softdefend.weights import EMA, Plain
+from tiny import about
 
 
 def test_average_follows_the_warmed_up_recursion_in_plain_python():
     """First update copies; then w <- d w + (1 - d) v with d = min(decay, (1 + t) / (10 + t))."""
     net = nn.Linear(2, 1, bias=False)
     rule = EMA(decay=0.6)
-    rule.setup(net)
+    rule.setup(about(net))
     expected = None
     for t, value in enumerate([1.0, 3.0, -2.0, 5.0, 0.5, 4.0]):
         nn.init.constant_(net.weight, value)
@@ -25,7 +26,7 @@ def test_average_follows_the_warmed_up_recursion_in_plain_python():
 def test_batch_statistics_are_the_live_networks():
     net = nn.Sequential(nn.BatchNorm1d(3))
     rule = EMA()
-    rule.setup(net)
+    rule.setup(about(net))
     for seed in range(3):
         torch.manual_seed(seed)
         net(torch.randn(8, 3))
@@ -42,7 +43,7 @@ def test_impossible_decay_is_refused(decay):
 
 def test_the_plain_rule_predicts_with_the_trained_network_itself():
     net, rule = nn.Linear(2, 1), Plain()
-    rule.setup(net)
+    rule.setup(about(net))
     rule.after_step()
     assert rule.prediction is net
     assert rule.state_dict() == {}

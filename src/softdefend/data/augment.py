@@ -44,9 +44,17 @@ class AugmentSettings:
 
 
 def epoch_plan(
-    n: int, *, seed: int, epoch: int, augment: str, pad: int, device: torch.device | str = "cpu"
+    n: int,
+    *,
+    seed: int,
+    epoch: int,
+    augment: str,
+    pad: int,
+    device: torch.device | str = "cpu",
+    views: int = 1,
 ) -> Tensor:
-    """The order and the augmentation of one epoch, [n, 4] int64 rows of (index, top, left, flip).
+    """The order and the augmentation of one epoch, [n, 1 + 3 views] int64 rows of (index, top, left, flip,
+    and as many more (top, left, flip) as there are further views).
 
     A row says: take image ``index``, pad it by ``pad`` pixels on each side, cut out a window of the original
     size that starts at (``top``, ``left``) in the padded image, and mirror it left-right if ``flip`` is 1.
@@ -62,15 +70,19 @@ def epoch_plan(
         augment: ``none``, ``flip``, ``crop`` or ``crop-flip``.
         pad: padding in pixels, >= 0; must be the one that the :class:`Resident` split was made with.
         device: where the plan is used.
+        views: independent augmentations of each image, >= 1; the first is the same for any number.
     """
     if augment not in get_args(Augment):
         raise SettingError("augment.kind", augment, " or ".join(get_args(Augment)))
     order = torch.randperm(n, generator=stream(seed, "order", epoch))
-    draws = stream(seed, "augment", epoch)
-    flip = torch.randint(0, 2, (n, 1), generator=draws)
-    offsets = torch.randint(0, 2 * pad + 1, (n, 2), generator=draws)
-    if "crop" not in augment:
-        offsets.fill_(pad)
-    if "flip" not in augment:
-        flip.zero_()
-    return torch.cat([order[:, None], offsets, flip], dim=1).to(device)
+    columns = [order[:, None]]
+    for view in range(views):
+        draws = stream(seed, f"augment/{view}" if view else "augment", epoch)
+        flip = torch.randint(0, 2, (n, 1), generator=draws)
+        offsets = torch.randint(0, 2 * pad + 1, (n, 2), generator=draws)
+        if "crop" not in augment:
+            offsets.fill_(pad)
+        if "flip" not in augment:
+            flip.zero_()
+        columns += [offsets, flip]
+    return torch.cat(columns, dim=1).to(device)

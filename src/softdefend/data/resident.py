@@ -53,10 +53,11 @@ class Resident:
         self._columns = torch.arange(w, device=device)
         self._channels = torch.arange(c, device=device)
 
-    def batch(self, plan_rows: Tensor) -> Batch:
-        """The augmented batch for [b, 4] int64 rows of :func:`epoch_plan`, on the device."""
+    def batch(self, plan_rows: Tensor, view: int = 0) -> Batch:
+        """One view of the augmented batch for [b, 1 + 3 v] int64 rows of :func:`epoch_plan`."""
         _, h, w = self.image_shape
-        index, top, left, flip = plan_rows.unbind(dim=1)
+        index = plan_rows[:, 0]
+        top, left, flip = plan_rows[:, 1 + 3 * view : 4 + 3 * view].unbind(dim=1)
         x = torch.where(flip[:, None] == 1, w - 1 - self._columns, self._columns)  # [b, w]
         x = x + left[:, None] - self._pad
         y = self._rows + top[:, None] - self._pad  # [b, h]

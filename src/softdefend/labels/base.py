@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from softdefend.attacks.losses import cross_entropy
+from softdefend.rule import Rule, RunInfo
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
@@ -16,18 +18,6 @@ if TYPE_CHECKING:
 BNMode = Literal["train", "batch", "eval"]
 """How batch normalisation behaves in a forward: ``train`` uses the batch's statistics and updates the
 running ones, ``batch`` uses the batch's and leaves the running ones, ``eval`` uses the running ones."""
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """What a rule may know about the run before it starts."""
-
-    labels: Tensor
-    """[n] int64 on the device: the training labels as given, by index."""
-    k: int
-    """Number of classes."""
-    epochs: int
-    """Length of the run."""
 
 
 @dataclass(frozen=True)
@@ -43,27 +33,82 @@ class Predictions:
             self.adversarial.detach().float(), None if self.clean is None else self.clean.detach().float()
         )
 
+    def first(self, size: int) -> Predictions:
+        """Those of the first ``size`` images."""
+        return Predictions(self.adversarial[:size], None if self.clean is None else self.clean[:size])
 
-class LabelRule(ABC):
+
+@dataclass(frozen=True)
+class SoftTerm:
+    """One part of a label loss that softens the logits too, as distillation does."""
+
+    target: Tensor
+    """[b, k], rows summing to one."""
+    coefficient: float
+    """Weight of the part."""
+    temperature: float = 1.0
+    """Divides the logits; the part is multiplied by its square, which keeps its gradient's scale."""
+
+    def cross_entropy(self, logits: Tensor) -> Tensor:
+        """c T^2 CE(f / T, target), [b]."""
+        value = cross_entropy(logits / self.temperature, self.target)
+        return self.coefficient * self.temperature**2 * value
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What a label rule says of a batch, and how the objectives charge for departing from it."""
+
+    label: Tensor
+    """[b] int64: the labels as given."""
+    target: Tensor
+    """[b, k], rows summing to one, without gradient: what is believed."""
+    weight: Tensor | None = None
+    """[b], mean one: how much each sample counts in the label loss; all the same when None."""
+    terms: tuple[SoftTerm, ...] = ()
+    """The label loss where it is more than the cross-entropy with ``target``."""
+
+    def cross_entropy(self, logits: Tensor) -> Tensor:
+        """The label loss of each sample, [b], for logits [b, k]: where an objective's paper has CE(f, y)."""
+        logits = logits.float()
+        if self.terms:
+            value = sum(
+                (term.cross_entropy(logits) for term in self.terms[1:]), self.terms[0].cross_entropy(logits)
+            )
+        else:
+            value = cross_entropy(logits, self.target)
+        return value if self.weight is None else self.weight * value
+
+    def repeat(self, times: int) -> Supervision:
+        """The same for ``times`` views of the batch, one after the other."""
+        if times == 1:
+            return self
+        return Supervision(
+            self.label.repeat(times),
+            self.target.repeat(times, 1),
+            None if self.weight is None else self.weight.repeat(times),
+            tuple(replace(term, target=term.target.repeat(times, 1)) for term in self.terms),
+        )
+
+
+class LabelRule(Rule, ABC):
     """Turns a batch and the network's predictions into targets [b, k].
 
-    Everything that changes over epochs is a ``phase``: within a phase the rule does the same tensor
-    operations at every step, reads nothing back to the host and has no data-dependent branch, so that a
-    step can be captured once per phase.
+    Where an objective trains on several views of each image, a rule sees the first.
     """
 
     clean_bn: BNMode = "train"
     """How a clean forward that only this rule asks for treats batch normalisation."""
 
+    extra_units: ClassVar[float] = 0.0
+    """Forward units a step that the rule adds, besides a clean forward asked for by :meth:`needs_clean`. A
+    unit is one forward of a batch; a gradient with respect to images, or to weights, is one more."""
+
     k: int
 
     def setup(self, run: RunInfo) -> None:
-        """Called once before training, and before :meth:`load_state_dict` on a resume."""
+        super().setup(run)
         self.k = run.k
-
-    def phase(self, epoch: int) -> str:
-        """Name of what the rule does in ``epoch`` (zero-based)."""
-        return "fixed"
 
     def needs_clean(self, phase: str) -> bool:
         """Whether :meth:`target` wants clean predictions in this phase."""
@@ -76,7 +121,7 @@ class LabelRule(ABC):
 
     @abstractmethod
     def target(self, batch: Batch, predictions: Predictions, phase: str) -> Tensor:
-        """Targets [b, k], rows summing to one, without gradient.
+        """Targets [b, k], rows summing to one, without gradient. Called once a step.
 
         Args:
             batch: the step's samples.
@@ -84,13 +129,17 @@ class LabelRule(ABC):
             phase: as returned by :meth:`phase`.
         """
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything that must survive a crash."""
-        return {}
+    def supervise(
+        self, batch: Batch, adversarial: Tensor, predictions: Predictions, phase: str
+    ) -> Supervision:
+        """All that the objective needs to charge for labels: the target, unless a rule says more.
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027 (most rules keep nothing)
-        """Take back what :meth:`state_dict` gave, in place."""
+        Args:
+            batch, predictions, phase: as for :meth:`target`.
+            adversarial: adversarial images [b, c, h, w].
+        """
+        return Supervision(batch.label, self.target(batch, predictions, phase))
 
     def one_hot(self, label: Tensor) -> Tensor:
         """Labels [b] as probabilities [b, k] float32."""
-        return F.one_hot(label, self.k).to(torch.float32)
+        return F.one_hot(label, self.k).float()

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softdefend.errors import SettingError
-from softdefend.labels.base import BNMode, LabelRule, Predictions, RunInfo
+from softdefend.labels.base import BNMode, LabelRule, Predictions
 from softdefend.labels.memory import LabelMemory
+from softdefend.rule import RunInfo
 
 if TYPE_CHECKING:
     from softdefend.data import Batch

@@ -3,40 +3,67 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from softdefend.attacks import AttackLoss, Forward
+from softdefend.attacks import PGD, Attack, AttackLoss, Forward
 from softdefend.attacks.pgd import Start
-from softdefend.labels import Predictions
+from softdefend.labels import Predictions, Supervision
+from softdefend.rule import Rule
+from softdefend.threat import ThreatModel
+
+if TYPE_CHECKING:
+    from softdefend.data import Batch
 
 
-class Objective(ABC):
-    """One training objective; stateless."""
+class Objective(Rule, ABC):
+    """One training objective."""
 
     start: ClassVar[Start] = "uniform"
     """Where the reference starts its attack; used where the training attack says ``auto``."""
+    views: ClassVar[int] = 1
+    """Differently augmented views of each image in a batch. With v of them ``image`` and logits have v b
+    rows, view after view; labels and targets keep b."""
+    forwards: ClassVar[int] = 1
+    """Forwards of the update, each with its gradient: three units."""
+    extra_units: ClassVar[float] = 0.0
+    """Further forward units a step and view, outside attack and update."""
+
+    def attack_units(self, steps: int) -> float:
+        """Forward units of the training attack where ``steps`` are configured."""
+        return 2 * steps
+
+    def units(self, steps: int) -> float:
+        """Forward units of a step, of all views, with the hard label at the trained weights."""
+        return self.views * (self.attack_units(steps) + 3 * self.forwards + self.extra_units)
+
+    def training_attack(self, configured: PGD, threat: ThreatModel) -> Attack:
+        """The attack inside training, from the one configured."""
+        return replace(configured, start=self.start) if configured.start == "auto" else configured
 
     @abstractmethod
-    def inner_loss(self, forward: Forward, image: Tensor, target: Tensor) -> AttackLoss:
-        """What the attack climbs.
+    def inner_loss(self, forward: Forward, batch: Batch, target: Tensor) -> AttackLoss:
+        """What the attack climbs. Called once a step, before the attack.
 
         Args:
             forward: the network as the attack sees it (frozen parameters).
-            image: clean images [b, c, h, w].
-            target: labels [b] or probabilities [b, k], from the label rule.
+            batch: index [b], clean images [v b, c, h, w], labels [b].
+            target: labels [v b] or probabilities [v b, k], from the label rule.
         """
 
     @abstractmethod
     def predict(self, net: Forward, image: Tensor, adversarial: Tensor) -> Predictions:
-        """The forwards the update needs, with their graph, in the reference's order."""
+        """The forwards the update needs, with their graph, in the reference's order. Weight rules that
+        perturb the weights ask for them twice."""
 
     @abstractmethod
-    def outer_loss(self, predictions: Predictions, target: Tensor) -> Tensor:
+    def outer_loss(self, predictions: Predictions, batch: Batch, supervision: Supervision) -> Tensor:
         """The scalar to minimise: mean over the batch.
 
         Args:
-            predictions: what :meth:`predict` returned.
-            target: [b, k], rows summing to one, without gradient.
+            predictions: what :meth:`predict` returned, logits [v b, k].
+            batch: as for :meth:`inner_loss`.
+            supervision: what the label rule says of the b samples.
         """

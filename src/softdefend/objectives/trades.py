@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softdefend.attacks import AttackLoss, Forward, cross_entropy, kl_divergence, kl_from
+from softdefend.attacks import AttackLoss, Forward, kl_divergence, kl_from
 from softdefend.attacks.pgd import Start
 from softdefend.errors import SettingError
-from softdefend.labels import Predictions
+from softdefend.labels import Predictions, Supervision
 from softdefend.objectives.base import Objective
+
+if TYPE_CHECKING:
+    from softdefend.data import Batch
 
 
 class TRADES(Objective):
@@ -30,24 +33,27 @@ class TRADES(Objective):
         SettingError: ``beta`` is negative or not finite.
     """
 
+    source = "Zhang et al., ICML 2019, arXiv 1901.08573"
     start: ClassVar[Start] = "gaussian"
+    forwards = 2
+    extra_units = 1.0  # the attack's clean forward
 
     def __init__(self, beta: float = 6.0) -> None:
         if not (beta >= 0 and math.isfinite(beta)):
             raise SettingError("objective.beta", beta, "a number >= 0")
         self.beta = beta
 
-    def inner_loss(self, forward: Forward, image: Tensor, target: Tensor) -> AttackLoss:
+    def inner_loss(self, forward: Forward, batch: Batch, target: Tensor) -> AttackLoss:
         # Parameters are frozen and the clean logits do not move: one forward serves every step.
         with torch.no_grad():
-            return kl_from(forward(image))
+            return kl_from(forward(batch.image))
 
     def predict(self, net: Forward, image: Tensor, adversarial: Tensor) -> Predictions:
         clean = net(image)
         return Predictions(net(adversarial), clean)
 
-    def outer_loss(self, predictions: Predictions, target: Tensor) -> Tensor:
+    def outer_loss(self, predictions: Predictions, batch: Batch, supervision: Supervision) -> Tensor:
         assert predictions.clean is not None
         clean, adversarial = predictions.clean.float(), predictions.adversarial.float()
         divergence = kl_divergence(F.log_softmax(clean, dim=1), F.log_softmax(adversarial, dim=1))
-        return cross_entropy(clean, target).mean() + self.beta * divergence.mean()
+        return supervision.cross_entropy(clean).mean() + self.beta * divergence.mean()

@@ -6,20 +6,22 @@ whole of it can be captured as a CUDA graph, once per phase and batch size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from softdefend.attacks import PGD, Forward
-from softdefend.data import Resident
+from softdefend.data import Batch, Resident
 from softdefend.errors import SettingError
-from softdefend.labels import BNMode, LabelRule, Predictions
+from softdefend.labels import BNMode, LabelRule, Predictions, Supervision
 from softdefend.modes import attacked, set_mode
 from softdefend.objectives import Objective
 from softdefend.threat import ThreatModel
 from softdefend.training.engine import Engine
 from softdefend.training.schedules import Schedule
+from softdefend.weights import Plain, WeightRule
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,14 @@ class Recipe:
     attack_bn: BNMode = "eval"
 
 
+class Phase(NamedTuple):
+    """What each rule does in an epoch; a step is captured once for each that occurs."""
+
+    label: str
+    objective: str
+    weight: str
+
+
 METERS = ("samples", "loss", "adversarial_correct", "clean_correct", "target_entropy")
 
 
@@ -115,25 +125,32 @@ class TrainStep:
         recipe: what to train.
         optimiser: from :func:`make_optimiser`.
         engine: device and precision.
+        weight: at which weights the gradient is taken; set up by the caller.
     """
 
     def __init__(
-        self, net: nn.Module, data: Resident, recipe: Recipe, optimiser: torch.optim.SGD, engine: Engine
+        self,
+        net: nn.Module,
+        data: Resident,
+        recipe: Recipe,
+        optimiser: torch.optim.SGD,
+        engine: Engine,
+        weight: WeightRule | None = None,
     ) -> None:
         self.net, self.data, self.recipe, self.optimiser, self.engine = net, data, recipe, optimiser, engine
-        start = recipe.attack.start
-        self.attack = replace(recipe.attack, start=recipe.objective.start if start == "auto" else start)
+        self.weight = weight or Plain()
+        self.attack = recipe.objective.training_attack(recipe.attack, recipe.threat)
         self.generator = torch.Generator(engine.device)
         self.meters = torch.zeros(len(METERS), device=engine.device, dtype=torch.float64)
         self._forward: Forward = torch.compile(net, dynamic=False) if engine.settings.compile else net
-        self._graphs: dict[tuple[str, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[Phase, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
-    def __call__(self, plan: Tensor, phase: str, key: int) -> None:
+    def __call__(self, plan: Tensor, phase: Phase, key: int) -> None:
         """Make one update.
 
         Args:
-            plan: [b, 4] rows of an epoch plan.
-            phase: the label rule's phase.
+            plan: [b, 1 + 3 v] rows of an epoch plan with the objective's v views.
+            phase: of the three rules.
             key: seed of every random draw in this step.
         """
         self.generator.manual_seed(key)
@@ -158,40 +175,59 @@ class TrainStep:
         with self.engine.autocast():
             return self._forward(image).float()
 
-    def _body(self, plan: Tensor, phase: str) -> None:
-        recipe, batch = self.recipe, self.data.batch(plan)
-        attack_target = recipe.label.attack_target(batch, phase)
-        with attacked(self.net, recipe.attack_bn):
-            loss = recipe.objective.inner_loss(self.forward, batch.image, attack_target)
+    def _body(self, plan: Tensor, phase: Phase) -> None:
+        objective, label, views = self.recipe.objective, self.recipe.label, self.recipe.objective.views
+        batch = self.data.batch(plan)
+        seen_by_label = batch
+        if views > 1:
+            image = torch.cat([batch.image, *(self.data.batch(plan, view).image for view in range(1, views))])
+            batch = Batch(batch.index, image, batch.label)
+        away_from = label.attack_target(seen_by_label, phase.label)
+        away_from = away_from.repeat(views, *[1] * (away_from.ndim - 1))
+        with attacked(self.net, self.recipe.attack_bn):
+            loss = objective.inner_loss(self.forward, batch, away_from)
             adversarial = self.attack(
-                self.forward, batch.image, attack_target, recipe.threat, loss=loss, generator=self.generator
+                self.forward, batch.image, away_from, self.recipe.threat, loss=loss, generator=self.generator
             )
-        set_mode(self.net, "train")
-        predictions = recipe.objective.predict(self.forward, batch.image, adversarial)
-        seen = predictions.detach()
-        if seen.clean is None and recipe.label.needs_clean(phase):
-            seen = Predictions(seen.adversarial, self._clean(batch.image))
-        target = recipe.label.target(batch, seen, phase)
-        total = recipe.objective.outer_loss(predictions, target)
         self.optimiser.zero_grad(set_to_none=True)
+        # A first look at the trained weights leaves running statistics to the second, at the perturbed ones.
+        twice = self.weight.perturbs(phase.weight)
+        mode: BNMode = "batch" if twice else "train"
+        set_mode(self.net, mode)
+        predictions = objective.predict(self.forward, batch.image, adversarial)
+        seen = predictions.detach().first(len(batch.index))
+        if seen.clean is None and label.needs_clean(phase.label):
+            seen = Predictions(seen.adversarial, self._clean(seen_by_label.image, mode))
+        supervision = label.supervise(seen_by_label, adversarial[: len(batch.index)], seen, phase.label)
+        total = objective.outer_loss(predictions, batch, supervision)
+        if twice:
+            with self.weight.perturbed(total):
+                set_mode(self.net, "train")
+                predictions = objective.predict(self.forward, batch.image, adversarial)
+                self._update(objective.outer_loss(predictions, batch, supervision))
+        else:
+            self._update(total)
+        self._measure(batch.label, seen, supervision, total)
+
+    def _update(self, total: Tensor) -> None:
         total.backward()  # type: ignore[no-untyped-call]
         self.optimiser.step()
-        self._measure(batch.label, seen, target, total)
 
     @torch.no_grad()
-    def _clean(self, image: Tensor) -> Tensor:
+    def _clean(self, image: Tensor, mode: BNMode) -> Tensor:
+        """Clean logits for the label rule; the network is left in ``mode``."""
         set_mode(self.net, self.recipe.label.clean_bn)
         logits = self.forward(image)
-        set_mode(self.net, "train")
+        set_mode(self.net, mode)
         return logits
 
     @torch.no_grad()
-    def _measure(self, label: Tensor, seen: Predictions, target: Tensor, total: Tensor) -> None:
+    def _measure(self, label: Tensor, seen: Predictions, supervision: Supervision, total: Tensor) -> None:
         size = len(label)
         right = (seen.adversarial.argmax(1) == label).sum()
         # NaN, not zero, where no clean forward was made: the epoch's figure is then absent.
         clean = right * torch.nan if seen.clean is None else (seen.clean.argmax(1) == label).sum()
-        entropy = torch.special.entr(target).sum()
+        entropy = torch.special.entr(supervision.target).sum()
         count = torch.full_like(total, size)
         values = (count, total.detach() * size, right, clean, entropy)
         self.meters += torch.stack([v.to(self.meters.dtype) for v in values])
@@ -199,10 +235,11 @@ class TrainStep:
     def _state(self) -> list[Tensor]:
         """Every tensor that a step changes."""
         momentum = [v for s in self.optimiser.state.values() for v in s.values() if isinstance(v, Tensor)]
-        label = list(self.recipe.label.state_dict().values())
-        return [*self.net.parameters(), *self.net.buffers(), *momentum, *label, self.meters]
+        rules = (*self.recipe.label.state_dict().values(), *self.recipe.objective.state_dict().values())
+        kept = [value for value in rules if isinstance(value, Tensor)]
+        return [*self.net.parameters(), *self.net.buffers(), *momentum, *kept, self.meters]
 
-    def _capture(self, plan: Tensor, phase: str, key: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, plan: Tensor, phase: Phase, key: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Record the step's kernels; the rehearsals that capture needs leave no trace in the state."""
         before = [tensor.detach().clone() for tensor in self._state()]
         static_plan = plan.clone()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from softdefend import rng
@@ -20,11 +20,11 @@ from softdefend.attacks import PGD
 from softdefend.data import AugmentSettings, DataBundle, Resident, epoch_plan
 from softdefend.errors import DivergenceError, SettingError
 from softdefend.evaluation.evaluate import Evaluator
-from softdefend.labels import RunInfo
+from softdefend.rule import Rule, RunInfo
 from softdefend.training.checkpoint import CheckpointError
 from softdefend.training.engine import Engine, RuntimeSettings
 from softdefend.training.folder import RunFolder
-from softdefend.training.step import METERS, OptimSettings, Recipe, TrainStep, make_optimiser
+from softdefend.training.step import METERS, OptimSettings, Phase, Recipe, TrainStep, make_optimiser
 from softdefend.weights import Plain, WeightRule
 
 
@@ -149,9 +149,11 @@ class Trainer:
             else math.ceil(self.train_data.n / self.batch_size)
         )
         self.optimiser = make_optimiser(self.net, self.optim, device)
-        self.weight.setup(self.net)
-        recipe.label.setup(RunInfo(self.train_data.labels, self.k, self.optim.epochs))
-        self.step = TrainStep(self.net, self.train_data, recipe, self.optimiser, self.engine)
+        run = RunInfo(self.train_data.labels, self.k, self.optim.epochs, self.net, self.engine.autocast)
+        self.rules: tuple[Rule, ...] = (recipe.label, recipe.objective, self.weight)
+        for rule in self.rules:
+            rule.setup(run)
+        self.step = TrainStep(self.net, self.train_data, recipe, self.optimiser, self.engine, self.weight)
         self.epoch = self.done = 0  # epochs finished; steps finished in the current one
         self.best: dict[str, Any] = {}
         self.metrics_bytes = 0
@@ -189,7 +191,7 @@ class Trainer:
         self.folder.save_model("last", self.weight.prediction, {"epoch": self.epoch})
 
     def _train_epoch(self) -> dict[str, Any]:
-        phase = self.recipe.label.phase(self.epoch)
+        phase = Phase(*(rule.phase(self.epoch) for rule in self.rules))
         plan = epoch_plan(
             self.train_data.n,
             seed=self.seed,
@@ -197,6 +199,7 @@ class Trainer:
             augment=self.augment.kind,
             pad=self.augment.margin,
             device=self.engine.device,
+            views=self.recipe.objective.views,
         )
         with tqdm(
             total=self.steps_per_epoch,
@@ -207,9 +210,12 @@ class Trainer:
         ) as bar:
             while self.done < self.steps_per_epoch:
                 self.step.set_lr(self._lr())
+                for rule in self.rules:
+                    rule.advance(self.epoch + self.done / self.steps_per_epoch)
                 rows = plan[self.done * self.batch_size : (self.done + 1) * self.batch_size]
                 self.step(rows, phase, rng.key(self.seed, "step", self.epoch, self.done))
-                self.weight.after_step()
+                for rule in self.rules:
+                    rule.after_step()
                 self.done += 1
                 bar.update()
                 if self.done % _CHECK_EVERY == 0:
@@ -217,9 +223,16 @@ class Trainer:
                 if self.save.every_steps and self.done % self.save.every_steps == 0:
                     self._check()
                     self._save()
-        row = self._end_epoch(phase)
+        self.weight.end_epoch(self.epoch, self._training_images)
+        row = self._end_epoch(phase.label)
         self._save()
         return row
+
+    def _training_images(self) -> Iterator[Tensor]:
+        """One pass over the training images as they are."""
+        everything = torch.arange(self.train_data.n, device=self.engine.device)
+        for index in torch.split(everything, self.batch_size):
+            yield self.train_data.take(index).image
 
     def _lr(self) -> float:
         fraction = self.done / self.steps_per_epoch
@@ -324,6 +337,7 @@ class Trainer:
             else [],
             "weight": self.weight.state_dict(),
             "label": self.recipe.label.state_dict(),
+            "objective": self.recipe.objective.state_dict(),
             "meters": self.step.meters,
             "best": json.dumps(self.best),
             "metrics_bytes": self.metrics_bytes,
@@ -348,8 +362,8 @@ class Trainer:
                 for parameter, momentum in zip(params, state["momentum"], strict=bool(self.optim.momentum)):
                     self.optimiser.state[parameter]["momentum_buffer"].copy_(momentum)
                 self.step.meters.copy_(state["meters"])
-            self.weight.load_state_dict(state["weight"])
-            self.recipe.label.load_state_dict(state["label"])
+            for name, rule in zip(("label", "objective", "weight"), self.rules, strict=True):
+                rule.load_state_dict(state[name])
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 str(self.folder.path),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from softdefend.errors import SettingError
+from softdefend.rule import RunInfo
 from softdefend.weights.base import WeightRule
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -33,14 +34,14 @@ class EMA(WeightRule):
             raise SettingError("weight.decay", decay, "a number in [0, 1)")
         self.decay = decay
 
-    def setup(self, net: nn.Module) -> None:
-        super().setup(net)
+    def setup(self, run: RunInfo) -> None:
+        super().setup(run)
 
         @torch.no_grad()
         def move(averaged: Tensors, live: Tensors, _: Tensor | int) -> None:
             torch._foreach_lerp_(averaged, live, 1 - min(self.decay, self._warm()))
 
-        self.averaged = AveragedModel(net, multi_avg_fn=move)
+        self.averaged = AveragedModel(self.net, multi_avg_fn=move)
         # torch reads this count at every update: on the CPU that costs no device sync.
         self.averaged.n_averaged = self.averaged.n_averaged.cpu()
 

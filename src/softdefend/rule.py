@@ -1,0 +1,69 @@
+"""What label rules, objectives and weight rules have in common: a life along a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a rule may know about the run before it starts."""
+
+    labels: Tensor
+    """[n] int64 on the device: the training labels as given, by index."""
+    k: int
+    """Number of classes."""
+    epochs: int
+    """Length of the run."""
+    net: nn.Module | None = None
+    """The network that is trained, on its device, with its first weights."""
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Training precision, for forwards of a rule's own networks."""
+
+    def forward(self, net: nn.Module) -> Callable[[Tensor], Tensor]:
+        """``net`` in training precision: images [b, c, h, w] to logits [b, k] float32."""
+
+        def logits(image: Tensor) -> Tensor:
+            with self.autocast():
+                out: Tensor = net(image)
+            return out.float()
+
+        return logits
+
+
+class Rule:
+    """Base of the three kinds of rules.
+
+    Everything in a rule that changes over epochs is either a ``phase`` or a tensor on the device that
+    :meth:`advance` writes: within a phase the rule does the same tensor operations at every step, reads
+    nothing back to the host and has no data-dependent branch, so that a step can be captured once per phase.
+    """
+
+    source: ClassVar[str] = ""
+    """Where the rule was published, such as ``Zhang et al., ICML 2019, arXiv 1901.08573``."""
+
+    def setup(self, run: RunInfo) -> None:
+        """Called once before training, and before :meth:`load_state_dict` on a resume."""
+
+    def phase(self, epoch: int) -> str:
+        """Name of what the rule does in ``epoch`` (zero-based)."""
+        return "fixed"
+
+    def advance(self, epoch: float) -> None:
+        """Called by the host before every step with the position in the run, in epochs; must depend on
+        nothing else, so that a resumed run needs no history."""
+
+    def after_step(self) -> None:
+        """Called by the host after every update of the network."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that must survive a crash: tensors, numbers, strings and dicts of them."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave, in place."""
