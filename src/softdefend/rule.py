@@ -47,6 +47,10 @@ class Rule:
     source: ClassVar[str] = ""
     """Where the rule was published, such as ``Zhang et al., ICML 2019, arXiv 1901.08573``."""
 
+    mixes: ClassVar[bool] = True
+    """Whether the rule makes sense where augmentation mixes the images of a batch (CutMix): not if it keeps
+    beliefs about single images."""
+
     def setup(self, run: RunInfo) -> None:
         """Called once before training, and before :meth:`load_state_dict` on a resume."""
 

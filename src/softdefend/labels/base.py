@@ -104,6 +104,9 @@ class LabelRule(Rule, ABC):
     """Forward units a step that the rule adds, besides a clean forward asked for by :meth:`needs_clean`. A
     unit is one forward of a batch; a gradient with respect to images, or to weights, is one more."""
 
+    asks_clean: ClassVar[bool] = False
+    """Whether :meth:`needs_clean` in some phase."""
+
     k: int
 
     def setup(self, run: RunInfo) -> None:

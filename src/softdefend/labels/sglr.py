@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softdefend.errors import SettingError
 from softdefend.labels.base import BNMode, LabelRule, Predictions
-from softdefend.labels.memory import LabelMemory
+from softdefend.labels.memory import check_storage, make_memory
 from softdefend.rule import RunInfo
 
 if TYPE_CHECKING:
@@ -61,10 +61,16 @@ class SGLR(LabelRule):
             target as the memory stands before this step.
         update: move the row ``before`` its use as a target (the code: this step's prediction is in its own
             target) or ``after``.
+        storage: of the memory: ``float32``, ``float16``, or ``top-M``, which keeps the M largest entries of a
+            row; see :mod:`softdefend.labels.memory` for bytes and errors.
 
     Raises:
         SettingError: a value outside these ranges.
     """
+
+    source = "Yu, Li et al., CVPR 2024, arXiv 2403.09101"
+    asks_clean = True
+    mixes = False
 
     def __init__(
         self,
@@ -76,6 +82,7 @@ class SGLR(LabelRule):
         clean_bn: BNMode = "train",
         attack_label: Literal["hard", "refined"] = "hard",
         update: Literal["before", "after"] = "before",
+        storage: str = "float32",
     ) -> None:
         for name, value in (("alpha", alpha), ("clean_weight", clean_weight), ("r", r), ("start", start)):
             if not 0 <= value <= 1:
@@ -90,13 +97,15 @@ class SGLR(LabelRule):
             if choice not in accepted:
                 raise SettingError(f"label.{name}", repr(choice), " or ".join(accepted))
         self.alpha, self.clean_weight, self.r, self.temperature = alpha, clean_weight, r, temperature
+        check_storage(storage)
+        self.storage = storage
         self.start, self.clean_bn, self.attack_label, self.update = start, clean_bn, attack_label, update
 
     def setup(self, run: RunInfo) -> None:
         super().setup(run)
         # 1e-9: 0.45 * 200 may round to just above 90, which must not become epoch 91.
         self.first_epoch = max(0, math.ceil(self.start * run.epochs - 1e-9) - 1)
-        self.memory = LabelMemory(run.labels, run.k, self.alpha)
+        self.memory = make_memory(self.storage, run.labels, run.k, self.alpha)
 
     def phase(self, epoch: int) -> str:
         return "refined" if epoch >= self.first_epoch else "hard"
@@ -120,7 +129,7 @@ class SGLR(LabelRule):
         return interpolate(after if self.update == "before" else before, one_hot, self.r)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"memory": self.memory.table}
+        return self.memory.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.memory.table.copy_(state["memory"])
+        self.memory.load_state_dict(state)

@@ -42,6 +42,8 @@ class Smooth(LabelRule):
         SettingError: a value outside these ranges.
     """
 
+    source = "Szegedy et al., CVPR 2016, arXiv 1512.00567; Pang et al., ICLR 2021, arXiv 2010.00467"
+
     def __init__(self, smoothing: float = 0.1, convention: Convention = "others") -> None:
         if not 0 <= smoothing < 1:
             raise SettingError("label.smoothing", smoothing, "a number in [0, 1)")
