@@ -1,0 +1,71 @@
+"""Several commands at once, each a process of its own: runs that share a GPU, or the cores of a CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from softdefend.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One ``softdefend`` command.
+
+    Attributes:
+        name: what messages call it.
+        words: of the command line, without the program's name.
+        log: file that takes its output; appended to.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    log: Path
+
+
+def side_by_side(jobs: Sequence[Job], at_once: int, *, say: Callable[[str], None] = print) -> None:
+    """Run every job, ``at_once`` of them at a time, in order.
+
+    A job that fails leaves the others alone. Interrupted, all of them are stopped.
+
+    Raises:
+        SettingError: ``at_once`` below 1; or, when all have ended, the last words of the first that failed.
+    """
+    if at_once < 1:
+        raise SettingError("--together", at_once, "a whole number >= 1")
+    waiting, failed = list(jobs), list[Job]()
+    running: dict[Job, subprocess.Popen[bytes]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                job = waiting.pop(0)
+                running[job] = _start(job)
+            time.sleep(0.05)
+            for job, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[job]
+                    say(
+                        f"{job.name}: "
+                        + ("done" if process.returncode == 0 else f"code {process.returncode}")
+                    )
+                    failed += [job] if process.returncode else []
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    if failed:
+        text = failed[0].log.read_text(errors="replace").strip()
+        last = text.splitlines()[-1] if text else "no output"
+        raise SettingError(failed[0].name, last, f"a run that ends well; its output is in {failed[0].log}")
+
+
+def _start(job: Job) -> subprocess.Popen[bytes]:
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(job.log, "ab") as log:
+        command = [sys.executable, "-m", "softdefend", *job.words]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)

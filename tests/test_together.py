@@ -1,0 +1,62 @@
+"""Commands side by side: all of them run, no more at once than asked, and a failure is told."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from softdefend import together
+from softdefend.errors import SettingError
+from softdefend.together import Job, side_by_side
+
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+folder, name, code = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+(folder / f"{name}.running").touch()
+time.sleep(0.15)
+print("seen", len(list(folder.glob("*.running"))))
+(folder / f"{name}.running").unlink()
+print("last words of", name)
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A function that makes a job out of a small script; it counts how many of its kind run beside it."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    popen = together.subprocess.Popen
+
+    def start(command, **options):
+        return popen([sys.executable, str(script), *command[3:]], **options)
+
+    monkeypatch.setattr(together.subprocess, "Popen", start)
+
+    def make(name, code=0):
+        return Job(name, (str(tmp_path), name, str(code)), tmp_path / f"{name}.log")
+
+    return make
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_every_job_runs_and_never_more_at_once_than_asked(job, at_once):
+    jobs, said = [job(name) for name in "abcd"], []
+    side_by_side(jobs, at_once, say=said.append)
+    seen = [int(made.log.read_text().split()[1]) for made in jobs]
+    assert max(seen) <= at_once
+    assert sorted(said) == [f"{name}: done" for name in "abcd"]
+
+
+def test_a_failure_leaves_the_others_alone_and_is_told_at_the_end(job):
+    jobs = [job("a", code=2), job("b"), job("c")]
+    with pytest.raises(SettingError, match=r"a: got last words of a; accepted: a run that ends well.*a\.log"):
+        side_by_side(jobs, 1, say=lambda _: None)
+    assert all("last words" in made.log.read_text() for made in jobs)
+
+
+def test_at_least_one_at_once(job):
+    with pytest.raises(SettingError, match="--together: got 0"):
+        side_by_side([job("a")], 0)
