@@ -181,6 +181,43 @@ def test_more_restarts_never_fool_fewer():
     assert robust[1].sum() < robust[0].sum()
 
 
+def test_gradients_are_averaged_over_forwards_and_the_last_one_decides():
+    """A network that adds another slope at each forward; the first move follows the mean of them."""
+    slopes = [3.0, -1.0, -1.0]  # the mean points up, the last one down
+    image, label = torch.full((2, 1, 1, 1), 0.5), torch.zeros(2, dtype=torch.int64)
+    calls, seen = [], []
+
+    def forward(x):
+        seen.append(x.detach().clone())
+        slope = slopes[len(calls) % 3] if x.requires_grad else 0.0
+        calls.append(x.requires_grad)
+        margin = slope * x.flatten(1)[:, 0] - 10
+        if not x.requires_grad:
+            calls.clear()
+        return torch.stack([-margin, margin], dim=1)
+
+    for eot, up in ((3, True), (1, True)):
+        calls.clear(), seen.clear()
+        run(APGD(steps=2, loss="dlr", eot=eot), forward, image, label, ThreatModel("linf", Budget("0.1")))
+        start, first = seen[1], seen[1 + eot]
+        assert len(seen) == 1 + 2 * eot + 1  # clean, start and one step, and a last look without gradient
+        assert (first[start < 0.6] > start[start < 0.6]).all() == up
+    slopes[:] = [1.0, -3.0, 1.0]
+    calls.clear(), seen.clear()
+    run(APGD(steps=2, loss="dlr", eot=3), forward, image, label, ThreatModel("linf", Budget("0.1")))
+    assert (seen[4] <= 0.5).all()
+    assert APGD(eot=20).name == "apgd-ce-eot20"
+    assert APGD(steps=50, restarts=2, loss="dlr", eot=5).name == "apgd-dlr-50x2-eot5"
+
+
+def test_averaging_changes_nothing_where_nothing_is_random():
+    net, image, threat = network(5, hidden=40, scale=6), images(30), ThreatModel("linf", Budget("0.02"))
+    label, counted = net(image).argmax(1), Counted(net)
+    once = run(APGD(steps=12), net, image, label, threat)
+    # Four equal gradients have exactly their own mean.
+    assert torch.equal(run(APGD(steps=12, eot=4), counted, image, label, threat), once)
+
+
 # --- what it never does ------------------------------------------------------------------------------------
 
 
@@ -254,8 +291,34 @@ def test_later_targets_see_only_who_is_left():
     counted, first = Counted(net), TargetedAPGD(steps=9, targets=1)
     left = int((net(run(first, net, image, label, threat)).argmax(1) == label).sum())
     run(TargetedAPGD(steps=9, targets=2), counted, image, label, threat)
+    sizes = [len(x) for x in counted.seen]
     assert 0 < left < 60
-    assert [len(x) for x in counted.seen] == [60] + [60] * 10 + [left] * 10
+    assert sizes[:2] == [60, 60]
+    assert sizes[2:11] == sorted(sizes[2:11], reverse=True)  # who fell is dropped at the next packing
+    assert sizes[10] < sizes[2]
+    assert sizes[11] == left
+    assert sizes[12:] == sorted(sizes[12:], reverse=True)
+
+
+def test_images_that_fell_are_dropped_soon():
+    """Images in groups that fall at steps 3, 8 and 16: each costs at most a quarter more than it needs."""
+    image, label, step = torch.full((9, 1, 2, 2), 0.5), torch.zeros(9, dtype=torch.int64), [-2]
+    falls = {0.5: 3, 0.6: 8, 0.7: 16}
+    image[3:6], image[6:] = 0.6, 0.7
+    seen = dict.fromkeys(falls, 0)
+
+    def forward(x):
+        step[0] += 1  # the clean forward is number -1, the start 0
+        logits = x.flatten(1)[:, :2] * 0
+        for row, point in enumerate(x.detach().flatten(1).mean(1).tolist()):
+            group = min(falls, key=lambda centre: abs(centre - point))
+            seen[group] += 1
+            logits[row, int(step[0] >= falls[group])] += 1
+        return logits
+
+    APGD(steps=30)(forward, image, label, ThreatModel("linf", Budget("0.01")))
+    # clean, start and the steps up to the packing that follows the fall: 3, 8, 18
+    assert seen == {0.5: 3 * (2 + 3), 0.6: 3 * (2 + 8), 0.7: 3 * (2 + 18)}
 
 
 @norms
@@ -297,12 +360,13 @@ class HostReads(TorchDispatchMode):
     ("attack", "searches"),
     [(APGD(steps=30), 1), (APGD(steps=30, loss="dlr"), 1), (TargetedAPGD(steps=30), 4)],
 )
-def test_the_host_reads_once_per_search(attack, searches, norm):
+def test_the_host_reads_at_packings_only(attack, searches, norm):
+    """Once per search, and after the start and steps 1 to 8, 10, 12, 15, 18, 22, 27 and 30."""
     net, image = network(5), images(6)
     label, threat = net(image).argmax(1), ThreatModel(norm, Budget("1e-4"))
     with HostReads() as reads:
         run(attack, net, image, label, threat)
-    assert reads.count == {"nonzero": searches}
+    assert reads.count == {"nonzero": searches * (1 + 9 + 7)}
 
 
 def test_parameters_get_no_gradient_and_modes_stay():
@@ -429,6 +493,8 @@ def test_checkpoints_of_other_lengths(steps):
         ("apgd-ce-100x5", APGD(restarts=5)),
         ("apgd-dlr-50", APGD(loss="dlr", steps=50)),
         ("apgd-t-20x2", TargetedAPGD(steps=20, restarts=2)),
+        ("apgd-ce-eot20", APGD(eot=20)),
+        ("apgd-dlr-50x2-eot5", APGD(loss="dlr", steps=50, restarts=2, eot=5)),
     ],
 )
 def test_names_round_trip(name, attack):
@@ -444,7 +510,15 @@ def test_other_names_are_refused(name):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": 0}, {"restarts": 0}, {"rho": 0}, {"rho": 1.1}, {"rho": float("nan")}, {"loss": "mse"}],
+    [
+        {"steps": 0},
+        {"restarts": 0},
+        {"eot": 0},
+        {"rho": 0},
+        {"rho": 1.1},
+        {"rho": float("nan")},
+        {"loss": "mse"},
+    ],
 )
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(SettingError, match=f"attack.{next(iter(wrong))}"):

@@ -33,9 +33,10 @@ def images(n, shape, seed=0):
     return torch.rand(n, *shape, generator=stream(seed, "x"))
 
 
+@pytest.mark.parametrize("attack", [FAB(), FAB(targeted=False)], ids=lambda a: a.name)
 @pytest.mark.parametrize("k", [2, 3, 10])
 @pytest.mark.parametrize("norm", NORMS)
-def test_finds_the_closed_form_distance_of_a_linear_network(norm, k):
+def test_finds_the_closed_form_distance_of_a_linear_network(norm, k, attack):
     """The nearest of the hyperplanes between the label and the other classes; the box does not bind."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, k)).requires_grad_(False)
     net[1].weight.copy_(torch.randn(k, 48, generator=stream(k, "w")))
@@ -48,7 +49,7 @@ def test_finds_the_closed_form_distance_of_a_linear_network(norm, k):
     dual = slope.abs().sum(2) if norm == "linf" else slope.norm(dim=2)
     exact = (gap / dual).nan_to_num(torch.inf).scatter(1, label[:, None], torch.inf).amin(1)
 
-    closest, distance = FAB().minimal(net, image, label, norm)
+    closest, distance = attack.minimal(net, image, label, norm)
     assert (distance >= exact * (1 - 1e-4)).all()
     torch.testing.assert_close(distance, exact, rtol=0.01, atol=1e-6)
     torch.testing.assert_close(distance, ThreatModel(norm).distance(image, closest))
@@ -58,7 +59,7 @@ def test_finds_the_closed_form_distance_of_a_linear_network(norm, k):
     wide = (ranked[6:15] / ranked[5:14]).argmax()
     eps = (ranked[5:15][wide] * 1.02).item()  # the overshoot costs half a percent
     assert eps < ranked[5:15][wide + 1]
-    adversarial = FAB()(net, image, label, ThreatModel(norm, Budget(eps)))
+    adversarial = attack(net, image, label, ThreatModel(norm, Budget(eps)))
     near = exact <= eps
     assert torch.equal(net(adversarial).argmax(1) != label, near)
     assert torch.equal(adversarial[~near], image[~near])
@@ -224,7 +225,58 @@ def test_parameters_get_no_gradient_and_probabilities_name_the_class():
     assert torch.equal(attack(net, image, 0.9 * nn.functional.one_hot(label, 5) + 0.02, ThreatModel()), hard)
 
 
-@pytest.mark.parametrize("name", ["fab-t", "fab-t-20"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("targeted", [True, False])
+def test_restarts_begin_half_of_eps_away_and_never_find_less(norm, targeted):
+    net, image = rugged((1, 6, 6)).double(), images(30, (1, 6, 6)).double().clamp(0.2, 0.8)
+    label, eps = net(image).argmax(1), 0.015 if norm == "linf" else 0.08
+    threat, seen = ThreatModel(norm, Budget(eps)), []
+
+    def watched(x):
+        seen.append(x.detach().clone())
+        return net(x)
+
+    def fooled(attack, forward=net):
+        found = attack(forward, image, label, threat, generator=stream(0, "f"))
+        assert (threat.distance(image, found) <= eps).all()
+        return net(found).argmax(1) != label
+
+    once = fooled(FAB(steps=4, targets=1, targeted=targeted))
+    often = fooled(FAB(steps=4, targets=1, targeted=targeted, restarts=6))
+    assert (often >= once).all()
+    fooled(FAB(steps=1, targets=1, targeted=targeted, restarts=2), watched)
+    # clean, the first search's two forwards, and then the second's start for those who were left
+    start = seen[3]
+    nearest = torch.stack([(image - x).flatten(1).abs().amax(1).argmin() for x in start])
+    assert len(nearest.unique()) == len(start) > 20
+    lengths = threat.distance(image[nearest], start)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, eps / 2))
+
+
+def test_untargeted_search_steps_to_the_closest_boundary_of_all():
+    """Against the gradients of all differences of logits, one by one."""
+    net, image = rugged((1, 6, 6)).double(), images(12, (1, 6, 6)).double()
+    label, seen = net(image).argmax(1), []
+
+    def watched(x):
+        seen.append(x.detach().clone())
+        return net(x)
+
+    FAB(steps=1, targeted=False, alpha_max=0, eta=1)(watched, image, label, ThreatModel("l2", Budget(1e-6)))
+    for x, y, moved in zip(image, label, seen[2], strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda p: net(p[None])[0], x).flatten(1)
+        others = [i for i in range(5) if i != y]
+        gaps = torch.stack([(net(x[None])[0, i] - net(x[None])[0, y]).abs() for i in others])
+        slopes = torch.stack([jacobian[i] - jacobian[y] for i in others])
+        shortest = gaps / slopes.norm(dim=1)
+        shift = (moved - x).flatten()
+        if bool((moved > 0).all() & (moved < 1).all()):  # the box does not bind
+            assert shift.norm().item() == pytest.approx(shortest.min().item(), rel=1e-6)
+            cosine = shift @ slopes[shortest.argmin()] / shift.norm() / slopes[shortest.argmin()].norm()
+            assert abs(cosine.item()) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["fab-t", "fab-t-20", "fab", "fab-50", "fab-100x5", "fab-t-30x2"])
 def test_names_round_trip(name):
     assert parse_attack(name).name == name
 
@@ -238,7 +290,15 @@ def test_a_given_loss_is_refused():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": -1}, {"targets": 0}, {"alpha_max": 1.1}, {"eta": 0.9}, {"beta": 1.0}, {"beta": float("nan")}],
+    [
+        {"steps": -1},
+        {"targets": 0},
+        {"restarts": 0},
+        {"alpha_max": 1.1},
+        {"eta": 0.9},
+        {"beta": 1.0},
+        {"beta": float("nan")},
+    ],
 )
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(SettingError, match=rf"attack\.{next(iter(wrong))}"):

@@ -196,26 +196,27 @@ def test_blocks_of_numbers_are_the_stream_of_single_draws(norm, monkeypatch):
     found = attack(net, image, label, threat, generator=torch.Generator().manual_seed(7))
     fooled = (net(found).argmax(1) != label).sum()
     assert 0 < fooled < 40
-    monkeypatch.setattr("softdefend.attacks.square._block", lambda query: 1)
+    monkeypatch.setattr("softdefend.attacks.square.block", lambda done, most: 1)
     single = attack(net, image, label, threat, generator=torch.Generator().manual_seed(7))
     torch.testing.assert_close(found, single, atol=1e-12, rtol=0)
 
 
 def test_numbers_come_in_the_order_of_the_generator():
-    """Against drawing one by one, image by image, skipping the images that are done."""
-    among = torch.tensor([True, False, True, True, False])
-    naive = torch.Generator().manual_seed(3)
-    numbers = _Numbers(torch.Generator().manual_seed(3), torch.device("cpu"))
+    """Against drawing one by one, stream by stream and image by image, skipping the images that are done."""
+    stream_of = torch.tensor([0, 0, 0, 1, 1, 2])
+    among = torch.tensor([True, False, True, True, True, False])
+    naive = [torch.Generator().manual_seed(3) for _ in range(3)]
+    numbers = _Numbers(torch.Generator().manual_seed(3), 3, torch.device("cpu"))
     for _ in range(3):
         numbers.reserve(40)
         for count in (1, 5):
-            assert numbers.next(count).tolist() == [
-                torch.rand(1, generator=naive).item() for _ in range(count)
-            ]
-        rows = numbers.next_rows(among, 2)
-        for flagged, row in zip(among, rows, strict=True):
+            for row, own in zip(numbers.next(count), naive, strict=True):
+                assert row.tolist() == [torch.rand(1, generator=own).item() for _ in range(count)]
+        rows = numbers.next_rows(stream_of, among, 2)
+        for flagged, number, row in zip(among, stream_of.tolist(), rows, strict=True):
             if flagged:
-                assert row.tolist() == torch.rand(2, generator=naive).tolist()
+                assert row.tolist() == torch.rand(2, generator=naive[number]).tolist()
+        numbers = _Numbers.resumed(torch.Generator().manual_seed(3), numbers.state(), torch.device("cpu"))
 
 
 def test_a_given_loss_decides_and_probabilities_name_the_class():

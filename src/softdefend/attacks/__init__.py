@@ -2,7 +2,10 @@
 
 from softdefend.attacks.apgd import APGD, TargetedAPGD
 from softdefend.attacks.base import Attack, Forward, value_and_gradient
+from softdefend.attacks.cw import CWL2, CWLinf
+from softdefend.attacks.deepfool import DeepFool
 from softdefend.attacks.fab import FAB
+from softdefend.attacks.fmn import FMN
 from softdefend.attacks.losses import (
     AttackLoss,
     cross_entropy,
@@ -12,19 +15,27 @@ from softdefend.attacks.losses import (
     margin,
     targeted_dlr,
 )
+from softdefend.attacks.minimal import MinimalAttack
 from softdefend.attacks.pgd import FGSM, PGD
 from softdefend.attacks.square import Square
+from softdefend.attacks.transfer import Transfer
 
 __all__ = [
     "APGD",
+    "CWL2",
     "FAB",
     "FGSM",
+    "FMN",
     "PGD",
     "Attack",
     "AttackLoss",
+    "CWLinf",
+    "DeepFool",
     "Forward",
+    "MinimalAttack",
     "Square",
     "TargetedAPGD",
+    "Transfer",
     "cross_entropy",
     "dlr",
     "kl_divergence",

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from softdefend.attacks.base import Attack, Forward
-from softdefend.attacks.losses import AttackLoss, cross_entropy, dlr, targeted_dlr
+from softdefend.attacks.draws import Draws
+from softdefend.attacks.losses import AttackLoss, cross_entropy, dlr, hard_label, targeted_dlr
+from softdefend.attacks.oracle import Journal, Oracle, View, block
 from softdefend.errors import SettingError
 from softdefend.threat import ThreatModel
 
@@ -38,6 +40,9 @@ class APGD(Attack):
         loss: ``ce`` or ``dlr``; with two classes ``dlr`` is the margin.
         rho: a sample's step is halved where no more than this share of the steps since the last
             checkpoint raised its loss, in (0, 1].
+        eot: forwards whose gradients are averaged at each step, >= 1, for networks that draw random numbers
+            (expectation over transformation, Athalye et al., arXiv 1802.00420). As in the authors' code the
+            last of them decides on loss and verdict.
 
     Raises:
         SettingError: a count, share or name outside these ranges.
@@ -51,16 +56,20 @@ class APGD(Attack):
     """What to climb: ce or dlr."""
     rho: float = 0.75
     """The step is halved where no more than this share of steps raised the loss, in (0, 1]."""
+    eot: int = 1
+    """Forwards whose gradients are averaged at each step, >= 1."""
 
     def __post_init__(self) -> None:
-        _check(self.rho, steps=self.steps, restarts=self.restarts)
+        _check(self.rho, steps=self.steps, restarts=self.restarts, eot=self.eot)
         if self.loss not in ("ce", "dlr"):
             raise SettingError("attack.loss", repr(self.loss), "ce or dlr")
 
     @property
     def name(self) -> str:
-        """``apgd-ce`` or ``apgd-dlr``; off the defaults ``apgd-ce-50``, ``apgd-ce-100x5`` (restarts)."""
-        return f"apgd-{self.loss}" + _suffix(self.steps, self.restarts)
+        """``apgd-ce`` or ``apgd-dlr``; off the defaults ``apgd-ce-50``, ``apgd-ce-100x5`` (restarts),
+        ``apgd-ce-eot20``."""
+        eot = "" if self.eot == 1 else f"-eot{self.eot}"
+        return f"apgd-{self.loss}" + _suffix(self.steps, self.restarts) + eot
 
     def __call__(
         self,
@@ -75,16 +84,42 @@ class APGD(Attack):
         """See :meth:`Attack.__call__`; a CPU ``generator`` serves images on any device.
 
         Cost: one forward, then per restart and sample still right ``steps`` + 1 forwards and ``steps``
-        input gradients.
+        input gradients, ``eot`` times as many of both (but for the last step) with ``eot``.
         """
-        search = _Search(forward, threat, self.steps, self.rho, generator)
+        oracle, draws = Oracle(forward, len(image)), Draws.of(generator, len(image))
         if loss is not None:
-            return search.climb(loss, image, self.restarts)
-        with torch.no_grad():
-            clean = forward(image)
+            return self._searching(oracle, threat, draws).climb(loss, image, self.restarts)
+        return self._fool(oracle, image, target, threat, draws, Journal())
+
+    def search(
+        self,
+        oracle: Oracle,
+        image: Tensor,
+        label: Tensor,
+        threat: ThreatModel,
+        *,
+        draws: Draws,
+        journal: Journal | None = None,
+    ) -> Tensor:
+        """See :meth:`Attack.search`. A start's noise is drawn for the images of a logical batch that are
+        still right: the verdict depends on that batch, and on nothing else beside it."""
+        return self._fool(oracle, image, label, threat, draws, journal or Journal())
+
+    def _searching(self, oracle: Oracle, threat: ThreatModel, draws: Draws) -> _Search:
+        return _Search(oracle, threat, self.steps, self.rho, self.eot, draws)
+
+    def _fool(
+        self,
+        oracle: Oracle,
+        image: Tensor,
+        target: Tensor,
+        threat: ThreatModel,
+        draws: Draws,
+        journal: Journal,
+    ) -> Tensor:
         own = cross_entropy if self.loss == "ce" else dlr
         aims: list[_Aim] = [lambda rows: partial(own, target=target[rows])] * self.restarts
-        return search.fool(aims, image, _label(target), clean)
+        return self._searching(oracle, threat, draws).fool(aims, image, hard_label(target), journal)
 
 
 @dataclass(frozen=True)
@@ -139,18 +174,31 @@ class TargetedAPGD(Attack):
         Cost: one forward, then per class, restart and sample still right ``steps`` + 1 forwards and
         ``steps`` input gradients.
         """
-        search = _Search(forward, threat, self.steps, self.rho, generator)
+        oracle, draws = Oracle(forward, len(image)), Draws.of(generator, len(image))
         if loss is not None:
-            return search.climb(loss, image, self.targets * self.restarts)
-        label = _label(target)
-        with torch.no_grad():
-            clean = forward(image)
+            return self._searching(oracle, threat, draws).climb(loss, image, self.targets * self.restarts)
+        return self.search(oracle, image, hard_label(target), threat, draws=draws)
+
+    def search(
+        self,
+        oracle: Oracle,
+        image: Tensor,
+        label: Tensor,
+        threat: ThreatModel,
+        *,
+        draws: Draws,
+        journal: Journal | None = None,
+    ) -> Tensor:
+        """See :meth:`Attack.search`; what a verdict depends on is as in :class:`APGD`."""
         aims = [
             partial(_towards, wrong, label)
-            for wrong in _likeliest_wrong(clean, label, self.targets)
+            for wrong in _likeliest_wrong(oracle.clean(image), label, self.targets)
             for _ in range(self.restarts)
         ]
-        return search.fool(aims, image, label, clean)
+        return self._searching(oracle, threat, draws).fool(aims, image, label, journal or Journal())
+
+    def _searching(self, oracle: Oracle, threat: ThreatModel, draws: Draws) -> _Search:
+        return _Search(oracle, threat, self.steps, self.rho, 1, draws)
 
 
 def checkpoints(steps: int) -> list[int]:
@@ -176,10 +224,12 @@ _Aim = Callable[[Tensor], AttackLoss]
 
 
 class _State(NamedTuple):
-    """Where a search of m samples stands; no shape ever changes, so a step can be captured."""
+    """Where a search of m samples stands; no shape changes between packings, so a step can be captured."""
 
+    image: Tensor
+    """Clean, [m, c, h, w]."""
     here: Tensor
-    """Iterate, [m, c, h, w]; where fooled, the first image that was wrong."""
+    """Iterate, [m, c, h, w]."""
     before: Tensor
     """The iterate before the last move, [m, c, h, w]."""
     grad: Tensor
@@ -198,66 +248,110 @@ class _State(NamedTuple):
     """The last checkpoint halved the step, [m] bool."""
     checked_value: Tensor
     """``best_value`` at the last checkpoint, [m]."""
-    fooled: Tensor
-    """[m] bool."""
+    caught: Tensor
+    """A wrong image where ``claimed``, [m, c, h, w]."""
+    claimed: Tensor
+    """The searching forward has been wrong since the last packing, [m] bool."""
+    depth: Tensor
+    """Loss that a wrong image must exceed to become ``caught``, [m]."""
 
 
 @dataclass(frozen=True)
 class _Search:
     """Auto-PGD from random starts, one after the other."""
 
-    forward: Forward
+    oracle: Oracle
     threat: ThreatModel
     steps: int
     rho: float
-    generator: torch.Generator | None
+    eot: int
+    draws: Draws
 
-    def fool(self, aims: Sequence[_Aim], image: Tensor, label: Tensor, clean: Tensor) -> Tensor:
-        """One search per aim, over the samples that are right (``clean``: logits of ``image``) so far."""
-        best, value = image, image.new_full((len(image),), -math.inf)
-        value = value.masked_fill(clean.argmax(dim=1) != label, math.inf)
-        for aim in aims:
-            # The host's one read per search: it packs the samples that are left.
-            rows = (value < math.inf).nonzero().squeeze(1)
-            if len(rows) == 0:
+    def fool(self, aims: Sequence[_Aim], image: Tensor, label: Tensor, journal: Journal) -> Tensor:
+        """One search per aim, over the samples that are right so far."""
+        saved = journal.load()
+        if saved:
+            best, value, begun = saved["best"], saved["value"], int(saved["aims"])
+            self.draws.load_state(saved["draws"])
+        else:
+            best, value, begun = image, image.new_full((len(image),), -math.inf), 0
+            wrong = self.oracle.clean(image).argmax(dim=1) != label
+            value = value.masked_fill(wrong, math.inf)
+        for number in range(begun, len(aims)):
+            # Here the host reads the device: it packs the samples that are left.
+            left = (value < math.inf).nonzero().squeeze(1)
+            if len(left) == 0:
                 break
-            found, reached = self.once(aim(rows), image[rows], label[rows])
-            kept, reached = _better(found, reached, best[rows], value[rows])
-            best, value = best.index_copy(0, rows, kept), value.index_copy(0, rows, reached)
+            noise = self.draws.fresh(left, image[left], normal=self.threat.norm == "l2")
+            for part in self.oracle.parts(len(left), image.device):
+                rows = left[part]
+                found, reached = self.once(aims[number], rows, image[rows], label[rows], noise[part])
+                kept, reached = _better(found, reached, best[rows], value[rows])
+                best, value = best.index_copy(0, rows, kept), value.index_copy(0, rows, reached)
+            journal.save(partial(self._note, best, value, number + 1))
         return best
+
+    def _note(self, best: Tensor, value: Tensor, aims: int) -> dict[str, Tensor]:
+        return {"best": best, "value": value, "aims": torch.tensor(aims), "draws": self.draws.state()}
 
     def climb(self, loss: AttackLoss, image: Tensor, starts: int) -> Tensor:
         """Each sample's image of largest loss."""
         best, value = image, image.new_full((len(image),), -math.inf)
+        rows = torch.arange(len(image), device=image.device)
         for _ in range(starts):
-            best, value = _better(*self.once(loss, image, None), best, value)
+            noise = self.draws.fresh(rows, image, normal=self.threat.norm == "l2")
+            best, value = _better(*self.once(lambda _: loss, rows, image, None, noise), best, value)
         return best
 
-    def once(self, loss: AttackLoss, image: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+    def once(
+        self, aim: _Aim, rows: Tensor, image: Tensor, label: Tensor | None, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Adversarial images [m, c, h, w] and the loss they reached [m], inf where the network is fooled;
         without labels nothing fools it."""
-        state = self._begin(loss, image, label)
-        reviewed, reviews = 0, checkpoints(self.steps)
-        for step in range(1, self.steps + 1):
-            state = self._step(state, loss, image, label, first=step == 1, last=step == self.steps)
-            if step in reviews and step < self.steps:
-                state, reviewed = _review(state, self.rho * (step - reviewed)), step
-        value = state.best_value.masked_fill(state.fooled, math.inf)
-        return _pick(state.fooled, state.here, state.best), value
+        found, reached = image.clone(), image.new_full((len(image),), -math.inf)
+        place = torch.arange(len(image), device=image.device)
+        forward, loss = self.oracle.at(rows), aim(rows)
+        state = self._begin(forward, loss, image, label, noise)
+        reviewed, reviews, packed = 0, checkpoints(self.steps), 0
+        for step in range(self.steps + 1):
+            if step > 0:
+                state = self._step(state, forward, loss, label, first=step == 1, last=step == self.steps)
+                if step in reviews and step < self.steps:
+                    state, reviewed = _review(state, self.rho * (step - reviewed)), step
+            if label is None or (step < self.steps and step < packed):
+                continue
+            packed = step + block(step, 10)
+            fooled = self.oracle.confirmed(state.claimed, state.caught, label, rows)
+            found[place] = _pick(fooled, state.caught, state.best)
+            reached[place] = state.best_value.masked_fill(fooled, math.inf).to(reached)
+            left = (~fooled).nonzero().squeeze(1)
+            if len(left) == 0:
+                break
+            # What was claimed and is not so goes on being attacked from where it is.
+            state = state._replace(
+                claimed=torch.zeros_like(fooled), depth=torch.full_like(state.depth, -math.inf)
+            )
+            if len(left) < len(rows):
+                state = _State(*(field[left] for field in state))
+                rows, label, place = rows[left], label[left], place[left]
+                forward, loss = self.oracle.at(rows), aim(rows)
+        return (found, reached) if label is not None else (state.best, state.best_value)
 
-    def _begin(self, loss: AttackLoss, image: Tensor, label: Tensor | None) -> _State:
-        """At noise stretched to the ball's surface: l-inf by its largest pixel, l2 by its length."""
-        draw = torch.rand if self.threat.norm == "linf" else torch.randn
-        device = image.device if self.generator is None else self.generator.device
-        noise = draw(image.shape, generator=self.generator, device=device).to(image)
+    def _begin(
+        self, forward: View, loss: AttackLoss, image: Tensor, label: Tensor | None, noise: Tensor
+    ) -> _State:
+        """At ``noise`` (uniform in [0, 1) or normal) stretched to the ball's surface: l-inf by its largest
+        pixel, l2 by its length."""
         if self.threat.norm == "linf":
             noise = 2 * noise - 1
             noise = noise / (noise.abs().amax(dim=(1, 2, 3), keepdim=True) + 1e-12)
         else:
             noise = _unit(noise)
         here = (image + float(self.threat.eps) * noise).clamp(0, 1)
-        logits, value, grad = self._look(loss, here)
-        return _State(
+        logits, value, grad = self._look(forward, loss, here)
+        nowhere = torch.full_like(value, -math.inf)
+        state = _State(
+            image=image,
             here=here,
             before=here,
             grad=grad,
@@ -271,47 +365,80 @@ class _Search:
             rises=torch.zeros_like(value, dtype=torch.int64),
             halved=torch.ones_like(value, dtype=torch.bool),
             checked_value=value,
-            fooled=_wrong(logits, label),
+            caught=here,
+            claimed=torch.zeros_like(value, dtype=torch.bool),
+            depth=nowhere,
         )
+        return self._claim(state, logits, value, label)
 
     def _step(
-        self, state: _State, loss: AttackLoss, image: Tensor, label: Tensor | None, *, first: bool, last: bool
+        self,
+        state: _State,
+        forward: View,
+        loss: AttackLoss,
+        label: Tensor | None,
+        *,
+        first: bool,
+        last: bool,
     ) -> _State:
         """One move with momentum (none in the ``first``) and a look; the ``last`` needs no gradient."""
+        image = state.image
         direction = state.grad.sign() if self.threat.norm == "linf" else _unit(state.grad)
         moved = self.threat.project(image, state.here + state.step_size * direction)
         if not first:
             momentum = (1 - MOMENTUM) * (state.here - state.before)
             moved = state.here + MOMENTUM * (moved - state.here) + momentum
             moved = self.threat.project(image, moved)
-        here = _pick(state.fooled, state.here, moved)
-        logits, value, grad = self._look(loss, here, gradient=not last)
+        logits, value, grad = self._look(forward, loss, moved, gradient=not last)
         better = value > state.best_value
-        return state._replace(
-            here=here,
+        state = state._replace(
+            here=moved,
             before=state.here,
             grad=grad,
             value=value,
-            best=_pick(better, here, state.best),
+            best=_pick(better, moved, state.best),
             best_grad=_pick(better, grad, state.best_grad),
             best_value=torch.where(better, value, state.best_value),
             rises=state.rises + (value > state.value),
-            fooled=state.fooled | _wrong(logits, label),
+        )
+        return self._claim(state, logits, value, label)
+
+    def _claim(self, state: _State, logits: Tensor, value: Tensor, label: Tensor | None) -> _State:
+        """Keep the first wrong image; of wrong images in doubt the one of largest loss, which is the one most
+        likely to stand."""
+        if label is None:
+            return state
+        wrong = logits.argmax(dim=1) != label
+        fresh = wrong & (~state.claimed | (value > state.depth))
+        return state._replace(
+            caught=_pick(fresh, state.here, state.caught),
+            claimed=state.claimed | wrong,
+            depth=torch.where(fresh, value if self.oracle.doubted else math.inf, state.depth),
         )
 
-    def _look(self, loss: AttackLoss, image: Tensor, gradient: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    def _look(
+        self, forward: View, loss: AttackLoss, image: Tensor, gradient: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [m, k], loss [m] and its gradient [m, c, h, w] (zero where it is NaN or infinite: such a
         pixel must not poison the image)."""
         if not gradient:
             with torch.no_grad():
-                logits = self.forward(image)
+                logits = forward(image)
                 return logits, loss(logits), torch.zeros_like(image)
+        logits, value, grad = self._slope(forward, loss, image)
+        for _ in range(self.eot - 1):
+            logits, value, more = self._slope(forward, loss, image)
+            grad = grad + more
+        grad = grad if self.eot == 1 else grad / self.eot
+        return logits, value, grad.nan_to_num(0, 0, 0)
+
+    def _slope(self, forward: View, loss: AttackLoss, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         image = image.detach().requires_grad_(True)
         with torch.enable_grad():
-            logits = self.forward(image)
+            logits = forward(image)
             value = loss(logits)
             (grad,) = torch.autograd.grad(value.sum(), image)
-        return logits.detach(), value.detach(), grad.nan_to_num(0, 0, 0)
+        return logits.detach(), value.detach(), grad
 
 
 def _review(state: _State, enough: float) -> _State:
@@ -320,10 +447,9 @@ def _review(state: _State, enough: float) -> _State:
     conditions 1 and 2)."""
     stalled = ~state.halved & (state.checked_value >= state.best_value)
     halve = (state.rises <= enough) | stalled
-    back = halve & ~state.fooled
     return state._replace(
-        here=_pick(back, state.best, state.here),
-        grad=_pick(back, state.best_grad, state.grad),
+        here=_pick(halve, state.best, state.here),
+        grad=_pick(halve, state.best_grad, state.grad),
         step_size=_pick(halve, state.step_size / 2, state.step_size),
         rises=torch.zeros_like(state.rises),
         halved=halve,
@@ -341,16 +467,6 @@ def _likeliest_wrong(clean: Tensor, label: Tensor, most: int) -> Sequence[Tensor
     # The true class first, whatever its logit, so that a tie with it cannot make it a target.
     ranked = clean.scatter(1, label[:, None], math.inf).topk(min(most + 1, k), dim=1).indices
     return ranked.unbind(dim=1)[1:]
-
-
-def _wrong(logits: Tensor, label: Tensor | None) -> Tensor:
-    if label is None:
-        return torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    return logits.argmax(dim=1) != label
-
-
-def _label(target: Tensor) -> Tensor:
-    return target if target.ndim == 1 else target.argmax(dim=1)
 
 
 def _pick(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:

@@ -5,15 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from softdefend.attacks.draws import Draws
 from softdefend.attacks.losses import AttackLoss
+from softdefend.attacks.oracle import Journal, Oracle
 from softdefend.threat import ThreatModel
 
 Forward = Callable[[Tensor], Tensor]
 """Maps images [b, c, h, w] in [0, 1] to logits [b, k]."""
+Randomness = Literal["none", "image", "batch"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,11 @@ class Attack(ABC):
     The network's mode and its parameters' ``requires_grad`` are the caller's: an attack only ever asks
     for the gradient with respect to the image.
     """
+
+    randomness: ClassVar[Randomness] = "batch"
+    """What a result depends on beside the image: nothing; the image's position in the data; or the logical
+    batch it is attacked in. An attack that draws nothing should say so: an evaluation may then cut its
+    batches as memory asks."""
 
     @abstractmethod
     def __call__(
@@ -45,6 +54,41 @@ class Attack(ABC):
             loss: what to climb, in place of the attack's own loss.
             generator: source of every random draw, on the device of ``image``; torch's own when None.
         """
+
+    def search(
+        self,
+        oracle: Oracle,
+        image: Tensor,
+        label: Tensor,
+        threat: ThreatModel,
+        *,
+        draws: Draws,
+        journal: Journal | None = None,
+    ) -> Tensor:
+        """What an evaluation calls: the same attack on the images of several logical batches at once.
+
+        The default calls the attack on one logical batch after the other, in full precision; where nothing
+        is random, on as many images at once as ``oracle`` takes.
+
+        Args:
+            oracle: the network.
+            image: [n, c, h, w] float32 in [0, 1].
+            label: [n] int64.
+            threat: the set the result stays in.
+            draws: the random numbers of these images.
+            journal: where to note what a killed evaluation should not do twice.
+
+        Returns:
+            Adversarial images [n, c, h, w].
+        """
+        parts = draws.portions(image.device)
+        if self.randomness == "none":
+            parts = ((rows, None) for rows in oracle.parts(len(image), image.device))
+        found = [
+            self(oracle.exact_at(rows), image[rows], label[rows], threat, generator=generator).detach()
+            for rows, generator in parts
+        ]
+        return torch.cat(found)
 
     @property
     @abstractmethod

@@ -1,7 +1,8 @@
-"""Targeted fast adaptive boundary attack (Croce & Hein, arXiv 1907.02044): the closest wrong image it finds.
+"""Fast adaptive boundary attack (Croce & Hein, arXiv 1907.02044): the closest wrong image it finds.
 
-Steps, targets and verdicts are those of AutoAttack's reference implementation (arXiv 2003.01690), where it
-starts at the image: nothing is random, and no image feels its batch.
+Steps, targets, restarts and verdicts are those of AutoAttack's reference implementation (arXiv 2003.01690).
+The first search of each target starts at the image: without restarts nothing is random, and no image feels
+its batch.
 """
 
 from __future__ import annotations
@@ -14,21 +15,28 @@ import torch
 from torch import Tensor
 
 from softdefend.attacks.base import Attack, Forward, value_and_gradient
-from softdefend.attacks.losses import AttackLoss
+from softdefend.attacks.draws import Draws
+from softdefend.attacks.losses import AttackLoss, hard_label
+from softdefend.attacks.oracle import Journal, Oracle, View, block
 from softdefend.errors import SettingError
 from softdefend.threat import Norm, ThreatModel
 
 
 @dataclass(frozen=True)
 class FAB(Attack):
-    """Targeted FAB in l-inf or l2, without random start.
+    """FAB in l-inf or l2.
 
-    Against each of the runner-up classes of the clean image in turn, linearises the boundary to that class,
-    steps beyond it, leaning back to the image, and goes part of the way home from each wrong point.
+    Linearises the boundary to another class, steps beyond it, leaning back to the image, and goes part of
+    the way home from each wrong point. Targeted, it does so against each of the runner-up classes of the
+    clean image in turn; untargeted, against whichever class is closest at each step, which costs a gradient
+    for every class.
 
     Args:
-        steps: linearisations per target, >= 0.
+        steps: linearisations per search, >= 0.
         targets: runner-up classes tried, >= 1; all k - 1 where there are fewer.
+        restarts: searches per target (of one that is untargeted: in all), >= 1. Those after the first begin
+            at a random point half of ``eps`` away.
+        targeted: towards one class after the other.
         alpha_max: largest weight of the projection of the clean image in a step, in [0, 1].
         eta: overshoot of a projection, >= 1.
         beta: share of the way that a wrong point keeps when it goes home, in (0, 1).
@@ -38,7 +46,7 @@ class FAB(Attack):
     """
 
     steps: int = 100
-    """Linearisations per target, >= 0."""
+    """Linearisations per search, >= 0."""
     targets: int = 9
     """Runner-up classes tried, >= 1."""
     alpha_max: float = 0.1
@@ -47,11 +55,16 @@ class FAB(Attack):
     """Overshoot of a projection, >= 1."""
     beta: float = 0.9
     """Share of the way that a wrong point keeps when it goes home, in (0, 1)."""
+    restarts: int = 1
+    """Searches per target, >= 1; all but the first begin at a random point."""
+    targeted: bool = True
+    """Towards one class after the other, or always towards the closest."""
 
     def __post_init__(self) -> None:
         for name, valid, accepted in (
             ("steps", self.steps >= 0, "a whole number >= 0"),
             ("targets", self.targets >= 1, "a whole number >= 1"),
+            ("restarts", self.restarts >= 1, "a whole number >= 1"),
             ("alpha_max", 0 <= self.alpha_max <= 1, "a weight in [0, 1]"),
             ("eta", 1 <= self.eta < math.inf, "a factor >= 1"),
             ("beta", 0 < self.beta < 1, "a share in (0, 1)"),
@@ -61,8 +74,11 @@ class FAB(Attack):
 
     @property
     def name(self) -> str:
-        """``fab-t``, or ``fab-t-50`` where the steps are not 100."""
-        return "fab-t" if self.steps == 100 else f"fab-t-{self.steps}"
+        """``fab-t``, untargeted ``fab``; off the defaults ``fab-t-50``, ``fab-100x5`` (restarts)."""
+        name = "fab-t" if self.targeted else "fab"
+        if self.restarts > 1:
+            return f"{name}-{self.steps}x{self.restarts}"
+        return name if self.steps == 100 else f"{name}-{self.steps}"
 
     def __call__(
         self,
@@ -74,85 +90,197 @@ class FAB(Attack):
         loss: AttackLoss | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """See :meth:`Attack.__call__`. Cost: one forward, and per target and step up to two forwards and one
-        image gradient of each image that no wrong point within ``eps`` has been found for.
+        """See :meth:`Attack.__call__`. Cost: one forward, and per search and step up to two forwards and one
+        image gradient (untargeted: one for each class) of each image that no wrong point within ``eps`` has
+        been found for.
 
-        An image is returned unchanged where none is found; ``generator`` is not used.
+        An image is returned unchanged where none is found. ``generator`` may live on the CPU wherever the
+        images are, and is used by restarts alone.
 
         Raises:
             SettingError: a ``loss`` is given; this attack minimises the distance.
         """
         if loss is not None:
-            raise SettingError("attack.loss", "a loss", "none: fab-t minimises the distance")
+            raise SettingError("attack.loss", "a loss", f"none: {self.name} minimises the distance")
+        oracle, draws = Oracle(forward, len(image)), Draws.of(generator, len(image))
+        return self.search(oracle, image, hard_label(target), threat, draws=draws)
+
+    def search(
+        self,
+        oracle: Oracle,
+        image: Tensor,
+        label: Tensor,
+        threat: ThreatModel,
+        *,
+        draws: Draws,
+        journal: Journal | None = None,
+    ) -> Tensor:
+        """See :meth:`Attack.search`. Without restarts a verdict depends on the image alone; a restart's noise
+        is drawn for the images of a logical batch that are still right."""
         eps = float(threat.eps)
-        closest, distance = self.minimal(forward, image, target, threat.norm, enough=eps)
+        hunt = _Hunt(self, oracle, draws, threat.norm, eps)
+        closest, distance = hunt(image, label, journal or Journal())
         return torch.where((distance <= eps).view(-1, 1, 1, 1), closest, image)
 
-    @torch.no_grad()
     def minimal(
-        self, forward: Forward, image: Tensor, target: Tensor, norm: Norm, *, enough: float = 0.0
+        self,
+        forward: Forward,
+        image: Tensor,
+        target: Tensor,
+        norm: Norm,
+        *,
+        enough: float = 0.0,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The closest wrong image found, at any distance.
 
         Args:
             forward, image, target: see :meth:`Attack.__call__`.
             norm: of the distance.
-            enough: a distance in pixel units at which the search for a sample stops.
+            enough: a distance in pixel units at which the search for a sample stops. Restarts begin half of
+                it away from the image.
+            generator: of the restarts' random points.
 
         Returns:
             Images [b, c, h, w] and their distances [b]: the image itself at 0 where the network is wrong
             from the start, and at infinity where no wrong image was found.
         """
-        label = target if target.ndim == 1 else target.argmax(dim=1)
-        logits = forward(image)
-        right = logits.argmax(dim=1) == label
-        distance = image.new_zeros(len(image)).masked_fill(right, math.inf)
-        closest = image.clone()
-        rivals = logits.scatter(1, label.view(-1, 1), math.inf).argsort(dim=1).flip(1)[:, 1:]
-        for rival in rivals.T[: self.targets]:
-            rows = (distance > enough).nonzero().flatten()
-            if len(rows):
-                goal = image[rows], label[rows], rival[rows]
-                found, length = self._towards(forward, *goal, norm, enough)
+        oracle, draws = Oracle(forward, len(image)), Draws.of(generator, len(image))
+        return _Hunt(self, oracle, draws, norm, enough)(image, hard_label(target), Journal())
+
+
+@dataclass(frozen=True)
+class _Hunt:
+    """The searches of one attack on one batch; a wrong image within ``enough`` ends a sample's."""
+
+    attack: FAB
+    oracle: Oracle
+    draws: Draws
+    norm: Norm
+    enough: float
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, label: Tensor, journal: Journal) -> tuple[Tensor, Tensor]:
+        """Closest wrong images and distances; see :meth:`FAB.minimal`."""
+        logits, attack = self.oracle.clean(image), self.attack
+        rivals: list[Tensor | None] = [None]
+        if attack.targeted:
+            ranked = logits.scatter(1, label.view(-1, 1), math.inf).argsort(dim=1).flip(1)[:, 1:]
+            rivals = list(ranked.T[: attack.targets])
+        plan = [(rival, restart) for rival in rivals for restart in range(attack.restarts)]
+        saved = journal.load()
+        if saved:
+            closest, distance, begun = saved["closest"], saved["distance"], int(saved["searches"])
+            self.draws.load_state(saved["draws"])
+        else:
+            right = logits.argmax(dim=1) == label
+            distance = image.new_zeros(len(image)).masked_fill(right, math.inf)
+            closest, begun = image.clone(), 0
+        for number in range(begun, len(plan)):
+            rival, restart = plan[number]
+            left = (distance > self.enough).nonzero().flatten()
+            if not len(left):
+                break
+            start = image[left] if restart == 0 else self._away(image[left], left)
+            for part in self.oracle.parts(len(left), image.device):
+                rows = left[part]
+                goal = None if rival is None else rival[rows]
+                found, length = self._once(image[rows], start[part], label[rows], goal, rows)
                 closer = length < distance[rows]
                 closest[rows] = torch.where(closer.view(-1, 1, 1, 1), found, closest[rows])
                 distance[rows] = torch.where(closer, length, distance[rows])
+            journal.save(partial(self._note, closest, distance, number + 1))
         return closest, distance
 
-    def _towards(
-        self, forward: Forward, image: Tensor, label: Tensor, rival: Tensor, norm: Norm, enough: float
+    def _note(self, closest: Tensor, distance: Tensor, searches: int) -> dict[str, Tensor]:
+        return {
+            "closest": closest,
+            "distance": distance,
+            "searches": torch.tensor(searches),
+            "draws": self.draws.state(),
+        }
+
+    def _away(self, image: Tensor, rows: Tensor) -> Tensor:
+        """Random points half of ``enough`` from the images, cut to the box."""
+        noise = self.draws.fresh(rows, image, normal=self.norm == "l2")
+        noise = 2 * noise - 1 if self.norm == "linf" else noise
+        length = _length(noise.flatten(1), self.norm).view(-1, 1, 1, 1)
+        return (image + 0.5 * self.enough * noise / length).clamp(0, 1)
+
+    def _once(
+        self, image: Tensor, point: Tensor, label: Tensor, rival: Tensor | None, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The closest wrong images on the way to one rival class each, and distances; see ``minimal``."""
-        closest, distance = image.clone(), image.new_full((len(image),), math.inf)
-        rows, point = torch.arange(len(image), device=image.device), image
-        for _ in range(self.steps):
-            gap, slope = value_and_gradient(forward, partial(_gap, label=label, rival=rival), point)
-            point = self._step(image, point, gap, slope, norm)
+        """The closest wrong images on the way from ``point`` [m, c, h, w], and distances; towards one rival
+        class each [m], or to the closest."""
+        found, reached = image.clone(), image.new_full((len(image),), math.inf)
+        place, forward, packed = torch.arange(len(image), device=image.device), self.oracle.at(rows), 1
+        closest, distance = image, reached.clone()
+        for step in range(1, self.attack.steps + 1):
+            gap, slope = self._boundary(forward, point, label, rival)
+            point = self._step(image, point, gap, slope)
             # The next linearisation could share this forward only where a point is right: one in fourteen
             # on robust networks, and keeping a graph for it cost more gradients than it saved forwards.
             wrong = forward(point).argmax(dim=1) != label
-            length, shortest = _length((point - image).flatten(1), norm), distance[rows]
-            closer = wrong & (length < shortest)
-            distance[rows] = torch.where(closer, length, shortest)
-            closest[rows] = torch.where(closer.view(-1, 1, 1, 1), point, closest[rows])
-            point = torch.where(wrong.view(-1, 1, 1, 1), image + (point - image) * self.beta, point)
-            left = (distance[rows] > enough).nonzero().flatten()
-            if len(left) < len(rows):
-                rows, image, label, rival, point = (x[left] for x in (rows, image, label, rival, point))
+            length = _length((point - image).flatten(1), self.norm)
+            closer = wrong & (length < distance)
+            distance = torch.where(closer, length, distance)
+            closest = torch.where(closer.view(-1, 1, 1, 1), point, closest)
+            point = torch.where(wrong.view(-1, 1, 1, 1), image + (point - image) * self.attack.beta, point)
+            if step < min(packed, self.attack.steps):
+                continue
+            packed = step + block(step, 10)
+            done = self.oracle.confirmed(distance <= self.enough, closest, label, rows)
+            distance = distance.masked_fill(~done & (distance <= self.enough), math.inf)
+            found[place], reached[place] = closest, distance
+            left = (~done).nonzero().flatten()
             if not len(left):
                 break
-        return closest, distance
+            if len(left) < len(rows):
+                fields = (rows, place, image, label, point, closest, distance)
+                rows, place, image, label, point, closest, distance = (field[left] for field in fields)
+                rival = None if rival is None else rival[left]
+                forward = self.oracle.at(rows)
+        return found, reached
 
-    def _step(self, image: Tensor, point: Tensor, gap: Tensor, slope: Tensor, norm: Norm) -> Tensor:
+    def _boundary(
+        self, forward: View, point: Tensor, label: Tensor, rival: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The logit of the rival minus the true one [m], and its slope [m, c, h, w]; without a rival of the
+        class whose linearised boundary is closest."""
+        if rival is not None:
+            return value_and_gradient(forward, partial(_gap, label=label, rival=rival), point)
+        point = point.detach().requires_grad_(True)
+        with torch.enable_grad():
+            logits = forward(point)
+            gaps = logits - logits.gather(1, label.view(-1, 1))
+            totals = gaps.sum(dim=0).unbind()
+        gaps = gaps.detach()
+        k = logits.shape[1]
+        forward.more_gradients(k - 1)
+        gap, slope = torch.zeros_like(gaps[:, 0]), torch.zeros_like(point)
+        nearest = torch.full_like(gap, math.inf)
+        for other in range(k):
+            (grad,) = torch.autograd.grad(totals[other], point, retain_graph=other < k - 1)
+            dual = _length(grad.flatten(1), "l2") if self.norm == "l2" else grad.abs().sum(dim=(1, 2, 3))
+            away = gaps[:, other].abs() / (1e-12 + dual)
+            nearer = (away < nearest) & (label != other)
+            gap = torch.where(nearer, gaps[:, other], gap)
+            slope = torch.where(nearer.view(-1, 1, 1, 1), grad, slope)
+            nearest = torch.where(nearer, away, nearest)
+        return gap, slope
+
+    def _step(self, image: Tensor, point: Tensor, gap: Tensor, slope: Tensor) -> Tensor:
         """Over the linearised boundary, leaning towards the point of it next to ``image`` (algorithm 1)."""
         start = torch.stack([point, image]).flatten(2)
         slope = slope.flatten(1)
         gaps = torch.stack([gap, gap + (slope * (start[1] - start[0])).sum(dim=1)])
-        shift = _to_hyperplane(start, slope.expand_as(start), gaps, norm)
+        shift = _to_hyperplane(start, slope.expand_as(start), gaps, self.norm)
         near, home = shift.view(2, *image.shape)
-        length = _length(shift, norm).clamp_min(1e-8).view(2, -1, 1, 1, 1)
-        lean = (length[0] / length.sum(dim=0)).clamp_max(self.alpha_max)
-        beyond: Tensor = (point + self.eta * near) * (1 - lean) + (image + self.eta * home) * lean
+        length = _length(shift, self.norm).clamp_min(1e-8).view(2, -1, 1, 1, 1)
+        lean = (length[0] / length.sum(dim=0)).clamp_max(self.attack.alpha_max)
+        beyond: Tensor = (point + self.attack.eta * near) * (1 - lean) + (
+            image + self.attack.eta * home
+        ) * lean
         return beyond.clamp(0, 1)
 
 

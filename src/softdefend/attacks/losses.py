@@ -19,13 +19,33 @@ _NO_GAP = 1e-12
 """Keeps a ratio of logits finite where they are all equal; the reference's value."""
 
 
+def hard_label(target: Tensor) -> Tensor:
+    """Labels [b] int64, from labels or from probabilities [b, k], of which the largest names the class."""
+    return target if target.ndim == 1 else target.argmax(dim=1)
+
+
+def check_classes(logits: Tensor) -> None:
+    """Refuse logits [b, k] that leave nothing to confuse; looks at shapes only, reads nothing from a device.
+
+    Raises:
+        SettingError: k < 2.
+    """
+    if logits.shape[1] < 2:
+        given = f"a network that returns shape {list(logits.shape)}"
+        raise SettingError("net", given, "logits of two or more classes")
+
+
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of each sample, [b].
 
     Args:
-        logits: [b, k].
+        logits: [b, k], k >= 2.
         target: labels [b] int64, or probabilities [b, k].
+
+    Raises:
+        SettingError: k < 2.
     """
+    check_classes(logits)
     return F.cross_entropy(logits, target, reduction="none")
 
 
@@ -36,8 +56,12 @@ def margin(logits: Tensor, target: Tensor) -> Tensor:
     Args:
         logits: [b, k], k >= 2.
         target: labels [b] int64, or probabilities [b, k], of which the largest names the class.
+
+    Raises:
+        SettingError: k < 2.
     """
-    label = target if target.ndim == 1 else target.argmax(dim=1)
+    check_classes(logits)
+    label = hard_label(target)
     true = F.one_hot(label, logits.shape[1]).bool()
     return logits.masked_fill(true, -torch.inf).amax(dim=1) - logits.masked_fill(~true, 0).sum(dim=1)
 
@@ -51,10 +75,13 @@ def dlr(logits: Tensor, target: Tensor) -> Tensor:
     Args:
         logits: [b, k], k >= 2.
         target: labels [b] int64, or probabilities [b, k], of which the largest names the class.
+
+    Raises:
+        SettingError: k < 2.
     """
     if logits.shape[1] < 3:
         return margin(logits, target)
-    label = target if target.ndim == 1 else target.argmax(dim=1)
+    label = hard_label(target)
     top, order = logits.topk(3, dim=1)
     other = torch.where(order[:, 0] == label, top[:, 1], top[:, 0])
     true = logits.gather(1, label[:, None]).squeeze(1)
@@ -70,7 +97,11 @@ def targeted_dlr(logits: Tensor, label: Tensor, aim: Tensor) -> Tensor:
         logits: [b, k], k >= 2.
         label: [b] int64.
         aim: the class to reach, [b] int64.
+
+    Raises:
+        SettingError: k < 2.
     """
+    check_classes(logits)
     pair = logits.gather(1, torch.stack([aim, label], dim=1))
     difference = pair[:, 0] - pair[:, 1]
     if logits.shape[1] < 4:

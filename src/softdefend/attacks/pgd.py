@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from softdefend.attacks.base import Attack, Forward, value_and_gradient
+from softdefend.attacks.base import Attack, Forward, Randomness, value_and_gradient
+from softdefend.attacks.draws import Draws
 from softdefend.attacks.losses import AttackLoss, LossName, named
+from softdefend.attacks.oracle import Journal, Oracle
 from softdefend.errors import SettingError
 from softdefend.threat import Budget, ThreatModel
 
@@ -52,6 +56,7 @@ class PGD(Attack):
     """What to climb: ce, margin or kl."""
     keep: Literal["last", "best"] = "last"
     """Which iterate to return: last or best."""
+    randomness: ClassVar[Randomness] = "image"
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -89,10 +94,43 @@ class PGD(Attack):
         """See :meth:`Attack.__call__`. Cost per restart: ``steps`` forwards and input gradients, and one
         forward more where a best has to be kept."""
         climb = loss or named(self.loss, forward, image, target)
+        begin = partial(_begin, self.start, image, threat, generator)
+        return self._ascend(forward, climb, image, threat, begin)
+
+    def search(
+        self,
+        oracle: Oracle,
+        image: Tensor,
+        label: Tensor,
+        threat: ThreatModel,
+        *,
+        draws: Draws,
+        journal: Journal | None = None,
+    ) -> Tensor:
+        """See :meth:`Attack.search`. A start belongs to the image's position in the data, so a result depends
+        neither on batches nor on what else is in them."""
+        found = []
+        for rows in oracle.parts(len(image), image.device):
+            part, forward = image[rows], oracle.at(rows)
+            clean = partial(_known, oracle, image, rows)
+            climb = named(self.loss, clean, part, label[rows])
+            begin = partial(_begin_alone, self.start, part, threat, draws, rows)
+            found.append(self._ascend(forward, climb, part, threat, begin))
+        return torch.cat(found)
+
+    def _ascend(
+        self,
+        forward: Forward,
+        climb: AttackLoss,
+        image: Tensor,
+        threat: ThreatModel,
+        begin: Callable[[int], Tensor],
+    ) -> Tensor:
+        """The search; ``begin`` gives the start of each restart."""
         step_size = float(threat.eps) / 4 if self.step_size is None else float(self.step_size)
         best = best_value = None
-        for _ in range(self.restarts):
-            adversarial = _begin(self.start, image, threat, generator)
+        for restart in range(self.restarts):
+            adversarial = begin(restart)
             for _ in range(self.steps):
                 value, grad = value_and_gradient(forward, climb, adversarial)
                 if self.keep == "best":
@@ -115,6 +153,7 @@ class FGSM(Attack):
 
     loss: LossName = "ce"
     """What to climb: ce, margin or kl."""
+    randomness: ClassVar[Randomness] = "none"
 
     @property
     def name(self) -> str:
@@ -137,7 +176,10 @@ class FGSM(Attack):
         return threat.project(image, threat.ascend(image, grad, float(threat.eps)))
 
 
-def _begin(start: Start, image: Tensor, threat: ThreatModel, generator: torch.Generator | None) -> Tensor:
+def _begin(
+    start: Start, image: Tensor, threat: ThreatModel, generator: torch.Generator | None, restart: int
+) -> Tensor:
+    """The start of a restart, from the next numbers of a generator."""
     if start == "none":
         return image
     if start == "gaussian":
@@ -145,6 +187,33 @@ def _begin(start: Start, image: Tensor, threat: ThreatModel, generator: torch.Ge
         return image + GAUSSIAN_START_STD * noise
     point = threat.random_start(image, generator)
     return point if start == "uniform-unclipped" else point.clamp(0, 1)
+
+
+def _begin_alone(
+    start: Start, image: Tensor, threat: ThreatModel, draws: Draws, rows: Tensor, restart: int
+) -> Tensor:
+    """As :func:`_begin`, from numbers that belong to each image."""
+    if start == "none":
+        return image
+    pixels = image[0].numel()
+    if start == "gaussian":
+        noise = draws.normal(rows, pixels, 2 * restart).view_as(image).to(image)
+        return image + GAUSSIAN_START_STD * noise
+    if threat.norm == "linf":
+        noise = draws.uniform(rows, pixels, 2 * restart).view_as(image).to(image)
+        point = image + (2 * noise - 1) * float(threat.eps)
+    else:
+        noise = draws.normal(rows, pixels, 2 * restart).view_as(image).to(image)
+        # The volume inside radius r grows as r^d, so uniform in the ball means r = eps * u^(1/d).
+        radius = draws.uniform(rows, 1, 2 * restart + 1).to(image).pow(1 / pixels) * float(threat.eps)
+        point = image + threat.ascend(torch.zeros_like(image), noise, 1.0) * radius.view(-1, 1, 1, 1)
+    return point if start == "uniform-unclipped" else point.clamp(0, 1)
+
+
+@torch.no_grad()
+def _known(oracle: Oracle, image: Tensor, rows: Tensor, _: Tensor) -> Tensor:
+    """Clean logits of some rows, which an evaluation computes only once."""
+    return oracle.clean(image)[rows]
 
 
 def _better(

@@ -1,0 +1,203 @@
+"""Carlini and Wagner's attacks (arXiv 1608.04644): the original in l2, and what papers call CW in l-inf."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from softdefend.attacks.base import Forward
+from softdefend.attacks.draws import Draws
+from softdefend.attacks.losses import AttackLoss, LossName, check_classes, hard_label, margin
+from softdefend.attacks.minimal import Closest, MinimalAttack, check_differentiable
+from softdefend.attacks.oracle import Journal, Oracle
+from softdefend.attacks.pgd import PGD
+from softdefend.errors import SettingError
+from softdefend.threat import Norm, ThreatModel
+
+
+@dataclass(frozen=True)
+class CWLinf(PGD):
+    """Projected gradient ascent on the margin, 30 steps in l-inf: what papers on adversarial training report
+    as CW. It is ``pgd-30-margin`` under its usual name, not the l-inf attack of Carlini & Wagner.
+
+    Args:
+        steps, step_size, restarts, start, keep: as in :class:`PGD`.
+
+    Raises:
+        SettingError: as in :class:`PGD`.
+    """
+
+    steps: int = 30
+    """Gradient steps, >= 0."""
+    loss: LossName = field(default="margin", init=False)
+
+    @property
+    def name(self) -> str:
+        """``cw-linf``; off the defaults ``cw-linf-100``, ``cw-linf-30x5`` (restarts)."""
+        if self.restarts > 1:
+            return f"cw-linf-{self.steps}x{self.restarts}"
+        return "cw-linf" if self.steps == 30 else f"cw-linf-{self.steps}"
+
+    def __call__(
+        self,
+        forward: Forward,
+        image: Tensor,
+        target: Tensor,
+        threat: ThreatModel,
+        *,
+        loss: AttackLoss | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """See :class:`PGD`.
+
+        Raises:
+            SettingError: a threat model in another norm than l-inf.
+        """
+        self._check(threat)
+        return super().__call__(forward, image, target, threat, loss=loss, generator=generator)
+
+    def search(
+        self,
+        oracle: Oracle,
+        image: Tensor,
+        label: Tensor,
+        threat: ThreatModel,
+        *,
+        draws: Draws,
+        journal: Journal | None = None,
+    ) -> Tensor:
+        """See :meth:`PGD.search`.
+
+        Raises:
+            SettingError: a threat model in another norm than l-inf.
+        """
+        self._check(threat)
+        return super().search(oracle, image, label, threat, draws=draws, journal=journal)
+
+    def _check(self, threat: ThreatModel) -> None:
+        if threat.norm != "linf":
+            accepted = f"linf under {self.name}; l2 has cw-l2 and pgd-30-margin"
+            raise SettingError("threat.norm", threat.norm, accepted)
+
+
+@dataclass(frozen=True)
+class CWL2(MinimalAttack):
+    """Carlini & Wagner's l2 attack, untargeted and without confidence: Adam on the squared distance plus c
+    times how far the margin is from wrong, the image written as a tanh; c is found by bisection for each
+    image.
+
+    Unlike the authors' code, which stops a batch when its mean loss stalls, each image stops by itself.
+
+    Args:
+        rounds: values of c tried, >= 1.
+        steps: steps of Adam per round, >= 1; the authors' 10,000 cost ten times as much as the 1,000 here.
+        lr: learning rate of Adam, > 0, in units of the tanh's argument.
+        first_c: the first c, > 0; times ten after a round without success as long as there was none.
+
+    Raises:
+        SettingError: a value outside these ranges.
+    """
+
+    rounds: int = 9
+    """Values of c tried, >= 1."""
+    steps: int = 1000
+    """Steps of Adam per round, >= 1."""
+    lr: float = 0.01
+    """Learning rate of Adam, > 0."""
+    first_c: float = 1e-3
+    """The first c, > 0."""
+
+    def __post_init__(self) -> None:
+        for name, valid, accepted in (
+            ("rounds", self.rounds >= 1, "a whole number >= 1"),
+            ("steps", self.steps >= 1, "a whole number >= 1"),
+            ("lr", 0 < self.lr < math.inf, "a positive learning rate"),
+            ("first_c", 0 < self.first_c < math.inf, "a positive weight"),
+        ):
+            if not valid:
+                raise SettingError(f"attack.{name}", getattr(self, name), accepted)
+
+    @property
+    def name(self) -> str:
+        """``cw-l2``, or ``cw-l2-5x100`` where rounds and steps are not 9 and 1000."""
+        return "cw-l2" if (self.rounds, self.steps) == (9, 1000) else f"cw-l2-{self.rounds}x{self.steps}"
+
+    @torch.no_grad()
+    def minimal(
+        self, forward: Forward, image: Tensor, target: Tensor, norm: Norm, *, enough: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`MinimalAttack.minimal`. Cost: one forward, and at most ``rounds * steps`` forwards and
+        image gradients of each image that is right.
+
+        Raises:
+            SettingError: a norm other than l2; a network with fewer than two classes, or without gradients
+                in the image.
+        """
+        if norm != "l2":
+            raise SettingError("threat.norm", norm, f"l2 under {self.name}; linf has cw-linf")
+        label, best = hard_label(target), Closest(image, norm)
+        logits = forward(image)
+        check_classes(logits)
+        everyone = torch.arange(len(image), device=image.device)
+        best.see(everyone, image, logits.argmax(dim=1) != label)
+        c = image.new_full((len(image),), self.first_c)
+        low, high = torch.zeros_like(c), torch.full_like(c, math.inf)
+        for _ in range(self.rounds):
+            rows = (best.distance > enough).nonzero().flatten()
+            if not len(rows):
+                break
+            fooled = self._round(forward, best, rows, label[rows], c[rows], enough)
+            high[rows] = torch.where(fooled, c[rows], high[rows])
+            low[rows] = torch.where(fooled, low[rows], c[rows])
+            c = torch.where(high.isfinite(), (low + high) / 2, 10 * low)
+        return best.image, best.distance
+
+    def _round(
+        self, forward: Forward, best: Closest, rows: Tensor, label: Tensor, c: Tensor, enough: float
+    ) -> Tensor:
+        """Adam from the images at one c each; whether a wrong point was met, [m]."""
+        fooled = torch.zeros_like(label, dtype=torch.bool)
+        image = best.clean[rows]
+        # The authors' factor: keeps the argument of pixels at 0 and 1 finite.
+        argument = ((2 * image - 1) * (1 - 1e-6)).atanh()
+        mean, square = torch.zeros_like(image), torch.zeros_like(image)
+        before = torch.full_like(c, math.inf)
+        place = torch.arange(len(rows), device=rows.device)
+        for step in range(self.steps):
+            point, wrong, loss, grad = _descend(forward, argument, image, label, c)
+            best.see(rows, point, wrong)
+            fooled[place] |= wrong
+            mean, square = torch.lerp(grad, mean, 0.9), torch.lerp(grad.square(), square, 0.999)
+            scale = (square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+            argument = argument - self.lr / (1 - 0.9 ** (step + 1)) * mean / scale
+            active = best.distance[rows] > enough
+            if step % max(self.steps // 10, 1) == 0:
+                active &= ~(loss > 0.9999 * before)
+                before = loss
+            left = active.nonzero().flatten()
+            if len(left) < len(rows):
+                rows, label, c, image, argument, mean, square, before, place = (
+                    x[left] for x in (rows, label, c, image, argument, mean, square, before, place)
+                )
+            if not len(left):
+                break
+        return fooled
+
+
+def _descend(
+    forward: Forward, argument: Tensor, image: Tensor, label: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images [m, c, h, w] of the tanh's arguments, whether they are wrong, the loss [m] and its gradient in
+    the arguments, zero where it is NaN or infinite."""
+    argument = argument.detach().requires_grad_(True)
+    with torch.enable_grad():
+        point = (argument.tanh() + 1) / 2
+        logits = forward(point)
+        check_differentiable(logits)
+        right_by = (-margin(logits, label)).clamp_min(0)
+        loss = (point - image).square().sum(dim=(1, 2, 3)) + c * right_by
+        (grad,) = torch.autograd.grad(loss.sum(), argument)
+    return point.detach(), logits.argmax(dim=1) != label, loss.detach(), grad.nan_to_num(0, 0, 0)

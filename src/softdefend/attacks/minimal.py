@@ -1,0 +1,140 @@
+"""Attacks that look for the closest wrong image, whatever its distance."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from softdefend.attacks.base import Attack, Forward, Randomness
+from softdefend.attacks.losses import AttackLoss, margin
+from softdefend.errors import SettingError
+from softdefend.threat import Norm, ThreatModel
+
+
+@dataclass(frozen=True)
+class MinimalAttack(Attack):
+    """An attack that minimises the distance. Called with a threat model, it returns what it found within
+    ``eps``, and the image itself where that is nothing."""
+
+    randomness: ClassVar[Randomness] = "none"
+
+    @abstractmethod
+    def minimal(
+        self, forward: Forward, image: Tensor, target: Tensor, norm: Norm, *, enough: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """The closest wrong image found, at any distance; nothing is random, and no image feels its batch.
+
+        Args:
+            forward, image, target: see :meth:`Attack.__call__`.
+            norm: of the distance.
+            enough: a distance in pixel units at which the search for a sample stops.
+
+        Returns:
+            Images [b, c, h, w] in [0, 1] and their distances [b]: the image itself at 0 where the network
+            is wrong from the start, and at infinity where no wrong image was found.
+
+        Raises:
+            SettingError: a network with fewer than two classes, or without gradients in the image.
+        """
+
+    def __call__(
+        self,
+        forward: Forward,
+        image: Tensor,
+        target: Tensor,
+        threat: ThreatModel,
+        *,
+        loss: AttackLoss | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """See :meth:`Attack.__call__`; the cost is that of :meth:`minimal`, less what stopping at ``eps``
+        saves. ``generator`` is not used.
+
+        Raises:
+            SettingError: a ``loss`` is given, or what :meth:`minimal` refuses.
+        """
+        if loss is not None:
+            raise SettingError("attack.loss", "a loss", f"none: {self.name} minimises the distance")
+        eps = float(threat.eps)
+        closest, distance = self.minimal(forward, image, target, threat.norm, enough=eps)
+        return torch.where((distance <= eps).view(-1, 1, 1, 1), closest, image)
+
+
+class Closest:
+    """The closest wrong image seen so far of each sample of a batch.
+
+    Attributes:
+        image: [b, c, h, w]; the clean image where none was seen.
+        distance: [b] in pixel units; infinity where none was seen.
+    """
+
+    def __init__(self, image: Tensor, norm: Norm) -> None:
+        self.clean, self.norm, self.image = image, norm, image.clone()
+        self.distance = image.new_full((len(image),), math.inf)
+
+    def see(self, rows: Tensor, point: Tensor, wrong: Tensor) -> None:
+        """Points [m, c, h, w] of these samples [m], and which of them the network gets wrong [m]."""
+        distance, before = length(point - self.clean[rows], self.norm), self.distance[rows]
+        closer = wrong & (distance < before)
+        self.image[rows] = torch.where(closer.view(-1, 1, 1, 1), point, self.image[rows])
+        self.distance[rows] = torch.where(closer, distance, before)
+
+
+def look(forward: Forward, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One forward and one image gradient.
+
+    Returns:
+        Where the network is wrong [m] bool, the margin [m], and the margin's gradient [m, c, h, w]; both
+        numbers are zero where they are NaN or infinite.
+
+    Raises:
+        SettingError: a network with fewer than two classes, or without gradients in the image.
+    """
+    image = image.detach().requires_grad_(True)
+    with torch.enable_grad():
+        logits = forward(image)
+        check_differentiable(logits)
+        gap = margin(logits, label)
+        (slope,) = torch.autograd.grad(gap.sum(), image)
+    return logits.argmax(dim=1) != label, gap.detach().nan_to_num(0, 0, 0), slope.nan_to_num(0, 0, 0)
+
+
+def check_differentiable(logits: Tensor) -> None:
+    """Refuse logits that a gradient in the image cannot come from.
+
+    Raises:
+        SettingError: no path of gradients leads from ``logits`` back.
+    """
+    if not logits.requires_grad:
+        given = "a network whose logits have no gradient in the image"
+        raise SettingError("net", given, "a differentiable network; the attack square needs no gradient")
+
+
+def length(delta: Tensor, norm: Norm) -> Tensor:
+    """Length of each sample of [b, ...], [b], in pixel units."""
+    delta = delta.flatten(1)
+    size: Tensor = delta.abs().amax(dim=1) if norm == "linf" else torch.linalg.vector_norm(delta, dim=1)
+    return size
+
+
+def steepest(slope: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """The shift of length one along which a linear function of this slope [m, c, h, w] grows fastest, and
+    its growth [m]: the slope's dual norm. Both are zero where the slope is."""
+    # Squares of small gradients would underflow.
+    scale = slope.abs().amax(dim=(1, 2, 3), keepdim=True)
+    slope = slope / scale.clamp_min(torch.finfo(slope.dtype).tiny)
+    if norm == "linf":
+        return slope.sign(), scale.flatten() * slope.abs().sum(dim=(1, 2, 3))
+    size = torch.linalg.vector_norm(slope, dim=(1, 2, 3), keepdim=True)
+    return slope / size.clamp_min(1), (scale * size).flatten()
+
+
+def reach(gap: Tensor, growth: Tensor) -> Tensor:
+    """How far the zero of a linear function lies that is ``gap`` [m] here and grows by ``growth`` [m] per
+    unit of length; infinity where it does not grow."""
+    return torch.where(growth > 0, gap.abs() / growth, math.inf)

@@ -1,0 +1,143 @@
+"""A network as an evaluation shows it to an attack: it confirms, counts for each image, knows its limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from softdefend.attacks.base import Forward
+
+
+class Journal:
+    """Where a long attack notes how far it got; this one forgets everything."""
+
+    def load(self) -> dict[str, Tensor]:
+        """What was saved last, empty at the start."""
+        return {}
+
+    def save(self, state: Callable[[], dict[str, Tensor]]) -> None:
+        """Note the state that ``state()`` returns; it need not be called."""
+
+
+class View:
+    """A forward for some images of a batch, which counts how often it is asked.
+
+    Logits are float32, or float64 where the network gives that.
+    """
+
+    def __init__(self, forward: Forward, rows: Tensor | None, n: int, most: int | None) -> None:
+        self.rows, self.forwards, self.gradients, self.loose = rows, 0, 0, [0, 0]
+        self._forward, self._n, self._most = forward, n, most
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if len(image) == self._n:
+            self.forwards += 1
+            self.gradients += image.requires_grad
+        else:
+            self.loose[0] += len(image)
+            self.loose[1] += len(image) * image.requires_grad
+        if self._most is None or len(image) <= self._most or image.requires_grad:
+            return _wide(self._forward(image))
+        return torch.cat([_wide(self._forward(part)) for part in torch.split(image, self._most)])
+
+    def more_gradients(self, count: int) -> None:
+        """Gradients beyond the first of a forward."""
+        self.gradients += count
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class Oracle:
+    """The network of an evaluation, for one batch of n images.
+
+    Args:
+        forward: images [b, c, h, w] to logits [b, k], what the attack searches with.
+        n: images in the batch.
+        exact: the network in full precision where ``forward`` is not; then no success counts before
+            :meth:`confirmed` has seen it.
+        clean: logits [n, k] of the images as they are, if known.
+        most: images to be computed at once; no limit when None.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        n: int,
+        *,
+        exact: Forward | None = None,
+        clean: Tensor | None = None,
+        most: int | None = None,
+    ) -> None:
+        self.n, self.most, self.doubted = n, most, exact is not None
+        self._forward, self._exact, self._clean = forward, exact or forward, clean
+        self._views: list[View] = []
+        self._counts: list[Tensor] = []
+
+    def at(self, rows: Tensor | None = None) -> View:
+        """The searching forward for the images at ``rows`` [m]; for all when None."""
+        return self._view(self._forward, rows)
+
+    def exact_at(self, rows: Tensor | None = None) -> View:
+        """The forward in full precision."""
+        return self._view(self._exact, rows)
+
+    @torch.no_grad()
+    def clean(self, image: Tensor) -> Tensor:
+        """Logits of the images as they are [n, k], in full precision; computed at most once."""
+        if self._clean is None:
+            self._clean = self.exact_at()(image)
+        return self._clean
+
+    @torch.no_grad()
+    def confirmed(self, claimed: Tensor, image: Tensor, label: Tensor, rows: Tensor) -> Tensor:
+        """Which of the claims [m] that the network gets ``image`` [m, c, h, w] wrong hold in full precision,
+        [m]. Costs a forward of those claimed and a read of the device, or nothing where the search is exact.
+        """
+        if not self.doubted:
+            return claimed
+        which = claimed.nonzero().squeeze(1)
+        if not len(which):
+            return claimed
+        wrong = self.exact_at(rows[which])(image[which]).argmax(dim=1) != label[which]
+        return claimed.index_copy(0, which, wrong)
+
+    def parts(self, count: int, device: torch.device) -> Iterator[Tensor]:
+        """0 .. count - 1 in portions that can be computed at once."""
+        yield from torch.split(torch.arange(count, device=device), self.most or max(count, 1))
+
+    def counts(self) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Forwards and gradients of each image so far, both [n] int64 on the CPU, and those of batches whose
+        images are not known, in all."""
+        total = torch.zeros(2, self.n, dtype=torch.int64)
+        loose = [0, 0]
+        for view in self._views:
+            made = torch.tensor([[view.forwards], [view.gradients]])
+            if view.rows is None:
+                total += made
+            else:
+                total.index_add_(1, view.rows.cpu(), made.expand(2, len(view.rows)))
+            loose = [loose[0] + view.loose[0], loose[1] + view.loose[1]]
+        for before in self._counts:
+            total += before
+        return total[0], total[1], (loose[0], loose[1])
+
+    def add_counts(self, forwards: Tensor, gradients: Tensor) -> None:
+        """Count what was done before this object was made, both [n] int64."""
+        self._counts.append(torch.stack([forwards, gradients]))
+
+    def _view(self, forward: Forward, rows: Tensor | None) -> View:
+        view = View(forward, rows, self.n if rows is None else len(rows), self.most)
+        self._views.append(view)
+        return view
+
+
+def block(done: int, most: int) -> int:
+    """Steps until the batch is packed again, after ``done`` of them: the waste on images that fell is at most
+    a quarter, and the host looks at the device seldom."""
+    return max(1, min(most, done // 4))

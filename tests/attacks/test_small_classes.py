@@ -1,0 +1,255 @@
+"""Every attack where others crash: two or three classes, odd shapes, tiny and huge eps, dead and broken
+networks. The result is inside the threat model, finite, of the same shape and type, and the images that were
+given stay as they were."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from softdefend.attacks import FMN, PGD, Transfer, cross_entropy, dlr, margin, targeted_dlr
+from softdefend.attacks.names import parse_attack
+from softdefend.errors import SettingError
+from softdefend.rng import stream
+from softdefend.threat import Budget, ThreatModel
+
+NAMES = (
+    *("fgsm", "fgsm-margin", "pgd-4", "pgd-4-margin", "pgd-3x2-kl", "apgd-ce-8", "apgd-dlr-8", "apgd-t-8"),
+    *("fab-t-6", "square-25", "cw-linf-4", "cw-l2-3x15", "fmn-8", "deepfool-4"),
+)
+ONE_NORM = {"cw-linf-4": "linf", "cw-l2-3x15": "l2"}
+CASES = [(name, norm) for name in NAMES for norm in ("linf", "l2") if ONE_NORM.get(name, norm) == norm]
+each = pytest.mark.parametrize(("name", "norm"), CASES)
+
+# PGD in l2 returns NaN where the gradient is; an evaluation takes that for no change.
+nan_safe = pytest.mark.parametrize(
+    ("name", "norm"), [c for c in CASES if c[1] == "linf" or not c[0].startswith(("pgd", "fgsm"))]
+)
+
+SHAPES = ((1, 5, 7), (3, 7, 5), (2, 1, 1), (1, 1, 9), (3, 6, 2))
+
+
+class Net(nn.Module):
+    """A small curved network; ``scale`` stretches its logits."""
+
+    def __init__(self, shape: tuple[int, ...], k: int, seed: int = 0, scale: float = 1.0) -> None:
+        super().__init__()
+        d = math.prod(shape)
+        self.first, self.second = nn.Linear(d, 12), nn.Linear(12, k)
+        with torch.no_grad():
+            for number, layer in enumerate((self.first, self.second)):
+                generator = stream(seed, "net", step=number)
+                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
+                layer.bias.zero_()
+        self.scale = scale
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.scale * self.second(self.first(image.flatten(1) - 0.5).tanh())
+        return logits
+
+
+class Broken(Net):
+    """Returns what ``how`` makes of the logits [b, k]; with gradients, unless ``how`` cuts them off."""
+
+    def __init__(self, how, k: int, shape=(1, 5, 7)) -> None:
+        super().__init__(shape, k)
+        self.how = how
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.how(super().forward(image))
+        return logits
+
+
+def images(n: int, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """A third of the pixels are exactly 0 or 1."""
+    return (1.6 * torch.rand(n, *shape, generator=stream(seed, "x")) - 0.3).clamp(0, 1)
+
+
+def attack_soundly(attack, net, image, label, threat) -> torch.Tensor:
+    """The attack's result, after all that must hold for any has been checked."""
+    before, labels = image.clone(), label.clone()
+    with torch.random.fork_rng():
+        adversarial = attack(net, image, label, threat, generator=stream(0, "a"))
+    assert torch.equal(image, before)
+    assert torch.equal(label, labels)
+    assert not image.requires_grad
+    assert not adversarial.requires_grad
+    assert all(p.grad is None for p in net.parameters())
+    assert adversarial.shape == image.shape
+    assert adversarial.dtype == image.dtype
+    assert adversarial.isfinite().all()
+    assert (adversarial >= 0).all()
+    assert (adversarial <= 1).all()
+    eps = float(threat.eps)
+    # Pixels next to 1 are 6e-8 apart; in l2 such roundings add up.
+    rounding = 1e-7 if threat.norm == "linf" else 1e-6 * eps + 1e-7 * math.sqrt(image[0].numel())
+    assert (threat.distance(image, adversarial) <= eps + rounding).all()
+    return adversarial
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(
+    case=st.sampled_from(CASES),
+    shape=st.sampled_from(SHAPES),
+    k=st.sampled_from([2, 3, 4]),
+    n=st.sampled_from([1, 2, 5]),
+    eps=st.sampled_from([1e-6, 8 / 255, 0.3, 1.0]),
+    scale=st.sampled_from([1e-25, 1e-4, 1.0, 1e4]),
+    seed=st.integers(0, 5),
+)
+def test_nothing_leaves_the_threat_model(case, shape, k, n, eps, scale, seed):
+    name, norm = case
+    net, image = Net(shape, k, seed, scale), images(n, shape, seed)
+    label = (net(image).argmax(1) + (torch.arange(n) % 3 == 2)) % k
+    threat = ThreatModel(norm, Budget(20 if norm == "l2" and eps == 1.0 else eps))
+    attack_soundly(parse_attack(name), net, image, label, threat)
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shape_type_and_soft_targets(name, norm, dtype):
+    net, image = Net((3, 5, 7), 3).to(dtype), images(4, (3, 5, 7), 1).to(dtype)
+    label = net(image).argmax(1)
+    soft = 0.85 * nn.functional.one_hot(label, 3).to(dtype) + 0.05
+    attack_soundly(parse_attack(name), net, image, soft, ThreatModel(norm, Budget(0.1)))
+
+
+@each
+@pytest.mark.parametrize("k", [2, 3])
+def test_a_huge_eps_breaks_everything(name, norm, k):
+    """In the whole box no image of a network with several regions is safe; attacks that follow gradients must
+    find that out."""
+    net, image = Net((1, 5, 7), k), images(12, (1, 5, 7), 2)
+    label = net(image).argmax(1)
+    threat = ThreatModel(norm, Budget(1.0 if norm == "linf" else 6.0))
+    longer = {
+        "cw-l2-3x15": "cw-l2-7x100",
+        "square-25": "square-300",
+        "fmn-8": "fmn",
+        "deepfool-4": "deepfool",
+    }
+    attack = parse_attack(longer.get(name, name))
+    adversarial = attack_soundly(attack, net, image, label, threat)
+    broken = (net(adversarial).argmax(1) != label).float().mean()
+    # KL moves away from the prediction wherever it leads, a single step overshoots, and in l2 it ends early.
+    assert broken >= (0.4 if name.startswith("fgsm") or "kl" in name else 0.9)
+
+
+@each
+def test_a_tiny_eps_changes_next_to_nothing(name, norm):
+    net, image = Net((1, 5, 7), 3), images(8, (1, 5, 7), 3)
+    label = net(image).argmax(1)
+    adversarial = attack_soundly(parse_attack(name), net, image, label, ThreatModel(norm, Budget(1e-6)))
+    assert torch.equal(net(adversarial).argmax(1), label)
+
+
+@each
+def test_images_that_are_all_wrong_stay_wrong(name, norm):
+    """Attacks that stop at the first wrong image give these back as they are."""
+    net, image = Net((1, 5, 7), 3), images(5, (1, 5, 7), 4)
+    label = (net(image).argmax(1) + 1) % 3
+    adversarial = attack_soundly(parse_attack(name), net, image, label, ThreatModel(norm, Budget(0.05)))
+    if name.startswith(("apgd", "fab", "square", "cw-l2", "fmn", "deepfool")):
+        assert torch.equal(adversarial, image)
+
+
+@each
+def test_an_image_alone(name, norm):
+    net, image = Net((1, 5, 7), 2), images(1, (1, 5, 7), 5)
+    attack_soundly(parse_attack(name), net, image, net(image).argmax(1), ThreatModel(norm, Budget(0.1)))
+
+
+@each
+@pytest.mark.parametrize("k", [2, 3])
+def test_a_constant_network(name, norm, k):
+    """Zero gradients: those who follow them stay where they start; nobody invents a success."""
+    net = Broken(lambda logits: 0 * logits + torch.arange(logits.shape[1]).flip(0), k)
+    image, label = images(4, (1, 5, 7), 6), torch.tensor([0, 0, 1, 0])
+    attack, threat = parse_attack(name), ThreatModel(norm, Budget(0.1))
+    adversarial = attack_soundly(attack, net, image, label, threat)
+    if name.startswith(("fgsm", "fab", "cw-l2", "fmn", "deepfool")):
+        assert torch.equal(adversarial, image)
+    if hasattr(attack, "minimal"):
+        closest, distance = attack.minimal(net, image, label, norm)
+        assert torch.equal(closest, image)
+        assert distance.tolist() == [math.inf, math.inf, 0, math.inf]
+
+
+BROKEN = {
+    "NaN": lambda logits: logits * math.nan,
+    "NaN for some": lambda logits: torch.where(logits[:, :1] > 0, logits * math.nan, logits),
+    "infinity": lambda logits: logits * 1e30 * 1e30,
+    "infinite gradient": lambda logits: (logits - logits.detach()).abs().sqrt() + logits.detach(),
+    "one class": lambda logits: torch.cat([logits[:, :1], logits[:, 1:] * 0 - math.inf], dim=1),
+}
+
+
+@nan_safe
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("k", [2, 3])
+def test_a_broken_network_breaks_no_attack(name, norm, how, k):
+    """A wrong argmax is a wrong answer, also among NaN; a NaN gradient counts as zero."""
+    net, image = Broken(BROKEN[how], k), images(5, (1, 5, 7), 7)
+    label = torch.tensor([0, 1, 0, 1, k - 1])
+    attack, threat = parse_attack(name), ThreatModel(norm, Budget(0.1))
+    attack_soundly(attack, net, image, label, threat)
+    if hasattr(attack, "minimal"):
+        closest, distance = attack.minimal(net, image, label, norm)
+        assert closest.isfinite().all()
+        assert not distance.isnan().any()
+        found = distance.isfinite()
+        assert (net(closest).argmax(1) != label)[found].all()
+
+
+@nan_safe
+def test_a_transfer_from_a_broken_network(name, norm):
+    net, image = Net((1, 5, 7), 3), images(3, (1, 5, 7), 8)
+    attack = Transfer(Broken(BROKEN["NaN"], 3), parse_attack(name))
+    attack_soundly(attack, net, image, net(image).argmax(1), ThreatModel(norm, Budget(0.1)))
+
+
+@pytest.mark.parametrize("name", ["fmn", "deepfool", "cw-l2"])
+def test_a_network_without_gradients_is_named_in_one_line(name):
+    net, image = Broken(torch.Tensor.detach, 3), images(2, (1, 5, 7), 9)
+    with pytest.raises(SettingError, match=r"net: got a network whose logits have no gradient in the image"):
+        parse_attack(name).minimal(net, image, net(image).argmax(1), "l2")
+
+
+@pytest.mark.parametrize(
+    "name", ["fgsm", "pgd-4", "pgd-4-margin", "apgd-ce", "apgd-dlr", "square-9", "cw-linf", "fmn", "deepfool"]
+)
+def test_one_class_is_refused(name):
+    net, image = Net((1, 5, 7), 1), images(2, (1, 5, 7), 9)
+    with pytest.raises(SettingError, match=r"net: got .* shape \[2, 1\]; accepted: logits of two or more"):
+        parse_attack(name)(net, image, torch.zeros(2, dtype=torch.int64), ThreatModel())
+
+
+def test_losses_refuse_one_class():
+    logits, label = torch.ones(3, 1), torch.zeros(3, dtype=torch.int64)
+    for loss in (cross_entropy, margin, dlr, lambda z, y: targeted_dlr(z, y, y)):
+        with pytest.raises(SettingError, match=r"shape \[3, 1\]"):
+            loss(logits, label)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_minimal_attacks_refuse_a_loss(norm):
+    net, image = Net((1, 5, 7), 3), images(2, (1, 5, 7), 9)
+    label = net(image).argmax(1)
+    for name in ("fmn", "deepfool", "cw-l2"):
+        with pytest.raises(SettingError, match=rf"attack\.loss.*{name}"):
+            parse_attack(name)(net, image, label, ThreatModel(norm), loss=lambda z: cross_entropy(z, label))
+
+
+def test_a_transfer_that_finds_nothing_returns_the_image():
+    net = Net((1, 5, 7), 3)
+    image = images(3, (1, 5, 7), 8)
+    made = Transfer(net, FMN(steps=3))(net, image, net(image).argmax(1), ThreatModel("l2", Budget(1e-6)))
+    assert torch.equal(made, image)
+    assert not torch.equal(
+        Transfer(net, PGD(steps=2))(net, image, net(image).argmax(1), ThreatModel()), image
+    )
