@@ -1,8 +1,23 @@
 """Label rules: which label do we believe? One file each; see docs/methods for their cards."""
 
+from softdefend.labels.adr import ADR
 from softdefend.labels.base import BNMode, LabelRule, Predictions, SoftTerm, Supervision
 from softdefend.labels.hard import Hard
+from softdefend.labels.kd import KD
+from softdefend.labels.sat import SAT
 from softdefend.labels.sglr import SGLR
 from softdefend.labels.smooth import Smooth
 
-__all__ = ["SGLR", "BNMode", "Hard", "LabelRule", "Predictions", "Smooth", "SoftTerm", "Supervision"]
+__all__ = [
+    "ADR",
+    "KD",
+    "SAT",
+    "SGLR",
+    "BNMode",
+    "Hard",
+    "LabelRule",
+    "Predictions",
+    "Smooth",
+    "SoftTerm",
+    "Supervision",
+]

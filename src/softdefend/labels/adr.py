@@ -1,0 +1,144 @@
+"""Annealing self-distillation rectification (Wu et al., ICLR 2024, arXiv 2305.12118)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from softdefend.errors import SettingError
+from softdefend.labels.base import LabelRule, Predictions
+from softdefend.rule import RunInfo
+
+if TYPE_CHECKING:
+    from softdefend.data import Batch
+
+
+def rectify(
+    logits: Tensor, label: Tensor, temperature: float | Tensor, interpolation: float | Tensor
+) -> Tensor:
+    """The label drawn towards a teacher's prediction, as far as the teacher ranks the label's class first.
+
+    With p = softmax(logits / temperature), each sample's share of p is the interpolation less what the
+    label's class lacks to the largest, max_c p_c - p_y, cut to [0, 1]; the rest is the given label, whose
+    class thus stays the most probable.
+
+    Args:
+        logits: the teacher's, [b, k].
+        label: [b] int64.
+        temperature: tau > 0.
+        interpolation: lambda in [0, 1].
+
+    Returns:
+        [b, k], rows summing to one.
+    """
+    p = F.softmax(logits / temperature, dim=1)
+    lack = p.amax(dim=1, keepdim=True) - p.gather(1, label[:, None])
+    share = (interpolation - lack).clamp(0, 1)
+    return share * p + (1 - share) * F.one_hot(label, p.shape[1])
+
+
+def cosine(first: float, last: float, progress: float) -> float:
+    """From ``first`` to ``last`` along half a cosine, for ``progress`` in [0, 1]."""
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class ADR(LabelRule):
+    """Labels rectified by an exponential moving average of the network itself.
+
+    The average (weights and buffers, in eval mode) predicts the clean image once a step; :func:`rectify`
+    makes the target of it, which the attack climbs away from too. Over the run the temperature falls and the
+    interpolation rises along half a cosine, at every step. Defaults are those of the authors' code for
+    CIFAR-10 and ResNet-18 without AWP.
+
+    Args:
+        decay: weight of the teacher's old weights per step, in [0, 1].
+        temperature_high, temperature_low: tau at the start and at the end of the run, > 0.
+        interpolation_low, interpolation_high: lambda at the start and at the end of the run, in [0, 1].
+        attack_label: what the attack climbs away from: ``rectified`` (the code) or ``hard``.
+
+    Raises:
+        SettingError: a value outside these ranges, or a low above its high.
+    """
+
+    source = "Wu et al., ICLR 2024, arXiv 2305.12118"
+    extra_units = 1.0
+
+    def __init__(
+        self,
+        decay: float = 0.995,
+        temperature_high: float = 2.5,
+        temperature_low: float = 2.0,
+        interpolation_low: float = 0.7,
+        interpolation_high: float = 0.95,
+        attack_label: Literal["rectified", "hard"] = "rectified",
+    ) -> None:
+        if not 0 <= decay <= 1:
+            raise SettingError("label.decay", decay, "a number in [0, 1]")
+        if not (temperature_low > 0 and math.isfinite(temperature_low)):
+            raise SettingError("label.temperature_low", temperature_low, "a positive number")
+        if not (temperature_high >= temperature_low and math.isfinite(temperature_high)):
+            accepted = f"a number of at least temperature_low, {temperature_low}"
+            raise SettingError("label.temperature_high", temperature_high, accepted)
+        if not 0 <= interpolation_low <= 1:
+            raise SettingError("label.interpolation_low", interpolation_low, "a number in [0, 1]")
+        if not interpolation_low <= interpolation_high <= 1:
+            accepted = f"a number from interpolation_low, {interpolation_low}, to 1"
+            raise SettingError("label.interpolation_high", interpolation_high, accepted)
+        if attack_label not in ("rectified", "hard"):
+            raise SettingError("label.attack_label", repr(attack_label), "rectified or hard")
+        self.decay, self.attack_label = decay, attack_label
+        self.temperature_high, self.temperature_low = temperature_high, temperature_low
+        self.interpolation_low, self.interpolation_high = interpolation_low, interpolation_high
+
+    def setup(self, run: RunInfo) -> None:
+        super().setup(run)
+        assert run.net is not None
+        self.epochs = run.epochs
+        self.teacher = copy.deepcopy(run.net).eval().requires_grad_(False)
+        self._forward = run.forward(self.teacher)
+        # Everything in a network changes in place, so its tensors can be looked up once.
+        pairs = list(zip(self.teacher.state_dict().values(), run.net.state_dict().values(), strict=True))
+        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+        # On the device: a captured step reads what the host writes between steps.
+        self.temperature, self.interpolation = torch.zeros(2, device=run.labels.device).unbind()
+        self._held: tuple[Tensor, Tensor] | None = None
+        self.advance(0.0)
+
+    def advance(self, epoch: float) -> None:
+        progress = epoch / self.epochs
+        self.temperature.fill_(cosine(self.temperature_high, self.temperature_low, progress))
+        self.interpolation.fill_(cosine(self.interpolation_low, self.interpolation_high, progress))
+
+    def attack_target(self, batch: Batch, phase: str) -> Tensor:
+        return self._rectified(batch) if self.attack_label == "rectified" else batch.label
+
+    def target(self, batch: Batch, predictions: Predictions, phase: str) -> Tensor:
+        return self._rectified(batch)
+
+    @torch.no_grad()
+    def _rectified(self, batch: Batch) -> Tensor:
+        """From one forward of the teacher a step, though a step asks more than once about its images."""
+        if self._held is None or self._held[0] is not batch.image:
+            self._held = batch.image, self._forward(batch.image)
+        return rectify(self._held[1], batch.label, self.temperature, self.interpolation)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self._held = None
+        teacher, live = zip(*self._averaged, strict=True)
+        torch._foreach_lerp_(teacher, live, 1 - self.decay)
+        for count, now in self._copied:  # batches that BatchNorm has seen
+            count.copy_(now)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._held = None
+        self.teacher.load_state_dict({name.removeprefix("teacher."): value for name, value in state.items()})

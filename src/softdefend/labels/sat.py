@@ -1,0 +1,100 @@
+"""Self-adaptive training (Huang et al., NeurIPS 2020, arXiv 2002.10319)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from softdefend.errors import SettingError
+from softdefend.labels.base import BNMode, LabelRule, Predictions, Supervision
+from softdefend.labels.memory import check_storage, make_memory
+from softdefend.rule import RunInfo
+
+if TYPE_CHECKING:
+    from softdefend.data import Batch
+
+
+def certainty(target: Tensor) -> Tensor:
+    """How sure each row of ``target`` [b, k] is, against the batch: w_i = max_c t_ic, divided by its mean
+    over the batch, [b]."""
+    largest = target.amax(dim=1)
+    return largest / largest.mean()
+
+
+class SAT(LabelRule):
+    """Labels refined by the network's own clean predictions, averaged over time per sample; samples count by
+    how sure their label is.
+
+    From the start epoch on, every step moves the sample's memory row, ``t <- alpha t + (1 - alpha) p(x)``,
+    and trains towards it with weight ``max_c t_c``, normalised to mean one over the batch; before it, towards
+    the given label, all samples alike. The attack climbs away from the given label. Defaults are those of the
+    authors' TRADES + SAT on CIFAR-10.
+
+    Args:
+        alpha: weight of the old memory row, in [0, 1].
+        start: fraction of the run after which refinement begins, in [0, 1]: the first refined epoch, counted
+            from one, is the ceiling of ``start * epochs`` (the code's 70 of 100).
+        weighted: weigh the samples' label loss by certainty, as the authors do; other terms of an objective,
+            such as TRADES' divergence, never are.
+        clean_bn: batch normalisation of the clean forward where the objective makes none of its own (PGD-AT).
+        storage: of the memory: ``float32``, ``float16``, or ``top-M``, which keeps the M largest entries of a
+            row; see :mod:`softdefend.labels.memory` for bytes and errors.
+
+    Raises:
+        SettingError: a value outside these ranges.
+    """
+
+    source = "Huang et al., NeurIPS 2020, arXiv 2002.10319"
+    asks_clean = True
+    mixes = False
+
+    def __init__(
+        self,
+        alpha: float = 0.9,
+        start: float = 0.7,
+        weighted: bool = True,
+        clean_bn: BNMode = "train",
+        storage: str = "float32",
+    ) -> None:
+        for name, value in (("alpha", alpha), ("start", start)):
+            if not 0 <= value <= 1:
+                raise SettingError(f"label.{name}", value, "a number in [0, 1]")
+        if clean_bn not in ("train", "batch", "eval"):
+            raise SettingError("label.clean_bn", repr(clean_bn), "train, batch or eval")
+        check_storage(storage)
+        self.alpha, self.start, self.weighted = alpha, start, weighted
+        self.clean_bn, self.storage = clean_bn, storage
+
+    def setup(self, run: RunInfo) -> None:
+        super().setup(run)
+        # 1e-9: 0.7 * 100 may round to just above 70, which must not become epoch 71.
+        self.first_epoch = max(0, math.ceil(self.start * run.epochs - 1e-9) - 1)
+        self.memory = make_memory(self.storage, run.labels, run.k, self.alpha)
+
+    def phase(self, epoch: int) -> str:
+        return "refined" if epoch >= self.first_epoch else "hard"
+
+    def needs_clean(self, phase: str) -> bool:
+        return phase == "refined"
+
+    def target(self, batch: Batch, predictions: Predictions, phase: str) -> Tensor:
+        if phase == "hard":
+            return self.one_hot(batch.label)
+        assert predictions.clean is not None
+        return self.memory.update(batch.index, F.softmax(predictions.clean, dim=1))
+
+    def supervise(
+        self, batch: Batch, adversarial: Tensor, predictions: Predictions, phase: str
+    ) -> Supervision:
+        target = self.target(batch, predictions, phase)
+        weight = certainty(target) if self.weighted and phase == "refined" else None
+        return Supervision(batch.label, target, weight)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.memory.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.memory.load_state_dict(state)
