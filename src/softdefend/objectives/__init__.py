@@ -2,6 +2,24 @@
 
 from softdefend.objectives.at import PGDAT
 from softdefend.objectives.base import Objective
+from softdefend.objectives.consistency import Consistency
+from softdefend.objectives.mart import MART
+from softdefend.objectives.mlcat import MLCAT
+from softdefend.objectives.sce import SCE
+from softdefend.objectives.single_step import FGSMRS, NFGSM
+from softdefend.objectives.te import TE, TRADESTE
 from softdefend.objectives.trades import TRADES
 
-__all__ = ["PGDAT", "TRADES", "Objective"]
+__all__ = [
+    "FGSMRS",
+    "MART",
+    "MLCAT",
+    "NFGSM",
+    "PGDAT",
+    "SCE",
+    "TE",
+    "TRADES",
+    "TRADESTE",
+    "Consistency",
+    "Objective",
+]
