@@ -64,6 +64,12 @@ def test_an_unknown_augmentation_is_refused() -> None:
         ({"kind": "rotate"}, "augment.kind: got rotate; accepted: none or flip or crop or crop-flip"),
         ({"pad": -1}, "augment.pad: got -1; accepted: 0 or more pixels"),
         ({"pad_mode": "wrap"}, "augment.pad_mode: got wrap; accepted: zero or reflect"),
+        ({"policy": "trivial"}, "augment.policy: got trivial; accepted: none or randaugment or autoaugment"),
+        ({"randaugment_n": 0}, "augment.randaugment_n: got 0; accepted: a whole number >= 1"),
+        ({"randaugment_m": 31}, "augment.randaugment_m: got 31; accepted: a whole number from 0 to 30"),
+        ({"cutout": -1}, "augment.cutout: got -1; accepted: 0 or more pixels"),
+        ({"cutmix": 1.5}, "augment.cutmix: got 1.5; accepted: a number in [0, 1]"),
+        ({"cutmix_alpha": 0.0}, "augment.cutmix_alpha: got 0.0; accepted: a positive number"),
     ],
 )
 def test_impossible_augmentations_are_refused(wrong: dict[str, object], message: str) -> None:

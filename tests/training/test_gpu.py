@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from softdefend import EMA, PGDAT, SGLR, TRADES, Hard, OptimSettings
+from softdefend import AWP, EMA, PGDAT, SGLR, SWA, TRADES, Hard, OptimSettings
+from softdefend.data import AugmentSettings
 from softdefend.training import RuntimeSettings, SaveSettings
 from tiny import Killed
 
@@ -41,7 +42,35 @@ def test_captured_steps_equal_eager_steps(make_trainer, label, objective):
     torch.testing.assert_close(runs["captured"][0], runs["eager"][0], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("weight", [None, EMA])
+@pytest.mark.parametrize(
+    ("label", "augment"),
+    [
+        (SGLR, {}),
+        (Hard, {"policy": "randaugment", "cutout": 2, "cutmix": 0.5}),
+        (SGLR, {"policy": "autoaugment"}),
+    ],
+)
+def test_captured_steps_that_perturb_and_augment_equal_eager_steps(make_trainer, label, augment):
+    results = []
+    for capture in (False, True):
+        trainer = make_trainer(
+            label(),
+            PGDAT(),
+            AWP(warmup=0.3, average=SWA(start=0.3)),
+            folder=f"capture-{capture}",
+            runtime=runtime(capture=capture),
+            augment=AugmentSettings("crop-flip", pad=1, **augment),
+        )
+        for module in trainer.net.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer.fit()
+        average = trainer.weight.prediction.state_dict().values()
+        results.append(torch.cat([weights(trainer), *(v.float().flatten() for v in average)]))
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weight", [None, EMA, lambda: AWP(average=SWA(start=0.3))])
 def test_a_captured_run_cut_and_continued_ends_in_the_same_bits(make_trainer, weight):
     def trainer(folder):
         return make_trainer(

@@ -1,6 +1,7 @@
 """Images, labels and splits: from a source on disk to batches on the device."""
 
 from softdefend.data.augment import AugmentSettings, epoch_plan
+from softdefend.data.augmented import Augmented
 from softdefend.data.base import Batch, DataBundle, Split, split
 from softdefend.data.describe import channel_stats, describe
 from softdefend.data.load import from_tensors, load
@@ -9,6 +10,7 @@ from softdefend.data.settings import DataSettings
 
 __all__ = [
     "AugmentSettings",
+    "Augmented",
     "Batch",
     "DataBundle",
     "DataSettings",

@@ -1,7 +1,8 @@
-"""Where each image of an epoch is cropped and whether it is mirrored, drawn ahead for the whole epoch."""
+"""Settings of augmentation; crops and flips, drawn ahead for a whole epoch."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -13,14 +14,15 @@ from softdefend.rng import stream
 
 Augment = Literal["none", "flip", "crop", "crop-flip"]
 PadMode = Literal["zero", "reflect"]
+Policy = Literal["none", "randaugment", "autoaugment"]
 
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """Random crops and flips of training images.
+    """Random changes to training images, in this order: crop, flip, policy, cutout, CutMix.
 
     Raises:
-        SettingError: an unknown choice, or negative padding.
+        SettingError: an unknown choice, or a number outside its range.
     """
 
     kind: Augment = "crop-flip"
@@ -29,6 +31,18 @@ class AugmentSettings:
     """Pixels of padding on each side before the random crop."""
     pad_mode: PadMode = "zero"
     """What the padding holds: zero (black) or reflect (the image mirrored at its border)."""
+    policy: Policy = "none"
+    """Operations on colours and geometry: none, randaugment or autoaugment (its CIFAR-10 policy)."""
+    randaugment_n: int = 2
+    """RandAugment's operations per image, >= 1."""
+    randaugment_m: int = 9
+    """RandAugment's magnitude, 0 to 30."""
+    cutout: int = 0
+    """Side in pixels of a square that is blackened at a random place; 0 for none."""
+    cutmix: float = 0.0
+    """Probability, in [0, 1], that a box of an image is filled from another one, and the label with it."""
+    cutmix_alpha: float = 1.0
+    """Lambda ~ Beta(alpha, alpha) is the share an image keeps, before its box is cut at the border; > 0."""
 
     @property
     def margin(self) -> int:
@@ -36,11 +50,19 @@ class AugmentSettings:
         return self.pad if "crop" in self.kind else 0
 
     def __post_init__(self) -> None:
-        for name, kind in (("kind", Augment), ("pad_mode", PadMode)):
+        for name, kind in (("kind", Augment), ("pad_mode", PadMode), ("policy", Policy)):
             if getattr(self, name) not in get_args(kind):
                 raise SettingError(f"augment.{name}", getattr(self, name), " or ".join(get_args(kind)))
-        if self.pad < 0:
-            raise SettingError("augment.pad", self.pad, "0 or more pixels")
+        for name, good, accepted in (
+            ("pad", self.pad >= 0, "0 or more pixels"),
+            ("randaugment_n", self.randaugment_n >= 1, "a whole number >= 1"),
+            ("randaugment_m", 0 <= self.randaugment_m <= 30, "a whole number from 0 to 30"),
+            ("cutout", self.cutout >= 0, "0 or more pixels"),
+            ("cutmix", 0 <= self.cutmix <= 1, "a number in [0, 1]"),
+            ("cutmix_alpha", 0 < self.cutmix_alpha < math.inf, "a positive number"),
+        ):
+            if not good:
+                raise SettingError(f"augment.{name}", getattr(self, name), accepted)
 
 
 def epoch_plan(

@@ -26,6 +26,9 @@ class Resident:
         SettingError: an unknown ``pad_mode``, or padding that the image is too small for.
     """
 
+    mixes: bool = False
+    """Whether :meth:`batch` mixes images, and :meth:`share` says how much."""
+
     def __init__(
         self,
         split: Split,
@@ -70,10 +73,20 @@ class Resident:
             image = image * (inside_y[:, None, :, None] & inside_x[:, None, None, :])
         return Batch(index, image, self.labels[index])
 
+    def share(self, plan_rows: Tensor) -> Tensor | None:
+        """Where :meth:`batch` mixes images, the share of its own pixels that each keeps, [b] float32; else
+        None. The rest is its partner's (see :func:`~softdefend.data.regions.partners`)."""
+        return None
+
     def take(self, index: Tensor) -> Batch:
         """The images at ``index`` [b] int64 as they are, without augmentation."""
         y, x = self._rows.expand(len(index), -1), self._columns.expand(len(index), -1)
         return Batch(index, self._gather(index, y, x), self.labels[index])
+
+    def laid_out(self, image: Tensor) -> Tensor:
+        """``image`` in the memory format of batches."""
+        order = torch.channels_last if self._channels_last else torch.contiguous_format
+        return image.contiguous(memory_format=order)
 
     def _gather(self, index: Tensor, y: Tensor, x: Tensor) -> Tensor:
         """Pixel (y, x) of image ``index``: [b], [b, h], [b, w] to [b, c, h, w] float32 in [0, 1]."""

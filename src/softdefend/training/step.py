@@ -18,8 +18,10 @@ from softdefend.errors import SettingError
 from softdefend.labels import BNMode, LabelRule, Predictions, Supervision
 from softdefend.modes import attacked, set_mode
 from softdefend.objectives import Objective
+from softdefend.rule import Rule
 from softdefend.threat import ThreatModel
 from softdefend.training.engine import Engine
+from softdefend.training.mixture import Mixture
 from softdefend.training.schedules import Schedule
 from softdefend.weights import Plain, WeightRule
 
@@ -116,16 +118,28 @@ def make_optimiser(net: nn.Module, settings: OptimSettings, device: torch.device
     return optimiser
 
 
+def mixing_refusal(rule: Rule) -> str | None:
+    """Why a rule cannot be trained on images that CutMix has mixed; None where it can."""
+    if not rule.mixes:
+        return "what is believed of a single image cannot be learned from a part of it"
+    if getattr(rule, "views", 1) > 1:
+        return "views of one image would be mixtures of different labels"
+    return None
+
+
 class TrainStep:
     """Runs steps, eagerly or from captured graphs.
 
     Args:
         net: the network, on the engine's device; its own object is never wrapped or replaced.
-        data: the training split.
+        data: the training split; plain, or :class:`~softdefend.data.Augmented`.
         recipe: what to train.
         optimiser: from :func:`make_optimiser`.
         engine: device and precision.
         weight: at which weights the gradient is taken; set up by the caller.
+
+    Raises:
+        SettingError: a rule that cannot be trained on images that ``data`` mixes.
     """
 
     def __init__(
@@ -139,6 +153,10 @@ class TrainStep:
     ) -> None:
         self.net, self.data, self.recipe, self.optimiser, self.engine = net, data, recipe, optimiser, engine
         self.weight = weight or Plain()
+        for rule in (recipe.label, recipe.objective, self.weight) if data.mixes else ():
+            if reason := mixing_refusal(rule):
+                given = f"CutMix with {type(rule).__name__}"
+                raise SettingError("augment.cutmix", given, f"0: {reason}")
         self.attack = recipe.objective.training_attack(recipe.attack, recipe.threat)
         self.generator = torch.Generator(engine.device)
         self.meters = torch.zeros(len(METERS), device=engine.device, dtype=torch.float64)
@@ -149,7 +167,7 @@ class TrainStep:
         """Make one update.
 
         Args:
-            plan: [b, 1 + 3 v] rows of an epoch plan with the objective's v views.
+            plan: [b, columns] rows of the data's plan with the objective's views.
             phase: of the three rules.
             key: seed of every random draw in this step.
         """
@@ -177,12 +195,12 @@ class TrainStep:
 
     def _body(self, plan: Tensor, phase: Phase) -> None:
         objective, label, views = self.recipe.objective, self.recipe.label, self.recipe.objective.views
-        batch = self.data.batch(plan)
-        seen_by_label = batch
+        first = Mixture(self.data.batch(plan), self.data.share(plan))
+        index, image = first.batch.index, first.batch.image
         if views > 1:
-            image = torch.cat([batch.image, *(self.data.batch(plan, view).image for view in range(1, views))])
-            batch = Batch(batch.index, image, batch.label)
-        away_from = label.attack_target(seen_by_label, phase.label)
+            image = torch.cat([image, *(self.data.batch(plan, view).image for view in range(1, views))])
+        batch = Batch(index, image, first.label)
+        away_from = first.attack_target(label, phase.label)
         away_from = away_from.repeat(views, *[1] * (away_from.ndim - 1))
         with attacked(self.net, self.recipe.attack_bn):
             loss = objective.inner_loss(self.forward, batch, away_from)
@@ -195,10 +213,10 @@ class TrainStep:
         mode: BNMode = "batch" if twice else "train"
         set_mode(self.net, mode)
         predictions = objective.predict(self.forward, batch.image, adversarial)
-        seen = predictions.detach().first(len(batch.index))
+        seen = predictions.detach().first(len(index))
         if seen.clean is None and label.needs_clean(phase.label):
-            seen = Predictions(seen.adversarial, self._clean(seen_by_label.image, mode))
-        supervision = label.supervise(seen_by_label, adversarial[: len(batch.index)], seen, phase.label)
+            seen = Predictions(seen.adversarial, self._clean(first.batch.image, mode))
+        supervision = first.supervise(label, adversarial[: len(index)], seen, phase.label)
         total = objective.outer_loss(predictions, batch, supervision)
         if twice:
             with self.weight.perturbed(total):

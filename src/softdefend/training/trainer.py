@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from softdefend import rng
-from softdefend.attacks import PGD
-from softdefend.data import AugmentSettings, DataBundle, Resident, epoch_plan
+from softdefend.attacks import FGSM, PGD
+from softdefend.data import Augmented, AugmentSettings, DataBundle, Resident
 from softdefend.errors import DivergenceError, SettingError
 from softdefend.evaluation.evaluate import Evaluator
+from softdefend.evaluation.resume import fingerprint
 from softdefend.rule import Rule, RunInfo
+from softdefend.training.alarm import collapsed, describe, trains_on_one_step
 from softdefend.training.checkpoint import CheckpointError
 from softdefend.training.engine import Engine, RuntimeSettings
 from softdefend.training.folder import RunFolder
@@ -42,8 +45,13 @@ class ValidateSettings:
     """Test images measured for the learning curve only, never for selection; 0 for none."""
     batch_size: int = 500
     """Images at once."""
+    alarm: Literal["warn", "stop", "off"] = "warn"
+    """What to do about catastrophic overfitting, which is looked for where training takes one attack step:
+    warn (one line), stop (keeping the best checkpoint) or off."""
 
     def __post_init__(self) -> None:
+        if self.alarm not in ("warn", "stop", "off"):
+            raise SettingError("validate.alarm", repr(self.alarm), "warn, stop or off")
         for name, value, least in (
             ("every", self.every, 1),
             ("size", 1 if self.size is None else self.size, 1),
@@ -129,15 +137,10 @@ class Trainer:
         self.net = net.to(device)
         if channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.train_data = Resident(
-            bundle.train,
-            device,
-            pad=self.augment.margin,
-            pad_mode=self.augment.pad_mode,
-            channels_last=channels_last,
-        )
+        self.train_data = Augmented(bundle.train, device, self.augment, channels_last=channels_last)
         self.validation_data = Resident(bundle.validation, device, channels_last=channels_last)
         self.test_data = Resident(bundle.test, device, channels_last=channels_last)
+        self.test_fingerprint = fingerprint(bundle.test)
         self.batch_size = self.optim.batch_size
         if self.batch_size > self.train_data.n:
             raise SettingError(
@@ -154,6 +157,8 @@ class Trainer:
         for rule in self.rules:
             rule.setup(run)
         self.step = TrainStep(self.net, self.train_data, recipe, self.optimiser, self.engine, self.weight)
+        self.watched = self.validate.alarm != "off" and trains_on_one_step(recipe)
+        self.warned = False
         self.epoch = self.done = 0  # epochs finished; steps finished in the current one
         self.best: dict[str, Any] = {}
         self.metrics_bytes = 0
@@ -176,7 +181,8 @@ class Trainer:
 
         Raises:
             CheckpointError: the checkpoint is damaged or belongs to another run.
-            DivergenceError: the loss or a weight is no longer finite; the last good checkpoint is kept.
+            DivergenceError: the loss or a weight is no longer finite, or catastrophic overfitting where
+                ``validate.alarm`` is ``stop``; the last good checkpoint is kept.
         """
         self._restore(resume)
         with self.engine.training_numerics():
@@ -188,19 +194,18 @@ class Trainer:
                 )
                 if on_epoch is not None:
                     on_epoch(row)
-        self.folder.save_model("last", self.weight.prediction, {"epoch": self.epoch})
+        self._release("last", {"epoch": self.epoch})
+
+    def _release(self, which: str, metadata: Mapping[str, Any]) -> None:
+        """Weights that predict, with the test images they are to be measured on."""
+        self.folder.save_model(
+            which, self.weight.prediction, {**metadata, "test_data": self.test_fingerprint}
+        )
 
     def _train_epoch(self) -> dict[str, Any]:
         phase = Phase(*(rule.phase(self.epoch) for rule in self.rules))
-        plan = epoch_plan(
-            self.train_data.n,
-            seed=self.seed,
-            epoch=self.epoch,
-            augment=self.augment.kind,
-            pad=self.augment.margin,
-            device=self.engine.device,
-            views=self.recipe.objective.views,
-        )
+        views = self.recipe.objective.views
+        plan = self.train_data.plan(seed=self.seed, epoch=self.epoch, views=views)
         with tqdm(
             total=self.steps_per_epoch,
             initial=self.done,
@@ -225,6 +230,8 @@ class Trainer:
                     self._save()
         self.weight.end_epoch(self.epoch, self._training_images)
         row = self._end_epoch(phase.label)
+        if row.get("catastrophic_overfitting"):
+            self._alarm(row)
         self._save()
         return row
 
@@ -261,6 +268,17 @@ class Trainer:
             "a lower optim.lr or fp32 precision may help"
         )
 
+    def _alarm(self, row: dict[str, Any]) -> None:
+        what = describe(row["epoch"], row["val_fgsm"], row["val_robust"], self.validate.attack.name)
+        if self.validate.alarm == "stop":
+            raise DivergenceError(
+                f"{what}; the best checkpoint is of epoch {self.best['epoch']}, "
+                f"{100 * self.best['val_robust']:.1f}%"
+            )
+        if not self.warned:
+            tqdm.write(f"warning: {what}", file=sys.stderr)
+        self.warned = True
+
     def _end_epoch(self, phase: str) -> dict[str, Any]:
         means, lr = self._check(), self._lr_of_last_step()
         self.step.meters.zero_()
@@ -277,9 +295,11 @@ class Trainer:
             **self._validate(),
         }
         row = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+        if row.get("val_fgsm") is not None:
+            row["catastrophic_overfitting"] = collapsed(row["val_fgsm"], row["val_robust"])
         if row["val_robust"] is not None and row["val_robust"] > self.best.get("val_robust", -1.0):
             self.best = {"epoch": self.epoch, "val_robust": row["val_robust"]}
-            self.folder.save_model("best", self.weight.prediction, self.best)
+            self._release("best", self.best)
         self.metrics_bytes = self.folder.append("metrics.jsonl", row)
         self._tensorboard(row)
         return row
@@ -291,7 +311,7 @@ class Trainer:
     def _validate(self) -> dict[str, float | None]:
         """Clean and robust accuracy after this epoch on validation (and, for the curve, test) images."""
         figures: dict[str, float | None] = dict.fromkeys(
-            ("val_clean", "val_robust", "test_clean", "test_robust")
+            ("val_clean", "val_robust", "test_clean", "test_robust") + ("val_fgsm",) * self.watched
         )
         if self.epoch % self.validate.every and self.epoch < self.optim.epochs:
             return figures
@@ -307,9 +327,12 @@ class Trainer:
                     batch_size=self.validate.batch_size,
                     seed=self.seed,
                 )
-                result = evaluator([self.validate.attack], limit=size)
+                also = [FGSM()] if self.watched and name == "val" else []
+                result = evaluator([self.validate.attack, *also], limit=size)
                 figures[f"{name}_clean"] = result.clean.rate
                 figures[f"{name}_robust"] = result.robust(self.validate.attack.name).rate
+                if also:
+                    figures["val_fgsm"] = result.robust("fgsm").rate
         return figures
 
     def _tensorboard(self, row: dict[str, Any]) -> None:
@@ -364,6 +387,8 @@ class Trainer:
                 self.step.meters.copy_(state["meters"])
             for name, rule in zip(("label", "objective", "weight"), self.rules, strict=True):
                 rule.load_state_dict(state[name])
+        except SettingError:
+            raise
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 str(self.folder.path),

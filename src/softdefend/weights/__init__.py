@@ -1,6 +1,7 @@
 """Weight rules: at which weights? See docs/methods for their cards."""
 
-from softdefend.weights.averaging import EMA
+from softdefend.weights.averaging import EMA, SWA
+from softdefend.weights.awp import AWP
 from softdefend.weights.base import Plain, WeightRule
 
-__all__ = ["EMA", "Plain", "WeightRule"]
+__all__ = ["AWP", "EMA", "SWA", "Plain", "WeightRule"]

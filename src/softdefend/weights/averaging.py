@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 from softdefend.errors import SettingError
 from softdefend.rule import RunInfo
 from softdefend.weights.base import WeightRule
 
+SWABatchNorm = Literal["reestimate", "copy"]
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
@@ -28,6 +32,8 @@ class EMA(WeightRule):
     Raises:
         SettingError: ``decay`` outside [0, 1).
     """
+
+    source = "Gowal et al. 2020, arXiv 2010.03593"
 
     def __init__(self, decay: float = 0.995) -> None:
         if not 0 <= decay < 1:
@@ -63,3 +69,94 @@ class EMA(WeightRule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.averaged.module.load_state_dict(state["averaged"])
         self.averaged.n_averaged.fill_(state["updates"])
+
+
+class SWA(WeightRule):
+    """Stochastic weight averaging: the equally weighted mean of the weights at the ends of epochs predicts.
+
+    The plain weights train, and predict until the first average. The mean has no batch-normalisation
+    statistics of its own: :func:`reestimate` measures them after every average.
+
+    Args:
+        start: fraction of the run, in [0, 1], after which averaging begins: the first averaged epoch,
+            counted from zero, is the ceiling of ``start * epochs``, at most the last one. The reference's
+            0.275 is epoch 55 of 200.
+        every: epochs between averages, >= 1. In between, the last average predicts.
+        bn: statistics of batch normalisation: ``reestimate`` (one forward of all training images per
+            average) or ``copy`` (those of the plain network).
+
+    Raises:
+        SettingError: a value outside these ranges.
+    """
+
+    source = "Izmailov et al., UAI 2018, arXiv 1803.05407; in adversarial training Chen et al., ICLR 2021"
+
+    def __init__(self, start: float = 0.275, every: int = 1, bn: SWABatchNorm = "reestimate") -> None:
+        if not 0 <= start <= 1:
+            raise SettingError("weight.start", start, "a number in [0, 1]")
+        if every < 1:
+            raise SettingError("weight.every", every, "a whole number >= 1")
+        if bn not in get_args(SWABatchNorm):
+            raise SettingError("weight.bn", repr(bn), " or ".join(get_args(SWABatchNorm)))
+        self.start, self.every, self.bn = start, every, bn
+
+    def setup(self, run: RunInfo) -> None:
+        super().setup(run)
+        # 1e-9: a product such as 0.275 * 200 may round to just above a whole number of epochs.
+        self.first_epoch = min(math.ceil(self.start * run.epochs - 1e-9), run.epochs - 1)
+        self.averaged = AveragedModel(self.net)  # torch's own choice without a function: the plain mean
+        self.averaged.n_averaged = self.averaged.n_averaged.cpu()
+        self._forward = run.forward(self.averaged.module)
+
+    def end_epoch(self, epoch: int, images: Callable[[], Iterator[Tensor]]) -> None:
+        if epoch < self.first_epoch or (epoch - self.first_epoch) % self.every:
+            return
+        self.averaged.update_parameters(self.net)  # and copies every buffer
+        if self.bn == "reestimate":
+            reestimate(self.averaged.module, images, self._forward)
+
+    @property
+    def prediction(self) -> nn.Module:
+        module: nn.Module = self.averaged.module if int(self.averaged.n_averaged) else self.net
+        return module
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"averaged": self.averaged.module.state_dict(), "averages": int(self.averaged.n_averaged)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.averaged.module.load_state_dict(state["averaged"])
+        self.averaged.n_averaged.fill_(state["averages"])
+
+
+@torch.no_grad()
+def reestimate(
+    net: nn.Module,
+    images: Callable[[], Iterator[Tensor]],
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Measure the running statistics of batch normalisation anew: their mean over all batches.
+
+    Every batch counts the same, as in ``torch.optim.swa_utils.update_bn``: the images of a smaller last one
+    count for more. Unlike there, everything but batch normalisation is in eval mode: the statistics are
+    those of the network that will predict, without dropout, and nothing is drawn. Without batch
+    normalisation nothing is done. The network is left in eval mode.
+
+    Args:
+        net: the network.
+        images: gives one pass over images, batches [b, c, h, w].
+        forward: ``net`` in the wanted precision; ``net`` itself when None.
+    """
+    layers = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not layers:
+        return
+    net.eval()
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum, layer.track_running_stats = None, True  # None: a cumulative mean
+        layer.reset_running_stats()
+        layer.train()
+    for image in images():
+        (forward or net)(image)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    net.eval()

@@ -1,0 +1,98 @@
+"""Cutout and CutMix: rectangles of an image blackened, or filled from another image of the batch."""
+
+from __future__ import annotations
+
+import torch
+from scipy.special import betaincinv
+from torch import Tensor
+
+
+def partners(of: Tensor) -> Tensor:
+    """For every row of a batch [b, ...] the one that it is mixed with: the row before it, the last for the
+    first. A batch is in random order, so every pair of images is as likely as any other."""
+    return of.roll(1, 0)
+
+
+def inside(box: Tensor, h: int, w: int) -> Tensor:
+    """Which pixels lie in the box, [b, 1, h, w] bool.
+
+    Args:
+        box: [b, 4] int64 (top, bottom, left, right), bottom and right not included; parts outside the image
+            are allowed.
+    """
+    top, bottom, left, right = box[:, :, None].unbind(dim=1)  # [b, 1] each
+    y, x = torch.arange(h, device=box.device), torch.arange(w, device=box.device)
+    rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
+    return rows[:, None, :, None] & columns[:, None, None, :]
+
+
+def around(centre: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
+    """Boxes [n, 4] of a height and width about centres [n, 2] (y, x); of an even side, half lies before the
+    centre's pixel."""
+    top, left = centre[:, 0] - height // 2, centre[:, 1] - width // 2
+    return torch.stack([top, top + height, left, left + width], dim=1)
+
+
+def cutout(image: Tensor, centre: Tensor, side: int) -> Tensor:
+    """Blacken a square of each image (DeVries & Taylor, arXiv 1708.04552); cut at the border, as theirs is.
+
+    Args:
+        image: [b, c, h, w].
+        centre: [b, 2] int64 (y, x).
+        side: of the square, in pixels.
+    """
+    h, w = image.shape[2:]
+    return image.masked_fill(inside(around(centre, side, side), h, w), 0.0)
+
+
+def cutmix(image: Tensor, box: Tensor) -> Tensor:
+    """Fill the box of each image from its partner's same place (Yun et al., arXiv 1905.04899).
+
+    Args:
+        image: [b, c, h, w].
+        box: [b, 4] int64, as for :func:`inside`.
+    """
+    h, w = image.shape[2:]
+    return torch.where(inside(box, h, w), partners(image), image)
+
+
+def own_share(box: Tensor, h: int, w: int) -> Tensor:
+    """Share of its own pixels that each image keeps, [b] float32: CutMix's lambda, from the box's area.
+
+    Args:
+        box: [b, 4] int64 inside the image.
+    """
+    top, bottom, left, right = box.unbind(dim=1)
+    return 1 - ((bottom - top) * (right - left)).float() / (h * w)
+
+
+def draw_centres(n: int, h: int, w: int, generator: torch.Generator) -> Tensor:
+    """Uniformly random pixels, [n, 2] int64 (y, x)."""
+    y = torch.randint(0, h, (n,), generator=generator)
+    return torch.stack([y, torch.randint(0, w, (n,), generator=generator)], dim=1)
+
+
+def draw_boxes(
+    n: int, h: int, w: int, probability: float, alpha: float, generator: torch.Generator
+) -> Tensor:
+    """CutMix boxes [n, 4] int64 inside the image; empty (all zero) where an image is not to be mixed.
+
+    The box is about a random pixel and has the image's sides times sqrt(1 - lambda), rounded down, with
+    lambda ~ Beta(alpha, alpha); it is cut at the border, so that images keep more than lambda on average.
+
+    Args:
+        n: number of boxes, each drawn for itself.
+        h, w: of the images.
+        probability: of mixing an image, in [0, 1].
+        alpha: > 0; 1 makes lambda uniform.
+        generator: on the CPU.
+    """
+    mixed = torch.rand(n, generator=generator) < probability
+    uniform = torch.rand(n, generator=generator, dtype=torch.float64)
+    centre = draw_centres(n, h, w, generator)
+    # By the inverse of the distribution function: torch's own Beta takes no generator.
+    kept = torch.from_numpy(betaincinv(alpha, alpha, uniform.numpy()))
+    ratio = (1 - kept).sqrt()
+    box = around(centre, (h * ratio).long(), (w * ratio).long())
+    limits = torch.tensor([h, h, w, w])
+    return box.clamp(min=torch.zeros_like(limits), max=limits) * mixed[:, None]

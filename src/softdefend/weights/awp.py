@@ -1,0 +1,115 @@
+"""Adversarial weight perturbation (Wu et al., NeurIPS 2020, arXiv 2004.05884)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softdefend.errors import SettingError
+from softdefend.rule import RunInfo
+from softdefend.weights.base import Plain, WeightRule
+
+_TINY = 1e-20
+"""Keeps a direction finite where a gradient vanishes; the authors' value."""
+
+
+@torch.no_grad()
+def ascent(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
+    """Steepest ascent, tensor by tensor as long as the weights themselves: ||w|| g / ||g|| (eq. 8 and 10).
+
+    Args:
+        weights, slopes: tensors of equal shapes; zero where a slope is zero throughout.
+    """
+    lengths, steepness = torch._foreach_norm(list(weights)), torch._foreach_norm(list(slopes))
+    ratios = torch._foreach_div(lengths, torch._foreach_add(steepness, _TINY))
+    return list(torch._foreach_mul(list(slopes), ratios))
+
+
+class AWP(WeightRule):
+    """Takes the gradient where the loss is worst nearby, so that the weights settle in flat places.
+
+    Each step looks twice at the same adversarial images and targets. The first look, at the trained weights,
+    gives the direction; the loss and its gradient are then taken at w + v, with ||v_l|| = gamma ||w_l|| in
+    every layer, and the update that follows from them is made to w. Perturbed are the trainable parameters of
+    more than one dimension: weights of convolutions and linear layers, no biases, no normalisation. As in the
+    authors' code the attack is made once, at w, and weight decay is of w + v.
+
+    Args:
+        gamma: length of the perturbation relative to each layer's weights, > 0; the authors' 0.01 for PGD-AT
+            and 0.005 for TRADES.
+        warmup: fraction of the run, in [0, 1], whose epochs are trained without perturbation, rounded up.
+        average: a rule that averages the weights that AWP trains, such as EMA or SWA; None for none.
+
+    Raises:
+        SettingError: a value outside these ranges, or an ``average`` that perturbs weights itself.
+    """
+
+    source = "Wu et al., NeurIPS 2020, arXiv 2004.05884"
+    passes = 2
+
+    def __init__(self, gamma: float = 0.01, warmup: float = 0.0, average: WeightRule | None = None) -> None:
+        if not (gamma > 0 and math.isfinite(gamma)):
+            raise SettingError("weight.gamma", gamma, "a positive number")
+        if not 0 <= warmup <= 1:
+            raise SettingError("weight.warmup", warmup, "a number in [0, 1]")
+        if average is not None and average.passes > 1:
+            accepted = "a rule that averages, such as EMA or SWA, or null"
+            raise SettingError("weight.average", type(average).__name__, accepted)
+        self.gamma, self.warmup = gamma, warmup
+        self.average: WeightRule = average or Plain()
+
+    def setup(self, run: RunInfo) -> None:
+        super().setup(run)
+        self.average.setup(run)
+        # 1e-9: a product such as 0.05 * 200 may round to just above a whole number of epochs.
+        self.first_epoch = math.ceil(self.warmup * run.epochs - 1e-9)
+        self.weights: list[Tensor] = [p for p in self.net.parameters() if p.requires_grad and p.ndim > 1]
+        if not self.weights:
+            given = f"{type(self.net).__name__} without trainable weights of two or more dimensions"
+            raise SettingError("net", given, "some convolution or linear layer for AWP to perturb")
+
+    def phase(self, epoch: int) -> str:
+        return "perturbed" if epoch >= self.first_epoch else "plain"
+
+    def perturbs(self, phase: str) -> bool:
+        return phase == "perturbed"
+
+    @contextlib.contextmanager
+    def perturbed(self, loss: Tensor) -> Iterator[None]:
+        slopes = torch.autograd.grad(loss, self.weights, materialize_grads=True)
+        trained = [weight.detach().clone() for weight in self.weights]
+        with torch.no_grad():
+            moved = list(torch._foreach_add(trained, ascent(trained, slopes), alpha=self.gamma))
+            torch._foreach_copy_(self.weights, moved)
+        try:
+            yield
+        finally:
+            # The update first, then the trained weights: without an update these come back to the bit, which
+            # subtracting the perturbation again would not give.
+            with torch.no_grad():
+                torch._foreach_sub_(self.weights, moved)
+                torch._foreach_add_(self.weights, trained)
+
+    def advance(self, epoch: float) -> None:
+        self.average.advance(epoch)
+
+    def after_step(self) -> None:
+        self.average.after_step()
+
+    def end_epoch(self, epoch: int, images: Callable[[], Iterator[Tensor]]) -> None:
+        self.average.end_epoch(epoch, images)
+
+    @property
+    def prediction(self) -> nn.Module:
+        return self.average.prediction
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.average.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.average.load_state_dict(state)
