@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import softdefend as sd
 from softdefend.attacks import Attack
+from softdefend.attacks.draws import Draws
 from softdefend.data import AugmentSettings
 from softdefend.rng import stream
 from softdefend.training import RuntimeSettings, ValidateSettings
@@ -198,34 +199,28 @@ def test_fgsm_equals_one_step_by_hand(unsure):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_pgd_counts_equal_a_loop_by_hand(unsure, norm):
     net, images, labels = unsure
-    eps, size, seed = 0.06 if norm == "linf" else 0.8, 32, 5
+    eps, seed = 0.06 if norm == "linf" else 0.8, 5
     threat, attack = sd.ThreatModel(norm, str(eps)), sd.PGD(steps=4)
-    result = sd.evaluate(net, images, labels, threat=threat, attacks=[attack], batch_size=size, seed=seed)
-    predictions = []
-    for number, start in enumerate(range(0, len(images), size)):
-        x, y = images[start : start + size], labels[start : start + size]
-        draws = stream(seed, "evaluate/pgd-4", step=number)  # the same start, everything else by hand
+    result = sd.evaluate(net, images, labels, threat=threat, attacks=[attack], batch_size=32, seed=seed)
+    x, y, everyone, d = images, labels, torch.arange(len(images)), images[0].numel()
+    draws = Draws.seeded([everyone], seed, "pgd-4")  # the same start, everything else by hand
+    if norm == "linf":
+        shift = eps * (2 * draws.uniform(everyone, d, 0) - 1)
+    else:
+        noise = draws.normal(everyone, d, 0)
+        shift = noise / noise.norm(dim=1, keepdim=True) * eps * draws.uniform(everyone, 1, 1) ** (1 / d)
+    z = (x + shift.view_as(x)).clamp(0, 1)
+    for _ in range(4):
+        g = slope(net, z, y)
         if norm == "linf":
-            z = x + eps * (2 * torch.rand(x.shape, generator=draws) - 1)
+            z = (z + eps / 4 * g.sign()).clamp(x - eps, x + eps)
         else:
-            noise = torch.randn(x.shape, generator=draws).flatten(1)
-            radius = eps * torch.rand(len(x), generator=draws) ** (1 / noise.shape[1])
-            z = x + (noise * (radius / noise.norm(dim=1))[:, None]).view_as(x)
+            z = z + eps / 4 * g / g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            length = (z - x).flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            z = x + (z - x) * (eps / length).clamp(max=1)
         z = z.clamp(0, 1)
-        for _ in range(4):
-            g = slope(net, z, y)
-            if norm == "linf":
-                z = (z + eps / 4 * g.sign()).clamp(x - eps, x + eps)
-            else:
-                z = z + eps / 4 * g / g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-                length = (z - x).flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-                z = x + (z - x) * (eps / length).clamp(max=1)
-            z = z.clamp(0, 1)
-        with torch.no_grad():
-            predictions.append(net(z).argmax(1))
     with torch.no_grad():
-        clean = net(images).argmax(1)
-    attacked = torch.cat(predictions)
+        clean, attacked = net(images).argmax(1), net(z).argmax(1)
     assert torch.equal(result.attacks["pgd-4"].prediction, attacked)
     assert result.robust("pgd-4").count == int(((clean == labels) & (attacked == labels)).sum())
     assert 0 < result.robust("pgd-4").count < result.clean.count
@@ -316,3 +311,15 @@ def test_a_cheating_attack_gains_nothing(unsure, norm, kind):
     assert torch.equal(result.clean_prediction, clean)
     assert torch.equal(record.prediction, attacked)
     assert result.robust(kind).count == int(((clean == labels) & (attacked == labels)).sum())
+
+
+def test_attacks_may_be_named_and_autoattack_is_no_stronger_than_its_members(unsure):
+    net, images, labels = unsure
+    threat = sd.ThreatModel("linf", "0.06")
+    result = sd.evaluate(net, images, labels, threat=threat, attacks=["pgd-4", "autoattack"])
+    names = [member["name"] for member in result.members("autoattack")]
+    assert names == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    alone = sd.evaluate(net, images, labels, threat=threat, attacks=["apgd-ce"])
+    assert not (result.attacks["autoattack"].robust & ~alone.attacks["apgd-ce"].robust).any()
+    with pytest.raises(sd.SettingError, match="pgd-x"):
+        sd.evaluate(net, images, labels, attacks=["pgd-x"])

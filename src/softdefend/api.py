@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from softdefend.attacks import PGD, Attack
 from softdefend.data import AugmentSettings, DataBundle, Resident, from_tensors, split
-from softdefend.evaluation import Evaluation, Evaluator
+from softdefend.evaluation import Ensemble, Evaluation, Evaluator
+from softdefend.evaluation.autoattack import parse
+from softdefend.evaluation.evaluate import Precision
 from softdefend.labels import BNMode, Hard, LabelRule
 from softdefend.models import check_logits
 from softdefend.objectives import PGDAT, Objective
@@ -119,8 +122,10 @@ def evaluate(
     labels: Tensor,
     *,
     threat: ThreatModel | None = None,
-    attacks: Sequence[Attack] = (PGD(steps=20),),
+    attacks: Sequence[str | Attack | Ensemble] = ("pgd-20",),
     batch_size: int = 500,
+    physical_batch: int | None = None,
+    precision: Precision = "exact",
     seed: int = 0,
     device: str = "auto",
     progress: bool = False,
@@ -134,7 +139,8 @@ def evaluate(
         images: [n, c, h, w], uint8 or float in [0, 1].
         labels: [n] integers in [0, k).
         threat: l-inf at 8/255 when None.
-        attacks: of different names.
+        attacks: attacks, or names of them (docs/attacks.md) such as ``autoattack``; all different.
+        batch_size, physical_batch, precision, seed: as :class:`softdefend.evaluation.Evaluator` has them.
 
     Raises:
         SettingError: images, labels or a network that do not fit.
@@ -142,11 +148,19 @@ def evaluate(
     checked = split(images, labels)
     chosen = resolve_device(device)
     net = net.to(chosen)
-    check_logits(net, tuple(checked.images.shape[1:]), None, chosen, least=int(checked.labels.max()) + 1)
+    shape, least = tuple(checked.images.shape[1:]), int(checked.labels.max()) + 1
+    k = check_logits(net, shape, None, chosen, least=least)
     evaluator = Evaluator(
-        net, Resident(checked, chosen), threat or ThreatModel(), batch_size=batch_size, seed=seed
+        net,
+        Resident(checked, chosen),
+        threat or ThreatModel(),
+        batch_size=batch_size,
+        seed=seed,
+        physical_batch=physical_batch,
+        precision=precision,
     )
-    return evaluator(attacks, progress=progress)
+    made = [parse(attack, k) if isinstance(attack, str) else attack for attack in attacks]
+    return evaluator(made, progress=progress)
 
 
 def plain(value: Any) -> Any:
@@ -160,5 +174,10 @@ def plain(value: Any) -> Any:
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     kind = type(value)
-    arguments = {k: plain(v) for k, v in vars(value).items() if isinstance(v, (str, int, float, bool, Rule))}
+    # Constructor arguments only: a rule that has been set up holds more.
+    arguments = {
+        name: plain(held)
+        for name in inspect.signature(kind).parameters
+        if isinstance(held := vars(value).get(name), (str, int, float, bool, Rule))
+    }
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}

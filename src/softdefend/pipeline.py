@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import yaml
+from torch import Tensor, nn
 
 from softdefend import rng
 from softdefend.config import Experiment, resolve
-from softdefend.data import DataBundle, channel_stats, load
+from softdefend.data import DataBundle, DataSettings, channel_stats, load, split
 from softdefend.errors import SettingError
-from softdefend.evaluation import EvaluateSettings, evaluate_checkpoint
+from softdefend.evaluation import EvaluateSettings, load_weights
+from softdefend.evaluation.examine import Extras, Subject, check_wishes, examine, surrogate_names
+from softdefend.evaluation.third_party import load_network, load_weights_file, save_weights
+from softdefend.files import write_atomic
 from softdefend.models import build, check_logits
 from softdefend.report import comparison_rows, read_run, text_table, write_report
+from softdefend.report.runs import OUTSIDE
 from softdefend.threat import ThreatModel
+from softdefend.together import Job, side_by_side
 from softdefend.training import Trainer
 from softdefend.training.engine import resolve_device
 from softdefend.training.folder import read_yaml
@@ -97,6 +103,7 @@ def evaluate_run(
     *,
     device: torch.device,
     threat: ThreatModel | None = None,
+    extras: Extras | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Evaluate one checkpoint of a run, unless the same evaluation already lies in its folder.
@@ -104,48 +111,18 @@ def evaluate_run(
     Under the trained threat the result is the run's own, ``evaluation/{which}.json``; under another one it
     is a file beside it, so that reports never mix threats.
     """
-    threat = threat or experiment.recipe.threat
-    name = which + _suffix(threat, experiment.recipe.threat)
-    wanted = {**json.loads(json.dumps(asdict(settings))), "norm": threat.norm, "eps": str(threat.eps)}
-    result = _existing(experiment.folder, which, name)
-    if result is None or result.get("settings") != wanted:
-        result = evaluate_checkpoint(
-            net,
-            bundle,
-            threat,
-            experiment.folder,
-            which,
-            settings,
-            wanted,
-            name=name,
-            device=device,
-            data_name=bundle.name,
-            progress=experiment.progress,
-        )
-    figures = [f"{name} {100 * figure['rate']:.1f}%" for name, figure in result["attacks"].items()]
-    say(
-        f"{name} (epoch {result['epoch']}): clean {100 * result['clean']['rate']:.1f}%  " + "  ".join(figures)
+    trained = experiment.recipe.threat
+    subject = Subject(
+        net,
+        bundle,
+        experiment.folder,
+        which,
+        trained=trained,
+        threat=threat or trained,
+        architecture=experiment.net.name,
+        progress=experiment.progress,
     )
-    return result
-
-
-def _suffix(threat: ThreatModel, trained: ThreatModel) -> str:
-    """Nothing for the trained threat, else the threat in letters that file names may have."""
-    if (threat.norm, float(threat.eps)) == (trained.norm, float(trained.eps)):
-        return ""
-    return f"-{threat.norm}-{re.sub(r'[^0-9.e]+', '_', str(threat.eps))}"
-
-
-def _existing(folder: Path, which: str, name: str) -> dict[str, Any] | None:
-    """An evaluation of the weights as they now are, or None."""
-    path, weights = folder / "evaluation" / f"{name}.json", folder / f"{which}.safetensors"
-    try:
-        if path.stat().st_mtime_ns < weights.stat().st_mtime_ns:
-            return None
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+    return examine(subject, settings, extras or Extras(), device=device, say=say)
 
 
 def open_run(folder: Path) -> Experiment:
@@ -158,6 +135,12 @@ def open_run(folder: Path) -> Experiment:
     if not path.is_file():
         raise SettingError("run", folder, "a run folder (it holds a config.yaml)")
     config = read_yaml(path)
+    if OUTSIDE in config:
+        raise SettingError(
+            "run",
+            f"{folder}, a network from outside",
+            "evaluate it with --model, --weights and --output again",
+        )
     if "net" not in config:
         raise SettingError(
             "run", f"{folder}, trained from Python", "evaluate it there: softdefend.evaluate(net, ...)"
@@ -171,12 +154,26 @@ def evaluate(
     settings: EvaluateSettings,
     threat: ThreatModel,
     *,
+    extras: Extras | None = None,
+    transfer: Sequence[str] = (),
     device: str = "auto",
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Evaluate checkpoints of a run on its test images and renew its report."""
+    """Evaluate checkpoints of a run on its test images and renew its report.
+
+    Args:
+        experiment: see :func:`open_run`.
+        which: checkpoints.
+        settings, threat: of the attacks.
+        extras: what else is asked.
+        transfer: surrogates, see :func:`surrogates`.
+        device: auto, cpu, cuda or cuda:N.
+        say: is given every line of progress.
+    """
+    chosen = resolve_device(device)
     bundle = load(experiment.data)
     net = make_net(experiment, bundle)
+    extras = replace(extras or Extras(), surrogates=surrogates(transfer, net, bundle))
     results = [
         evaluate_run(
             experiment,
@@ -184,8 +181,9 @@ def evaluate(
             net,
             name,
             settings,
-            device=resolve_device(device),
+            device=chosen,
             threat=threat,
+            extras=extras,
             say=say,
         )
         for name in which
@@ -194,12 +192,189 @@ def evaluate(
     return results
 
 
+def surrogates(paths: Sequence[str], net: nn.Module, bundle: DataBundle) -> dict[str, nn.Module]:
+    """Networks by name whose adversarial images are to be tried on another.
+
+    Args:
+        paths: run folders (their best checkpoint), or files with weights of the network's own architecture.
+        net: that network.
+        bundle: the data both are for.
+
+    Raises:
+        SettingError: nothing to read there, weights that do not fit, or two of one name.
+    """
+    return dict(
+        zip(surrogate_names(paths), (_surrogate(Path(path), net, bundle) for path in paths), strict=True)
+    )
+
+
+def _surrogate(path: Path, net: nn.Module, bundle: DataBundle) -> nn.Module:
+    try:
+        if path.is_dir():
+            made = make_net(open_run(path), bundle)
+            load_weights(made, path / "best.safetensors")
+        else:
+            made = copy.deepcopy(net)
+            load_weights_file(made, path)
+    except SettingError as error:
+        raise SettingError(
+            "--transfer", f"{path} ({error.setting}: {error.given})", error.accepted
+        ) from error
+    return made.eval()
+
+
+def evaluate_network(
+    net: nn.Module,
+    data: DataBundle | tuple[Tensor, Tensor],
+    folder: Path | str,
+    *,
+    threat: ThreatModel | None = None,
+    settings: EvaluateSettings | None = None,
+    extras: Extras | None = None,
+    device: str = "auto",
+    origin: dict[str, Any] | None = None,
+    progress: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Evaluate any network; write the result files and the report page of a run without a training.
+
+    A network from outside has one checkpoint, which tables show as ``last``.
+
+    Args:
+        net: images [b, c, h, w] float32 in [0, 1] to logits [b, k]; put into eval mode.
+        data: a bundle, of which the test images are used, or test images [n, c, h, w] (uint8, or float in
+            [0, 1]) and labels [n].
+        folder: gets ``last.safetensors``, ``evaluation/``, ``report.html`` and a ``config.yaml`` that says
+            what this is.
+        threat: l-inf at 8/255 when None.
+        settings, extras: the attacks, and what else is asked.
+        device: auto, cpu, cuda or cuda:N.
+        origin: plain values for the configuration: where the network came from.
+        progress: show bars.
+        say: is given every line of progress.
+
+    Returns:
+        What stands in ``evaluation/last.json``.
+
+    Raises:
+        SettingError: a folder that holds a training run, or a network, images or labels that do not fit.
+    """
+    folder, threat = Path(folder), threat or ThreatModel()
+    settings, extras = settings or EvaluateSettings(), extras or Extras()
+    _refuse_run(folder)
+    bundle = data if isinstance(data, DataBundle) else _test_only(*data)
+    check_wishes(settings, extras, len(bundle.test))
+    chosen = resolve_device(device)
+    net.to(chosen).eval()
+    check_logits(net, tuple(bundle.test.images.shape[1:]), len(bundle.classes), chosen)
+    architecture = type(net).__name__
+    config = {
+        "name": folder.name,
+        "seed": 0,
+        "data": {"source": bundle.name},
+        "net": {"name": architecture},
+        "threat": {"norm": threat.norm, "eps": str(threat.eps)},
+        OUTSIDE: origin or {},
+    }
+    save_weights(net, folder / "last.safetensors", json.dumps({"epoch": None}))
+    write_atomic(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+    subject = Subject(
+        net,
+        bundle,
+        folder,
+        "last",
+        trained=threat,
+        threat=threat,
+        architecture=architecture,
+        progress=progress,
+    )
+    result = examine(subject, settings or EvaluateSettings(), extras or Extras(), device=chosen, say=say)
+    say(f"report: {write_report([read_run(folder)], folder / 'report.html', 'Robustness report')}")
+    return result
+
+
+def evaluate_outside(
+    factory: str,
+    weights: Path,
+    data: DataSettings,
+    folder: Path,
+    *,
+    threat: ThreatModel,
+    settings: EvaluateSettings,
+    extras: Extras | None = None,
+    transfer: Sequence[str] = (),
+    device: str = "auto",
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """:func:`evaluate_network` of a factory ``package.module:function`` and a file of weights."""
+    _refuse_run(folder)
+    bundle = load(replace(data, validation=1, train_size=None))  # the test split is drawn before either
+    net, notes = load_network(
+        factory, weights, num_classes=len(bundle.classes), in_channels=bundle.test.images.shape[1]
+    )
+    say(f"{weights}: {'; '.join(notes) if notes else 'loaded as it is'}")
+    return evaluate_network(
+        net,
+        bundle,
+        folder,
+        threat=threat,
+        settings=settings,
+        extras=replace(extras or Extras(), surrogates=surrogates(transfer, net, bundle)),
+        device=device,
+        origin={"model": factory, "weights": str(weights), "done_to_names": notes},
+        progress=progress,
+        say=say,
+    )
+
+
+def _refuse_run(folder: Path) -> None:
+    """An evaluation never takes the place of a training run."""
+    path = folder / "config.yaml"
+    if path.is_file() and OUTSIDE not in read_yaml(path):
+        raise SettingError(
+            "--output", f"{folder}, a training run", "a new folder, or one written by --output"
+        )
+
+
+def _test_only(images: Tensor, labels: Tensor) -> DataBundle:
+    """A bundle in which all images are test images."""
+    test = split(images, labels)
+    classes = tuple(str(number) for number in range(max(2, int(test.labels.max()) + 1)))
+    return DataBundle("tensors", test, test, test, classes, fingerprint="")
+
+
+def train_all(
+    runs: Mapping[str, Sequence[str]], *, together: int = 1, say: Callable[[str], None] = print
+) -> list[Experiment]:
+    """Train several runs; finished ones are kept, unfinished ones continued.
+
+    Args:
+        runs: words of ``softdefend train`` by what messages call the run; a folder of its own in each.
+        together: runs at once. Above one each is a process of its own that writes to ``FOLDER.log``.
+        say: takes lines of progress.
+
+    Raises:
+        SettingError: words that do not resolve, before anything runs; or what a run refuses.
+    """
+    experiments = [resolve(words) for words in runs.values()]
+    if together == 1:
+        for experiment in experiments:
+            train(experiment, say=say)
+        return experiments
+    logs = [experiment.folder.with_name(f"{experiment.folder.name}.log") for experiment in experiments]
+    jobs = [Job(name, ("train", *words), log) for (name, words), log in zip(runs.items(), logs, strict=True)]
+    side_by_side(jobs, together, say=say)
+    return experiments
+
+
 def compare(
     arguments: Sequence[str],
     presets: Sequence[str],
     seeds: Sequence[int],
     folder: Path,
     *,
+    together: int = 1,
     say: Callable[[str], None] = print,
 ) -> tuple[str, Path]:
     """Train every preset with every seed under one protocol; one table, one report.
@@ -211,25 +386,16 @@ def compare(
         presets: names or paths.
         seeds: of the runs.
         folder: holds one run folder for each preset and seed, and the report.
+        together: runs at once, see :func:`train_all`.
 
     Returns:
         The table as text, and the path of the report.
     """
-    experiments = [
-        resolve(
-            [
-                *arguments,
-                "--preset",
-                preset,
-                "--seed",
-                str(seed),
-                f"--folder={folder}/{Path(preset).stem}-seed{seed}",
-            ]
-        )
-        for preset in presets
-        for seed in seeds
-    ]
-    for experiment in experiments:
-        train(experiment, say=say)
+    words = {}
+    for preset in presets:
+        for seed in seeds:
+            place = f"--folder={folder}/{Path(preset).stem}-seed{seed}"
+            words[f"{preset}, seed {seed}"] = [*arguments, "--preset", preset, "--seed", str(seed), place]
+    experiments = train_all(words, together=together, say=say)
     runs = [read_run(experiment.folder) for experiment in experiments]
     return text_table(comparison_rows(runs)), write_report(runs, folder / "report.html")

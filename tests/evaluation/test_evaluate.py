@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
 
-from softdefend.attacks import FGSM, PGD, Attack
+from softdefend.attacks import APGD, FAB, FGSM, PGD, Attack, Square, TargetedAPGD
 from softdefend.data import Resident, split
 from softdefend.errors import SettingError
-from softdefend.evaluation import Evaluator, Rate
+from softdefend.evaluation import Ensemble, Evaluator, Rate
+from softdefend.evaluation.physical import ON_CPU, images_at_once
 from softdefend.evaluation.run import EvaluateSettings, scaled
 from softdefend.rng import stream
 from softdefend.threat import Budget, ThreatModel
@@ -153,10 +157,164 @@ def test_two_attacks_of_one_name_are_refused(case):
         Evaluator(net, Resident(data, "cpu"), THREAT)([PGD(steps=5), PGD(steps=5, start="none")])
 
 
-@pytest.mark.parametrize("wrong", [{"size": 0}, {"curve_size": -1}, {"examples": -1}, {"batch_size": 0}])
-def test_impossible_settings_are_refused(wrong):
-    with pytest.raises(SettingError, match=f"evaluate.{next(iter(wrong))}"):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"size": 0},
+        {"curve_size": -1},
+        {"examples": -1},
+        {"batch_size": 0},
+        {"physical_batch": 0},
+        {"precision": "bf16"},
+    ],
+)
+def test_impossible_settings_are_refused(case, wrong):
+    name = next(iter(wrong))
+    with pytest.raises(SettingError, match=f"evaluate.{name}"):
         EvaluateSettings(**wrong)
+    if name in ("batch_size", "physical_batch", "precision"):
+        net, data = case
+        with pytest.raises(SettingError, match=f"evaluate.{name}"):
+            Evaluator(net, Resident(data, "cpu"), THREAT, **wrong)
+
+
+class Watched(nn.Module):
+    """Remembers how many images it saw, with and without gradient, and in what precision it computed."""
+
+    def __init__(self, inner, most=None):
+        super().__init__()
+        self.inner, self.most, self.sizes, self.gradients, self.types = inner, most, [], 0, set()
+
+    def forward(self, image):
+        if self.most is not None and len(image) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.sizes.append(len(image))
+        self.gradients += len(image) * image.requires_grad
+        logits = self.inner(image)
+        self.types.add(logits.dtype)
+        return logits
+
+
+EVERY = [
+    FGSM(),
+    PGD(steps=4, restarts=2, loss="kl"),
+    APGD(steps=6),
+    TargetedAPGD(steps=5, targets=2),
+    FAB(steps=5),
+    FAB(steps=5, targeted=False),
+    Square(queries=20),
+]
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("attack", EVERY, ids=lambda a: a.name)
+def test_every_forward_and_gradient_is_counted_for_its_image(case, attack, precision):
+    net, data = case
+    net = Watched(net)
+    evaluator = Evaluator(
+        net, Resident(data, "cpu"), THREAT, batch_size=9, physical_batch=6, precision=precision
+    )
+    record = evaluator([attack]).attacks[attack.name]
+    (trial,) = record.trials.values()
+    assert max(net.sizes) <= 6
+    assert (
+        record.forwards == int(trial.forwards.sum()) == sum(net.sizes) - 23
+    )  # the clean pass is not the attack's
+    per_forward = 3 if attack == FAB(steps=5, targeted=False) else 1  # a gradient for every class
+    assert record.backwards == int(trial.backwards.sum()) == per_forward * net.gradients
+    assert (trial.forwards >= 1).all()
+    searches = precision == "fast" and not isinstance(attack, FGSM)
+    assert net.types == ({torch.float32, torch.bfloat16} if searches else {torch.float32})
+
+
+def test_memory_that_runs_out_halves_what_is_computed_at_once(case):
+    net, data = case
+    attacks = [PGD(steps=2), Ensemble("two", (APGD(steps=5), Square(queries=10)))]
+    wanted = Evaluator(net, Resident(data, "cpu"), THREAT, batch_size=8)(attacks)
+    tight = Evaluator(Watched(net, most=3), Resident(data, "cpu"), THREAT, batch_size=8, physical_batch=23)
+    found = tight(attacks)
+    assert found.how["physical_batch"] == 2  # 23, 11, 5, 2
+    for name in wanted.attacks:
+        assert torch.equal(found.attacks[name].robust, wanted.attacks[name].robust)
+        assert found.attacks[name].forwards == wanted.attacks[name].forwards
+    with pytest.raises(SettingError, match=r"evaluate\.physical_batch: got 1 image at once"):
+        Evaluator(Watched(net, most=0), Resident(data, "cpu"), THREAT)(attacks)
+
+
+class Half(Attack):
+    """Asks for some of its images only, so that nobody can say which."""
+
+    name = "half"
+
+    def __call__(self, forward, image, target, threat, *, loss=None, generator=None):
+        forward(image[: len(image) // 2])
+        return image + 0.01 * torch.rand(image.shape, generator=generator)
+
+
+def test_an_attack_from_elsewhere_sees_its_logical_batch_whatever_fits(case):
+    """Its totals are right, and where a count cannot be put down to an image there is none."""
+    net, data = case
+    results = [
+        Evaluator(net, Resident(data, "cpu"), THREAT, batch_size=10, physical_batch=p)([Half()])
+        for p in (3, 10, 40)
+    ]
+    for result in results:
+        record = result.attacks["half"]
+        assert torch.equal(record.distance, results[0].attacks["half"].distance)
+        assert record.forwards == 23 + 5 + 5 + 1
+        assert (record.trials["half"].forwards == -1).all()
+    table = pq.read_table(pa.BufferReader(results[0].to_parquet()))
+    assert table.column("half/forwards").null_count == 23
+    assert table.column("half/robust").null_count == 0
+
+
+def test_the_table_of_an_ensemble(case):
+    net, data = case
+    members = (APGD(steps=3), FAB(steps=3), Square(queries=5))
+    result = Evaluator(net, Resident(data, "cpu"), THREAT)([FGSM(), Ensemble("mine", members)])
+    table = pq.read_table(pa.BufferReader(result.to_parquet()))
+    column = {name: table.column(name).to_pylist() for name in table.column_names}
+    right = [p == y for p, y in zip(column["clean_prediction"], column["label"], strict=True)]
+    assert column["fgsm/forwards"] == [2] * 23
+    assert column["fgsm/backwards"] == [1] * 23
+    left = list(right)
+    for name in ("apgd-ce-3", "fab-t-3", "square-5"):
+        fooled = column[f"mine/{name}/fooled"]
+        assert [x is not None for x in fooled] == left
+        assert [x is not None for x in column[f"mine/{name}/forwards"]] == left
+        left = [before and not now for before, now in zip(left, fooled, strict=True)]
+    assert column["mine/robust"] == left
+    assert sum(left) < sum(right)
+    for row in range(23):
+        each = [column[f"mine/{m.name}/forwards"][row] or 0 for m in members]
+        assert column["mine/forwards"][row] == sum(each)
+
+
+def test_what_was_used_is_written_down(case):
+    net, data = case
+    summary = Evaluator(
+        net, Resident(data, "cpu"), THREAT, batch_size=7, physical_batch=5, seed=3, precision="fast"
+    )([FGSM()]).to_dict()
+    assert summary["precision"] == "fast"
+    assert (summary["batch_size"], summary["physical_batch"], summary["seed"]) == (7, 5, 3)
+    assert summary["versions"]["torch"] == torch.__version__
+    json.dumps(summary, allow_nan=False)
+
+
+def test_on_a_cpu_the_physical_batch_is_a_constant(case):
+    net, data = case
+    assert images_at_once(net, data.images[:1]) == ON_CPU
+
+
+def test_examples_are_the_images_that_were_counted(case):
+    """The numbers of PGD belong to an image's position, so a few of them alone are attacked the same."""
+    net, data = case
+    evaluator, attack = Evaluator(net, Resident(data, "cpu"), THREAT), PGD(steps=3)
+    result, index = evaluator([attack]), torch.tensor([20, 3, 11])
+    image, adversarial, clean, attacked = evaluator.show(attack, index)
+    torch.testing.assert_close(THREAT.distance(image, adversarial), result.attacks["pgd-3"].distance[index])
+    assert torch.equal(clean.argmax(1), result.clean_prediction[index])
+    assert torch.equal(attacked.argmax(1), result.attacks["pgd-3"].prediction[index])
 
 
 def test_multiples_of_eps_are_written_as_eps_is():

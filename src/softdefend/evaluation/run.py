@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from softdefend.attacks import PGD
-from softdefend.attacks.names import parse_attack
+from softdefend.attacks import PGD, Attack
 from softdefend.data import DataBundle, Resident
 from softdefend.errors import SettingError
-from softdefend.evaluation.evaluate import Evaluation, Evaluator, Rate
+from softdefend.evaluation.autoattack import Ensemble, parse
+from softdefend.evaluation.evaluate import Evaluator, Precision
+from softdefend.evaluation.physical import images_at_once
+from softdefend.evaluation.records import Evaluation, Rate, versions
+from softdefend.evaluation.resume import StateFile, file_digest, fingerprint
 from softdefend.files import write_atomic
 from softdefend.threat import Budget, ThreatModel
 
 CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Multiples of the trained eps at which the robust-accuracy curve is measured."""
+SAVE_EVERY = 30.0
+"""Seconds of work that a killed evaluation may lose."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class EvaluateSettings:
     """The evaluation of a finished run on its test images."""
 
     attacks: tuple[str, ...] = ("pgd-20",)
-    """Names of attacks: fgsm, pgd-20, pgd-50x10, pgd-20-margin."""
+    """Names of attacks: fgsm, pgd-20, pgd-50x10, pgd-20-margin, autoattack."""
     size: int | None = None
     """Test images used; all when null."""
     curve_size: int = 1000
@@ -40,19 +42,26 @@ class EvaluateSettings:
     examples: int = 8
     """Example images kept for the report; 0 for none."""
     batch_size: int = 500
-    """Images at once."""
+    """Images of a logical batch, which draws its own random numbers (AutoAttack's reference code: 250)."""
+    physical_batch: int | None = None
+    """Images computed at once; found from the free memory when null. Changes no result."""
+    precision: Precision = "exact"
+    """exact (fp32 throughout) or fast (searches in bf16; every success is confirmed in fp32)."""
     seed: int = 0
-    """Of the attacks' random starts."""
+    """Of the attacks' random numbers."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attacks", tuple(self.attacks))
         for name in self.attacks:
-            parse_attack(name)
+            parse(name)
+        if self.precision not in ("exact", "fast"):
+            raise SettingError("evaluate.precision", repr(self.precision), "exact or fast")
         for name, value, least in (
             ("size", 1 if self.size is None else self.size, 1),
             ("curve_size", self.curve_size, 0),
             ("examples", self.examples, 0),
             ("batch_size", self.batch_size, 1),
+            ("physical_batch", 1 if self.physical_batch is None else self.physical_batch, 1),
         ):
             if value < least:
                 raise SettingError(f"evaluate.{name}", value, f"a whole number >= {least}")
@@ -100,34 +109,75 @@ def evaluate_checkpoint(
     ``identity`` is written with the result, to recognise the same evaluation by.
 
     Writes ``evaluation/{name}.json``, one row a sample in ``evaluation/{name}.parquet`` and, for the name
-    ``last``, the report's example images.
+    ``last``, the report's example images. Killed at any moment, the same call continues from
+    ``evaluation/{name}.state``, which is removed at the end, and writes the same records; with other
+    settings, weights, data, versions or another device it starts anew.
 
     Returns:
         What went into the JSON file.
+
+    Raises:
+        SettingError: weights that do not fit, or that were trained with other test images.
     """
-    metadata = load_weights(net, folder / f"{which}.safetensors")
+    weights = folder / f"{which}.safetensors"
+    metadata = load_weights(net, weights)
+    tested_on = fingerprint(bundle.test)
+    if metadata.get("test_data", tested_on) != tested_on:
+        given = f"test images {tested_on[:12]}, trained beside test images {metadata['test_data'][:12]}"
+        raise SettingError("data", given, "the data that the run was trained with")
     net = net.to(device)
     data = Resident(bundle.test, device)
-    evaluator = Evaluator(net, data, threat, batch_size=settings.batch_size, seed=settings.seed)
-    result = evaluator(
-        [parse_attack(name) for name in settings.attacks], limit=settings.size, progress=progress
+    state = StateFile(
+        folder / "evaluation" / f"{name}.state",
+        {
+            "settings": identity,
+            "weights": file_digest(weights),
+            "test_data": tested_on,
+            "versions": versions(device),
+        },
+        every=SAVE_EVERY,
     )
+    physical = settings.physical_batch
+    if physical is None:
+        physical = images_at_once(net, data.take(torch.zeros(1, dtype=torch.int64, device=device)).image)
+    evaluator = _evaluator(net, data, threat, settings, physical)
+    attacks = [parse(attack, len(bundle.classes)) for attack in settings.attacks]
+    result = evaluator(attacks, limit=settings.size, progress=progress, state=state)
+    physical = result.how["physical_batch"]
     report = {
         "which": which,
         "epoch": metadata.get("epoch"),
         "split": "test",
         "name_of_data": data_name,
+        "test_data": tested_on,
         "settings": identity,
         **result.to_dict(),
         "per_class": _per_class(result, bundle.classes),
-        "eps_curve": _curve(net, data, threat, settings, result) if settings.curve_size else [],
+        "eps_curve": _curve(net, data, threat, settings, physical, result) if settings.curve_size else [],
     }
-    write_atomic(folder / "evaluation" / f"{name}.parquet", _records(result))
+    write_atomic(folder / "evaluation" / f"{name}.parquet", result.to_parquet())
     if name == "last" and settings.examples:
-        content = _examples(evaluator, result, settings.examples, bundle.classes)
+        shown = attacks[0] if attacks else PGD(steps=20)
+        shown = shown.members[0] if isinstance(shown, Ensemble) else shown
+        content = _examples(evaluator, shown, result, settings.examples, bundle.classes)
         write_atomic(folder / "evaluation" / "examples.safetensors", content)
     write_atomic(folder / "evaluation" / f"{name}.json", json.dumps(report, indent=1).encode())
+    state.remove()
     return report
+
+
+def _evaluator(
+    net: nn.Module, data: Resident, threat: ThreatModel, settings: EvaluateSettings, physical: int
+) -> Evaluator:
+    return Evaluator(
+        net,
+        data,
+        threat,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        physical_batch=physical,
+        precision=settings.precision,
+    )
 
 
 def _per_class(result: Evaluation, classes: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -143,7 +193,12 @@ def _per_class(result: Evaluation, classes: tuple[str, ...]) -> list[dict[str, A
 
 
 def _curve(
-    net: nn.Module, data: Resident, threat: ThreatModel, settings: EvaluateSettings, result: Evaluation
+    net: nn.Module,
+    data: Resident,
+    threat: ThreatModel,
+    settings: EvaluateSettings,
+    physical: int,
+    result: Evaluation,
 ) -> list[dict[str, Any]]:
     """Robust accuracy under PGD-20 at multiples of eps, starting from clean accuracy at zero."""
     n = min(settings.curve_size, len(result.label))
@@ -153,9 +208,7 @@ def _curve(
         eps = scaled(threat.eps, factor)
         if threat.norm == "linf" and eps > 1:
             break
-        evaluator = Evaluator(
-            net, data, ThreatModel(threat.norm, eps), batch_size=settings.batch_size, seed=settings.seed
-        )
+        evaluator = _evaluator(net, data, ThreatModel(threat.norm, eps), settings, physical)
         rate = evaluator([PGD(steps=20)], limit=n).robust("pgd-20")
         points.append({"eps": str(eps), "value": float(eps), **asdict(rate)})
     return points
@@ -167,30 +220,15 @@ def scaled(eps: Budget, factor: float) -> Budget:
     return Budget(f"{float(above) * factor:g}{slash}{below}")
 
 
-def _records(result: Evaluation) -> bytes:
-    """One row a sample: label, clean prediction, and per attack prediction, distance and robust."""
-    columns: dict[str, Any] = {
-        "index": range(len(result.label)),
-        "label": result.label.numpy(),
-        "clean_prediction": result.clean_prediction.numpy(),
-    }
-    for name, record in result.attacks.items():
-        columns[f"{name}/prediction"] = record.prediction.numpy()
-        columns[f"{name}/distance"] = record.distance.numpy()
-        columns[f"{name}/robust"] = record.robust.numpy()
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer)
-    return buffer.getvalue()
-
-
-def _examples(evaluator: Evaluator, result: Evaluation, count: int, classes: tuple[str, ...]) -> bytes:
+def _examples(
+    evaluator: Evaluator, attack: Attack, result: Evaluation, count: int, classes: tuple[str, ...]
+) -> bytes:
     """Example images for the report: the first of each class in turn, whatever the attack did to them."""
     number_in_class = torch.zeros_like(result.label)
     for number in range(len(classes)):
         members = result.label == number
         number_in_class[members] = torch.arange(int(members.sum()))
     index = torch.argsort(number_in_class, stable=True)[:count].to(evaluator.data.labels.device)
-    attack = parse_attack(next(iter(result.attacks), "pgd-20"))
     image, adversarial, clean, attacked_ = evaluator.show(attack, index)
     tensors: dict[str, Tensor] = {
         "image": image,

@@ -18,7 +18,7 @@ def check_logits(
     device: torch.device | str,
     *,
     least: int = 2,
-) -> None:
+) -> int:
     """Run two random images through ``net`` in eval mode and refuse what the losses cannot use.
 
     Every module's training flag is restored; BatchNorm statistics are not touched.
@@ -29,6 +29,9 @@ def check_logits(
         num_classes: k, the length of the logits; None where the network decides.
         device: where the images are made.
         least: the smallest k to accept where the network decides.
+
+    Returns:
+        k.
 
     Raises:
         SettingError: the network fails on such images, or returns something other than finite floating
@@ -52,6 +55,7 @@ def check_logits(
     if _are_probabilities(logits.float()):
         accepted = "logits: leave out the network's last softmax (or sigmoid), the loss applies it"
         raise SettingError("net", "a network that returns probabilities", accepted)
+    return logits.shape[1]
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from softdefend.report.runs import Group, RunRecord, is_number, setting
+from softdefend.report.details import is_number
+from softdefend.report.runs import Group, RunRecord, setting
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import matplotlib
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from softdefend.report.curves import (
     Line,
@@ -29,7 +31,7 @@ from softdefend.report.curves import (
     trained_eps,
 )
 from softdefend.report.embed import INK
-from softdefend.report.runs import CHECKPOINTS, Group, setting
+from softdefend.report.runs import CHECKPOINTS, OUTSIDE, Group, setting
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without the yellow and the black
 # that vanish on a light or a dark page
@@ -40,6 +42,8 @@ _NORMS = {"linf": "ℓ∞", "l2": "ℓ₂"}
 DASHES: dict[str, str] = {"first": "-", "second": "--"}
 
 MOST_CLASSES = 20
+
+_MOST_NUMBERED = 12  # classes of a confusion matrix whose cells have room for a number
 
 
 @dataclass(frozen=True)
@@ -141,10 +145,11 @@ def eps_plot(
         return None
     handles = [*_recipe_handles(groups, colour), *_dash_handles(dashes)]
     trained = {eps for run in runs if (eps := trained_eps(run)) is not None}
+    mark = "ε of the table" if all(OUTSIDE in run.config for run in runs) else "ε in training"
     for eps in sorted(trained):
-        axes.axvline(per * eps, color=INK, lw=1, ls=":", label="ε in training")
+        axes.axvline(per * eps, color=INK, lw=1, ls=":", label=mark)
     if trained:
-        handles.append(Line2D([], [], color=INK, lw=1, ls=":", label="ε in training"))
+        handles.append(Line2D([], [], color=INK, lw=1, ls=":", label=mark))
     axes.set_ylim(bottom=0)
     _finish(figure, axes, handles)
     return Plot(figure, title, f"Line chart: {title}. " + " ".join(words))
@@ -183,6 +188,62 @@ def class_plot(title: str, groups: Sequence[Group], colour: Mapping[str, str], w
     hardest = min(robust, key=robust.__getitem__)
     alt = f"Dot chart: {title}. Lowest robust accuracy: {hardest}, {100 * robust[hardest]:.1f}%."
     return Plot(figure, title + (f" (the {len(shown)} hardest of {len(names)})" if cut else ""), alt)
+
+
+def steps_plot(title: str, steps: Sequence[tuple[str, int]], n: int, colour: str) -> Plot:
+    """Accuracy after the clean pass and after each attack, one upon the other; what each took is hatched.
+
+    Args:
+        steps: (name, images still right), clean first.
+        n: images.
+    """
+    figure, axes = _canvas("accuracy (%)", "")
+    names = [_plain(name, 18) for name, _ in steps]
+    left = [100 * count / n for _, count in steps]
+    lost = [before - now for before, now in zip([100.0, *left], left, strict=False)]
+    axes.bar(range(len(left)), left, color=colour, width=0.7)
+    places = range(1, len(left))
+    axes.bar(places, lost[1:], 0.7, bottom=left[1:], color="none", edgecolor=colour, hatch="///")
+    for x, height in enumerate(left):
+        top = height + (lost[x] if x else 0)
+        axes.annotate(
+            f"{height:.1f}", (x, top), (0, 2), textcoords="offset points", ha="center", color=INK, fontsize=9
+        )
+    turned = len(names) > 4
+    axes.set_xticks(
+        range(len(names)), names, rotation=25 if turned else 0, ha="right" if turned else "center"
+    )
+    axes.set_ylim(0, 1.15 * max(left[0], 1.0))
+    axes.grid(False, axis="x")
+    said = ", ".join(f"{name} {height:.1f}%" for (name, _), height in zip(steps, left, strict=True))
+    return Plot(figure, title, f"Bar chart: {title}. {said}.")
+
+
+def confusion_plot(title: str, counts: NDArray[np.int64], classes: Sequence[str], colour: str) -> Plot:
+    """Which class is taken for which: shares of each true class, darker where there are more.
+
+    Args:
+        counts: [k, k], images by true class (row) and predicted class (column).
+        classes: k names.
+    """
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    k = len(classes)
+    figure, axes = _canvas("true class", "predicted class", height=4.6)
+    # transparency and not lightness, so that an empty cell is the colour of the page, light or dark
+    axes.imshow(np.dstack([np.broadcast_to(to_rgb(colour), (k, k, 3)), 0.7 * shares]), aspect="auto")
+    names = [_plain(name, 12) for name in classes]
+    axes.set_xticks(range(k), names, rotation=60, ha="right", fontsize=8)
+    axes.set_yticks(range(k), names, fontsize=8)
+    axes.grid(False)
+    if k <= _MOST_NUMBERED:
+        for y, x in np.argwhere(counts > 0):
+            axes.text(x, y, f"{100 * shares[y, x]:.0f}", ha="center", va="center", fontsize=8, color=INK)
+    wrong = counts * (1 - np.eye(k, dtype=counts.dtype))
+    true, taken = divmod(int(wrong.argmax()), k)
+    most = f"{classes[true]} taken for {classes[taken]}, {int(wrong[true, taken])} images"
+    found = f"Most frequent confusion: {most}." if wrong.any() else "No image is taken for another class."
+    alt = f"Heat map: {title}, in per cent of each true class. {found}"
+    return Plot(figure, title, alt)
 
 
 def class_means(group: Group, which: str) -> dict[str, tuple[float, float]]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from softdefend.errors import SettingError
 from softdefend.files import write_atomic
-from softdefend.report import sections
+from softdefend.report import robustness, sections
+from softdefend.report.blocks import Report
 from softdefend.report.figures import colours
 from softdefend.report.markup import Html, join, tag
 from softdefend.report.runs import RunRecord, group_runs
@@ -36,7 +37,7 @@ def write_report(runs: Sequence[RunRecord], path: Path, title: str | None = None
 def page(runs: Sequence[RunRecord], title: str) -> Html:
     """The page's ``html`` element."""
     groups, rows = group_runs(runs), comparison_rows(runs)
-    report = sections.Report(groups, rows, colours(groups))
+    report = Report(groups, rows, colours(groups))
     style = Html((files("softdefend.report") / "page.css").read_text(encoding="utf-8"))
     head = tag(
         "head",
@@ -59,6 +60,12 @@ def page(runs: Sequence[RunRecord], title: str) -> Html:
             sections.learning_curves(report),
             sections.eps_curves(report),
             sections.classes(report),
+            robustness.after_each_attack(report),
+            robustness.confusion(report),
+            robustness.audits(report),
+            robustness.transfers(report),
+            robustness.corruptions(report),
+            robustness.galleries(report),
             sections.examples(report),
             tag("section", tag("h2", "Details"), sections.attacks(report), sections.provenance(report)),
         ),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import yaml
@@ -15,8 +14,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from softdefend.errors import SettingError
+from softdefend.report.details import Details, is_number, read_details
 
 CHECKPOINTS = ("best", "last")
+
+OUTSIDE = "outside"
+"""The part of a result folder's configuration that says where a network that was not trained here is from."""
 
 GROUP_SECTIONS = (
     "data",
@@ -61,6 +64,7 @@ class RunRecord:
         evaluations: by checkpoint ("best", "last"); those that have been evaluated.
         examples: example images, if the evaluation kept some.
         timing: rows of epoch and seconds.
+        details: by checkpoint, what else its evaluation left.
     """
 
     folder: Path
@@ -72,6 +76,7 @@ class RunRecord:
     evaluations: dict[str, dict[str, Any]]
     examples: Examples | None = None
     timing: list[dict[str, Any]] = field(default_factory=list)
+    details: dict[str, Details] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,11 @@ def read_run(folder: Path) -> RunRecord:
     rows = _read_lines(folder / "metrics.jsonl")
     by_epoch = {_metrics_row(folder / "metrics.jsonl", row)["epoch"]: row for row in rows}
     environment = folder / "environment.json"
+    evaluations = {
+        which: _evaluation(path)
+        for which in CHECKPOINTS
+        if (path := folder / "evaluation" / f"{which}.json").is_file()
+    }
     return RunRecord(
         folder=folder,
         name=str(config.get("name") or folder.name),
@@ -112,13 +122,13 @@ def read_run(folder: Path) -> RunRecord:
         config=config,
         environment=_mapping(environment, _read_json(environment)) if environment.is_file() else {},
         metrics=[by_epoch[epoch] for epoch in sorted(by_epoch)],
-        evaluations={
-            which: _evaluation(path)
-            for which in CHECKPOINTS
-            if (path := folder / "evaluation" / f"{which}.json").is_file()
-        },
+        evaluations=evaluations,
         examples=_examples(folder / "evaluation" / "examples.safetensors"),
         timing=_read_lines(folder / "timing.jsonl"),
+        details={
+            which: read_details(folder / "evaluation", which, evaluation)
+            for which, evaluation in evaluations.items()
+        },
     )
 
 
@@ -219,11 +229,6 @@ def _metrics_row(path: Path, row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(row.get("epoch"), int):
         raise SettingError(str(path), f"a row with epoch {row.get('epoch')!r}", "rows with a whole epoch")
     return row
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value from a file is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _evaluation(path: Path) -> dict[str, Any]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import yaml
 
+from softdefend.report.blocks import Report, figures, number, paragraph, picture, swatched, titled
 from softdefend.report.curves import first_with
-from softdefend.report.embed import png_uri, svg_uri
+from softdefend.report.details import is_number
 from softdefend.report.figures import Plot, Series, class_means, class_plot, epoch_plot, eps_plot
 from softdefend.report.markup import Html, details, join, row, scrolling_table, tag
-from softdefend.report.runs import CHECKPOINTS, Examples, Group, RunRecord, is_number
+from softdefend.report.runs import CHECKPOINTS, OUTSIDE, Examples, RunRecord
 from softdefend.report.tables import ABSENT, Cell, Row, attack_label, percent, seeds_text
 
 # more lines than this in one figure cannot be told apart: then training and test, best and last get their own
@@ -32,20 +32,11 @@ _ON = {
 }
 
 
-@dataclass(frozen=True)
-class Report:
-    """What every section draws from: the recipes, their rows of the table and their colours."""
-
-    groups: Sequence[Group]
-    rows: Sequence[Row]
-    colour: Mapping[str, str]
-
-
 def comparison(report: Report) -> Html:
     """The table of best, last and difference."""
     evaluated = [row for row in report.rows if row.clean.best or row.clean.last]
     if not evaluated:
-        return _section("Best, last and their difference", _note("No checkpoint has been evaluated yet."))
+        return titled("Best, last and their difference", paragraph("No checkpoint has been evaluated yet."))
     attack = attack_label(report.rows[0].attack)
     groups = tag(
         "tr",
@@ -58,7 +49,7 @@ def comparison(report: Report) -> Html:
     body = [
         tag(
             "tr",
-            tag("th", _key(report, line.recipe), scope="row"),
+            tag("th", swatched(report, line.recipe), scope="row"),
             tag("td", seeds_text(line)),
             *(
                 tag("td", cell)
@@ -72,16 +63,11 @@ def comparison(report: Report) -> Html:
         )
         for line in report.rows
     ]
-    return _section(
+    return titled(
         "Best, last and their difference",
         scrolling_table("Accuracy of the best and of the last checkpoint", join(groups, columns), body),
-        _note(_legend(report, evaluated)),
+        paragraph(_legend(report, evaluated)),
     )
-
-
-def _key(report: Report, recipe: str) -> Html:
-    swatch = tag("span", "", class_="swatch", style=f"background:{report.colour[recipe]}", aria_hidden="true")
-    return join(swatch, recipe)
 
 
 def _number(cell: Cell | None, *, signed: bool = False) -> Html:
@@ -94,7 +80,7 @@ def _number(cell: Cell | None, *, signed: bool = False) -> Html:
 
 def _legend(report: Report, rows: Sequence[Row]) -> str:
     evaluations = [e for group in report.groups for run in group.runs for e in run.evaluations.values()]
-    sizes = " and ".join(sorted({f"{_plain(e.get('n'))} {e.get('split', '')} images" for e in evaluations}))
+    sizes = " and ".join(sorted({f"{number(e.get('n'))} {e.get('split', '')} images" for e in evaluations}))
     present = [cell for r in rows for t in (r.clean, r.robust) for cell in (t.best, t.last) if cell]
     spread = (
         "± is the standard deviation over runs (n − 1). "
@@ -105,7 +91,11 @@ def _legend(report: Report, rows: Sequence[Row]) -> str:
     bracket = (
         f"Brackets: interval ({', '.join(names)}). " if names and any(c.interval for c in present) else ""
     )
-    return f"Counted on {sizes}. {spread}{bracket}Best: the checkpoint that was selected during training."
+    outside = any(OUTSIDE in run.config for group in report.groups for run in group.runs)
+    only = " Networks that were not trained here have one checkpoint, shown as last." if outside else ""
+    return (
+        f"Counted on {sizes}. {spread}{bracket}Best: the checkpoint that was selected during training.{only}"
+    )
 
 
 def learning_curves(report: Report) -> Html:
@@ -119,8 +109,10 @@ def learning_curves(report: Report) -> Html:
         epoch_plot("Target entropy", report.groups, report.colour, [Series("target_entropy", "")], "nats"),
     ]
     drawn = [plot for plot in plots if plot]
+    if all(OUTSIDE in run.config for group in report.groups for run in group.runs):
+        return Html("")
     if not drawn:
-        return _section("Learning curves", _note("No epoch has been finished yet."))
+        return titled("Learning curves", paragraph("No epoch has been finished yet."))
     several = any(len(group.runs) > 1 for group in report.groups)
     notes = ["Lines are means over runs, bands reach from the lowest to the highest run."] if several else []
     if robust is None:
@@ -131,7 +123,7 @@ def learning_curves(report: Report) -> Html:
         notes.append("Test images were monitored only; no checkpoint was selected on them.")
     if first_with(report.groups, ("train_robust",)):
         notes.append("Training accuracy is counted on the images of the training steps, as attacked there.")
-    return _section("Learning curves", _plots(drawn), _note(" ".join(notes)))
+    return titled("Learning curves", figures(drawn), paragraph(" ".join(notes)))
 
 
 def _accuracy(report: Report, title: str, columns: Sequence[str | None]) -> list[Plot | None]:
@@ -158,7 +150,7 @@ def eps_curves(report: Report) -> Html:
     if not drawn:
         return Html("")
     note = "Bands: the evaluation's interval for one run, lowest to highest run for several."
-    return _section("Robust accuracy against ε", _plots(drawn), _note(note))
+    return titled("Robust accuracy against ε", figures(drawn), paragraph(note))
 
 
 def classes(report: Report) -> Html:
@@ -176,7 +168,7 @@ def classes(report: Report) -> Html:
         tag(
             "tr",
             tag("th", "class", rowspan=2, scope="col"),
-            *(tag("th", _key(report, label), colspan=2, scope="colgroup") for label in tables),
+            *(tag("th", swatched(report, label), colspan=2, scope="colgroup") for label in tables),
         ),
         row("th", *["clean, %", "robust, %"] * len(tables)),
     )
@@ -189,9 +181,7 @@ def classes(report: Report) -> Html:
         for name in names
     ]
     table = scrolling_table(f"Accuracy by class, {which} checkpoint", head, body)
-    return _section(
-        "Accuracy by class", _plots([plot] if plot else []), details("The same as a table", table)
-    )
+    return titled("Accuracy by class", figures([plot] if plot else []), details("The same as a table", table))
 
 
 def _pair(table: dict[str, tuple[float, float]], name: str) -> list[str]:
@@ -208,7 +198,7 @@ def examples(report: Report) -> Html:
     ]
     each = max(2, min(6, _MOST_EXAMPLES // max(1, len(found))))
     parts = [_example_block(report, label, run, each) for label, run in found]
-    return _section("Example images", *parts) if parts else Html("")
+    return titled("Example images", *parts) if parts else Html("")
 
 
 def _example_block(report: Report, label: str, run: RunRecord, most: int) -> Html:
@@ -221,7 +211,7 @@ def _example_block(report: Report, label: str, run: RunRecord, most: int) -> Htm
         f"Seed {run.seed}. The perturbation is magnified {factor} times around grey; "
         f"its largest change of a pixel is {largest:.4f} on the scale from 0 to 1."
     )
-    return join(tag("h3", _key(report, label)), _note(note), tag("div", *cards, class_="examples"))
+    return join(tag("h3", swatched(report, label)), paragraph(note), tag("div", *cards, class_="examples"))
 
 
 def _example(shown: Examples, i: int, factor: int) -> Html:
@@ -237,7 +227,7 @@ def _example(shown: Examples, i: int, factor: int) -> Html:
         ),
     ]
     clean, adversarial = (
-        _picture(
+        picture(
             image,
             f"{name} image of class {truth}",
             join(name, tag("br"), tag("b", _class(shown, prediction)), f" {100 * float(confidence):.0f}%"),
@@ -245,14 +235,10 @@ def _example(shown: Examples, i: int, factor: int) -> Html:
         )
         for name, image, prediction, confidence in outcomes
     )
-    change = _picture(
+    change = picture(
         delta, f"perturbation, magnified {factor} times", join("perturbation", tag("br"), f"× {factor}")
     )
     return tag("div", tag("p", "true class: ", tag("b", truth)), clean, change, adversarial, class_="example")
-
-
-def _picture(image: Any, alt: str, *caption: str) -> Html:
-    return tag("figure", tag("img", src=png_uri(image), alt=alt), tag("figcaption", *caption))
 
 
 def _verdict(correct: bool) -> Html:
@@ -289,10 +275,10 @@ def _attack_cells(evaluation: dict[str, Any]) -> list[list[str]]:
     return [
         [
             "none (clean)" if name == "clean" else attack_label(name),
-            f"{_plain(found.get('count'))} of {_plain(found.get('n'))}",
+            f"{number(found.get('count'))} of {number(found.get('n'))}",
             f"{100 * found['rate']:.2f}",
             _interval(found),
-            *(_plain(found.get(cost)) for cost in ("forwards", "backwards", "seconds")),
+            *(number(found.get(cost)) for cost in ("forwards", "backwards", "seconds")),
         ]
         for name, found in results.items()
     ]
@@ -301,12 +287,6 @@ def _attack_cells(evaluation: dict[str, Any]) -> list[list[str]]:
 def _interval(found: dict[str, Any]) -> str:
     low, high = found.get("low"), found.get("high")
     return f"{100 * low:.2f} to {100 * high:.2f}" if is_number(low) and is_number(high) else ABSENT
-
-
-def _plain(value: Any) -> str:
-    if not is_number(value):
-        return ABSENT
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
 
 
 def provenance(report: Report) -> Html:
@@ -344,19 +324,3 @@ def provenance(report: Report) -> Html:
 def _seconds(run: RunRecord) -> str:
     seconds = [line["seconds"] for line in run.timing if is_number(line.get("seconds"))]
     return f"{sum(seconds) / len(seconds):.1f}" if seconds else ABSENT
-
-
-def _section(title: str, *children: str) -> Html:
-    return tag("section", tag("h2", title), *children)
-
-
-def _note(text: str) -> Html:
-    return tag("p", text, class_="note")
-
-
-def _plots(plots: Sequence[Plot]) -> Html:
-    return tag("div", *(_figure(plot) for plot in plots), class_="plots")
-
-
-def _figure(plot: Plot) -> Html:
-    return tag("figure", tag("figcaption", plot.title), tag("img", src=svg_uri(plot.figure), alt=plot.alt))

@@ -53,16 +53,18 @@ def _lead(evaluated: Sequence[tuple[Group, Row]]) -> str:
     ranked = sorted(evaluated, key=lambda pair: _mean(pair[1].robust.last), reverse=True)
     (group, first), attack = ranked[0], attack_label(ranked[0][1].attack)
     accuracy = f"{100 * _mean(first.robust.last):.2f}%{_over(first)}"
+    trained = any(run.metrics for one, _ in evaluated for run in one.runs)
+    when = "At the last epoch " if trained else ""
     if len(ranked) == 1:
-        return f"At the last epoch {first.recipe} keeps {accuracy} accuracy under {attack}."
+        return f"{when}{first.recipe} keeps {accuracy} accuracy under {attack}."
     rival, second = ranked[1]
     gap = 100 * (_mean(first.robust.last) - _mean(second.robust.last))
     other = f"{100 * _mean(second.robust.last):.2f}%{_over(second)}"
     if gap < 0.005:
         names = f"{first.recipe} and {second.recipe}"
-        return f"At the last epoch {names} are level under {attack}: {accuracy} against {other}."
+        return f"{when}{names} are level under {attack}: {accuracy} against {other}."
     lead = (
-        f"At the last epoch {first.recipe} has the highest accuracy under {attack}, {accuracy}; "
+        f"{when}{first.recipe} has the highest accuracy under {attack}, {accuracy}; "
         f"{second.recipe} {'comes next with' if len(ranked) > 2 else 'has'} {other}, {gap:.2f} points less."
     )
     return f"{lead} {_certainty(group, rival, first, second)}".rstrip()

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from softdefend.report.runs import RunRecord, group_runs, is_number
+from softdefend.report.details import is_number
+from softdefend.report.runs import RunRecord, group_runs
 
 DEFAULT_ATTACK = "pgd-20"
 

@@ -1,0 +1,89 @@
+"""AutoAttack (Croce & Hein, arXiv 2003.01690): fixed ensembles of attacks without settings to tune.
+
+Members, order, steps, restarts and targets are those of the authors' code (github.com/fra31/auto-attack at
+a392200, ``set_version``, norms l-inf and l2). Each member sees only the images that all before it left right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from softdefend.attacks import APGD, FAB, Attack, Square, TargetedAPGD
+from softdefend.attacks.names import parse_attack
+from softdefend.errors import SettingError
+
+VERSIONS: dict[str, tuple[Attack, ...]] = {
+    "autoattack": (APGD(), TargetedAPGD(), FAB(), Square()),
+    "autoattack-plus": (
+        APGD(restarts=5),
+        APGD(restarts=5, loss="dlr"),
+        FAB(restarts=5, targeted=False),
+        Square(),
+        TargetedAPGD(),
+        FAB(),
+    ),
+    "autoattack-rand": (APGD(eot=20), APGD(loss="dlr", eot=20)),
+}
+"""``standard``, ``plus`` and ``rand`` of the authors' code, by the names used here."""
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Attacks that run one after the other, each on the images that are still classified right.
+
+    Args:
+        name: for tables and files.
+        members: attacks of different names, at least one.
+
+    Raises:
+        SettingError: no members, or two of one name.
+    """
+
+    name: str
+    members: tuple[Attack, ...]
+
+    def __post_init__(self) -> None:
+        names = [member.name for member in self.members]
+        if not names or len(set(names)) < len(names):
+            raise SettingError(
+                f"members of {self.name}", ", ".join(names) or "none", "attacks of different names"
+            )
+
+
+def expand(name: str, k: int) -> list[Attack]:
+    """The members of an ensemble against a network with k classes, in order.
+
+    Targeted members try the 9 likeliest wrong classes; with fewer than 10 classes there are k - 1 of them.
+    Where the difference-of-logits ratio lacks a logit it needs (below 3 classes, targeted below 4) it is the
+    bare difference, so every member runs with any k >= 2; the authors' code stops with an error there.
+
+    Raises:
+        SettingError: unknown name, or fewer than two classes.
+    """
+    if name not in VERSIONS:
+        raise SettingError("attacks", repr(name), ", ".join(VERSIONS))
+    if k < 2:
+        raise SettingError(
+            "attacks", f"{name} on a network with {k} class", "a network with at least 2 classes"
+        )
+    return [
+        replace(member, targets=min(member.targets, k - 1))
+        if isinstance(member, TargetedAPGD | FAB)
+        else member
+        for member in VERSIONS[name]
+    ]
+
+
+def parse(name: str, k: int = 10) -> Attack | Ensemble:
+    """A single attack, or an ensemble against k classes, by its name.
+
+    Raises:
+        SettingError: unknown name; fewer than two classes.
+    """
+    if name in VERSIONS:
+        return Ensemble(name, tuple(expand(name, k)))
+    try:
+        return parse_attack(name)
+    except SettingError as error:
+        accepted = f"{error.accepted}; or {', '.join(VERSIONS)}"
+        raise SettingError(error.setting, error.given, accepted) from error

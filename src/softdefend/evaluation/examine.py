@@ -1,0 +1,354 @@
+"""Everything that is asked about one network, in files beside each other."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from softdefend.attacks import PGD, Transfer
+from softdefend.data import Batch, DataBundle, Resident
+from softdefend.data.cache import checksum
+from softdefend.errors import SettingError
+from softdefend.evaluation.corruptions import evaluate_corruptions
+from softdefend.evaluation.evaluate import Evaluator
+from softdefend.evaluation.exchange import check_standard, log_lines, read_known, robustbench
+from softdefend.evaluation.gallery import write_gallery
+from softdefend.evaluation.masking import audit
+from softdefend.evaluation.preflight import preflight
+from softdefend.evaluation.run import EvaluateSettings, evaluate_checkpoint, load_weights
+from softdefend.evaluation.table import Table, read_table
+from softdefend.files import write_atomic
+from softdefend.threat import ThreatModel
+
+Say = Callable[[str], None]
+
+_LOOKED_AT = 1024
+"""Images that preflight is shown: a whole test set in float32 may not fit the device."""
+
+_RANDOM = "autoattack-rand"
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What is done beside attacking.
+
+    Args:
+        audit: images on which signs of gradient masking are looked for; 0 for no audit.
+        corruptions: whether accuracy under common corruptions is measured.
+        surrogates: networks by name whose adversarial images are tried on the evaluated one.
+        robustbench: file for RobustBench's ``model_info`` JSON.
+        log: file for AutoAttack's log lines.
+    """
+
+    audit: int = 0
+    corruptions: bool = False
+    surrogates: dict[str, nn.Module] = field(default_factory=dict)
+    robustbench: Path | None = None
+    log: Path | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One checkpoint: a network for its weights, the data, and the folder where both weights and results lie.
+
+    Args:
+        net: gets the weights ``folder/{which}.safetensors``.
+        bundle: of which the test images are used.
+        folder: results go to ``folder/evaluation``.
+        which: the checkpoint.
+        trained: the threat of the training, whose results carry the checkpoint's bare name.
+        threat: what the network is attacked under.
+        architecture: what the network is called in other people's tables.
+        progress: show bars.
+    """
+
+    net: nn.Module
+    bundle: DataBundle
+    folder: Path
+    which: str
+    trained: ThreatModel
+    threat: ThreatModel
+    architecture: str
+    progress: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the result files: under another threat than the trained one they lie beside the run's own."""
+        if (self.threat.norm, float(self.threat.eps)) == (self.trained.norm, float(self.trained.eps)):
+            return self.which
+        return f"{self.which}-{self.threat.norm}-{re.sub(r'[^0-9.e]+', '_', str(self.threat.eps))}"
+
+    def file(self, ending: str) -> Path:
+        """``evaluation/NAME`` with an ending, such as ``-audit.json``."""
+        return self.folder / "evaluation" / f"{self.name}{ending}"
+
+
+def check_wishes(settings: EvaluateSettings, extras: Extras, full: int) -> None:
+    """Refuse what would only fail after hours: an exchange file that this evaluation cannot fill.
+
+    Args:
+        settings, extras: what is asked.
+        full: images of the test set.
+
+    Raises:
+        SettingError: see :func:`~softdefend.evaluation.exchange.check_standard`.
+    """
+    if extras.robustbench:
+        precision = str(getattr(settings, "precision", "exact"))
+        check_standard(settings.attacks, min(settings.size or full, full), full, precision)
+        read_known(extras.robustbench)
+
+
+def examine(
+    subject: Subject, settings: EvaluateSettings, extras: Extras, *, device: torch.device, say: Say = print
+) -> dict[str, Any]:
+    """Attack the network and do the extras, unless the same results already lie in its folder.
+
+    Before anything runs, :func:`~softdefend.evaluation.preflight.preflight` refuses what cannot be evaluated.
+
+    Returns:
+        What stands in ``evaluation/{name}.json``.
+
+    Raises:
+        SettingError: weights, data or a network that do not fit, or an exchange file that the evaluation
+            cannot fill.
+    """
+    return _Examination(subject, settings, extras, device, say).run()
+
+
+class _Examination:
+    def __init__(
+        self, subject: Subject, settings: EvaluateSettings, extras: Extras, device: torch.device, say: Say
+    ) -> None:
+        self.subject, self.settings, self.extras, self.device, self.say = (
+            subject,
+            settings,
+            extras,
+            device,
+            say,
+        )
+        threat = subject.threat
+        self.identity = {
+            **json.loads(json.dumps(asdict(settings))),
+            "norm": threat.norm,
+            "eps": str(threat.eps),
+        }
+
+    def run(self) -> dict[str, Any]:
+        check_wishes(self.settings, self.extras, len(self.subject.bundle.test))
+        result = self._attacked()
+        extras = self.extras
+        if extras.surrogates:
+            self._kept("-transfer.json", {"surrogates": self.surrogates}, self._transfer)
+        suspicious = None
+        if extras.audit:
+            surrogate = next(iter(self.surrogates.items()), None)
+            found = self._kept("-audit.json", {"images": extras.audit, "surrogate": surrogate}, self._audit)
+            suspicious = found["verdict"] == "suspicious"
+        if extras.corruptions:
+            self._kept("-corruptions.json", {}, self._corruptions)
+        if extras.robustbench:
+            self._robustbench(result, extras.robustbench, suspicious)
+        if extras.log:
+            lines = log_lines(result, self._table())
+            write_atomic(extras.log, ("\n".join(lines) + "\n").encode())
+            self.say(f"log: {extras.log}")
+        return result
+
+    def _attacked(self) -> dict[str, Any]:
+        subject = self.subject
+        result = self._existing(".json", self.identity)
+        if result is None:
+            _ = self.epoch  # loads and checks the network
+            result = evaluate_checkpoint(
+                subject.net,
+                subject.bundle,
+                subject.threat,
+                subject.folder,
+                subject.which,
+                self.settings,
+                self.identity,
+                name=subject.name,
+                device=self.device,
+                data_name=subject.bundle.name,
+                progress=subject.progress,
+            )
+            self._gallery()
+        figures = [f"{name} {100 * figure['rate']:.1f}%" for name, figure in result["attacks"].items()]
+        epoch = "" if result["epoch"] is None else f" (epoch {result['epoch']})"
+        clean = f"clean {100 * result['clean']['rate']:.1f}%"
+        self.say(f"{subject.name}{epoch}: " + "  ".join([clean, *figures]))
+        return result
+
+    @cached_property
+    def epoch(self) -> int | None:
+        """Of the weights, which are loaded and checked with the first question."""
+        subject = self.subject
+        metadata = load_weights(subject.net, subject.folder / f"{subject.which}.safetensors")
+        subject.net.to(self.device).eval()
+        looked_at = self._test_images(_LOOKED_AT)
+        preflight(
+            subject.net,
+            looked_at.image,
+            looked_at.label,
+            subject.threat,
+            classes=len(subject.bundle.classes),
+            assumes_determinism=_RANDOM not in self.settings.attacks,
+        )
+        epoch: int | None = metadata.get("epoch")
+        return epoch
+
+    @cached_property
+    def resident(self) -> Resident:
+        return Resident(self.subject.bundle.test, self.device)
+
+    @cached_property
+    def surrogates(self) -> dict[str, str]:
+        """By name the checksum of the weights: the same file may hold others next time."""
+        return {
+            name: checksum((key, value.cpu()) for key, value in net.state_dict().items())
+            for name, net in self.extras.surrogates.items()
+        }
+
+    @property
+    def at_once(self) -> int:
+        """Images of a forward that belongs to no attack; no part of any result."""
+        return self.settings.physical_batch or self.settings.batch_size
+
+    def _test_images(self, most: int) -> Batch:
+        return self.resident.take(torch.arange(min(most, self.resident.n), device=self.device))
+
+    def _kept(self, ending: str, more: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of ``make``, or its file where the same weights have been asked the same before."""
+        identity = {**self.identity, **more}
+        result = self._existing(ending, identity)
+        if result is None:
+            head = {"which": self.subject.which, "epoch": self.epoch, "split": "test", "settings": identity}
+            result = {**head, **make()}
+            write_atomic(self.subject.file(ending), json.dumps(result, indent=1).encode())
+        self.say(_spoken(ending, result))
+        return result
+
+    def _existing(self, ending: str, identity: dict[str, Any]) -> dict[str, Any] | None:
+        """A result about the weights as they now are, or None."""
+        path, weights = self.subject.file(ending), self.subject.folder / f"{self.subject.which}.safetensors"
+        try:
+            if path.stat().st_mtime_ns < weights.stat().st_mtime_ns:
+                return None
+            content = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return None
+        fits = isinstance(content, dict) and content.get("settings") == json.loads(json.dumps(identity))
+        return content if fits else None
+
+    def _gallery(self) -> None:
+        """For the run's own threat only: the report shows no other."""
+        table = self._table()
+        if table is None or not self.settings.examples or self.subject.name != self.subject.which:
+            return
+        write_gallery(
+            self.subject.net,
+            self.resident,
+            table,
+            self.subject.file("-gallery.safetensors"),
+            eps=float(self.subject.threat.eps),
+            count=self.settings.examples,
+            classes=self.subject.bundle.classes,
+            batch_size=self.at_once,
+        )
+
+    def _table(self) -> Table | None:
+        return read_table(self.subject.file(".parquet"))
+
+    def _transfer(self) -> dict[str, Any]:
+        subject, settings = self.subject, self.settings
+        for net in self.extras.surrogates.values():
+            net.to(self.device)
+        attacks = [
+            Transfer(net, PGD(steps=20, loss="margin"), source)
+            for source, net in self.extras.surrogates.items()
+        ]
+        evaluator = Evaluator(
+            subject.net, self.resident, subject.threat, batch_size=settings.batch_size, seed=settings.seed
+        )
+        return evaluator(attacks, limit=settings.size, progress=subject.progress).to_dict()
+
+    def _audit(self) -> dict[str, Any]:
+        shown = self._test_images(self.extras.audit)
+        surrogate = next(iter(self.extras.surrogates.values()), None)
+        found = audit(
+            self.subject.net,
+            shown.image,
+            shown.label,
+            self.subject.threat,
+            seed=self.settings.seed,
+            surrogate=None if surrogate is None else surrogate.to(self.device),
+            progress=self.subject.progress,
+        )
+        return {"n": len(shown.label), **found.to_dict(), "text": str(found)}
+
+    def _corruptions(self) -> dict[str, Any]:
+        return evaluate_corruptions(
+            self.subject.net,
+            self.subject.bundle.test,
+            device=self.device,
+            limit=self.settings.size,
+            batch_size=self.at_once,
+            seed=self.settings.seed,
+            progress=self.subject.progress,
+        )
+
+    def _robustbench(self, result: dict[str, Any], path: Path, suspicious: bool | None) -> None:
+        content = robustbench(
+            result,
+            self._table(),
+            full=len(self.subject.bundle.test),
+            architecture=self.subject.architecture,
+            unreliable=suspicious,
+            known=read_known(path),
+        )
+        write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+        self.say(f"RobustBench model_info: {path}")
+
+
+def _spoken(ending: str, result: dict[str, Any]) -> str:
+    if ending == "-audit.json":
+        return f"audit on {result['n']} images:\n{result['text']}"
+    if ending == "-transfer.json":
+        figures = [f"{name} {100 * rate['rate']:.1f}%" for name, rate in result["attacks"].items()]
+        return "  ".join(figures)
+    return corruption_table(result)
+
+
+def corruption_table(result: dict[str, Any]) -> str:
+    """Accuracy in per cent by corruption and severity as aligned text."""
+    table = result["corruptions"]
+    width = max(len(name) for name in (*table, "corruption"))
+    lines = [f"{'corruption':<{width}}" + "".join(f"{severity:>7}" for severity in range(1, 6)) + "   mean"]
+    lines += [
+        f"{name:<{width}}"
+        + "".join(f"{100 * rate['rate']:7.1f}" for rate in row["severities"])
+        + f"{100 * row['mean']:7.1f}"
+        for name, row in table.items()
+    ]
+    return "\n".join([*lines, f"{'mean':<{width}}{'':35}{100 * result['mean']:7.1f}"])
+
+
+def surrogate_names(paths: Sequence[str]) -> list[str]:
+    """What surrogates are called: the names of their run folders or weight files.
+
+    Raises:
+        SettingError: two have one name.
+    """
+    names = [Path(path).resolve().name.removesuffix(".safetensors") for path in paths]
+    if len(set(names)) < len(names):
+        raise SettingError("--transfer", ", ".join(paths), "surrogates with different names")
+    return names

@@ -1,0 +1,188 @@
+"""Results in the forms that others read: RobustBench's ``model_info`` JSON and AutoAttack's log lines.
+
+Written from the files of RobustBench/robustbench (commit 78fcc9e, ``model_info/`` and ``utils.py``) and the
+log of fra31/auto-attack (commit a392200, ``autoattack.py``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from softdefend.errors import SettingError
+from softdefend.evaluation.table import Table
+
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+"""Members of the standard ensemble (Croce and Hein, arXiv 2003.01690), in the order in which they run."""
+
+ENSEMBLE = "autoattack"
+
+FIELDS: dict[str, Any] = {
+    "link": None,
+    "name": None,
+    "authors": None,
+    "additional_data": None,
+    "number_forward_passes": 1,
+    "dataset": None,
+    "venue": None,
+    "architecture": None,
+    "eps": None,
+    "clean_acc": None,
+    "reported": None,
+    "autoattack_acc": None,
+    "footnote": None,
+}
+"""Fields of a ``model_info`` file in their order. ``external`` and ``unreliable`` are left out where unknown:
+RobustBench takes the presence of ``external`` for a number."""
+
+_DATASETS = {"cifar-10-batches-py": "cifar10", "cifar-100-python": "cifar100"}
+_NORMS = {"linf": "Linf", "l2": "L2"}
+
+
+def check_standard(attacks: Mapping[str, Any] | tuple[str, ...], n: int, full: int, precision: str) -> None:
+    """Refuse what ``autoattack_acc`` may not stand for.
+
+    Args:
+        attacks: names of the attacks.
+        n: images attacked.
+        full: images of the test set.
+        precision: of the evaluation, ``exact`` or not.
+
+    Raises:
+        SettingError: the standard ensemble was not run, or not on all images, or not exactly.
+    """
+    accepted = f"--attacks {ENSEMBLE} on all {full} test images (--size null), with exact precision"
+    if ENSEMBLE not in attacks and not set(STANDARD) <= set(attacks):
+        raise SettingError("--robustbench", f"an evaluation with {', '.join(attacks)}", accepted)
+    if n < full:
+        raise SettingError("--robustbench", f"an evaluation on {n} of {full} images", accepted)
+    if precision != "exact":
+        raise SettingError("--robustbench", f"an evaluation with precision {precision}", accepted)
+
+
+def robustbench(
+    result: Mapping[str, Any],
+    table: Table | None,
+    *,
+    full: int,
+    architecture: str | None = None,
+    unreliable: bool | None = None,
+    known: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """An evaluation as RobustBench's ``model_info``, accuracies in per cent with two digits, as numbers.
+
+    RobustBench's own files hold numbers as text; its code reads both. ``eps`` is text where it was written
+    as a ratio (``8/255``), as there.
+
+    Args:
+        result: ``evaluation/NAME.json``.
+        table: ``evaluation/NAME.parquet``; needed where the members of the ensemble were run one by one.
+        full: images of the test set.
+        architecture: of the network.
+        unreliable: whether an audit found masked gradients; None without one.
+        known: what was written before: facts that no evaluation knows (authors, venue, ...) are kept.
+
+    Returns:
+        The fields. Where attacks beyond the ensemble lowered the worst case further, that is ``external``.
+
+    Raises:
+        SettingError: the standard ensemble was not run on the full test set.
+    """
+    attacks = result["attacks"]
+    precision = str((result.get("settings") or {}).get("precision", "exact"))
+    check_standard(attacks, result["n"], full, precision)
+    robust, n = _ensemble_count(result, table), result["n"]
+    content = {**FIELDS, **(known or {})}
+    content["dataset"] = _DATASETS.get(str(result["name_of_data"]), result["name_of_data"])
+    content["architecture"] = content["architecture"] or architecture
+    content["eps"] = result["eps"] if "/" in result["eps"] else float(result["eps"])
+    content["clean_acc"] = round(100 * result["clean"]["rate"], 2)
+    content["autoattack_acc"] = round(100 * robust / n, 2)
+    if result["worst"]["count"] < robust:
+        content["external"] = round(100 * result["worst"]["rate"], 2)
+    if unreliable is not None:
+        content["unreliable"] = unreliable
+    return content
+
+
+def read_known(path: Path) -> dict[str, Any]:
+    """What an earlier file says; empty where there is none.
+
+    Raises:
+        SettingError: something else stands there.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingError("--robustbench", f"{path}, which is no JSON", "a new or a JSON file") from error
+    if not isinstance(content, dict):
+        raise SettingError("--robustbench", f"{path}, which holds no object", "a new or a JSON file")
+    return content
+
+
+def log_lines(result: Mapping[str, Any], table: Table | None) -> list[str]:
+    """The evaluation in the lines that AutoAttack logs: accuracy at first, after each attack, at the end.
+
+    The lines of single batches and of the adversarial images' range are left out: an evaluation keeps
+    neither.
+    """
+    steps = after_each(result, table)
+    n = result["n"]
+    names = [name for name, _, _ in steps[1:]]
+    ensembles = {ENSEMBLE: "standard", f"{ENSEMBLE}-plus": "plus", f"{ENSEMBLE}-rand": "rand"}
+    version = "standard" if names == list(STANDARD) else "custom"
+    if len(result["attacks"]) == 1:
+        version = ensembles.get(next(iter(result["attacks"])), version)
+    lines = [
+        f"using {version} version including {', '.join(names)}.",
+        f"initial accuracy: {steps[0][1] / n:.2%}",
+    ]
+    total = 0.0
+    for name, count, seconds in steps[1:]:
+        total += seconds
+        lines.append(f"robust accuracy after {name.upper()}: {count / n:.2%} (total time {total:.1f} s)")
+    if table is not None and table.attacks:
+        largest = max(float(columns.distance.max()) for columns in table.attacks.values())
+        lines.append(f"max {_NORMS[result['norm']]} perturbation: {largest:.5f}")
+    lines.append(f"robust accuracy: {steps[-1][1] / n:.2%}")
+    return lines
+
+
+def after_each(result: Mapping[str, Any], table: Table | None) -> list[tuple[str, int, float]]:
+    """(attack, samples still right, its seconds), clean first, one attack upon the other.
+
+    An ensemble appears as its members.
+
+    Raises:
+        SettingError: several attacks and no table to intersect them in.
+    """
+    clock = [("clean", 0.0), *_clock(result["attacks"])]
+    counts = [count for _, count in table.after_each()] if table else _counts_of_one(result)
+    return [(name, count, seconds) for (name, seconds), count in zip(clock, counts, strict=True)]
+
+
+def _clock(attacks: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Seconds of each attack, and of each member of an ensemble."""
+    parts = [attack.get("members") or [{**attack, "name": name}] for name, attack in attacks.items()]
+    return [(str(one["name"]), float(one["seconds"])) for part in parts for one in part]
+
+
+def _counts_of_one(result: Mapping[str, Any]) -> list[int]:
+    attacks = list(result["attacks"].values())
+    if len(attacks) > 1:
+        raise SettingError("table", "none", "the evaluation's .parquet file beside its .json")
+    each = [attack.get("members") or [{"robust": attack}] for attack in attacks]
+    return [int(result["clean"]["count"]), *(int(one["robust"]["count"]) for part in each for one in part)]
+
+
+def _ensemble_count(result: Mapping[str, Any], table: Table | None) -> int:
+    attacks = result["attacks"]
+    if ENSEMBLE in attacks:
+        return int(attacks[ENSEMBLE]["count"])
+    if table is None:
+        raise SettingError("table", "none", "the evaluation's .parquet file beside its .json")
+    return table.after_each(STANDARD)[-1][1]

@@ -1,0 +1,252 @@
+"""What an evaluation found: per sample, as rates, as JSON and as a table."""
+
+from __future__ import annotations
+
+import io
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from softdefend.threat import ThreatModel
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of samples with its 95% Wilson interval."""
+
+    count: int
+    n: int
+    rate: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, flags: Tensor) -> Rate:
+        """From booleans [n], n >= 1."""
+        count, n = int(flags.sum()), len(flags)
+        interval = binomtest(count, n).proportion_ci(method="wilson")
+        return cls(count, n, count / n, float(interval.low), float(interval.high))
+
+
+@dataclass
+class Trial:
+    """What one attack did to the samples that it was given; everything [n], on the CPU, n the whole split.
+
+    Rows of samples that it was not given hold -1, and a distance of 0.
+    """
+
+    attacked: Tensor
+    """Given to the attack, bool."""
+    prediction: Tensor
+    """Class of the adversarial image, int64."""
+    distance: Tensor
+    """Distance from the clean image in the threat's norm, float32."""
+    forwards: Tensor
+    """Times the sample was passed forward, int64; -1 also where the attack does not say which samples."""
+    backwards: Tensor
+    """Image gradients of the sample, int64, likewise."""
+    total_forwards: int = 0
+    """Images passed forward, all samples together."""
+    total_backwards: int = 0
+    """Image gradients, all samples together."""
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, attacked: Tensor) -> Trial:
+        """Before the attack, from flags [n] bool."""
+        unknown = torch.full((len(attacked),), -1)
+        nowhere = torch.zeros(len(attacked), dtype=torch.float32)
+        return cls(attacked, unknown, nowhere, unknown.clone(), unknown.clone())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The per-sample tensors, by name."""
+        names = ("attacked", "prediction", "distance", "forwards", "backwards")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class AttackRecord:
+    """What one attack, or one ensemble of attacks, did to each sample; everything [n], on the CPU."""
+
+    prediction: Tensor
+    """Class of the adversarial image, int64."""
+    distance: Tensor
+    """Distance from the clean image in the threat's norm, float32."""
+    robust: Tensor
+    """Right on the clean image and on the adversarial one, bool."""
+    forwards: int
+    """Images passed forward, all samples together."""
+    backwards: int
+    """Image gradients taken, all samples together."""
+    seconds: float
+    trials: dict[str, Trial] = field(default_factory=dict)
+    """By attack, in order: one, or an ensemble's members."""
+    ensemble: bool = False
+
+    @classmethod
+    def of(cls, trials: Mapping[str, Trial], label: Tensor, clean: Tensor, ensemble: bool) -> AttackRecord:
+        """From trials in order; of several, a sample's image is that of the last one that attacked it, which
+        is the one that fooled the network where one did. A sample never attacked stands as it is."""
+        prediction, distance = clean.clone(), torch.zeros(len(label), dtype=torch.float32)
+        for trial in trials.values():
+            prediction = torch.where(trial.attacked, trial.prediction, prediction)
+            distance = torch.where(trial.attacked, trial.distance, distance)
+        return cls(
+            prediction,
+            distance,
+            (clean == label) & (prediction == label),
+            sum(trial.total_forwards for trial in trials.values()),
+            sum(trial.total_backwards for trial in trials.values()),
+            sum(trial.seconds for trial in trials.values()),
+            dict(trials),
+            ensemble,
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Clean and robust accuracy of one network on one split."""
+
+    threat: ThreatModel
+    label: Tensor
+    clean_prediction: Tensor
+    attacks: dict[str, AttackRecord] = field(default_factory=dict)
+    how: dict[str, Any] = field(default_factory=dict)
+    """Precision, batch sizes, seed and versions, as they go into the JSON."""
+
+    @property
+    def clean(self) -> Rate:
+        """Clean accuracy."""
+        return Rate.of(self.clean_prediction == self.label)
+
+    @property
+    def worst(self) -> Tensor:
+        """Samples that every attack left right, [n] bool."""
+        robust = self.clean_prediction == self.label
+        for record in self.attacks.values():
+            robust = robust & record.robust
+        return robust
+
+    def robust(self, attack: str) -> Rate:
+        """Robust accuracy under one attack."""
+        return Rate.of(self.attacks[attack].robust)
+
+    def members(self, attack: str) -> list[dict[str, Any]]:
+        """How robust accuracy fell from member to member of an ensemble: for each, robust accuracy after it
+        (``count`` of ``n``, with its interval), the samples it attacked and fooled, and what it cost."""
+        rows, robust = [], self.clean_prediction == self.label
+        for name, trial in self.attacks[attack].trials.items():
+            fooled = trial.attacked & (trial.prediction != self.label)
+            robust = robust & ~fooled
+            rows.append(
+                {
+                    "name": name,
+                    **asdict(Rate.of(robust)),
+                    "attacked": int(trial.attacked.sum()),
+                    "fooled": int(fooled.sum()),
+                    "forwards": trial.total_forwards,
+                    "backwards": trial.total_backwards,
+                    "seconds": trial.seconds,
+                }
+            )
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers as numbers, for JSON."""
+        attacks = {}
+        for name, record in self.attacks.items():
+            attacks[name] = {
+                **asdict(Rate.of(record.robust)),
+                "forwards": record.forwards,
+                "backwards": record.backwards,
+                "seconds": record.seconds,
+            }
+            if record.ensemble:
+                attacks[name]["members"] = self.members(name)
+        return {
+            "n": len(self.label),
+            "norm": self.threat.norm,
+            "eps": str(self.threat.eps),
+            "clean": asdict(self.clean),
+            "attacks": attacks,
+            "worst": asdict(Rate.of(self.worst)),
+            "interval": "wilson 95%",
+            **self.how,
+        }
+
+    def to_parquet(self) -> bytes:
+        """One row a sample: ``index``, ``label``, ``clean_prediction``, and for each attack A
+        ``A/prediction``, ``A/distance``, ``A/robust``, ``A/forwards`` and ``A/backwards`` (null where the
+        attack does not say for which samples). For each member M of an ensemble also ``A/M/fooled``,
+        ``A/M/forwards`` and ``A/M/backwards``, null where it was not given the sample."""
+        columns: dict[str, Any] = {
+            "index": range(len(self.label)),
+            "label": self.label.numpy(),
+            "clean_prediction": self.clean_prediction.numpy(),
+        }
+        for name, record in self.attacks.items():
+            columns[f"{name}/prediction"] = record.prediction.numpy()
+            columns[f"{name}/distance"] = record.distance.numpy()
+            columns[f"{name}/robust"] = record.robust.numpy()
+            for what in ("forwards", "backwards"):
+                each = torch.stack([getattr(trial, what) for trial in record.trials.values()])
+                columns[f"{name}/{what}"] = _nullable(each.clamp_min(0).sum(0), _known(record, what))
+                if record.ensemble:
+                    for member, trial in record.trials.items():
+                        counts = getattr(trial, what)
+                        columns[f"{name}/{member}/{what}"] = _nullable(counts, counts >= 0)
+            if record.ensemble:
+                for member, trial in record.trials.items():
+                    fooled = trial.prediction != self.label
+                    columns[f"{name}/{member}/fooled"] = _nullable(fooled, trial.attacked)
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(columns), buffer)
+        return buffer.getvalue()
+
+    def __str__(self) -> str:
+        rows = [("clean", self.clean)]
+        for name, record in self.attacks.items():
+            rows.append((name, self.robust(name)))
+            if record.ensemble:
+                kept = ("count", "n", "rate", "low", "high")
+                after = ((m["name"], Rate(**{key: m[key] for key in kept})) for m in self.members(name))
+                rows += [(f"  {member}", rate) for member, rate in after]
+        width = max(7, *(len(name) for name, _ in rows))
+        lines = [f"{name:<{width}} {_percent(rate)}" for name, rate in rows]
+        where = f"{self.threat.norm}, eps {self.threat.eps}, {len(self.label)} images, 95% Wilson intervals"
+        return "\n".join([*lines, f"({where})"])
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What a rerun would have to share to find the same bits."""
+    from softdefend import __version__
+
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "softdefend": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": gpu or f"CPU, {torch.get_num_threads()} threads",
+    }
+
+
+def _known(record: AttackRecord, what: str) -> Tensor:
+    """Samples whose counts every trial that attacked them knows."""
+    each = [~trial.attacked | (getattr(trial, what) >= 0) for trial in record.trials.values()]
+    return torch.stack(each).all(0)
+
+
+def _nullable(values: Tensor, known: Tensor) -> pa.Array:
+    return pa.array(values.numpy(), mask=~known.numpy())
+
+
+def _percent(rate: Rate) -> str:
+    return f"{100 * rate.rate:5.1f}%  [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"

@@ -1,0 +1,77 @@
+"""What a killed evaluation finds again: one file that is replaced as it goes on and removed at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from softdefend.data import Split
+from softdefend.data.cache import checksum
+from softdefend.files import write_atomic
+
+_KEY = "softdefend-evaluation-1"
+Saved = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors by name, and plain values."""
+
+
+class StateFile:
+    """The unfinished part of one evaluation, safetensors with the plain values as JSON in its metadata.
+
+    Args:
+        path: of the file.
+        identity: plain values that say which evaluation this is: settings, weights, data, versions. What an
+            evaluation of another identity left behind is not continued.
+        every: least seconds between two writes, so that a write costs little beside the work it saves.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], every: float = 30.0) -> None:
+        self.path, self.identity, self.every = path, json.loads(json.dumps(dict(identity))), every
+        self._written = time.monotonic()
+
+    def load(self) -> Saved | None:
+        """What was saved last, on the CPU; None where there is nothing, or something damaged or foreign."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                content = json.loads((file.metadata() or {})[_KEY])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return None
+        return (tensors, content["state"]) if content["identity"] == self.identity else None
+
+    def save(self, state: Callable[[], Saved]) -> None:
+        """Write what ``state()`` returns, unless the last write was a moment ago.
+
+        Raises:
+            SettingError: the disk is full or the folder is not writable.
+        """
+        if time.monotonic() - self._written < self.every:
+            return
+        tensors, values = state()
+        # Copies: safetensors refuses tensors that share memory.
+        apart = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        metadata = {_KEY: json.dumps({"identity": self.identity, "state": values})}
+        write_atomic(self.path, to_safetensors(apart, metadata=metadata))
+        self._written = time.monotonic()
+
+    def remove(self) -> None:
+        """The evaluation is finished."""
+        self.path.unlink(missing_ok=True)
+
+
+def fingerprint(split: Split) -> str:
+    """sha256 (hex) of the images and labels of a split."""
+    return checksum([("images", split.images), ("labels", split.labels)])
+
+
+def file_digest(path: Path) -> str:
+    """sha256 (hex) of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,123 @@
+"""Read the per-sample table of an evaluation, ``evaluation/NAME.parquet``, and count in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from softdefend.errors import SettingError
+
+
+@dataclass(frozen=True)
+class AttackColumns:
+    """What one attack did to each of n samples.
+
+    Attributes:
+        prediction: class of the adversarial image.
+        distance: from the clean image, in the threat's norm.
+        robust: right on the clean image and on the adversarial one.
+        fooled: by member where the attack is an ensemble: whether this member fooled the network.
+    """
+
+    prediction: NDArray[np.int64]
+    distance: NDArray[np.float32]
+    robust: NDArray[np.bool_]
+    fooled: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """An evaluation sample by sample; attacks in the order in which they ran."""
+
+    label: NDArray[np.int64]
+    clean_prediction: NDArray[np.int64]
+    attacks: dict[str, AttackColumns]
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """Right on the clean image, [n]."""
+        return np.asarray(self.clean_prediction == self.label)
+
+    def after_each(self, names: Sequence[str] | None = None) -> list[tuple[str, int]]:
+        """How many samples are still right after the clean pass and after each attack, one upon the other;
+        an ensemble counts as its members.
+
+        Args:
+            names: only these attacks.
+        """
+        left = self.right
+        counts = [("clean", int(left.sum()))]
+        for name in self.attacks if names is None else names:
+            columns = self.attacks[name]
+            for member, robust in _steps(name, columns):
+                left = left & robust
+                counts.append((member, int(left.sum())))
+        return counts
+
+    @property
+    def worst_prediction(self) -> NDArray[np.int64]:
+        """What the network says in the worst case, [n]: the wrong class of the clean image, else that of the
+        first attack that succeeded, else the label."""
+        said = self.clean_prediction.copy()
+        for columns in self.attacks.values():
+            said = np.where((said == self.label) & ~columns.robust, columns.prediction, said)
+        return said
+
+    @property
+    def survived(self) -> NDArray[np.int64]:
+        """How many attacks each sample withstood, [n]; an ensemble is one attack."""
+        zero = np.zeros(len(self.label), np.int64)
+        return np.asarray(sum((c.robust.astype(np.int64) for c in self.attacks.values()), zero))
+
+    @property
+    def smallest_distance(self) -> NDArray[np.float32]:
+        """The shortest way on which some attack succeeded, [n]; infinite where none did."""
+        shortest = np.full(len(self.label), np.inf, np.float32)
+        for columns in self.attacks.values():
+            shortest = np.where(columns.robust, shortest, np.minimum(shortest, columns.distance))
+        return shortest
+
+
+def _steps(name: str, columns: AttackColumns) -> list[tuple[str, NDArray[np.bool_]]]:
+    if not columns.fooled:
+        return [(name, columns.robust)]
+    return [(member, ~fooled) for member, fooled in columns.fooled.items()]
+
+
+def read_table(path: Path) -> Table | None:
+    """The table of an evaluation; None where there is no such file.
+
+    Raises:
+        SettingError: a damaged or foreign file.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = pq.read_table(path)
+        column = {name: _filled(content.column(name)) for name in content.column_names}
+        names = [name.removesuffix("/robust") for name in column if name.endswith("/robust")]
+        attacks = {}
+        for name in names:
+            members = [key for key in column if key.startswith(f"{name}/") and key.endswith("/fooled")]
+            attacks[name] = AttackColumns(
+                prediction=column[f"{name}/prediction"],
+                distance=column[f"{name}/distance"],
+                robust=column[f"{name}/robust"],
+                fooled={key.split("/")[1]: column[key] for key in members},
+            )
+        return Table(column["label"], column["clean_prediction"], attacks)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise SettingError(str(path), "an unreadable table", "the file as the evaluation wrote it") from error
+
+
+def _filled(column: pa.ChunkedArray) -> NDArray[Any]:
+    """A column as an array; null (a sample that a member was not given) is False or 0."""
+    nothing = False if pa.types.is_boolean(column.type) else 0
+    return np.asarray(column.fill_null(nothing).to_numpy())

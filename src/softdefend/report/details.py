@@ -1,0 +1,143 @@
+"""Read what lies beside an evaluation: table, audit, corruptions, transfer attacks, gallery."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from softdefend.errors import SettingError
+from softdefend.evaluation.table import Table, read_table
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """m test images from the hardest to the easiest to keep, the first half hard, the second easy.
+
+    Attributes:
+        image: [m, c, h, w] in [0, 1].
+        index, label, prediction, survived: position in the test set, class, class said in the worst case,
+            number of attacks withstood; int64.
+        distance: the shortest way on which an attack succeeded; infinite where none did.
+        hard: 1 for the hard half.
+        classes: names.
+        attacks: how many attacks there were.
+    """
+
+    image: NDArray[np.float32]
+    index: NDArray[np.int64]
+    label: NDArray[np.int64]
+    prediction: NDArray[np.int64]
+    survived: NDArray[np.int64]
+    distance: NDArray[np.float32]
+    hard: NDArray[np.uint8]
+    classes: tuple[str, ...]
+    attacks: int
+
+
+@dataclass(frozen=True)
+class Details:
+    """What is known of one checkpoint beside its accuracies; None where it was not asked."""
+
+    table: Table | None = None
+    audit: dict[str, Any] | None = None
+    corruptions: dict[str, Any] | None = None
+    transfer: dict[str, Any] | None = None
+    gallery: Gallery | None = None
+
+
+def read_details(folder: Path, which: str, evaluation: dict[str, Any]) -> Details:
+    """The details of ``evaluation``, which stands in ``folder/{which}.json``.
+
+    What is about another epoch's weights, or other samples, is left out: the evaluation is newer.
+
+    Raises:
+        SettingError: a file that cannot be understood.
+    """
+    table = read_table(folder / f"{which}.parquet")
+    if table is not None and len(table.label) != evaluation.get("n"):
+        table = None
+    audit = _beside(folder / f"{which}-audit.json", evaluation)
+    corruptions = _beside(folder / f"{which}-corruptions.json", evaluation)
+    transfer = _beside(folder / f"{which}-transfer.json", evaluation)
+    for name, content, fits, accepted in (
+        ("audit", audit, _is_audit, "findings, verdict and summary"),
+        ("corruptions", corruptions, _is_table, "corruptions by name with mean and severities"),
+        ("transfer", transfer, _is_attacks, "attacks by name, each with its rate"),
+    ):
+        if content is not None and not fits(content):
+            raise SettingError(str(folder / f"{which}-{name}.json"), "other content", accepted)
+    return Details(
+        table, audit, corruptions, transfer, _gallery(folder / f"{which}-gallery.safetensors", table)
+    )
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value from a file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _beside(path: Path, evaluation: dict[str, Any]) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise SettingError(str(path), f"unreadable JSON ({error})", "the file as it was written") from error
+    if not isinstance(content, dict):
+        raise SettingError(str(path), f"a {type(content).__name__}", "a mapping of names to values")
+    return content if content.get("epoch") == evaluation.get("epoch") else None
+
+
+def _is_audit(content: dict[str, Any]) -> bool:
+    findings = content.get("findings")
+    return isinstance(findings, list) and all(
+        isinstance(row, dict) and isinstance(row.get("check"), str) for row in findings
+    )
+
+
+def _is_table(content: dict[str, Any]) -> bool:
+    table = content.get("corruptions")
+    return (
+        isinstance(table, dict)
+        and is_number(content.get("mean"))
+        and all(
+            isinstance(row, dict)
+            and is_number(row.get("mean"))
+            and isinstance(row.get("severities"), list)
+            and all(isinstance(rate, dict) and is_number(rate.get("rate")) for rate in row["severities"])
+            for row in table.values()
+        )
+    )
+
+
+def _is_attacks(content: dict[str, Any]) -> bool:
+    attacks = content.get("attacks")
+    return isinstance(attacks, dict) and all(
+        isinstance(rate, dict) and is_number(rate.get("rate")) for rate in attacks.values()
+    )
+
+
+def _gallery(path: Path, table: Table | None) -> Gallery | None:
+    if not path.is_file() or table is None:
+        return None
+    names = [name for name in Gallery.__dataclass_fields__ if name not in ("classes", "attacks")]
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in names}
+            metadata = file.metadata() or {}
+            classes = tuple(str(name) for name in json.loads(metadata.get("classes", "[]")))
+            attacks = int(metadata.get("attacks", len(table.attacks)))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SettingError(
+            str(path), f"unreadable pictures ({error})", "the file as it was written"
+        ) from error
+    if any(len(tensor) != len(tensors["image"]) for tensor in tensors.values()):
+        raise SettingError(str(path), "tensors of different length", "the file as it was written")
+    return Gallery(**tensors, classes=classes, attacks=attacks)

@@ -1,0 +1,305 @@
+"""An evaluation killed at any moment ends in the same records as one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from ensemble_tools import rugged
+from safetensors.torch import save_file
+
+from softdefend.attacks import APGD, FAB, PGD, Square, TargetedAPGD
+from softdefend.data import from_tensors
+from softdefend.errors import SettingError
+from softdefend.evaluation import Ensemble, EvaluateSettings, evaluate_checkpoint, expand, run
+from softdefend.evaluation.autoattack import parse
+from softdefend.evaluation.resume import StateFile, fingerprint
+from softdefend.rng import stream
+from softdefend.threat import Budget, ThreatModel
+from tiny import Killed
+
+SHAPE, N = (1, 5, 5), 40
+MEMBERS = (
+    APGD(steps=4, restarts=2),
+    TargetedAPGD(steps=4, targets=2),
+    FAB(steps=5, restarts=2, targets=2),
+    Square(queries=25),
+)
+THREATS = [ThreatModel("linf", Budget("0.02")), ThreatModel("l2", Budget("0.08"))]
+
+
+@pytest.fixture
+def case(tmp_path, monkeypatch):
+    """A function that evaluates one network in a run folder, and the folder."""
+    net = rugged(SHAPE).float()
+    image = torch.rand(2 * N, *SHAPE, generator=stream(0, "x"))
+    bundle = from_tensors(image, net(image).argmax(1), validation=8, test_fraction=0.5, name="noise")
+    members = {"small": MEMBERS}
+    monkeypatch.setattr(
+        run, "parse", lambda name, k=10: Ensemble(name, members[name]) if name in members else parse(name, k)
+    )
+    monkeypatch.setattr(run, "SAVE_EVERY", 0.0)
+
+    def evaluate(folder="run", threat=THREATS[0], **changes):
+        path = tmp_path / folder
+        path.mkdir(exist_ok=True)
+        if not (path / "last.safetensors").exists():
+            metadata = {"softdefend": json.dumps({"epoch": 1, **changes.pop("metadata", {})})}
+            save_file(net.state_dict(), path / "last.safetensors", metadata=metadata)
+        wanted = {
+            "attacks": ("pgd-3", "apgd-ce-4x2"),
+            "curve_size": 10,
+            "examples": 4,
+            "batch_size": 9,
+        } | changes
+        # The ensemble's name is this test's own: EvaluateSettings would refuse it.
+        settings = EvaluateSettings(**wanted)
+        object.__setattr__(settings, "attacks", (*settings.attacks, "small"))
+        identity = json.loads(json.dumps({k: str(v) for k, v in vars(settings).items()}))
+        return evaluate_checkpoint(
+            net,
+            bundle,
+            threat,
+            path,
+            "last",
+            settings,
+            identity,
+            name="last",
+            device=torch.device("cpu"),
+            data_name="noise",
+        )
+
+    return evaluate, tmp_path
+
+
+def records(folder: Path):
+    """The table, and the JSON without what a clock wrote."""
+    report = json.loads((folder / "evaluation" / "last.json").read_text())
+
+    def timeless(value):
+        if isinstance(value, dict):
+            return {k: timeless(v) for k, v in value.items() if k != "seconds"}
+        return [timeless(v) for v in value] if isinstance(value, list) else value
+
+    examples = (folder / "evaluation" / "examples.safetensors").read_bytes()
+    return pq.read_table(folder / "evaluation" / "last.parquet"), timeless(report), examples
+
+
+@pytest.mark.parametrize(
+    ("threat", "physical", "precision"),
+    [(THREATS[0], 20, "exact"), (THREATS[1], 5, "fast")],
+    ids=["linf", "l2"],
+)
+def test_killed_at_every_save_it_ends_in_the_same_records(case, monkeypatch, threat, physical, precision):
+    """Each process makes one save more and dies right after it; the next one starts from the file."""
+    evaluate, folder = case
+    evaluate("whole", threat, physical_batch=physical, precision=precision)
+    save, kills, last = StateFile.save, 0, ""
+
+    def deadly(self, state):
+        nonlocal last
+        save(self, state)
+        saved = str({k: v.sum().item() for k, v in self.load()[0].items()})
+        assert saved != last  # every process comes further than the one before
+        last = saved
+        raise Killed
+
+    monkeypatch.setattr(StateFile, "save", deadly)
+    while True:
+        try:
+            evaluate("run", threat, physical_batch=physical, precision=precision)
+            break
+        except Killed:
+            kills += 1
+    table, report, examples = records(folder / "run")
+    wanted_table, wanted_report, wanted_examples = records(folder / "whole")
+    assert table.equals(wanted_table)
+    assert report == wanted_report
+    assert examples == wanted_examples
+    assert not (folder / "run" / "evaluation" / "last.state").exists()
+    # Clean pass, groups of logical batches, and within them restarts, targets and blocks of queries.
+    assert kills > 30
+
+
+def test_what_is_done_is_not_done_again(case, monkeypatch):
+    """Killed late, the second process makes few forwards."""
+    evaluate, _ = case
+    calls, save, saves = [], StateFile.save, []
+
+    def counted(self, state):
+        save(self, state)
+        saves.append(1)
+        if len(saves) == 45:
+            raise Killed
+
+    forward = torch.nn.Flatten.forward
+
+    def watched(self, image):
+        calls.append(len(image))
+        return forward(self, image)
+
+    monkeypatch.setattr(torch.nn.Flatten, "forward", watched)
+    evaluate("whole", curve_size=0, examples=0, physical_batch=20)
+    whole = sum(calls)
+    calls.clear()
+    monkeypatch.setattr(StateFile, "save", counted)
+    with pytest.raises(Killed):
+        evaluate("run", curve_size=0, examples=0, physical_batch=20)
+    first = sum(calls)
+    calls.clear()
+    evaluate("run", curve_size=0, examples=0, physical_batch=20)
+    assert 0 < sum(calls) < whole / 2
+    assert first + sum(calls) == whole
+
+
+@pytest.mark.parametrize("change", ["settings", "weights", "damage", "truncation"])
+def test_what_another_evaluation_left_is_not_continued(case, monkeypatch, change):
+    evaluate, folder = case
+    save = StateFile.save
+
+    def deadly(self, state):
+        save(self, state)
+        if self.load()[1]["trials"].get("2.1"):
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StateFile, "save", deadly)
+        with pytest.raises(Killed):
+            evaluate("run")
+    state = folder / "run" / "evaluation" / "last.state"
+    assert state.exists()
+    options = {}
+    if change == "settings":
+        options = {"seed": 1}
+    elif change == "weights":
+        net = rugged(SHAPE, seed=1).float()
+        for name in ("run", "whole"):
+            (folder / name).mkdir(exist_ok=True)
+            save_file(net.state_dict(), folder / name / "last.safetensors", metadata={"softdefend": "{}"})
+    elif change == "damage":
+        content = bytearray(state.read_bytes())
+        content[4] ^= 255
+        state.write_bytes(content)
+    else:
+        state.write_bytes(state.read_bytes()[:-50])
+    evaluate("run", **options)
+    evaluate("whole", **options)
+    got, wanted = records(folder / "run"), records(folder / "whole")
+    assert got[0].equals(wanted[0])
+    assert got[1] == wanted[1]
+
+
+def test_other_test_images_than_those_trained_beside_are_refused(case):
+    evaluate, _ = case
+    with pytest.raises(SettingError, match=r"data: got test images .*; accepted: the data that the run"):
+        evaluate("run", metadata={"test_data": "0" * 64})
+    good = evaluate("whole")["test_data"]
+    assert evaluate("again", metadata={"test_data": good})["test_data"] == good
+
+
+def test_fingerprints_know_images_labels_and_their_order():
+    image, label = torch.rand(6, 1, 2, 2, generator=stream(0, "x")), torch.arange(6)
+    one = from_tensors(image, label, validation=2, test_fraction=0.34, name="a").test
+    same = from_tensors(image.clone(), label, validation=2, test_fraction=0.34, name="b").test
+    assert fingerprint(one) == fingerprint(same)
+    assert fingerprint(one) != fingerprint(one.subset(torch.arange(len(one)).flip(0)))
+    moved = from_tensors(image, label.roll(1), validation=2, test_fraction=0.34, name="a").test
+    assert fingerprint(one) != fingerprint(moved)
+
+
+def test_writes_are_apart(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    state, written = StateFile(tmp_path / "a.state", {"x": 1}, every=30), []
+
+    def content():
+        written.append(clock[0])
+        return {"t": torch.zeros(2)}, {"n": 1}
+
+    for now in (101.0, 129.0, 130.5, 140.0, 161.0):
+        clock[0] = now
+        state.save(content)
+    assert written == [130.5, 161.0]
+    assert StateFile(tmp_path / "a.state", {"x": 2}).load() is None
+    tensors, values = StateFile(tmp_path / "a.state", {"x": 1}).load()
+    assert values == {"n": 1}
+    assert torch.equal(tensors["t"], torch.zeros(2))
+
+
+@pytest.mark.slow
+def test_a_real_kill(tmp_path):
+    """SIGKILL in the middle of Square, in a process of its own."""
+    script = tmp_path / "evaluate.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import json, sys, time
+            from pathlib import Path
+            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            import torch
+            from safetensors.torch import save_file
+            from ensemble_tools import rugged
+            from softdefend.data import from_tensors
+            from softdefend.evaluation import EvaluateSettings, evaluate_checkpoint, run
+            from softdefend.rng import stream
+            from softdefend.threat import Budget, ThreatModel
+
+            torch.set_num_threads(1)
+            run.SAVE_EVERY = 0.1
+            folder, pause = Path(sys.argv[1]), float(sys.argv[2])
+            net = rugged((1, 5, 5)).float()
+            folder.mkdir(exist_ok=True)
+            weights = folder / "last.safetensors"
+            if not weights.exists():
+                save_file(net.state_dict(), weights, metadata={{"softdefend": "{{}}"}})
+            image = torch.rand(80, 1, 5, 5, generator=stream(0, "x"))
+            bundle = from_tensors(image, net(image).argmax(1), validation=8, test_fraction=0.5, name="noise")
+            slow = net[0].forward
+            net[0].forward = lambda x: (time.sleep(pause), slow(x))[1]
+            evaluate_checkpoint(
+                net, bundle, ThreatModel("linf", Budget("0.02")), folder, "last",
+                EvaluateSettings(("apgd-t-5", "square-100"), curve_size=0, batch_size=15), {{}},
+                name="last", device=torch.device("cpu"), data_name="noise",
+            )
+            """
+        )
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+    def start(folder: str, pause: float) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, script, tmp_path / folder, str(pause)], env=environment)
+
+    assert start("whole", 0).wait(120) == 0
+    state, kills = tmp_path / "run" / "evaluation" / "last.state", 0
+    for after in ("0.0", "1.0"):  # in the first attack, then in the second
+        process = start("run", 0.01)
+        deadline = time.time() + 100
+        while process.poll() is None and time.time() < deadline:
+            saved = StateFile(state, {}).path.read_bytes() if state.exists() else b""
+            if f'\\"{after}\\"'.encode() in saved and b"stage/" in saved:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.02)
+        process.wait(120)
+    assert kills == 2
+    assert start("run", 0).wait(120) == 0
+    got, wanted = records(tmp_path / "run"), records(tmp_path / "whole")
+    assert got[0].equals(wanted[0])
+    assert got[1] == wanted[1]
+    assert not state.exists()
+
+
+def test_the_full_ensemble_has_a_name_in_the_settings():
+    assert EvaluateSettings(("autoattack", "autoattack-plus", "pgd-5")).attacks[0] == "autoattack"
+    assert len(expand("autoattack-plus", 10)) == 6
+    assert PGD(steps=5) == parse("pgd-5")
