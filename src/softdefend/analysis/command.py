@@ -1,0 +1,554 @@
+"""``softdefend analyse`` and ``softdefend labels``: arguments to results, JSON, CSV and one page."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
+from tqdm import tqdm
+
+from softdefend.analysis import calibration, gradients, information, landscape
+from softdefend.analysis.label_audit import DEFAULT_SCORE, SCORES, Audit, as_csv, audit
+from softdefend.analysis.label_audit import predictions as all_predictions
+from softdefend.analysis.overfitting import overfitting
+from softdefend.analysis.page import Analysis, Found, analysis_page, audit_page
+from softdefend.analysis.store import finite, kept
+from softdefend.analysis.subjects import (
+    WHICH,
+    Opened,
+    Subject,
+    Weights,
+    open_runs,
+    open_subject,
+    source_positions,
+    weights_of,
+)
+from softdefend.complaints import readable
+from softdefend.errors import SettingError
+from softdefend.files import write_atomic
+from softdefend.training.checkpoint import CheckpointError
+from softdefend.training.engine import resolve_device
+
+PARTS = ("overfitting", "gradients", "labels", "information", "geometry")
+
+REVISION = 1
+"""Raised when a part changes what it computes: results kept by an older one no longer count."""
+
+
+@dataclass(frozen=True)
+class AnalyseSettings:
+    """How much is measured, and on what.
+
+    Raises:
+        SettingError: a number outside its range.
+    """
+
+    probe: int = 1000
+    """Training images that gradients, information and geometry are measured on; drawn, the same in all runs
+    of one size."""
+    whole: int = 128
+    """Of these, images whose gradient is taken over the whole network; 0 for none."""
+    chunk: int = 16
+    """Such gradients held in memory at once, each as large as the network."""
+    test: int = 1000
+    """Test images."""
+    steps: int = 20
+    """Steps of PGD on the test images."""
+    bins: int = 15
+    """Bins of calibration errors and reliability diagrams."""
+    components: int = 8
+    """Principal components of images and representations in the estimates of mutual information."""
+    neighbours: int = 3
+    """Neighbours in these estimates."""
+    contrast_steps: int = 300
+    """Training steps of the contrastive bound's critic."""
+    points: int = 11
+    """Points of each axis of the loss surface, odd; 0 for no surface."""
+    span: float = 1.0
+    """The surface reaches so far from the network, in units of its filters' norms."""
+    eigen_steps: int = 50
+    """Hessian-vector products for the largest eigenvalue, at most; 0 for none."""
+    linearity_steps: int = 10
+    """Steps of the search for the largest departure from linearity."""
+    batch_size: int = 250
+    """Images at once. Random starts are drawn per batch, so it is part of the result."""
+    seed: int = 0
+    """Of all draws."""
+
+    def __post_init__(self) -> None:
+        least = {"probe": 16, "test": 16, "whole": 0, "points": 0, "eigen_steps": 0, "seed": 0}
+        for one in fields(self):
+            value, low = getattr(self, one.name), least.get(one.name, 1)
+            if one.name == "span":
+                if not 0 < value < float("inf"):
+                    raise SettingError("--span", value, "a positive number")
+            elif value < low:
+                raise SettingError(f"--{one.name}", value, f"a whole number >= {low}")
+        if self.points and self.points % 2 == 0:
+            raise SettingError(
+                "--points", self.points, "an odd number, so that the network is one of them, or 0"
+            )
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Arguments to a namespace; the parser's errors as our one line.
+
+    Raises:
+        SettingError: arguments that cannot be used.
+    """
+    try:
+        parsed = parser.parse_args(list(arguments))
+        made: argparse.Namespace = parser.instantiate(parsed)
+    except ArgumentError as error:
+        raise readable(error, parser) from error
+    return made
+
+
+def analyse_parser() -> ArgumentParser:
+    """The parser of ``softdefend analyse``."""
+    parser = ArgumentParser(
+        prog="softdefend analyse",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Why it works: overfitting, gradient norms, label quality, information and geometry of "
+        "finished or running runs, side by side. Run folders are read only; results go to --output, and what "
+        "lies there already is not measured again.",
+    )
+    parser.add_argument("run", nargs="+", type=str, help="run folders")
+    parser.add_argument("--output", type=str, default="analysis", help="folder of the results")
+    parser.add_argument("--parts", nargs="+", type=str, default=list(PARTS), help=", ".join(PARTS))
+    parser.add_argument(
+        "--which",
+        nargs="+",
+        type=str,
+        default=["best", "last"],
+        help="best, last, and checkpoints: those that the run has kept",
+    )
+    parser.add_argument(
+        "--reference",
+        type=str | None,
+        default=None,
+        help="a run whose best network judges labels where clean ones are not known",
+    )
+    parser.add_argument(
+        "--train_votes", type=str | None, default=None, help=".npz of human labels of the training images"
+    )
+    parser.add_argument(
+        "--train_keys",
+        nargs="+",
+        type=str,
+        default=["random_label1", "random_label2", "random_label3"],
+        help="its arrays, one for each annotator, as CIFAR-10N names them",
+    )
+    parser.add_argument(
+        "--test_votes",
+        type=str | None,
+        default=None,
+        help=".npz with counts [n, k] for the test images: CIFAR-10H",
+    )
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--progress", type=bool, default=True, help="show progress bars")
+    _add_settings(parser)
+    return parser
+
+
+_HELP = {
+    "probe": "training images",
+    "whole": "of these, with a gradient over the whole network; 0 for none",
+    "chunk": "such gradients in memory at once",
+    "test": "test images",
+    "steps": "of PGD on the test images",
+    "bins": "of calibration",
+    "components": "principal components for mutual information",
+    "neighbours": "for mutual information",
+    "contrast_steps": "of training the critic of the contrastive bound",
+    "points": "of each axis of the loss surface, odd; 0 for none",
+    "span": "of the loss surface, in filter norms",
+    "eigen_steps": "Hessian-vector products at most; 0 for none",
+    "linearity_steps": "of the search for the largest departure from linearity",
+    "batch_size": "images at once",
+    "seed": "of all draws",
+}
+
+
+def _add_settings(parser: ArgumentParser) -> None:
+    for one in fields(AnalyseSettings):
+        kind = float if one.name == "span" else int
+        parser.add_argument(f"--{one.name}", type=kind, default=one.default, help=_HELP[one.name])
+
+
+def analyse(arguments: Sequence[str]) -> None:
+    """``softdefend analyse RUN...``.
+
+    Writes ``analysis.json``, ``analysis.html`` and ``results/`` into the output folder.
+
+    Raises:
+        SettingError: arguments, runs or files that cannot be used.
+    """
+    given = parse(analyse_parser(), arguments)
+    settings = AnalyseSettings(**{one.name: getattr(given, one.name) for one in fields(AnalyseSettings)})
+    for part in given.parts:
+        if part not in PARTS:
+            raise SettingError("--parts", repr(part), ", ".join(PARTS))
+    for name in given.which:
+        if name not in WHICH:
+            raise SettingError("--which", repr(name), " or ".join(WHICH))
+    wishes = Wishes(
+        parts=tuple(part for part in PARTS if part in given.parts),
+        which=tuple(given.which),
+        settings=settings,
+        reference=given.reference,
+        train_votes=given.train_votes,
+        train_keys=tuple(given.train_keys),
+        test_votes=given.test_votes,
+    )
+    output = Path(given.output)
+    found = analyse_runs(given.run, output, wishes, resolve_device(given.device), progress=given.progress)
+    print(f"results: {output / 'analysis.json'}\npage: {output / 'analysis.html'}")
+    for name, result in found.overfitting.items():
+        best, last = result["best"], result["last"]
+        if best and last:
+            print(f"{name}: robust validation accuracy {_ends(best, last)}")
+
+
+def _ends(best: dict[str, Any], last: dict[str, Any]) -> str:
+    ends = ((words, row["epoch"], row["val_robust"]) for words, row in (("best", best), ("last", last)))
+    return ", ".join(f"{words} {100 * v:.1f}% (epoch {e})" for words, e, v in ends if v is not None)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What an analysis is to contain; see the flags of the command."""
+
+    parts: tuple[str, ...] = PARTS
+    which: tuple[str, ...] = ("best", "last")
+    settings: AnalyseSettings = field(default_factory=AnalyseSettings)
+    reference: str | None = None
+    train_votes: str | None = None
+    train_keys: tuple[str, ...] = ("random_label1", "random_label2", "random_label3")
+    test_votes: str | None = None
+
+
+def analyse_runs(
+    folders: Sequence[str], output: Path, wishes: Wishes, device: torch.device, *, progress: bool = False
+) -> Analysis:
+    """Analyse runs and write what was found to ``output``.
+
+    What was measured before with the same weights, data and settings is read from ``output/results``.
+
+    Raises:
+        SettingError: an output folder inside a run, or runs or files that cannot be used.
+    """
+    _refuse_inside(output, folders)
+    runs = open_runs(folders, device)
+    network_parts = tuple(part for part in wishes.parts if part != "overfitting")
+    work = [(run, weights) for run in runs for weights in weights_of(run.folder, wishes.which)]
+    if network_parts and not work:
+        raise SettingError(
+            "run",
+            f"{', '.join(folders)} without saved weights",
+            "runs with a finished epoch, or --parts overfitting",
+        )
+    measure = _Measure(output / "results", wishes, runs, device, progress)
+    parts: dict[str, list[Found]] = {part: [] for part in network_parts}
+    with tqdm(total=len(work) * len(network_parts), disable=None if progress else True, leave=False) as bar:
+        for run, weights in work if network_parts else []:
+            for part, found in measure(run, weights, bar.set_description):
+                parts[part].append(found)
+                bar.update()
+    wanted = runs if "overfitting" in wishes.parts else []
+    curves = {run.name: finite(overfitting(run.record)) for run in wanted}
+    analysis = Analysis({run.name: run.record for run in runs}, curves, parts)
+    content: dict[str, Any] = {
+        "runs": {run.name: {"folder": str(run.folder), "data": run.bundle.name} for run in runs},
+        "settings": asdict(wishes.settings) | _files(wishes) | {"device": str(device)},
+        "overfitting": curves,
+    }
+    content |= {part: [vars(found) for found in several] for part, several in parts.items()}
+    write_atomic(output / "analysis.json", json.dumps(content, indent=1, allow_nan=False).encode())
+    write_atomic(output / "analysis.html", analysis_page(analysis))
+    return analysis
+
+
+def _refuse_inside(output: Path, folders: Sequence[str]) -> None:
+    """Run folders stay as they are."""
+    for folder in folders:
+        if output.resolve().is_relative_to(Path(folder).resolve()):
+            raise SettingError("--output", f"{output}, inside the run {folder}", "a folder outside the runs")
+
+
+def _files(wishes: Wishes) -> dict[str, Any]:
+    return {name: getattr(wishes, name) for name in ("reference", "train_votes", "train_keys", "test_votes")}
+
+
+# Which settings each part's result is a function of.
+_USED = {
+    "gradients": ("probe", "whole"),
+    "labels": ("test", "steps", "bins"),
+    "information": ("probe", "test", "components", "neighbours", "contrast_steps"),
+    "geometry": ("probe", "points", "span", "eigen_steps", "linearity_steps"),
+}
+
+
+class _Measure:
+    """Measures parts of one network after another, from kept results where there are some."""
+
+    def __init__(
+        self, folder: Path, wishes: Wishes, runs: Sequence[Opened], device: torch.device, progress: bool
+    ) -> None:
+        self.folder, self.wishes, self.device, self.progress = folder, wishes, device, progress
+        self.judges: dict[str, Tensor] = {}
+        self.memories: dict[Path, str | None] = {}
+        self.reference: tuple[Opened, Weights] | None = None
+        if wishes.reference is not None and "gradients" in wishes.parts:
+            self.reference = _judge(wishes.reference, runs, device)
+
+    def __call__(
+        self, run: Opened, weights: Weights, say: Callable[[str], None]
+    ) -> Iterator[tuple[str, Found]]:
+        """Every wanted part but overfitting; nothing where a running run has let the file go meanwhile."""
+        subject: Subject | None = None
+
+        def opened() -> Subject:
+            nonlocal subject
+            subject = subject or open_subject(run, weights)
+            return subject
+
+        for part in self.wishes.parts:
+            if part == "overfitting":
+                continue
+            say(f"{run.name}, {weights.name}: {part}")
+            try:
+                result = self._kept(part, run, weights, opened)
+            except CheckpointError:
+                if weights.path.is_file():
+                    raise
+                return
+            yield part, Found(run.name, weights.name, result.pop("epoch", None), result)
+
+    def _kept(
+        self, part: str, run: Opened, weights: Weights, opened: Callable[[], Subject]
+    ) -> dict[str, Any]:
+        identity = self._identity(part, run, weights)
+        return kept(self.folder, identity, lambda: self._part(part, opened()))
+
+    def _identity(self, part: str, run: Opened, weights: Weights) -> dict[str, Any]:
+        wishes = self.wishes
+        used = (*_USED[part], "batch_size", "seed")
+        memory = weights.sha256 if weights.path.suffix == ".ckpt" else self._memory(run.folder)
+        identity: dict[str, Any] = {
+            "part": part,
+            "revision": REVISION,
+            "weights": weights.sha256,
+            "memory": memory if weights.name != "best" else None,
+            "data": run.bundle.fingerprint,
+            "threat": [run.threat.norm, str(run.threat.eps)],
+            "attack": repr(run.training_attack),
+            "device": self.device.type,
+            "settings": {name: getattr(wishes.settings, name) for name in used},
+        }
+        if part == "labels":
+            identity["files"] = [_digest(wishes.train_votes), _digest(wishes.test_votes), wishes.train_keys]
+        if part == "gradients":
+            identity["reference"] = self.reference[1].sha256 if self.reference else None
+        if part == "information":
+            identity["initial"] = run.experiment.seed
+        return identity
+
+    def _memory(self, folder: Path) -> str | None:
+        if folder not in self.memories:
+            self.memories[folder] = _digest(_newest(folder))
+        return self.memories[folder]
+
+    def _part(self, part: str, subject: Subject) -> dict[str, Any]:
+        s = self.wishes.settings
+        shared = {"batch_size": s.batch_size, "seed": s.seed}
+        if part == "gradients":
+            judgement = gradients.judge(subject, self._reference(subject.run), self.wishes.reference or "")
+            result = gradients.measure(
+                subject, judgement, probe=s.probe, whole=s.whole, chunk=s.chunk, **shared
+            )
+        elif part == "labels":
+            wishes = self.wishes
+            people = calibration.read_people(
+                subject.run, wishes.train_votes, wishes.train_keys, wishes.test_votes
+            )
+            result = calibration.measure(subject, people, test=s.test, steps=s.steps, bins=s.bins, **shared)
+        elif part == "information":
+            result = information.measure(
+                subject,
+                probe=s.probe,
+                test=s.test,
+                components=s.components,
+                neighbours=s.neighbours,
+                contrast_steps=s.contrast_steps,
+                **shared,
+            )
+        else:
+            result = landscape.measure(
+                subject,
+                probe=s.probe,
+                points=s.points,
+                span=s.span,
+                eigen_steps=s.eigen_steps,
+                linearity_steps=s.linearity_steps,
+                **shared,
+            )
+        return {"epoch": subject.epoch, **result}
+
+    def _reference(self, run: Opened) -> Tensor | None:
+        """The reference network's predictions on the run's training images, [n]."""
+        if self.reference is None or run.bundle.train.clean_labels is not None:
+            return None
+        judge, weights = self.reference
+        if judge.bundle.train.images.shape[1:] != run.bundle.train.images.shape[1:] or judge.k != run.k:
+            raise SettingError("--reference", judge.folder, "a run on images and classes of the same kind")
+        if run.bundle.fingerprint not in self.judges:
+            subject = open_subject(judge, weights)
+            asked = Subject(run, weights, subject.net, subject.epoch)
+            self.judges[run.bundle.fingerprint] = all_predictions(
+                asked, self.wishes.settings.batch_size
+            ).argmax(dim=1)
+        return self.judges[run.bundle.fingerprint]
+
+
+def _judge(folder: str, runs: Sequence[Opened], device: torch.device) -> tuple[Opened, Weights]:
+    known = {run.folder.resolve(): run for run in runs}
+    judge = known.get(Path(folder).resolve()) or open_runs([folder], device)[0]
+    weights = weights_of(judge.folder, ["best"])
+    if not weights:
+        raise SettingError("--reference", folder, "a run with a best checkpoint")
+    return judge, weights[0]
+
+
+def _newest(folder: Path) -> str | None:
+    paths = sorted((folder / "checkpoints").glob("step-*.ckpt"))
+    return str(paths[-1]) if paths else None
+
+
+def _digest(path: str | None) -> str | None:
+    if path is None or not Path(path).is_file():
+        return None
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def audit_parser() -> ArgumentParser:
+    """The parser of ``softdefend labels``."""
+    parser = ArgumentParser(
+        prog="softdefend labels",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="'audit' ranks the training images of a run by how strongly its label memory distrusts "
+        "their labels: a CSV file, a page with the images, and figures where the truth is known.",
+    )
+    parser.add_argument("action", type=str, help="audit")
+    parser.add_argument("run", type=str, help="a run folder")
+    parser.add_argument("--output", type=str, default="label-audit", help="folder of the results")
+    parser.add_argument("--score", type=str, default=DEFAULT_SCORE, help=", ".join(SCORES))
+    parser.add_argument("--top", type=int, default=120, help="images on the page")
+    parser.add_argument(
+        "--baseline",
+        type=bool | None,
+        default=None,
+        help="compare with cleanlab; where it is installed when not given",
+    )
+    parser.add_argument("--at", nargs="+", type=int, default=[100, 1000], help="k of precision at k")
+    parser.add_argument("--batch_size", type=int, default=500, help="images at once")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    return parser
+
+
+def audit_labels(arguments: Sequence[str]) -> None:
+    """``softdefend labels audit RUN``.
+
+    Writes ``labels.csv``, ``audit.json`` and ``audit.html`` into the output folder.
+
+    Raises:
+        SettingError: arguments that cannot be used, or a run without a label memory.
+    """
+    given = parse(audit_parser(), arguments)
+    if given.action != "audit":
+        raise SettingError("labels", repr(given.action), "audit")
+    if given.score not in SCORES:
+        raise SettingError("--score", repr(given.score), ", ".join(SCORES))
+    for name, values in (("top", [given.top]), ("at", given.at), ("batch_size", [given.batch_size])):
+        if min(values) < 1:
+            raise SettingError(f"--{name}", min(values), "a whole number >= 1")
+    output = Path(given.output)
+    _refuse_inside(output, [given.run])
+    found = audit_run(
+        given.run,
+        score=given.score,
+        baseline=given.baseline,
+        at=given.at,
+        batch_size=given.batch_size,
+        device=resolve_device(given.device),
+    )
+    write_audit(found, output, given.top)
+    known = "" if found.wrong is None else f"; {found.wrong:,} are wrong"
+    print(f"{len(found.rows):,} labels, another class believed for {found.flagged:,}{known}")
+    for line in found.comparison:
+        if line["auroc"] is not None:
+            print(f"AUROC {line['auroc']:.4f}  {line['name']}")
+    print(f"table: {output / 'labels.csv'}\npage: {output / 'audit.html'}")
+
+
+def audit_run(
+    folder: str,
+    *,
+    score: str = DEFAULT_SCORE,
+    baseline: bool | None = None,
+    at: Sequence[int] = (100, 1000),
+    batch_size: int = 500,
+    device: torch.device | None = None,
+) -> Audit:
+    """Audit the labels of a run with the newest weights and memory it has saved.
+
+    Args:
+        baseline: compare with cleanlab; None: where it is installed.
+
+    Raises:
+        SettingError: no such run, or one without a label memory.
+    """
+    (run,) = open_runs([folder], device or torch.device("cpu"))
+    weights = weights_of(run.folder, ["last"])
+    if not weights:
+        raise SettingError("run", f"{folder} without saved weights", "a run with a finished epoch")
+    subject = open_subject(run, weights[0])
+    wanted = installed() if baseline is None else baseline
+    positions = source_positions(run)
+    return audit(subject, positions, score=score, baseline=wanted, at=at, batch_size=batch_size)
+
+
+def installed() -> bool:
+    """Whether cleanlab is."""
+    from importlib.util import find_spec
+
+    return find_spec("cleanlab") is not None
+
+
+def write_audit(found: Audit, output: Path, top: int) -> None:
+    """Write ``labels.csv``, ``audit.json`` and ``audit.html``."""
+    content = {
+        "run": str(found.subject.run.folder),
+        "weights": found.subject.weights.name,
+        "epoch": found.subject.epoch,
+        "score": found.score,
+        "samples": len(found.rows),
+        "wrong": found.wrong,
+        "other_class_believed": found.flagged,
+        "comparison": found.comparison,
+        "curves": found.curves,
+    }
+    write_atomic(output / "labels.csv", as_csv(found.rows).encode())
+    write_atomic(output / "audit.json", json.dumps(finite(content), indent=1, allow_nan=False).encode())
+    write_atomic(output / "audit.html", audit_page(found, top))

@@ -1,0 +1,325 @@
+"""Information: what the weights store of the training set, what a representation keeps of image and label.
+
+Every estimate is in nats. None of them is exact, and each says in its docstring on which side it errs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import digamma
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KDTree, NearestNeighbors
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+from softdefend.analysis.gradients import last_layer
+from softdefend.analysis.landscape import Parameters, parameters_of
+from softdefend.analysis.subjects import Subject, attack_images, draw, initial
+from softdefend.modes import tf32
+from softdefend.rng import key, stream
+
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class WeightInformation:
+    """Information in the weights by two Fisher matrices, with standard errors over the samples used."""
+
+    empirical: float
+    empirical_error: float
+    model: float
+    model_error: float
+
+
+def information_in_weights(
+    net: nn.Module, before: Parameters, image: Tensor, label: Tensor, n: int, batch_size: int
+) -> WeightInformation:
+    """PAC-Bayes estimate of the information that the weights w store of the n training samples (after Wang
+    et al., ICLR 2022, arXiv 2109.14509): ``n / 2 (w - w0)^T F (w - w0)`` nats.
+
+    That is KL(N(w, C) || N(w0, C)) for the covariance C = F^-1 / n that a maximum-likelihood fit has over
+    bootstrap samples, F being the Fisher information of one sample. With d = w - w0 the quadratic form is
+    the mean of (d . grad log p)^2 over samples, so one forward-mode pass gives it; F itself is never built.
+    Two Fisher matrices: ``empirical`` squares the gradient at the given label, ``model`` averages over labels
+    drawn from the network's own prediction (exactly, by its probabilities).
+
+    Bias: for given weights the mean over drawn training images is unbiased (its standard error is returned).
+    What is biased is the picture: prior and posterior are Gaussians of one covariance, F is taken at w alone,
+    and the expansion from w0 to w is far from local. The number ranks networks of one architecture, size of
+    training set and schedule; it is no bound. The authors' published code (993d070) does something else: it
+    sums over layers the squared product of d with a *mean* gradient, without n / 2.
+
+    Args:
+        net: in eval mode.
+        before: w0, by name.
+        image: [m, c, h, w], of the training set.
+        label: [m] int64, as given.
+        n: size of the training set.
+        batch_size: images at once.
+    """
+    now = parameters_of(net)
+    step = {name: p - before[name].to(p) for name, p in now.items()}
+    empirical, model = [], []
+    with tf32(False):
+        for x, y in zip(torch.split(image, batch_size), torch.split(label, batch_size), strict=True):
+
+            def log_probability(weights: Parameters, x: Tensor = x) -> Tensor:
+                logits: Tensor = functional_call(net, weights, (x,))
+                return logits.float().log_softmax(dim=1)
+
+            value, change = jvp(log_probability, (now,), (step,))[:2]
+            empirical.append(change.gather(1, y[:, None]).squeeze(1).double().square())
+            model.append((value.double().exp() * change.double().square()).sum(dim=1))
+    return WeightInformation(*_half(torch.cat(empirical), n), *_half(torch.cat(model), n))
+
+
+def _half(squares: Tensor, n: int) -> tuple[float, float]:
+    error = float(squares.std()) / math.sqrt(len(squares)) if len(squares) > 1 else math.nan
+    return 0.5 * n * float(squares.mean()), 0.5 * n * error
+
+
+def label_entropy(label: NDArray[np.int64]) -> float:
+    """Plug-in entropy of labels [n], in nats."""
+    share = np.bincount(label) / len(label)
+    share = share[share > 0]
+    return float(-(share * np.log(share)).sum())
+
+
+def label_information_bound(features: Matrix, label: NDArray[np.int64], seed: int) -> float:
+    """A variational lower bound on I(T; Y): H(Y) - CE of a classifier of y from t (Barber and Agakov, NeurIPS
+    2003), nats.
+
+    The classifier is scikit-learn's logistic regression on standardised features, fitted on one half; the
+    cross-entropy is that of the other half.
+
+    Bias: a lower bound in expectation, loose by the divergence between the classifier and the true
+    posterior, so by all that is not log-linear; more so with few samples. May be negative. H(Y) is plugged
+    in from the samples.
+
+    Args:
+        features: [n, d].
+        label: [n].
+        seed: of the halves.
+    """
+    first, second = _halves(len(label), seed)
+    centre, scale = features[first].mean(axis=0), features[first].std(axis=0)
+    x = (features - centre) / np.where(scale > 1e-12, scale, 1.0)
+    known = np.unique(label[first])
+    second = second[np.isin(label[second], known)]
+    if len(known) < 2 or not len(second):
+        return math.nan
+    fitted = LogisticRegression(max_iter=1000).fit(x[first], label[first])
+    chosen = fitted.predict_log_proba(x[second])[
+        np.arange(len(second)), np.searchsorted(known, label[second])
+    ]
+    return label_entropy(label) + float(np.maximum(chosen, math.log(1e-12)).mean())
+
+
+def label_information_neighbours(features: Matrix, label: NDArray[np.int64], neighbours: int = 3) -> float:
+    """I(T; Y) for continuous t and discrete y by nearest neighbours (Ross, PLoS ONE 2014), nats, >= 0.
+
+    What scikit-learn's ``mutual_info_classif`` computes for one feature, here for a vector t, in the maximum
+    norm.
+
+    Bias: small in one or two dimensions; towards zero as d grows or n shrinks, since neighbours are then no
+    longer near. At most about log n.
+
+    Args:
+        features: [n, d]; equally scaled columns make sense.
+        label: [n]; classes of a single sample are left out.
+        neighbours: k.
+    """
+    kinds, counts = np.unique(label, return_counts=True)
+    keep = np.isin(label, kinds[counts > 1])
+    x, y = features[keep], label[keep]
+    n = len(y)
+    if n == 0:
+        return math.nan
+    radius, inside, used = np.empty(n), np.empty(n), np.empty(n)
+    for kind in np.unique(y):
+        members = np.flatnonzero(y == kind)
+        k = min(neighbours, len(members) - 1)
+        search = NearestNeighbors(n_neighbors=k, metric="chebyshev").fit(x[members])
+        # just inside the k-th neighbour, so that the count below is of points strictly nearer, plus itself
+        radius[members] = np.nextafter(search.kneighbors()[0][:, -1], 0)
+        inside[members], used[members] = k, len(members)
+    m = KDTree(x, metric="chebyshev").query_radius(x, radius, count_only=True)
+    value = digamma(n) + digamma(inside).mean() - digamma(used).mean() - digamma(m).mean()
+    return max(0.0, float(value))
+
+
+def neighbour_information(a: Matrix, b: Matrix, neighbours: int = 3) -> float:
+    """I(A; B) of two continuous vectors by nearest neighbours (Kraskov, Stögbauer and Grassberger, Phys. Rev.
+    E 69, 2004, arXiv cond-mat/0305641, estimator 1), nats, >= 0; searches by scikit-learn.
+
+    Bias: nearly none for independent or weakly dependent vectors of a few dimensions; far too small where
+    the dependence is strong or deterministic, as that of a representation on its image is: n samples cannot
+    show more than about log n.
+
+    Args:
+        a, b: [n, d] and [n, e].
+        neighbours: k.
+    """
+    joint = np.hstack([a, b])
+    distance = NearestNeighbors(n_neighbors=neighbours, metric="chebyshev").fit(joint).kneighbors()[0][:, -1]
+    radius = np.nextafter(distance, 0)
+    counts = [KDTree(x, metric="chebyshev").query_radius(x, radius, count_only=True) for x in (a, b)]
+    value = digamma(len(a)) + digamma(neighbours) - sum(digamma(c).mean() for c in counts)
+    return max(0.0, float(value))
+
+
+def contrastive_information(
+    a: Matrix, b: Matrix, *, seed: int, steps: int = 300, batch: int = 128, width: int = 64
+) -> float:
+    """InfoNCE, a variational lower bound on I(A; B) (van den Oord et al., arXiv 1807.03748; Poole et al.,
+    ICML 2019, arXiv 1905.06922), nats.
+
+    The critic is an inner product of two small networks, one for each vector. Half of the pairs train it, a
+    quarter chooses the step, the last quarter gives the estimate, so that neither training nor choosing
+    flatters it.
+
+    Bias: a lower bound in expectation, of at most log(batch), here and in any batch of the last quarter;
+    loose where the critic has learnt too little from few pairs. May be slightly negative.
+
+    Args:
+        a, b: [n, d] and [n, e], n >= 16, about zero mean and unit scale.
+        seed: of split, initial critic and batches.
+        steps: of training.
+        batch: pairs in a contrast.
+        width: of the critic's hidden layers.
+    """
+    n = len(a)
+    x, y = (torch.from_numpy(np.ascontiguousarray(v)).float() for v in (a, b))
+    order = torch.randperm(n, generator=stream(seed, "analyse/contrast"))
+    train, choose, test = order[: n // 2], order[n // 2 : 3 * n // 4], order[3 * n // 4 :]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(seed, "analyse/critic"))
+        critic = nn.ModuleList(_tower(v.shape[1], width) for v in (x, y))
+    optimiser = torch.optim.Adam(critic.parameters(), lr=1e-3, weight_decay=1e-4)
+    draws = stream(seed, "analyse/contrast", step=1)
+    best, estimate = -math.inf, 0.0
+    for step in range(steps):
+        rows = train[torch.randperm(len(train), generator=draws)[:batch]]
+        optimiser.zero_grad()
+        with torch.enable_grad():
+            (-_info_nce(critic, x[rows], y[rows])).backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        if step % 10 == 9 or step == steps - 1:
+            value = _batched(critic, x[choose], y[choose], batch)
+            if value > best:
+                best, estimate = value, _batched(critic, x[test], y[test], batch)
+    return estimate
+
+
+def _tower(inputs: int, width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 32)
+    )
+
+
+def _info_nce(critic: nn.ModuleList, x: Tensor, y: Tensor) -> Tensor:
+    scores: Tensor = critic[0](x) @ critic[1](y).T
+    return scores.diagonal().mean() - scores.logsumexp(dim=1).mean() + math.log(len(x))
+
+
+@torch.no_grad()
+def _batched(critic: nn.ModuleList, x: Tensor, y: Tensor, batch: int) -> float:
+    """Mean over equal contrasts: a smaller one would have a lower cap."""
+    size = min(batch, len(x))
+    whole = len(x) // size * size
+    pairs = zip(torch.split(x[:whole], size), torch.split(y[:whole], size), strict=True)
+    values = [float(_info_nce(critic, u, v)) for u, v in pairs]
+    return sum(values) / len(values)
+
+
+def _halves(n: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    order = torch.randperm(n, generator=stream(seed, "analyse/halves")).numpy()
+    return order[: n // 2], order[n // 2 :]
+
+
+def reduced(values: Matrix, components: int) -> Matrix:
+    """The first principal components of rows [n, d], each scaled to unit variance: [n, at most components].
+
+    A function of the vector, so it can only lose information (data processing inequality).
+    """
+    count = min(components, *values.shape)
+    # the full solver draws no random numbers
+    return np.asarray(PCA(count, whiten=True, svd_solver="full").fit_transform(values), dtype=np.float64)
+
+
+def mutual_information(
+    image: Tensor,
+    features: Tensor,
+    label: Tensor,
+    *,
+    components: int,
+    neighbours: int,
+    contrast_steps: int,
+    seed: int,
+) -> dict[str, float]:
+    """I(T; Y) and I(X; T) of images [n, c, h, w], features [n, d] and labels [n], two estimators each."""
+    t = features.double().cpu().numpy()
+    y = label.cpu().numpy()
+    small_t = reduced(t, components)
+    small_x = reduced(image.double().cpu().flatten(1).numpy(), components)
+    return {
+        "label_entropy": label_entropy(y),
+        "label_bound": label_information_bound(t, y, seed),
+        "label_neighbours": label_information_neighbours(small_t, y, neighbours),
+        "input_bound": contrastive_information(small_x, small_t, seed=seed, steps=contrast_steps),
+        "input_neighbours": neighbour_information(small_x, small_t, neighbours),
+    }
+
+
+def measure(
+    subject: Subject,
+    *,
+    probe: int,
+    test: int,
+    components: int,
+    neighbours: int,
+    contrast_steps: int,
+    batch_size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Information in the weights, and of the last hidden representation, clean and as attacked in training.
+
+    Args:
+        probe: training images.
+        test: test images.
+        components: principal components of image and representation for the neighbour-based estimators and
+            the contrastive bound.
+        neighbours: k of the neighbour-based estimators.
+        contrast_steps: of training the contrastive bound's critic.
+    """
+    run, net = subject.run, subject.net
+    before = parameters_of(initial(run))
+    result: dict[str, Any] = {"weights": {}, "representation": {}, "training_images": run.train.n}
+    for split, data, count, name in (("train", run.train, probe, "probe"), ("test", run.test, test, "test")):
+        index = draw(data.n, count, seed, name)
+        batch = data.take(index.to(run.device))
+        adversarial = attack_images(
+            net, data, index, run.training_attack, run.threat, seed=seed, batch_size=batch_size
+        )
+        for kind, image in (("clean", batch.image), ("adversarial", adversarial)):
+            seen = last_layer(net, image, batch_size)
+            result["representation"][f"{split}, {kind}"] = mutual_information(
+                image,
+                seen.features,
+                batch.label,
+                components=components,
+                neighbours=neighbours,
+                contrast_steps=contrast_steps,
+                seed=seed,
+            )
+            if split == "train":
+                found = information_in_weights(net, before, image, batch.label, data.n, batch_size)
+                result["weights"][kind] = dict(vars(found))
+    return result

@@ -1,0 +1,463 @@
+"""The pages of an analysis and of a label audit: self-contained HTML from plain results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from softdefend.analysis.figures import Curve, dot_plot, line_plot, surface_plot
+from softdefend.analysis.label_audit import Audit
+from softdefend.report import RunRecord
+from softdefend.report.blocks import figures, paragraph, picture, titled
+from softdefend.report.figures import Plot, Series, colours, epoch_plot
+from softdefend.report.markup import Html, details, join, row, scrolling_table, tag
+from softdefend.report.runs import Group
+from softdefend.report.tables import ABSENT
+
+
+@dataclass(frozen=True)
+class Found:
+    """The result of one part for one network.
+
+    Attributes:
+        run: its name.
+        weights: ``best``, ``last`` or a checkpoint.
+        epoch: of these weights, or None.
+        result: plain values.
+    """
+
+    run: str
+    weights: str
+    epoch: int | None
+    result: Mapping[str, Any]
+
+    @property
+    def at(self) -> str:
+        """The weights in words."""
+        return self.weights if self.epoch is None else f"{self.weights} (epoch {self.epoch})"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All results: overfitting by run, the other parts by part.
+
+    Attributes:
+        records: the runs, by name.
+        overfitting: by run name; empty where the part was not asked for.
+        parts: by part, in the order asked for.
+    """
+
+    records: Mapping[str, RunRecord]
+    overfitting: Mapping[str, Mapping[str, Any]]
+    parts: Mapping[str, Sequence[Found]]
+
+    def groups(self) -> list[Group]:
+        """Each run as a group of its own, in the report's terms."""
+        return [Group(name, (record,)) for name, record in self.records.items()]
+
+
+def write(title: str, about: str, *sections: Html) -> bytes:
+    """A whole page."""
+    style = Html((files("softdefend.report") / "page.css").read_text(encoding="utf-8"))
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", f"{title}: {about}"),
+        tag("style", style),
+    )
+    header = tag("header", tag("h1", title), tag("p", about, class_="about"))
+    body = tag("body", header, tag("main", *sections))
+    text = "<!DOCTYPE html>\n" + tag("html", join("\n", head, "\n", body, "\n"), lang="en")
+    return text.encode()
+
+
+def analysis_page(analysis: Analysis) -> bytes:
+    """The page of ``softdefend analyse``."""
+    colour = colours(analysis.groups())
+    makers = {
+        "gradients": _gradients,
+        "labels": _labels,
+        "information": _information,
+        "geometry": _geometry,
+    }
+    sections = [_overfitting(analysis, colour)] if analysis.overfitting else []
+    sections += [makers[part](found, colour) for part, found in analysis.parts.items() if found]
+    return write("Analysis", " · ".join(analysis.records), *sections)
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number as text, a dash for None."""
+    if value is None:
+        return ABSENT
+    return f"{value:.{digits}f}".replace("-", "−") if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def percent(value: float | None) -> str:
+    """A share as per cent, a dash for None."""
+    return number(None if value is None else 100 * value, 1)
+
+
+def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
+    body = [tag("tr", tag("th", first, scope="row"), *(tag("td", t) for t in rest)) for first, *rest in rows]
+    return scrolling_table(caption, row("th", *head), body)
+
+
+def _folded(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
+    """A long table, behind its figures."""
+    return details(f"{caption}: all numbers", _table(caption, head, rows))
+
+
+def _drawn(*plots: Plot | None) -> Html:
+    return figures([plot for plot in plots if plot])
+
+
+def _overfitting(analysis: Analysis, colour: Mapping[str, str]) -> Html:
+    groups, results = [], analysis.overfitting
+    for name, record in analysis.records.items():
+        gaps = zip(record.metrics, results[name]["gap_robust"], strict=True)
+        groups.append(Group(name, (replace(record, metrics=[{**m, "gap": gap} for m, gap in gaps]),)))
+    held_out = {"test": "test images", "val": "validation images"}
+    kinds = list(dict.fromkeys(result["held_out"] for result in results.values()))
+    side = kinds[0] if len(kinds) == 1 else "val"
+    plots = [
+        epoch_plot(
+            f"{title} accuracy",
+            groups,
+            colour,
+            [Series(f"{side}_{kind}", held_out[side]), Series(f"train_{kind}", "training images")],
+            "%",
+        )
+        for kind, title in (("robust", "Robust"), ("clean", "Clean"))
+    ]
+    gap = epoch_plot("Robust generalisation gap", groups, colour, [Series("gap", "")], "%")
+    rows = []
+    for name, result in results.items():
+        best, last, lost = (result[key] or {} for key in ("best", "last", "difference"))
+        rows.append(
+            [
+                name,
+                str(best.get("epoch", ABSENT)),
+                *(percent(one.get("val_robust")) for one in (best, last, lost)),
+                *(percent(one.get("test_robust")) for one in (best, last, lost)),
+                *(percent(one.get("gap_robust")) for one in (best, last)),
+            ]
+        )
+    head = ["run", "best epoch", *(f"{side} robust, {at}" for side in ("val", "test") for at in _TRIPLE)]
+    head += ["robust gap, best", "robust gap, last"]
+    note = (
+        "Accuracy in per cent. Best: the epoch of highest robust validation accuracy. Difference: best minus "
+        "last. Gap: training minus held-out accuracy; training accuracy is against the labels as given."
+    )
+    return titled(
+        "Robust overfitting", _drawn(*plots, gap), _table("Best and last epoch", head, rows), paragraph(note)
+    )
+
+
+_TRIPLE = ("best", "last", "difference")
+
+
+def _final(found: Sequence[Found]) -> Iterator[Found]:
+    """Of each run the weights measured last: best, then last, then checkpoints are asked for in order, and
+    one line for each run is what a figure can hold."""
+    for _, group in groupby(found, key=lambda one: one.run):
+        members = list(group)
+        yield next((one for one in members if one.weights == "last"), members[-1])
+
+
+def _gradients(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
+    rows, dots = [], []
+    for one in found:
+        for layer, images in (("last layer", "last_layer"), ("whole network", "whole_network")):
+            for kind, targets in one.result[images].items():
+                for target, spread in targets.items():
+                    rows.append(
+                        [
+                            one.run,
+                            one.at,
+                            layer,
+                            kind,
+                            target,
+                            number(spread["mean"]),
+                            *(number(spread.get(name)) for name in ("right_mean", "wrong_mean")),
+                            *(percent(spread.get(name)) for name in ("fraction_wrong", "share_of_wrong")),
+                        ]
+                    )
+                    share = spread.get("share_of_wrong")
+                    if images == "last_layer" and kind == "adversarial" and share is not None:
+                        dots.append((one.weights, one.run, f"{target} labels", 100 * share))
+    curves = []
+    for one in _final(found):
+        given = one.result["last_layer"]["adversarial"]["given"]
+        kinds = (("right", "labels taken as right"), ("wrong", "wrong labels"))
+        drawn = [(name, words) for name, words in kinds if given.get(f"{name}_quantiles")]
+        if drawn:
+            curves += [_distribution(one.run, words, given[f"{name}_quantiles"]) for name, words in drawn]
+        else:
+            curves.append(_distribution(one.run, "", given["quantiles"]))
+    head = ["run", "weights", "of", "images", "labels", "mean norm", "right", "wrong"]
+    head += ["% of samples wrong", "% of gradient from wrong"]
+    judged = " and ".join(dict.fromkeys(one.result["judged_by"] for one in found))
+    note = (
+        f"Labels judged by: {judged}. Norms of the gradient of each sample's cross-entropy, in eval mode, "
+        f"{found[0].result['probe']} training images. Refined labels are the label memory's."
+    )
+    return titled(
+        "Gradient norms and memorisation",
+        _drawn(
+            line_plot(
+                "Distribution of last-layer gradient norms",
+                curves,
+                colour,
+                xlabel="gradient norm, adversarial images",
+                ylabel="samples below (%)",
+                logarithmic=True,
+            ),
+            dot_plot("Gradient carried by wrong labels", dots, colour, xlabel="share of the gradient (%)"),
+        ),
+        _memorisation(found),
+        paragraph(note),
+        _folded("Gradient norms", head, rows),
+    )
+
+
+def _distribution(run: str, kind: str, quantiles: Sequence[float]) -> Curve:
+    return Curve(run, kind, quantiles, [100 * i / (len(quantiles) - 1) for i in range(len(quantiles))])
+
+
+def _memorisation(found: Sequence[Found]) -> Html:
+    rows = [
+        [
+            one.run,
+            one.at,
+            kind,
+            str(memory["wrong"]),
+            percent(memory["fitted"]),
+            percent(memory.get("recovered")),
+        ]
+        for one in found
+        for kind, memory in one.result["memorisation"].items()
+    ]
+    if not rows:
+        return paragraph(
+            "Nothing is known of which labels are wrong: give --reference, or data with clean labels."
+        )
+    head = ["run", "weights", "images", "wrong labels", "% fitted", "% recovered"]
+    note = "Fitted: the network repeats the wrong label. Recovered: it says the true class."
+    return join(_table("Wrong labels in the probe set", head, rows), paragraph(note))
+
+
+_QUALITY = ("accuracy", "confidence", "entropy", "ece", "adaptive_ece", "brier", "nll")
+_SHARES = ("accuracy", "confidence", "ece", "adaptive_ece")
+
+
+def _labels(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
+    rows, people = [], []
+    for one in found:
+        targets = one.result["targets"] or {}
+        measured = {f"predictions, {kind} test": q for kind, q in one.result["predictions"].items()}
+        measured |= {f"{name}, training": q for name, q in targets.items() if isinstance(q, dict)}
+        for what, quality in measured.items():
+            cells = [(percent if name in _SHARES else number)(quality[name]) for name in _QUALITY]
+            rows.append([one.run, one.at, what, *cells])
+        for what, distance in one.result["people"].items():
+            cells = [number(distance[name]) for name in ("kl", "total_variation")]
+            cells += [percent(distance["agreement"]), number(distance["entropy_rank_correlation"])]
+            people.append([one.run, one.at, what, *cells])
+    curves = [
+        Curve(one.run, f"{kind} test images", *_bars(one.result["predictions"][kind]["reliability"]))
+        for one in _final(found)
+        for kind in ("clean", "adversarial")
+    ]
+    head = [
+        "run",
+        "weights",
+        "what",
+        "accuracy, %",
+        "confidence, %",
+        "entropy, nats",
+        "ECE, %",
+        "adaptive ECE, %",
+    ]
+    head += ["Brier", "NLL, nats"]
+    note = f"Adversarial: {found[0].result['attack']} at the trained threat, against the true label."
+    parts = [paragraph(note), _folded("Calibration", head, rows)]
+    if people:
+        head = ["run", "weights", "what", "KL(people ‖ ours), nats", "total variation", "top-1 agreement, %"]
+        head += ["entropy rank correlation"]
+        parts.insert(0, _table("Distance to human labels", head, people))
+    reliability = line_plot(
+        "Reliability",
+        curves,
+        colour,
+        xlabel="confidence",
+        ylabel="accuracy",
+        diagonal=True,
+        markers=True,
+    )
+    return titled("Label quality", _drawn(reliability), *parts)
+
+
+def _bars(bars: Sequence[Mapping[str, float]]) -> tuple[list[float], list[float]]:
+    return [bar["confidence"] for bar in bars], [bar["accuracy"] for bar in bars]
+
+
+_ESTIMATES = {
+    "label_bound": "I(T; Y), classifier bound",
+    "label_neighbours": "I(T; Y), neighbours",
+    "input_bound": "I(X; T), InfoNCE bound",
+    "input_neighbours": "I(X; T), neighbours",
+}
+
+
+def _information(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
+    rows, stored, dots, errors = [], [], [], {}
+    for one in found:
+        for kind, weights in one.result["weights"].items():
+            at = (f"{one.weights}, {kind}", one.run, "empirical Fisher")
+            stored.append((*at, weights["empirical"]))
+            if weights["empirical_error"] is not None:
+                errors[at] = weights["empirical_error"]
+            stored.append((*at[:2], "model Fisher", weights["model"]))
+        for images, values in one.result["representation"].items():
+            cells = [number(values[name]) for name in ("label_entropy", *_ESTIMATES)]
+            rows.append([one.run, one.at, images, *cells])
+    for one in _final(found):
+        for images, values in one.result["representation"].items():
+            for name, words in _ESTIMATES.items():
+                if images.endswith("adversarial") and values[name] is not None:
+                    dots.append((words, one.run, images, values[name]))
+    head = ["run", "weights", "images", "H(Y)", *_ESTIMATES.values()]
+    note = (
+        "All in nats. T is what enters the last linear layer. The classifier and InfoNCE bounds are lower "
+        "bounds; the neighbour-based estimates err towards zero, and far so for I(X; T), which is unbounded "
+        "for a deterministic network. Compare runs, do not read single values."
+    )
+    weights = dot_plot(
+        "Information in the weights", stored, colour, xlabel="n/2 (w − w₀)ᵀ F (w − w₀), nats", errors=errors
+    )
+    return titled(
+        "Information",
+        _drawn(weights, dot_plot("Mutual information, adversarial images", dots, colour, xlabel="nats")),
+        paragraph(note),
+        _folded("Mutual information", head, rows),
+    )
+
+
+def _geometry(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
+    rows, slices, surfaces = [], [], []
+    for one in found:
+        result = one.result
+        top = result["eigenvalue"] or {}
+        rows.append(
+            [
+                one.run,
+                one.at,
+                *(number(result["loss"][kind]) for kind in ("clean", "adversarial")),
+                number(top.get("value"), 2),
+                number(top.get("residual")),
+                number(result["input_gradient"]["l1"]["mean"], 2),
+                number(result["input_gradient"]["l2"]["mean"]),
+                number(result["linearity_gap"]["mean"]),
+            ]
+        )
+        if (grid := result["surface"]) is not None:
+            middle = len(grid["axis"]) // 2
+            slices.append(Curve(one.run, one.weights, grid["axis"], [line[middle] for line in grid["loss"]]))
+    for one in _final(found):
+        if (grid := one.result["surface"]) is not None:
+            title = f"Loss surface, {one.run}, {one.at}"
+            surfaces.append(surface_plot(title, grid["axis"], grid["loss"], colour[one.run]))
+    head = ["run", "weights", "clean loss", "adversarial loss", "largest eigenvalue", "its residual"]
+    head += ["input gradient, ℓ₁", "input gradient, ℓ₂", "linearity gap"]
+    note = (
+        f"{found[0].result['probe']} training images with their given labels. The eigenvalue is of the "
+        "Hessian of the adversarial loss in the weights; its residual is |Hv − λv| / |λ|. Input gradients "
+        "and linearity gap are means over clean images. Surfaces: adversarial images fixed, directions "
+        "filter-normalised."
+    )
+    line = line_plot(
+        "Loss along the first direction",
+        slices,
+        colour,
+        xlabel="distance in filter norms",
+        ylabel="adversarial loss",
+    )
+    return titled("Geometry", _drawn(line, *surfaces), _table("Geometry", head, rows), paragraph(note))
+
+
+def audit_page(audit: Audit, top: int) -> bytes:
+    """The page of ``softdefend labels audit``: what was found, how well, and the ``top`` first images."""
+    run = audit.subject.run
+    n, weights = len(audit.rows), audit.subject.weights.name
+    known = (
+        ""
+        if audit.wrong is None
+        else f" Of all labels {audit.wrong:,} are wrong ({100 * audit.wrong / n:.1f}%)."
+    )
+    summary = (
+        f"{n:,} training images, ranked by {audit.score} of the label memory at {weights}. "
+        f"For {audit.flagged:,} of them another class than the given one is believed.{known}"
+    )
+    sections = [titled("What was found", tag("p", summary, class_="summary"))]
+    if audit.comparison:
+        sections.append(_comparison(audit))
+    shown = [_suspect(audit, line) for line in audit.rows[:top]]
+    note = "From the most suspicious on: the given label, what is believed, and how strongly."
+    sections.append(titled("Most suspicious labels", paragraph(note), tag("div", *shown, class_="gallery")))
+    return write("Label audit", run.name, *sections)
+
+
+def _comparison(audit: Audit) -> Html:
+    at = sorted({int(k) for line in audit.comparison for k in line["precision_at"]})
+    head = ["ranking", "AUROC", "average precision", *(f"precision at {k:,}" for k in at)]
+    head += ["called wrong", "precision", "recall", "F1"]
+    rows = []
+    for line in audit.comparison:
+        called = line["called_wrong"]
+        rows.append(
+            [
+                line["name"],
+                number(line["auroc"], 4),
+                number(line["average_precision"], 4),
+                *(number(line["precision_at"].get(str(k))) for k in at),
+                f"{called['size']:,}",
+                *(number(called[name]) for name in ("precision", "recall", "f1")),
+            ]
+        )
+    names = [f"{audit.score} (memory)", f"{audit.score} (prediction)"]
+    names += [name for name in audit.curves if name.startswith("cleanlab self")]
+    lines = [Curve(n, "", c["recall"], c["precision"]) for n in names if (c := audit.curves.get(n))]
+    colour = dict(
+        zip([line.run for line in lines], ("#0072b2", "#56b4e9", "#d55e00", "#e69f00"), strict=False)
+    )
+    plot = line_plot("Precision and recall", lines, colour, xlabel="recall", ylabel="precision")
+    note = (
+        "Low scores are to find wrong labels; the truth is the clean labels. Called wrong: another class "
+        "believed, or cleanlab's issue set. In brackets the probabilities that a ranking looks at."
+    )
+    return titled("How well", _drawn(plot), _table("Detection", head, rows), paragraph(note))
+
+
+def _suspect(audit: Audit, line: Mapping[str, Any]) -> Html:
+    image = audit.subject.run.bundle.train.images[line["index"]]
+    pixels = image.float().div(255) if not image.is_floating_point() else image
+    believed = f"{line['believed']} {100 * line['confidence']:.0f}%"
+    words = [
+        join(f"{line['rank']}. given "),
+        tag("b", line["given"]),
+        tag("br"),
+        join("believed "),
+        tag("b", believed),
+    ]
+    if "true" in line:
+        verdict = ("wrong label", "correct") if line["wrong"] else ("label is right", "wrong")
+        words.append(tag("span", verdict[0], class_=verdict[1]))
+    words.append(tag("small", f" image {line['source_position']}"))
+    alt = f"Training image {line['source_position']}: given {line['given']}, believed {believed}"
+    return picture(np.asarray(pixels.numpy(), dtype=np.float32), alt, *words)
