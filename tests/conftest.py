@@ -6,7 +6,6 @@ import os
 
 import pytest
 import torch
-from torch import nn
 
 from softdefend.attacks import PGD
 from softdefend.data import AugmentSettings, DataBundle, from_tensors
@@ -14,7 +13,7 @@ from softdefend.rng import stream
 from softdefend.threat import Budget, ThreatModel
 from softdefend.training import OptimSettings, Recipe, RuntimeSettings, SaveSettings, Trainer
 from softdefend.training.trainer import ValidateSettings
-from tiny import K
+from tiny import K, tiny_net
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,21 +37,7 @@ def bundle() -> DataBundle:
 @pytest.fixture
 def make_net():
     """A function that builds the same small network (with BatchNorm and dropout) every time."""
-
-    def make() -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return nn.Sequential(
-                nn.Conv2d(1, 8, 3, padding=1),
-                nn.BatchNorm2d(8),
-                nn.ReLU(),
-                nn.Dropout(0.1),
-                nn.AvgPool2d(3),
-                nn.Flatten(),
-                nn.Linear(32, K),
-            )
-
-    return make
+    return tiny_net
 
 
 @pytest.fixture
@@ -61,8 +46,10 @@ def make_trainer(bundle, make_net, tmp_path):
 
     made: list[Trainer] = []
 
-    def make(label, objective, weight=None, folder="run", **settings) -> Trainer:
-        recipe = Recipe(ThreatModel("linf", Budget("0.1")), PGD(steps=3), label, objective)
+    def make(
+        label, objective, weight=None, folder="run", net=None, data=bundle, attack=None, **settings
+    ) -> Trainer:
+        recipe = Recipe(ThreatModel("linf", Budget("0.1")), attack or PGD(steps=3), label, objective)
         defaults = {
             "optim": OptimSettings(epochs=3, batch_size=16, lr=0.1),
             "augment": AugmentSettings("crop-flip", pad=1),
@@ -71,8 +58,8 @@ def make_trainer(bundle, make_net, tmp_path):
             "save": SaveSettings(every_steps=1),
         }
         trainer = Trainer(
-            make_net(),
-            bundle,
+            net or make_net(),
+            data,
             recipe,
             tmp_path / folder,
             weight=weight,

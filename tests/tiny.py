@@ -31,3 +31,18 @@ def batch_of(image: Tensor, label: Tensor | None = None) -> Batch:
     """The first samples of the training set."""
     index = torch.arange(len(image))
     return Batch(index, image, index % K if label is None else label)
+
+
+def tiny_net(classes: int = K, seed: int = 0) -> nn.Module:
+    """A small network with BatchNorm and dropout for greyscale images of 6x6 to 8x8 pixels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.AvgPool2d(3),
+            nn.Flatten(),
+            nn.Linear(32, classes),
+        )

@@ -6,20 +6,33 @@ from softdefend.api import evaluate, train
 from softdefend.attacks import FGSM, PGD
 from softdefend.data import DataSettings, from_tensors, load
 from softdefend.errors import DivergenceError, SettingError
-from softdefend.labels import SGLR, Hard, Smooth
+from softdefend.labels import ADR, KD, SAT, SGLR, Hard, Smooth
 from softdefend.models import normalised
-from softdefend.objectives import PGDAT, TRADES
+from softdefend.objectives import FGSMRS, MART, MLCAT, NFGSM, PGDAT, SCE, TE, TRADES, TRADESTE, Consistency
 from softdefend.threat import ThreatModel
 from softdefend.training import OptimSettings, Schedule
-from softdefend.weights import EMA, Plain
+from softdefend.weights import AWP, EMA, SWA, Plain
 
 __all__ = [
+    "ADR",
+    "AWP",
     "EMA",
     "FGSM",
+    "FGSMRS",
+    "KD",
+    "MART",
+    "MLCAT",
+    "NFGSM",
     "PGD",
     "PGDAT",
+    "SAT",
+    "SCE",
     "SGLR",
+    "SWA",
+    "TE",
     "TRADES",
+    "TRADESTE",
+    "Consistency",
     "DataSettings",
     "DivergenceError",
     "Hard",

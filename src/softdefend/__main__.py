@@ -1,24 +1,30 @@
-"""The command line: train, evaluate, compare, report, data."""
+"""Image classifiers that withstand adversarial attack: train, evaluate, compare, explain."""
 
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
 import os
 import re
 import sys
+import textwrap
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from softdefend import __version__, pipeline
+from softdefend import __version__, commands, pipeline
 from softdefend.complaints import readable
-from softdefend.config import make_parser, packaged, resolve
+from softdefend.config import make_parser, resolve
 from softdefend.data import DataSettings, describe, load
 from softdefend.errors import DivergenceError, SettingError
 from softdefend.evaluation import EvaluateSettings
+from softdefend.evaluation.examine import Extras
 from softdefend.report import comparison_rows, markdown_table, read_run, text_table, write_report
 from softdefend.threat import Budget, ThreatModel
 
@@ -39,73 +45,131 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def _evaluate_parser() -> ArgumentParser:
-    defaults = EvaluateSettings()
     parser = ArgumentParser(
         prog="softdefend evaluate",
         exit_on_error=False,
         allow_abbrev=False,
         description="Evaluate a run's best and last checkpoint on its test images; what is not given is as "
         "the run was configured. Under another norm or eps than the trained one the result is a file of its "
-        "own, such as evaluation/best-linf-4_255.json, and the report keeps its figures.",
+        "own, such as evaluation/best-linf-4_255.json, and the report keeps its figures. With --model a "
+        "network that was not trained here is evaluated on --data.",
     )
-    parser.add_argument("run", nargs="+", type=str, help="run folders")
+    parser.add_argument("run", nargs="*", type=str, help="run folders")
     parser.add_argument(
         "--which", nargs="+", type=str, default=list(pipeline.WHICH), help="best, last or both"
     )
-    parser.add_argument("--attacks", nargs="+", type=str, help="such as fgsm pgd-20 pgd-50x10 pgd-20-margin")
     parser.add_argument("--norm", type=str | None, help="linf or l2")
     parser.add_argument("--eps", type=Budget | None, help="radius in pixel units, such as 8/255")
-    parser.add_argument("--size", type=int | None, help="test images used")
-    parser.add_argument("--curve_size", type=int | None, help="images of the eps curve; 0 leaves it out")
-    parser.add_argument("--batch_size", type=int, default=defaults.batch_size, help="images at once")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="of the attacks' random starts")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    _add_settings(parser)
+    for flag, text in _EXTRAS.items():
+        parser.add_argument(flag, action="store_true", help=text)
+    parser.add_argument(
+        "--audit_size", type=int, default=250, help="test images that the audit looks at, from the first on"
+    )
+    parser.add_argument(
+        "--transfer",
+        nargs="+",
+        type=str,
+        default=[],
+        help="run folders, or weights of the same network: surrogates for transfer attacks",
+    )
+    parser.add_argument("--robustbench", type=str | None, help="RobustBench's model_info JSON, to write")
+    parser.add_argument("--log", type=str | None, help="log lines as AutoAttack writes them, to write")
+    parser.add_argument("--model", type=str | None, help="package.module:function that makes the network")
+    parser.add_argument(
+        "--weights", type=str | None, help="with --model: safetensors, or a state dict from torch.save"
+    )
+    parser.add_argument("--output", type=str | None, help="with --model: the result folder")
+    parser.add_argument("--data", type=DataSettings, default=DataSettings(), help="with --model")
     return parser
+
+
+_EXTRAS = {
+    "--audit": "look for signs of gradient masking",
+    "--corruptions": "measure accuracy under common corruptions",
+}
+
+
+def _add_settings(parser: ArgumentParser) -> None:
+    """One flag for each field of EvaluateSettings, absent from what is parsed unless it is given."""
+    hints, texts = get_type_hints(EvaluateSettings), attribute_docstrings(EvaluateSettings)
+    for name in (field.name for field in fields(EvaluateSettings)):
+        several, absent = get_origin(hints[name]) is tuple, argparse.SUPPRESS
+        kind = get_args(hints[name])[0] if several else hints[name]
+        nargs = "+" if several else None
+        parser.add_argument(f"--{name}", type=kind, nargs=nargs, default=absent, help=texts[name])
+
+
+def attribute_docstrings(settings: type) -> dict[str, str]:
+    """The string below each field of a dataclass, in one line; empty where there is none."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(settings))).body
+    texts = dict.fromkeys((field.name for field in fields(settings)), "")
+    for one, below in pairwise(getattr(definition, "body", [])):
+        match one, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                texts[name] = " ".join(text.split()).replace("%", "%%")  # argparse formats it
+    return texts
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
     given = _parse(_evaluate_parser(), arguments)
+    _refuse_mixture(given, arguments)
+    changes = {f.name: getattr(given, f.name) for f in fields(EvaluateSettings) if hasattr(given, f.name)}
+    extras = Extras(
+        audit=given.audit_size if given.audit else 0,
+        corruptions=given.corruptions,
+        robustbench=Path(given.robustbench) if given.robustbench else None,
+        log=Path(given.log) if given.log else None,
+    )
+    also = {"extras": extras, "transfer": given.transfer, "device": given.device}
+    if given.model:
+        threat = ThreatModel(given.norm or "linf", given.eps or Budget("8/255"))
+        settings = EvaluateSettings(**changes)
+        pipeline.evaluate_outside(
+            given.model,
+            Path(given.weights),
+            given.data,
+            Path(given.output),
+            threat=threat,
+            settings=settings,
+            **also,
+        )
+        return
+    for folder in map(Path, given.run):
+        experiment = pipeline.open_run(folder)
+        trained = experiment.recipe.threat
+        threat = ThreatModel(given.norm or trained.norm, trained.eps if given.eps is None else given.eps)
+        print(folder)
+        pipeline.evaluate(experiment, given.which, replace(experiment.evaluate, **changes), threat, **also)
+
+
+def _refuse_mixture(given: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Flags that contradict each other, or lack each other."""
     for which in given.which:
         if which not in pipeline.WHICH:
             raise SettingError("--which", repr(which), " or ".join(pipeline.WHICH))
-    for folder in map(Path, given.run):
-        experiment = pipeline.open_run(folder)
-        trained, settings = experiment.recipe.threat, experiment.evaluate
-        eps = trained.eps if given.eps is None else given.eps
-        threat = ThreatModel(given.norm or trained.norm, eps)
-        chosen = EvaluateSettings(
-            attacks=tuple(given.attacks or settings.attacks),
-            size=given.size if given.size is not None else settings.size,
-            curve_size=given.curve_size if given.curve_size is not None else settings.curve_size,
-            examples=settings.examples,
-            batch_size=given.batch_size,
-            seed=given.seed,
-        )
-        print(folder)
-        pipeline.evaluate(experiment, given.which, chosen, threat, device=given.device)
-
-
-def _compare_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="softdefend compare",
-        allow_abbrev=False,
-        description="Train several recipes with several seeds under one protocol: one table, one report. "
-        "Every setting of 'softdefend train' is accepted beside these. Finished runs are kept, unfinished "
-        "ones continued.",
-    )
-    presets = ", ".join(packaged("preset"))
-    parser.add_argument("--presets", nargs="+", required=True, help=f"recipes, by name or path: {presets}")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument(
-        "--folder", type=Path, default=Path("runs/compare"), help="where the runs and report go"
-    )
-    return parser
-
-
-def _compare(arguments: Sequence[str]) -> None:
-    given, rest = _compare_parser().parse_known_args(list(arguments))
-    table, report = pipeline.compare(rest, given.presets, given.seeds, given.folder)
-    print(f"\n{table}\n\nreport: {report}")
+    if given.audit_size < 1:
+        raise SettingError("--audit_size", given.audit_size, "a whole number >= 1")
+    if given.model:
+        if given.run:
+            raise SettingError("run", f"{given.run[0]} with --model", "either run folders or --model")
+        for flag in ("weights", "output"):
+            if not getattr(given, flag):
+                raise SettingError(f"--{flag}", "nothing", f"--{flag} PATH beside --model")
+    else:
+        for flag in ("--weights", "--output", "--data"):
+            if any(word.partition("=")[0].partition(".")[0] == flag for word in arguments):
+                accepted = f"{flag} only beside --model; a run brings its own"
+                raise SettingError(flag, "given without --model", accepted)
+        if not given.run:
+            accepted = "run folders, or --model; see 'softdefend evaluate --help'"
+            raise SettingError("run", "nothing", accepted)
+    checkpoints = 1 if given.model else len(given.which) * len(given.run)
+    for flag in ("robustbench", "log"):
+        if getattr(given, flag) and checkpoints > 1:
+            accepted = "one run and one checkpoint, such as --which best"
+            raise SettingError(f"--{flag}", f"{checkpoints} checkpoints for one file", accepted)
 
 
 def _report_parser() -> ArgumentParser:
@@ -153,18 +217,17 @@ def _data(arguments: Sequence[str]) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "train, evaluate and report one recipe"),
-    "evaluate": (_evaluate, "evaluate a run's checkpoints"),
-    "compare": (_compare, "several recipes and seeds, one table, one report"),
+    "evaluate": (_evaluate, "evaluate a run's checkpoints, or a network from elsewhere"),
+    "compare": (commands.compare, "several recipes and seeds, one table, one report"),
+    "distil": (commands.distil, "two teachers and the student that learns from both (KD-SWA)"),
     "report": (_report, "one page from run folders"),
+    "analyse": (commands.analyse, "why it works: overfitting, gradients, labels, information, geometry"),
+    "labels": (commands.labels, "audit: which training labels does the memory distrust?"),
+    "reproduce": (commands.reproduce, "the paper's experiments: table1, noise, ablation"),
+    "bench": (commands.bench, "how fast training steps are on this machine"),
+    "methods": (commands.methods, "every rule and preset: cost, source, what goes together"),
     "data": (_data, "prepare or describe a data set"),
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are our one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise readable(message, self)
 
 
 def _top_parser() -> ArgumentParser:
@@ -173,18 +236,16 @@ def _top_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="softdefend", version=__version__, description=__doc__, exit_on_error=False, allow_abbrev=False
     )
-    commands = parser.add_subcommands()
+    subcommands = parser.add_subcommands()
     for name, make in (
         ("train", make_parser),
         ("evaluate", _evaluate_parser),
         ("report", _report_parser),
         ("data", _data_parser),
     ):
-        commands.add_subcommand(name, make(), help=COMMANDS[name][1])
-    compare = make_parser("softdefend compare")
-    compare.add_argument("--presets", type=list[str], help="recipes, by name or path")
-    compare.add_argument("--seeds", type=list[int], default=[0])
-    commands.add_subcommand("compare", compare, help=COMMANDS["compare"][1])
+        subcommands.add_subcommand(name, make(), help=COMMANDS[name][1])
+    for name, make in commands.PARSERS.items():
+        subcommands.add_subcommand(name, make(), help=COMMANDS[name][1])
     return parser
 
 
@@ -195,6 +256,7 @@ def run(arguments: Sequence[str]) -> None:
         SettingError: input that cannot be used.
         DivergenceError: training diverged.
     """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the words below settings are their help
     if arguments and arguments[0] in COMMANDS:
         COMMANDS[arguments[0]][0](arguments[1:])
         return

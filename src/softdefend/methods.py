@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from softdefend.complaints import RULES, rules
 from softdefend.config import Experiment, packaged, resolve
 from softdefend.labels import LabelRule
 from softdefend.objectives import Objective
+from softdefend.training.step import mixing_refusal
 from softdefend.weights import WeightRule
 
 STEPS = 10
@@ -37,6 +39,7 @@ PUBLISHED: dict[tuple[str, str, str], str] = {
     ("ADR", "PGDAT", "AWP + EMA"): "Wu et al. 2024",
     ("ADR", "TRADES", "Plain"): "Wu et al. 2024",
     ("Hard", "TE", "Plain"): "Dong et al. 2022",
+    ("Hard", "TRADESTE", "Plain"): "Dong et al. 2022",
     ("Hard", "MLCAT", "Plain"): "Yu et al. 2022",
     ("Hard", "Consistency", "Plain"): "Tack et al. 2022",
     ("Hard", "NFGSM", "Plain"): "de Jorge et al. 2022",
@@ -59,6 +62,7 @@ class Method:
         units: forward units of a training step with PGD-10 (objective, preset), or what the rule adds to one
             of PGD-AT (label and weight rules). A unit is one forward of a batch; a gradient with respect to
             images, or to weights, is one more.
+        refusal: why it is refused with CutMix, "" where it is not.
         combination: a preset's label rule, objective and weight rule, else empty.
     """
 
@@ -67,6 +71,7 @@ class Method:
     summary: str
     source: str
     units: float
+    refusal: str = ""
     combination: tuple[str, str, str] | tuple[()] = ()
 
 
@@ -99,22 +104,6 @@ def _clean(label: LabelRule, objective: Objective) -> int:
     return 0 if made or not label.asks_clean else 1
 
 
-def refusal(label: LabelRule, objective: Objective, weight: WeightRule, *, mixes: bool = False) -> str | None:
-    """Why rules do not go together, or None where they do.
-
-    Args:
-        label, objective, weight: the rules.
-        mixes: whether augmentation mixes the images of a batch, as CutMix does.
-    """
-    for rule in (label, objective, weight):
-        if mixes and not rule.mixes:
-            return (
-                f"{type(rule).__name__} keeps beliefs about single images, and CutMix shows none: "
-                "what the network says of a mixture belongs to neither image"
-            )
-    return None
-
-
 def catalogue() -> list[Method]:
     """Every public rule, in the order of their names, and every shipped preset."""
     import softdefend
@@ -123,7 +112,9 @@ def catalogue() -> list[Method]:
     for kind in ("label", "objective", "weight"):
         for name in rules(kind):
             made = getattr(softdefend, name)()
-            found.append(Method(kind, name, _summary(RULES[kind], made), made.source, _own_units(made)))
+            refusal = mixing_refusal(made) or ""
+            summary = _summary(RULES[kind], made)
+            found.append(Method(kind, name, summary, made.source, _own_units(made), refusal))
     return [*found, *map(_preset, packaged("preset"))]
 
 
@@ -140,8 +131,9 @@ def _own_units(rule: LabelRule | Objective | WeightRule) -> float:
 
 
 def _summary(base: type, rule: object) -> str:
-    lines = (type(rule).__doc__ or base.__doc__ or "").strip().split("\n\n")[0].split()
-    return " ".join(lines).rstrip(".")
+    """The docstring's first sentence, without its mark-up."""
+    paragraph = (type(rule).__doc__ or base.__doc__ or "").strip().split("\n\n")[0]
+    return _sentence(re.sub(r":class:|`", "", paragraph))
 
 
 def _preset(name: str) -> Method:
@@ -149,7 +141,9 @@ def _preset(name: str) -> Method:
     combination = combined(experiment)
     recipe = experiment.recipe
     cost = units(recipe.label, recipe.objective, experiment.weight)
-    return Method("preset", name, _comment(name), PUBLISHED.get(combination, ""), cost, combination)
+    return Method(
+        "preset", name, _comment(name), PUBLISHED.get(combination, ""), cost, combination=combination
+    )
 
 
 def combined(experiment: Experiment) -> tuple[str, str, str]:
@@ -163,8 +157,12 @@ def _comment(preset: str) -> str:
     lines = itertools.takewhile(
         lambda line: line.startswith("#"), packaged("preset")[preset].read_text().splitlines()
     )
-    text = " ".join(line.lstrip("# ") for line in lines)
-    return text.split(". ")[0].rstrip(".")
+    return _sentence(" ".join(line.lstrip("# ") for line in lines))
+
+
+def _sentence(text: str) -> str:
+    """The first, up to its own full stop: not that of "et al."."""
+    return re.split(r"(?<! al)\.(?= )", " ".join(text.split()))[0].rstrip(".")
 
 
 def table(methods: Sequence[Method], *, markdown: bool = False) -> str:
@@ -176,7 +174,16 @@ def table(methods: Sequence[Method], *, markdown: bool = False) -> str:
         _section("Presets", methods, "preset", markdown),
         _grid(markdown),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join([_PREFACE, *parts] if markdown else parts)
+
+
+_PREFACE = """# Methods
+Made by `softdefend methods --markdown true`; a test compares the two. A preset is used with `--preset NAME`;
+the cards in [methods/](methods/) say what each rule does and where paper, published code and this one part.
+
+Costs are forward units of one training step with PGD-10, in the dearest phase, counted in a test: a forward
+of a batch is one unit, a gradient with respect to images, or to weights, one more. Label and weight rules
+show what they add to PGD-AT."""
 
 
 def _section(title: str, methods: Iterable[Method], kind: str, markdown: bool) -> str:
@@ -188,8 +195,12 @@ def _section(title: str, methods: Iterable[Method], kind: str, markdown: bool) -
             for m in chosen
         ]
     else:
-        header = ["rule", "units" if kind == "objective" else "units more", "source", "what it is"]
-        rows = [[m.name, f"{m.units:g}", m.source or "–", m.summary] for m in chosen]
+        more = "units" if kind == "objective" else "units more"
+        header = ["rule", more, "with CutMix", "source", "what it is"]
+        rows = [
+            [m.name, f"{m.units:g}", "refused" if m.refusal else "yes", m.source or "–", m.summary]
+            for m in chosen
+        ]
     return (
         f"{'## ' if markdown else ''}{title}\n" + ("\n" if markdown else "") + _lines(header, rows, markdown)
     )
@@ -207,8 +218,9 @@ def _grid(markdown: bool) -> str:
         rows.append(cells)
     title = "Combinations: published with these weight rules, or possible"
     note = (
-        "Every combination trains; with augment.cutmix those are refused whose label rule or objective keeps "
-        "beliefs about single images."
+        "Every combination of a label rule, an objective and a weight rule trains. With augment.cutmix those "
+        "that hold a refused rule are refused: what is believed of a single image cannot be learned from a "
+        "part of it, and two views of one image would be mixtures of different labels."
     )
     body = _lines(["", *objectives], rows, markdown)
     return f"{'## ' if markdown else ''}{title}\n" + ("\n" if markdown else "") + f"{body}\n\n{note}"

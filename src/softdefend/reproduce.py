@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from softdefend import pipeline
-from softdefend.config import resolve
 from softdefend.errors import SettingError
 from softdefend.files import write_atomic
 from softdefend.report import read_run, write_report
 from softdefend.report.embed import svg
 from softdefend.report.figures import Series, colours, epoch_plot
 from softdefend.report.runs import group_runs
-from softdefend.together import Job, side_by_side
 
 QUICK = (
     *("--config", "digits_demo", "--data.train_size", "128", "--data.validation", "64", "--net.width", "8"),
@@ -167,16 +165,11 @@ def reproduce(
     """
     made = [(run, seed) for run in study.runs for seed in seeds]
     places = [folder / f"{_safe(run.name)}-seed{seed}" for run, seed in made]
-    words = [_words(study, *pair, place, overrides) for pair, place in zip(made, places, strict=True)]
-    experiments = [resolve(each) for each in words]  # a wrong word must not be found after hours
-    if together == 1:
-        for experiment in experiments:
-            pipeline.train(experiment, say=say)
-    else:
-        names = [f"{run.name}, seed {seed}" for run, seed in made]
-        logs = [folder / f"{place.name}.log" for place in places]
-        jobs = [Job(name, ("train", *own), log) for name, own, log in zip(names, words, logs, strict=True)]
-        side_by_side(jobs, together, say=say)
+    words = {
+        f"{run.name}, seed {seed}": _words(study, run, seed, place, overrides)
+        for (run, seed), place in zip(made, places, strict=True)
+    }
+    pipeline.train_all(words, together=together, say=say)
     rows = [_row(study, *pair, place) for pair, place in zip(made, places, strict=True)]
     for row, place in zip(rows, places, strict=True):
         _write_json(folder / f"{place.name}.json", row)
@@ -220,10 +213,9 @@ def _row(study: Study, run: Planned, seed: int, place: Path) -> dict[str, Any]:
 
 def robust_rate(evaluation: dict[str, Any], attack: str) -> float:
     """Robust accuracy in [0, 1] under an attack or an ensemble of them, from an evaluation's JSON."""
-    for section in ("attacks", "ensembles"):
-        if attack in evaluation.get(section, {}):
-            return float(evaluation[section][attack]["rate"])
-    raise SettingError("evaluation", f"without {attack}", "an evaluation that ran it")
+    if attack not in evaluation["attacks"]:
+        raise SettingError("evaluation", f"without {attack}", "an evaluation that ran it")
+    return float(evaluation["attacks"][attack]["rate"])
 
 
 def markdown(study: Study, rows: Iterable[dict[str, Any]]) -> str:

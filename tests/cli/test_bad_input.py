@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import inspect
 import io
 import os
 import pickle
@@ -38,10 +39,10 @@ TRAIN = {
     "unknown key of a section": ("--optim.epoch 3", "optim.epoch", "unknown", "epochs, batch_size", "lr"),
     "stray word": ("stray", "command line", "'stray'", "--name value"),
     "no value": ("--seed", "--seed", "no value", "a value"),
-    "unknown label rule": ("--label Bogus", "label", "Bogus", "Hard or SGLR or Smooth"),
-    "rule of another kind": ("--label TRADES", "label", "TRADES", "Hard or SGLR or Smooth"),
+    "unknown label rule": ("--label Bogus", "label", "Bogus", "Hard or", "SGLR or", "Smooth"),
+    "rule of another kind": ("--label TRADES", "label", "TRADES", "Hard or", "SGLR or", "Smooth"),
     "class that is no rule": ("--label torch.nn.Linear", "label", "torch.nn.Linear", "LabelRule"),
-    "unknown objective": ("--objective Foo", "objective", "Foo", "PGDAT or TRADES"),
+    "unknown objective": ("--objective Foo", "objective", "Foo", "PGDAT or", "TRADES"),
     "unknown weight rule": ("--weight Foo", "weight", "Foo", "EMA or Plain"),
     "attack of another kind": ("--attack FGSM", "attack", "FGSM", "PGD"),
     "unknown argument of a rule": (
@@ -165,6 +166,64 @@ OTHER = {
     "size of letters": ("evaluate RUN --size many", "size", "many", "a whole number"),
     "unknown key": ("evaluate RUN --steps 3", "steps", "unknown", "attacks", "eps", "batch_size"),
     "device": ("evaluate RUN --device tpu", "runtime.device", "tpu", "auto, cpu, cuda"),
+    "precision": ("evaluate RUN --precision half", "precision", "half", "exact or fast"),
+    "physical batch": ("evaluate RUN --physical_batch 0", "evaluate.physical_batch", "0", ">= 1"),
+    "audit of nothing": ("evaluate RUN --audit --audit_size 0", "--audit_size", "0", ">= 1"),
+    "audit of letters": ("evaluate RUN --audit --audit_size x", "audit_size", "x", "a whole number"),
+    "audit with a value": ("evaluate RUN --audit true", "command line", "'true'", "--name value"),
+    "surrogate": ("evaluate RUN --transfer /no/such", "--transfer", "/no/such", "safetensors"),
+    "surrogate without a run": ("evaluate RUN --transfer EMPTY", "--transfer", "EMPTY", "config.yaml"),
+    "surrogates of one name": (
+        "evaluate RUN --transfer RUN/best.safetensors RUN/../run/best.safetensors",
+        "--transfer",
+        "best.safetensors",
+        "different names",
+    ),
+    "no surrogate": ("evaluate RUN --transfer", "--transfer", "no value", "a value"),
+    "exchange without the ensemble": (
+        "evaluate RUN --which last --robustbench EMPTY/info.json",
+        "--robustbench",
+        "an evaluation with pgd-20",
+        "--attacks autoattack",
+        "--size null",
+    ),
+    "exchange of a part": (
+        "evaluate RUN --which last --attacks autoattack --robustbench EMPTY/info.json",
+        "--robustbench",
+        "64 of 359 images",
+        "all 359 test images",
+    ),
+    "exchange in low precision": (
+        "evaluate RUN --which last --attacks autoattack --size null --precision fast --robustbench EMPTY/i",
+        "--robustbench",
+        "precision fast",
+        "exact precision",
+    ),
+    "exchange of two": (
+        "evaluate RUN --robustbench EMPTY/i.json",
+        "--robustbench",
+        "2 checkpoints",
+        "--which best",
+    ),
+    "exchange over another file": (
+        "evaluate RUN --which last --attacks autoattack --size null --robustbench RUN/config.yaml",
+        "--robustbench",
+        "config.yaml, which is no JSON",
+        "a new or a JSON file",
+    ),
+    "log of two": ("evaluate RUN RUN --which last --log EMPTY/log", "--log", "2 checkpoints", "one run"),
+    "run and model": ("evaluate RUN --model a:b", "run", "with --model", "either"),
+    "model without weights": ("evaluate --model a:b", "--weights", "nothing", "--weights PATH"),
+    "model without output": ("evaluate --model a:b --weights w.pt", "--output", "nothing", "--output PATH"),
+    "weights without model": ("evaluate RUN --weights w.pt", "--weights", "without --model", "only beside"),
+    "output without model": ("evaluate RUN --output EMPTY", "--output", "without --model", "only beside"),
+    "data without model": ("evaluate RUN --data.source digits", "--data", "without --model", "only beside"),
+    "model that is no path": (
+        "evaluate --model nets --weights w.pt --output EMPTY",
+        "--model",
+        "nets",
+        "module:function",
+    ),
     "report nothing": ("report", "run", "nothing", "softdefend report --help"),
     "report an empty folder": ("report EMPTY", "run folder", "EMPTY", "a run folder", "config.yaml"),
     "compare without presets": ("compare", "--presets", "nothing", "softdefend compare --help"),
@@ -202,7 +261,7 @@ YAML = {
     "unknown key": ("foo: 3", "foo", "unknown", "optim"),
     "unknown key of a section": ("optim: {epochz: 3}", "optim.epochz", "unknown", "epochs"),
     "unknown key two levels down": ("optim: {schedule: {peek: 1}}", "optim.schedule.peek", "unknown", "peak"),
-    "unknown rule": ("label: {class_path: Bogus}", "label", "Bogus", "Hard or SGLR or Smooth"),
+    "unknown rule": ("label: {class_path: Bogus}", "label", "Bogus", "Hard or", "SGLR or", "Smooth"),
     "unknown argument": (
         "label: {class_path: SGLR, init_args: {bar: 1}}",
         "label.bar",
@@ -425,7 +484,8 @@ def test_a_changed_configuration_does_not_continue_a_run(run_folder: Path, refus
     refused([*again, "--seed", "1", "--optim.lr", "0.1"], "optim.lr, seed", two, "another --folder")
     rule = "'softdefend.SGLR', 0.9, 'hard', 'train' where"
     named = "label.class_path, label.init_args.alpha, label.init_args.attack_label, label.init_args.clean_bn"
-    refused([*again, "--label", "SGLR"], f"{named} and 5 more", rule, "another --folder")
+    more = len(inspect.signature(softdefend.SGLR).parameters) + 1 - 4  # of the class and its settings
+    refused([*again, "--label", "SGLR"], f"{named} and {more} more", rule, "another --folder")
     assert contents(run_folder) == before
 
 

@@ -32,8 +32,10 @@ FILES = {
     "checkpoints/step-000000016.ckpt",
     "evaluation/best.json",
     "evaluation/best.parquet",
+    "evaluation/best-gallery.safetensors",
     "evaluation/last.json",
     "evaluation/last.parquet",
+    "evaluation/last-gallery.safetensors",
     "evaluation/examples.safetensors",
     "report.html",
 }
@@ -192,7 +194,8 @@ def test_other_attacks_replace_the_evaluation(run_folder: Path, capsys: pytest.C
     assert f"fgsm {100 * last['attacks']['fgsm']['rate']:.1f}%" in out
     changed = {name for name, content in contents(run_folder).items() if content != before.get(name)}
     examples = "evaluation/examples.safetensors"
-    assert changed - {examples} == {"evaluation/last.json", "evaluation/last.parquet", "report.html"}
+    files = {f"evaluation/last{ending}" for ending in (".json", ".parquet", "-gallery.safetensors")}
+    assert changed - {examples} == {*files, "report.html"}
     assert "FGSM" in (run_folder / "report.html").read_text()
     time = (run_folder / "evaluation/last.json").stat().st_mtime_ns
     assert done(words, capsys) == out  # what is there already is not done again
@@ -243,7 +246,7 @@ def test_compare_keeps_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFi
     words += ["--evaluate.curve_size", "0", "--evaluate.attacks", "[fgsm]"]
     done([*words, "--seeds", "0"], capsys)
     weights = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    assert len(weights) == 2 * 3
+    assert len(weights) == 2 * 5  # with the pictures of the evaluation
     out = done([*words, "--seeds", *seeds], capsys)
     assert {path: path.stat().st_mtime_ns for path in weights} == weights
     assert out.count("epoch 1/1") == 2

@@ -1,0 +1,138 @@
+"""Every preset on CIFAR-10 with a 30-epoch schedule: clean, PGD-20 and seconds per epoch as JSON.
+
+    python benchmarks/recipes.py --data DIR --data-name 'CIFAR-10 (JPEG mirror)' --devices cuda:0 cuda:1
+
+Each preset is one ``softdefend train`` of protocol cifar10_resnet18_short with 30 epochs, alone on a device;
+a device takes the next preset when it is done with one. Killed at any moment, or ended by ``--seconds``, the
+same command continues: finished presets stay in the output file, unfinished runs resume where their folder
+still exists. ``--quick`` does the same in miniature on digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from collect import environment, figures
+from softdefend.config import packaged
+
+EPOCHS = 30
+PROTOCOL = ["--config", "cifar10_resnet18_short", "--optim.epochs", str(EPOCHS)]
+QUICK = ["--config", "digits_demo", "--optim.epochs", "2", "--data.train_size", "64", "--evaluate.size", "64"]
+QUICK += ["--evaluate.curve_size", "0"]
+
+
+def command(preset: str, device: str, args: argparse.Namespace) -> list[str]:
+    """The words that train one preset; KD-SWA's pipeline trains its teachers first."""
+    folder = args.folder / f"{preset}-seed{args.seed}"
+    words = [*(QUICK if args.quick else PROTOCOL), "--seed", str(args.seed), "--runtime.device", device]
+    if args.data:
+        words += ["--data.source", str(args.data), "--data.name", args.data_name]
+    if preset == "kd-swa":
+        return [sys.executable, "-m", "softdefend", "distil", *words, "--folder", str(folder)]
+    return [sys.executable, "-m", "softdefend", "train", *words, "--preset", preset, "--folder", str(folder)]
+
+
+def launch(preset: str, device: str, args: argparse.Namespace) -> subprocess.Popen[bytes]:
+    """A run as a process of its own, its output in a log file beside its folder."""
+    args.folder.mkdir(parents=True, exist_ok=True)
+    with open(args.folder / f"{preset}.log", "ab") as log:
+        return subprocess.Popen(command(preset, device, args), stdout=log, stderr=subprocess.STDOUT)
+
+
+def measured(preset: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one finished run."""
+    folder = args.folder / f"{preset}-seed{args.seed}"
+    folder = folder / "student" if preset == "kd-swa" else folder
+    seconds = {
+        row["epoch"]: row["seconds"]
+        for row in map(json.loads, (folder / "timing.jsonl").read_text().splitlines())
+    }
+    curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "recipe": preset,
+        "seed": args.seed,
+        "epochs": len(curve),
+        # The median leaves out the first epoch, which compiles.
+        "seconds_per_epoch": round(median(seconds.values()), 2),
+        **figures(folder),
+        "environment": environment(folder),
+        "curve": curve,
+    }
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What earlier calls have finished, by preset."""
+    return {run["recipe"]: run for run in json.loads(path.read_text())["runs"]} if path.exists() else {}
+
+
+def write(path: Path, done: dict[str, Any], args: argparse.Namespace) -> None:
+    """The output file, presets in the order of their names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "data": "digits" if args.quick else args.data_name,
+        "protocol": f"cifar10_resnet18_short, {EPOCHS} epochs" if not args.quick else "digits_demo, 2 epochs",
+        "runs": [done[preset] for preset in sorted(done)],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def main() -> int:
+    """Keep every device busy until the presets or the seconds are used up."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="Parquet folder of CIFAR-10 in hub layout")
+    parser.add_argument("--data-name", default="", help="what to call the data in the results")
+    parser.add_argument("--folder", type=Path, default=Path("runs/recipes"))
+    parser.add_argument("--presets", nargs="+", default=sorted(packaged("preset")))
+    parser.add_argument("--devices", nargs="+", default=["auto"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop what still runs after these"
+    )
+    parser.add_argument("--quick", action="store_true", help="digits, two epochs")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/recipes.json"))
+    args = parser.parse_args()
+    deadline = time.monotonic() + args.seconds
+    done = read(args.output)
+    waiting = [preset for preset in args.presets if preset not in done]
+    running: dict[str, tuple[str, subprocess.Popen[bytes]]] = {}
+    failed: list[str] = []
+    while (waiting or running) and time.monotonic() < deadline:
+        for device in args.devices:
+            if device not in running and waiting:
+                preset = waiting.pop(0)
+                running[device] = preset, launch(preset, device, args)
+        time.sleep(0.2)
+        for device, (preset, process) in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[device]
+            if process.returncode:
+                failed.append(preset)
+                print(f"{preset} ended with code {process.returncode}:", file=sys.stderr)
+                print((args.folder / f"{preset}.log").read_text()[-1500:], file=sys.stderr)
+                continue
+            done[preset] = measured(preset, args)
+            write(args.output, done, args)
+            last = done[preset]["last"]
+            print(preset, last["clean"], last["pgd-20"], done[preset]["seconds_per_epoch"], flush=True)
+    for _, process in running.values():
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+    left = [*waiting, *(preset for preset, _ in running.values())]
+    if left:
+        print(f"not finished: {' '.join(left)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

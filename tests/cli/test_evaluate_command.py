@@ -1,0 +1,290 @@
+"""What `softdefend evaluate` does beside attacking, and networks that were not trained here."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cli_tools import contents, pictures, write_parquet
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from softdefend import SettingError, ThreatModel
+from softdefend.__main__ import _evaluate_parser, attribute_docstrings, main
+from softdefend.data import DataSettings, load
+from softdefend.evaluation import EvaluateSettings, Evaluator, examine
+from softdefend.evaluation.corruptions import CORRUPTIONS
+from softdefend.pipeline import evaluate_network
+
+Refused = Callable[..., str]
+
+
+def done(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    return said.out
+
+
+def result(folder: Path, name: str) -> dict:
+    content: dict = json.loads((folder / "evaluation" / f"{name}.json").read_text())
+    return content
+
+
+# --- settings -----------------------------------------------------------------------------------------------
+
+
+def test_every_setting_is_a_flag_with_its_own_words() -> None:
+    texts = attribute_docstrings(EvaluateSettings)
+    assert texts.keys() == {field.name for field in fields(EvaluateSettings)}
+    assert all(texts.values())
+    told = " ".join(_evaluate_parser().format_help().replace("-\n", "-").split())
+    for name, text in texts.items():
+        assert f"--{name}" in told
+        assert "".join(text.replace("%%", "%").split())[:40] in "".join(told.split())
+
+
+def test_what_is_not_given_is_the_runs_own(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run_folder / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    own = {**config["evaluate"], "batch_size": 16, "seed": 3, "examples": 2, "curve_size": 0}
+    path.write_text(yaml.safe_dump({**config, "evaluate": own}))
+    words = ["evaluate", str(run_folder), "--which", "last", "--attacks", "fgsm"]
+    done(words, capsys)
+    settings = result(run_folder, "last")["settings"]
+    assert settings == {**own, "attacks": ["fgsm"], "norm": "linf", "eps": "4/255"}
+    done([*words, "--seed", "5", "--size", "null"], capsys)
+    again = result(run_folder, "last")
+    assert again["settings"] == {**settings, "seed": 5, "size": None}
+    assert again["n"] == 359  # a fifth of 1,797 digits
+
+
+# --- audit, corruptions, transfer ---------------------------------------------------------------------------
+
+
+def test_extras_are_written_shown_and_kept(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = run_folder.parent / "theirs"
+    weights = load_file(run_folder / "last.safetensors")
+    save_file({f"module.{name}": 1.1 * value for name, value in weights.items()}, other)
+    (other.rename(other := other.with_suffix(".safetensors")))
+    words = ["evaluate", str(run_folder), "--which", "best", "--size", "12", "--audit", "--audit_size", "6"]
+    words += ["--corruptions", "--transfer", str(other)]
+    out = done(words, capsys)
+    audit, table, transfer = (result(run_folder, f"best-{n}") for n in ("audit", "corruptions", "transfer"))
+    assert audit["n"] == 6
+    assert audit["summary"].split()[0] in out
+    assert {finding["verdict"] for finding in audit["findings"]} <= {"fine", "suspicious", "not measured"}
+    assert table["n"] == 12
+    assert list(table["corruptions"]) == list(CORRUPTIONS)
+    assert f"{100 * table['mean']:.1f}" in out
+    assert list(transfer["attacks"]) == ["transfer-pgd-20-margin-theirs"]
+    page = (run_folder / "report.html").read_text()
+    for title in ("Can the gradient be trusted?", "Transfer attacks", "Accuracy under common corruptions"):
+        assert title in page
+    before = {p: p.stat().st_mtime_ns for p in (run_folder / "evaluation").iterdir()}
+    assert done(words, capsys) == out
+    assert {p: p.stat().st_mtime_ns for p in (run_folder / "evaluation").iterdir()} == before
+    done([*words, "--audit_size", "5"], capsys)
+    changed = {p.name for p, time in before.items() if p.stat().st_mtime_ns != time}
+    assert changed == {"best-audit.json"}
+
+
+def test_a_run_is_a_surrogate_too(
+    run_folder: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", str(run_folder), "--which", "last", "--size", "8"]
+    done([*words, "--transfer", str(finished), str(run_folder / "best.safetensors")], capsys)
+    attacks = result(run_folder, "last-transfer")["attacks"]
+    assert list(attacks) == ["transfer-pgd-20-margin-run", "transfer-pgd-20-margin-best"]
+    # both are the best checkpoint's weights: the folder's, and the file's
+    assert len({rate["count"] for rate in attacks.values()}) == 1
+
+
+def test_preflight_comes_before_any_attack(
+    run_folder: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[ThreatModel] = []
+
+    def refuse(
+        net: nn.Module, images: torch.Tensor, labels: torch.Tensor, threat: ThreatModel, **_: object
+    ) -> None:
+        assert not net.training
+        assert images.shape == (359, 1, 8, 8)
+        assert len(labels) == 359
+        asked.append(threat)
+        raise SettingError("net", "a network that moves", "one that stands still")
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("attacked before the preflight")
+
+    monkeypatch.setattr(examine, "preflight", refuse)
+    monkeypatch.setattr(Evaluator, "__call__", never)
+    before = contents(run_folder)
+    refused(["evaluate", str(run_folder), "--eps", "5/255"], "net", "a network that moves", "stands still")
+    assert contents(run_folder) == before
+    assert [str(threat.eps) for threat in asked] == ["5/255"]
+
+
+# --- networks from outside ----------------------------------------------------------------------------------
+
+NETS = """
+from torch import nn
+
+def make(num_classes, in_channels):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, num_classes))
+
+def soft(num_classes, in_channels):
+    return nn.Sequential(make(num_classes, in_channels), nn.Softmax(1))
+"""
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Words that evaluate a linear network on forty grey pictures, ten of them test images."""
+    (tmp_path / "nets_outside.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "nets_outside", raising=False)
+    write_parquet(tmp_path / "data.parquet", pictures(40), [0, 1] * 20)
+    # class 1 is brighter in the upper half
+    half = torch.cat([torch.ones(32), -torch.ones(32)])
+    state = {"1.weight": torch.stack([-half, half]) / 8, "1.bias": torch.tensor([1.0, -1.0])}
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, "weights.pt")
+    words = "evaluate --model nets_outside:make --weights weights.pt --data.source data.parquet"
+    return [*words.split(), "--data.test_fraction", "0.25", "--output", "theirs", "--device", "cpu"]
+
+
+def test_a_network_from_outside_is_evaluated(
+    outside: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*outside, "--attacks", "pgd-20", "autoattack", "--eps", "2/255"]
+    words += ["--robustbench", "info.json", "--log", "aa.log"]
+    out = done(words, capsys)
+    assert out.startswith("weights.pt: took 'state_dict' from the file; removed the prefix 'module.'\n")
+    folder = tmp_path / "theirs"
+    last = result(folder, "last")
+    assert (last["n"], last["eps"], last["epoch"]) == (10, "2/255", None)
+    assert last["clean"]["rate"] == 1.0
+    assert {path.name for path in (folder / "evaluation").iterdir()} == {
+        "last.json",
+        "last.parquet",
+        "last-gallery.safetensors",
+        "examples.safetensors",
+    }
+    kept = load_file(folder / "last.safetensors")
+    assert torch.equal(kept["1.bias"], torch.tensor([1.0, -1.0]))
+    assert yaml.safe_load((folder / "config.yaml").read_text())["outside"]["model"] == "nets_outside:make"
+    page = (folder / "report.html").read_text()
+    assert "Learning curves" not in page
+    assert "Accuracy after each attack" in page
+    info = json.loads((tmp_path / "info.json").read_text())
+    assert info["clean_acc"] == 100.0
+    assert info["autoattack_acc"] == round(100 * last["attacks"]["autoattack"]["rate"], 2)
+    assert info["architecture"] == "Sequential"
+    assert "initial accuracy: 100.00%" in (tmp_path / "aa.log").read_text()
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+    assert done(words, capsys) == out
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")} == before
+
+
+@pytest.mark.parametrize("eps", [0.05, 0.11, 0.13])
+def test_the_linear_network_falls_where_the_closed_form_says(
+    eps: float, outside: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An l-inf attack moves every pixel by eps, or to the border of [0, 1], against its weight's sign."""
+    done([*outside, "--attacks", "pgd-50", "--eps", str(eps)], capsys)
+    settings = DataSettings(source="data.parquet", test_fraction=0.25, validation=1)
+    test = load(settings).test
+    image, sign = (test.images.float() / 255).flatten(1), 2.0 * test.labels - 1
+    half = torch.cat([torch.ones(32), -torch.ones(32)])
+    weight = sign[:, None] * 2 * half / 8  # of the right logit less the wrong one
+    room = torch.where(weight > 0, image, 1 - image).clamp(max=eps)
+    margin = (weight * image).sum(1) - 2 * sign - (weight.abs() * room).sum(1)
+    count = int((margin > 0).sum())
+    assert (count == 10) == (eps == 0.05)
+    assert 0 < count == result(tmp_path / "theirs", "last")["attacks"]["pgd-50"]["count"]
+
+
+class Evil:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_that_wants_to_run_is_refused(outside: list[str], refused: Refused, tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "extra": Evil(str(tmp_path / "ran"))}, tmp_path / "weights.pt")
+    refused(outside, "weights.pt", "a pickle that would run posix.mkdir", "tensors and plain values only")
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "theirs").exists()
+
+
+OUTSIDE = {
+    "weights of another network": ("--weights other.pt", "other.pt", "no 1.weight, 1.bias", "2 weights"),
+    "no weights": ("--weights none.pt", "none.pt", "no such file", "safetensors"),
+    "no such module": ("--model no_such_module:make", "--model", "no_such_module", "module:function"),
+    "no such function": ("--model nets_outside:none", "--model", "does not exist", "module:function"),
+    "probabilities": ("--model nets_outside:soft --weights soft.pt", "net", "probabilities", "softmax"),
+    "data": ("--data.source none.parquet", "data.source", "none.parquet", "digits"),
+    "eps": ("--eps 8", "threat.eps", "8", "8/255"),
+    "attack": ("--attacks foo", "attacks", "'foo'", "autoattack"),
+    "part of the test set": (
+        "--robustbench i.json --attacks autoattack --size 9",
+        "--robustbench",
+        "9 of 10",
+    ),
+    "surrogate": ("--transfer none", "--transfer", "none", "safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", OUTSIDE.values(), ids=OUTSIDE.keys())
+def test_what_does_not_fit_leaves_nothing_behind(
+    case: tuple[str, ...], outside: list[str], refused: Refused, tmp_path: Path
+) -> None:
+    torch.save({"x": torch.zeros(1)}, tmp_path / "other.pt")
+    torch.save({"0.1.weight": torch.zeros(2, 64), "0.1.bias": torch.zeros(2)}, tmp_path / "soft.pt")
+    refused([*outside, *case[0].split()], *case[1:])
+    assert not (tmp_path / "theirs").exists()
+    assert not (tmp_path / "i.json").exists()
+
+
+def test_folders_are_not_taken_for_each_other(
+    outside: list[str], run_folder: Path, refused: Refused, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    before = contents(run_folder)
+    refused([*outside, "--output", str(run_folder)], "--output", "a training run", "a new folder")
+    assert contents(run_folder) == before
+    done([*outside, "--attacks", "fgsm"], capsys)
+    refused(["evaluate", "theirs"], "run", "a network from outside", "with --model")
+    done(["report", "theirs", str(run_folder), "--output", "both.html"], capsys)
+
+
+def test_the_same_from_python(tmp_path: Path) -> None:
+    images, labels = torch.rand(12, 1, 6, 6), torch.arange(12) % 3
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 3)).train()
+    said: list[str] = []
+    found = evaluate_network(
+        net,
+        (images, labels),
+        tmp_path / "mine",
+        threat=ThreatModel("l2", "0.5"),
+        settings=EvaluateSettings(attacks=("pgd-5",), curve_size=0),
+        device="cpu",
+        say=said.append,
+    )
+    assert found == result(tmp_path / "mine", "last")
+    with torch.no_grad():
+        assert found["clean"]["count"] == int((net(images).argmax(1) == labels).sum())
+    assert said[-1] == f"report: {tmp_path / 'mine' / 'report.html'}"
+    with pytest.raises(SettingError, match="images"):
+        evaluate_network(net, (2 * images, labels), tmp_path / "not")
+    assert not (tmp_path / "not").exists()
