@@ -6,7 +6,6 @@ import re
 from abc import ABC, abstractmethod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from softdefend.errors import SettingError
@@ -65,7 +64,9 @@ class DenseMemory(LabelMemory):
 
     def __init__(self, labels: Tensor, k: int, momentum: float, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(momentum)
-        self.table = F.one_hot(labels, k).to(dtype)
+        # Not one_hot: its int64 table would take twice the memory of a float32 one beside it.
+        self.table = torch.zeros(len(labels), k, dtype=dtype, device=labels.device)
+        self.table.scatter_(1, labels[:, None], 1)
 
     def read(self, index: Tensor) -> Tensor:
         return self.table[index].float()

@@ -1,0 +1,80 @@
+"""The label memory at ImageNet-1k's scale: megabytes and microseconds of one read and write, by storage.
+
+    python benchmarks/label_memory.py --device cuda
+
+1,281,167 samples of 1,000 classes, batches of 256 random samples, random peaked predictions. Dense float32
+takes 5.1 GB, so name fewer --storages where that is too much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from softdefend import rng
+from softdefend.labels.memory import LabelMemory, make_memory
+from softdefend.training.folder import environment
+
+CLASSES, BATCH, REPEATS = 1000, 256, 200
+
+
+def microseconds(memory: LabelMemory, n: int, device: torch.device) -> float:
+    """Median over repeats of one update: read, average, write."""
+    draw = rng.stream(0, "label-memory")
+    times = []
+    for _ in range(REPEATS):
+        index = torch.randperm(n, generator=draw)[:BATCH].to(device)
+        probability = (3 * torch.randn(BATCH, CLASSES, generator=draw)).softmax(1).to(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        memory.update(index, probability)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return 1e6 * median(times)
+
+
+def main() -> None:
+    """Measure every storage that fits, write JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--storages", nargs="+", default=["float32", "float16", "top-64", "top-32", "top-16"])
+    parser.add_argument("--samples", type=int, default=1_281_167)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/label_memory.json"))
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    labels = torch.randint(0, CLASSES, (args.samples,), generator=rng.stream(0, "labels")).to(device)
+    rows: list[dict[str, Any]] = []
+    for storage in args.storages:
+        memory = make_memory(storage, labels, CLASSES, 0.9)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in memory.state_dict().values())
+        row = {
+            "storage": storage,
+            "megabytes": round(size / 1e6, 1),
+            "update_us": round(microseconds(memory, args.samples, device), 1),
+        }
+        rows.append(row)
+        print(row, flush=True)
+        del memory
+    content = {
+        "samples": args.samples,
+        "classes": CLASSES,
+        "batch": BATCH,
+        "rows": rows,
+        "environment": environment(device),
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
