@@ -12,11 +12,16 @@ from torch import Tensor, nn
 import softdefend
 from softdefend.complaints import rules
 from softdefend.config import packaged, resolve
-from softdefend.methods import PUBLISHED, STEPS, catalogue, combined, table, units
+from softdefend.methods import PUBLISHED, STEPS, Method, catalogue, table, units
 from softdefend.training.step import Phase
 from tiny import K
 
 DOC = Path(__file__).parent.parent / "docs" / "methods.md"
+
+
+@pytest.fixture(scope="module")
+def methods() -> list[Method]:
+    return catalogue()
 
 
 class Tolls(nn.Module):
@@ -65,8 +70,7 @@ def trained_elsewhere(label: object) -> list[nn.Module]:
     return [value for value in vars(label).values() if isinstance(value, nn.Module)]
 
 
-def test_every_public_rule_and_preset_is_listed_with_what_it_is():
-    methods = catalogue()
+def test_every_public_rule_and_preset_is_listed_with_what_it_is(methods):
     names = [method.name for method in methods if method.kind != "preset"]
     assert names == [name for kind in ("label", "objective", "weight") for name in rules(kind)]
     assert {m.name for m in methods if m.kind == "preset"} == set(packaged("preset"))
@@ -75,8 +79,8 @@ def test_every_public_rule_and_preset_is_listed_with_what_it_is():
         assert method.source or method.kind == "preset" or method.name in ("Hard", "Plain"), method.name
 
 
-def test_published_combinations_name_rules_that_exist_and_ship_as_presets():
-    shipped = {combined(resolve(["--preset", name])) for name in packaged("preset")}
+def test_published_combinations_name_rules_that_exist_and_ship_as_presets(methods):
+    shipped = {method.combination for method in methods if method.kind == "preset"}
     known = set(softdefend.__all__)
     for combination in PUBLISHED:
         assert {part for name in combination for part in name.split(" + ")} <= known, combination
@@ -84,11 +88,11 @@ def test_published_combinations_name_rules_that_exist_and_ship_as_presets():
     assert not missing, f"no preset for {sorted(missing)}"
 
 
-def test_rules_that_remember_single_images_are_refused_where_images_are_mixed():
-    refused = {method.name for method in catalogue() if method.refusal}
+def test_rules_that_remember_single_images_are_refused_where_images_are_mixed(methods):
+    refused = {method.name for method in methods if method.refusal}
     assert refused == {"SAT", "SGLR", "Consistency", "MART", "TE", "TRADESTE"}
 
 
-def test_the_table_in_the_docs_is_the_generated_one():
-    made = table(catalogue(), markdown=True) + "\n"
+def test_the_table_in_the_docs_is_the_generated_one(methods):
+    made = table(methods, markdown=True) + "\n"
     assert made == DOC.read_text(), "run: softdefend methods --markdown true > docs/methods.md"

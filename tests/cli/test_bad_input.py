@@ -143,8 +143,8 @@ def test_train_refuses(case: tuple[str, ...], refused: Refused, tmp_path: Path) 
 
 
 OTHER = {
-    "no command": ("", "command", "nothing", "train, evaluate, compare, report, data"),
-    "unknown command": ("dance", "command", "'dance'", "train, evaluate, compare, report, data"),
+    "no command": ("", "command", "nothing", "train, evaluate, compare, distil, report"),
+    "unknown command": ("dance", "command", "'dance'", "train, evaluate, compare, distil, report"),
     "unknown option": ("--foo", "foo", "unknown", "--help"),
     "abbreviated option": ("--vers", "vers", "unknown", "--help"),
     "evaluate nothing": ("evaluate", "run", "nothing", "softdefend evaluate --help"),
