@@ -1,0 +1,101 @@
+"""One call for the whole audit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from softdefend.errors import SettingError
+from softdefend.evaluation.masking import attempts, behaviour, surface
+from softdefend.evaluation.masking.finding import Audit, Finding
+from softdefend.evaluation.masking.probe import Probe
+from softdefend.modes import attacked, tf32
+from softdefend.threat import ThreatModel
+
+
+def audit(
+    net: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    *,
+    batch_size: int = 250,
+    seed: int = 0,
+    surrogate: nn.Module | None = None,
+    progress: bool = False,
+) -> Audit:
+    """Look for signs that gradient attacks overstate this network's robustness (gradient masking).
+
+    The network is taken in eval mode with frozen parameters and put back afterwards, as is torch's random
+    state. Results repeat with the same seed and ``batch_size``. Thresholds, and the figures of honest and
+    deceiving networks: docs/audit.md.
+
+    Args:
+        net: images [b, c, h, w] in [0, 1] to logits [b, k], k >= 2, on the device of ``images``. It may lack
+            a gradient, be random or change: that is what is looked for.
+        images: [n, c, h, w] float32 in [0, 1]; 250 of them tell most, more make the shares sharper.
+        labels: [n] int64. Only images that are classified correctly take part.
+        threat: the perturbations whose evaluation is in doubt.
+        batch_size: images at once.
+        seed: of every random draw.
+        surrogate: another network for the same classes, plainly trained at best, for the transfer check.
+        progress: show a bar.
+
+    Returns:
+        One finding for each check, and the verdict over all of them.
+
+    Raises:
+        SettingError: no image, as many labels as images not given, a batch size below one.
+    """
+    if batch_size < 1:
+        raise SettingError("audit.batch_size", batch_size, "a whole number >= 1")
+    if images.ndim != 4 or len(images) == 0 or labels.shape != images.shape[:1]:
+        given = f"images {list(images.shape)} and labels {list(labels.shape)}"
+        raise SettingError("audit.images", given, "images [n, c, h, w] and labels [n], n >= 1")
+    with ExitStack() as stack:
+        stack.enter_context(tf32(False))
+        for module in (net, surrogate):
+            if module is not None:
+                stack.enter_context(attacked(module, "eval"))
+        probe = Probe(net, images, labels, threat, batch_size, seed)
+        stack.enter_context(behaviour.seeded(probe))
+        right = ~probe.fooled(images)
+        findings = _findings(probe, probe.only(right), surrogate, progress)
+    return Audit.of(findings, len(images), int(right.sum()))
+
+
+def _findings(probe: Probe, right: Probe, surrogate: nn.Module | None, progress: bool) -> list[Finding]:
+    """Behaviour on all images, the rest on those classified correctly."""
+    first = behaviour.first_look(probe)
+    why = _nothing_to_attack(probe, right)
+    stages: list[tuple[str, Callable[[], list[Finding]]]] = [
+        ("behaviour", lambda: behaviour.behaviour(probe)),
+        ("surface", lambda: [c.skipped(why) for c in surface.CHECKS] if why else surface.surface(right)),
+        (
+            "attacks",
+            lambda: [c.skipped(why) for c in attempts.CHECKS] if why else attempts.attempts(right, surrogate),
+        ),
+        ("repeat", lambda: [behaviour.changing(probe, first)]),
+    ]
+    findings = []
+    with tqdm(stages, desc="audit", leave=False, disable=None if progress else True) as bar:
+        for name, stage in bar:
+            bar.set_postfix_str(name)
+            findings += stage()
+    return findings
+
+
+@torch.no_grad()
+def _nothing_to_attack(probe: Probe, right: Probe) -> str:
+    """Why attacks would say nothing about this network; empty where they do."""
+    if len(right) == 0:
+        return "No image is classified correctly."
+    noise = torch.rand(probe.images[:2].shape, generator=probe.generator("constant"), device=probe.device)
+    logits = probe.logits(torch.cat([right.images[:2], noise]))
+    if bool((logits == logits[0]).all()):
+        return "The output does not depend on the image."
+    return ""

@@ -1,0 +1,382 @@
+"""The audit accuses every deceiver, by the check made for it, and no honest network."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+import zoo as zoo_
+from torch import Tensor, nn
+
+from softdefend.attacks import PGD, margin
+from softdefend.errors import SettingError
+from softdefend.evaluation.masking import Audit, audit, behaviour, surface
+from softdefend.evaluation.masking import attempts as attempts_
+from softdefend.evaluation.masking.finding import Check
+from softdefend.evaluation.masking.probe import Probe
+from softdefend.rng import stream
+from softdefend.threat import Budget, ThreatModel
+
+ROOT = Path(__file__).parents[2]
+CHECKS = (*behaviour.CHECKS, *surface.CHECKS, *attempts_.CHECKS)
+
+
+@pytest.fixture(scope="session")
+def zoo() -> zoo_.Zoo:
+    """64 digits, and every network trained at most once."""
+    return zoo_.Zoo(64)
+
+
+def audited(
+    zoo: zoo_.Zoo, net: nn.Module, surrogate: nn.Module | None = None, n: int = 64, **settings
+) -> Audit:
+    return audit(net, zoo.images[:n], zoo.labels[:n], zoo_.THREAT, surrogate=surrogate, **settings)
+
+
+@pytest.mark.parametrize("name", zoo_.HONEST_NAMES)
+def test_an_honest_network_is_not_accused(zoo, name):
+    result = audited(zoo, zoo.honest(name), zoo.plain)
+    assert result.verdict == "no sign of masking", str(result)
+    assert result.suspicious == ()
+
+
+@pytest.mark.parametrize("name", zoo_.DECEIVERS)
+def test_a_deceiver_is_caught_by_the_checks_made_for_it(zoo, name):
+    deceiver = zoo_.DECEIVERS[name]
+    result = audited(zoo, zoo.deceiver(name), zoo.surrogate if deceiver.surrogate else None)
+    assert result.verdict == "suspicious"
+    assert set(deceiver.caught_by) <= set(result.suspicious), str(result)
+
+
+def test_every_check_is_there_to_catch_somebody():
+    caught = {check for deceiver in zoo_.DECEIVERS.values() for check in deceiver.caught_by}
+    assert {check.name for check in CHECKS} - caught == set()
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
+
+
+def test_deceivers_would_have_fooled_an_evaluation_with_pgd(zoo):
+    """Otherwise there would be nothing to catch: PGD-20 sees a multiple of the plain network's robustness."""
+
+    def robust(net: nn.Module) -> float:
+        probe = Probe(net, zoo.images, zoo.labels, zoo_.THREAT, 250, 0)
+        return 1 - float(probe.fooled(probe.attacked(PGD(steps=20))).float().mean())
+
+    honest = robust(zoo.plain)
+    for name in ("quantisation", "JPEG", "detached", "gradient turned round", "waves", "NaN gradient"):
+        assert robust(zoo.deceiver(name)) > honest + 0.15, name
+
+
+def test_the_network_and_all_random_state_are_put_back(zoo):
+    net = zoo_.conv(norm=True, pool=True).train()
+    net[1].eval()
+    modes = [module.training for module in net.modules()]
+    state, before = torch.get_rng_state(), {k: v.clone() for k, v in net.state_dict().items()}
+    audited(zoo, zoo_.Dropout(net), n=16)
+    assert [module.training for module in net.modules()] == modes
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_same_seed_repeats_whatever_the_global_random_state(zoo):
+    net = zoo.deceiver("dropout at test time")
+    results = []
+    for global_seed in (0, 1):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(global_seed)
+            results.append(audited(zoo, net, n=16, seed=3))
+    assert results[0] == results[1]
+    assert audited(zoo, net, n=16, seed=4) != results[0]
+
+
+def test_no_sticky_state_from_one_network_to_the_next(zoo):
+    audited(zoo, zoo.deceiver("purifies by gradient"), n=16)
+    assert audited(zoo, zoo.plain, n=16).verdict == "no sign of masking"
+
+
+def test_results_as_text_and_as_json(zoo):
+    result = audited(zoo, zoo.deceiver("detached"), n=16)
+    content = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert content["verdict"] == "suspicious"
+    assert [row["check"] for row in content["findings"]] == [f.check for f in result.findings]
+    assert all(row["figure"] is None or isinstance(row["figure"], int | float) for row in content["findings"])
+    assert all(row["threshold"] and row["reference"] and row["explanation"] for row in content["findings"])
+    text = str(result)
+    for finding in result.findings:
+        assert finding.check in text
+    assert "gradient path: The output has no gradient" in text
+    assert max(len(line) for line in text.splitlines()) <= 110
+    with pytest.raises(KeyError):
+        result.finding("no such check")
+
+
+def stripes(n: int, shape: tuple[int, ...], k: int) -> tuple[Tensor, Tensor]:
+    """Images of ``k`` classes, each with its own row a little brighter."""
+    labels = torch.arange(n) % k
+    images = 0.3 + 0.4 * torch.rand(n, *shape, generator=stream(0, "stripes"))
+    for number, label in enumerate(labels.tolist()):
+        images[number, :, label] += 0.25
+    return images, labels
+
+
+@pytest.mark.parametrize(
+    ("shape", "k", "norm", "eps"),
+    [
+        ((1, 8, 8), 2, "linf", "8/255"),
+        ((1, 8, 8), 3, "l2", "0.5"),
+        ((3, 32, 32), 4, "linf", "8/255"),
+        ((2, 10, 7), 4, "l2", "128/255"),
+    ],
+)
+def test_other_images_and_class_counts(shape, k, norm, eps):
+    threat = ThreatModel(norm, eps)
+    images, labels = stripes(12, shape, k)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(shape[0], 4, 3, padding=1), nn.ReLU(), nn.Flatten())
+        net = net.append(nn.Linear(4 * shape[1] * shape[2], k))
+    optimiser = torch.optim.AdamW(net.parameters(), lr=5e-3)
+    for _ in range(30):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(net(images), labels).backward()
+        optimiser.step()
+    assert audit(net.eval(), images, labels, threat).verdict == "no sign of masking"
+    bad = zoo_.Detached(zoo_.Scaled(net, 1e5)).eval()
+    assert {"gradient path", "large logits"} <= set(audit(bad, images, labels, threat).suspicious)
+
+
+def test_no_robustness_is_nothing_to_mask(zoo):
+    """Every image falls: comparisons have nothing to compare, and say so."""
+    result = audit(zoo.plain, zoo.images, zoo.labels, ThreatModel("linf", "0.4"))
+    assert result.verdict == "no sign of masking"
+    assert result.finding("convergence").verdict == "not measured"
+    assert result.finding("black box").figure == 0
+
+
+class Constant(nn.Module):
+    """One answer to everything: robust, truly, and worthless."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.eye(10)[3].expand(len(image), 10)
+
+
+def test_a_constant_network_and_one_that_is_always_wrong_are_not_attacked(zoo):
+    result = audited(zoo, Constant())
+    assert result.finding("black box").verdict == "not measured"
+    assert "does not depend on the image" in result.finding("jumps").explanation
+    result = audit(zoo.plain, zoo.images[:8], (zoo.plain(zoo.images[:8]).argmax(1) + 1) % 10, zoo_.THREAT)
+    assert result.verdict == "no sign of masking"
+    assert "No image is classified correctly" in result.finding("black box").explanation
+
+
+def test_one_image_and_small_batches(zoo):
+    right = (zoo.plain(zoo.images).argmax(1) == zoo.labels).nonzero()[0]
+    one = audit(zoo.plain, zoo.images[right], zoo.labels[right], zoo_.THREAT)
+    assert one.finding("batch dependence").verdict == "not measured"
+    assert one.verdict == "no sign of masking"
+    assert audit(zoo.plain, zoo.images[:7], zoo.labels[:7], zoo_.THREAT, batch_size=3).verdict == one.verdict
+
+
+def test_impossible_arguments_are_refused(zoo):
+    with pytest.raises(SettingError, match=r"audit\.batch_size"):
+        audited(zoo, zoo.plain, batch_size=0)
+    with pytest.raises(SettingError, match=r"audit\.images"):
+        audit(zoo.plain, zoo.images, zoo.labels[:3], zoo_.THREAT)
+    with pytest.raises(SettingError, match=r"audit\.images"):
+        audit(zoo.plain, zoo.images[:0], zoo.labels[:0], zoo_.THREAT)
+
+
+class TorchFunc(zoo_.Wrapped):
+    """A gradient of its own by torch.func, which refuses to be watched."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x - 0.01 * torch.func.grad(lambda z: self.net(z).logsumexp(1).sum())(x).sign())
+
+
+class BackwardByMethod(zoo_.Wrapped):
+    """A gradient of its own by Tensor.backward on the parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = torch.ones((), requires_grad=True)
+        with torch.enable_grad():
+            (self.net(x.detach()) * own).pow(2).sum().backward()
+        return self.net(x) + 0 * own.grad
+
+
+@pytest.mark.parametrize("kind", [TorchFunc, BackwardByMethod])
+def test_a_backward_pass_in_the_forward_is_seen_however_it_is_called(zoo, kind):
+    assert "gradient in the forward" in audited(zoo, kind(zoo.plain).eval(), n=8).suspicious
+
+
+class Function(nn.Module):
+    """Two logits, plus and minus a function of the image."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, image: Tensor) -> Tensor:
+        value = self.function(image)
+        return torch.stack([value, -value], 1)
+
+
+def probe(function, images: Tensor, threat: ThreatModel = zoo_.THREAT) -> Probe:
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    return Probe(Function(function), images, labels, threat, 250, 0)
+
+
+MIDDLE = 0.4 + 0.2 * torch.rand(12, 1, 3, 3, generator=stream(0, "middle"))
+
+
+def figure(result) -> float:
+    return result.figure
+
+
+def test_finite_differences_are_the_cosine_of_claimed_and_true_slope():
+    """The slope is a, autograd is told b: over many random directions the correlation is cos(a, b)."""
+    a, b = torch.rand(9, generator=stream(1, "a")), torch.rand(9, generator=stream(2, "b"))
+
+    def lying(x: Tensor) -> Tensor:
+        claimed = x.flatten(1) @ b
+        return claimed + (x.flatten(1) @ a - claimed).detach() + 1
+
+    cosine = float(nn.functional.cosine_similarity(a, b, dim=0))
+    assert cosine < 0.9
+    assert figure(surface._finite(probe(lying, MIDDLE))) == pytest.approx(cosine, abs=0.12)
+    assert figure(surface._finite(probe(lambda x: x.flatten(1) @ a + 1, MIDDLE))) == pytest.approx(
+        1, abs=1e-4
+    )
+
+
+def test_a_jump_keeps_its_size_and_a_slope_does_not():
+    end = MIDDLE + 0.3
+    step = probe(lambda x: (x.mean((1, 2, 3)) > 0.6).float(), MIDDLE)
+    torch.testing.assert_close(surface.jump(step, MIDDLE, end), torch.ones(12))
+    both = probe(lambda x: x.mean((1, 2, 3)) + 0.1 * (x.mean((1, 2, 3)) > 0.6), MIDDLE)
+    torch.testing.assert_close(surface.jump(both, MIDDLE, end), torch.ones(12), atol=0.01, rtol=0)
+    steep = probe(lambda x: torch.sigmoid(60 * (x.mean((1, 2, 3)) - 0.6)), MIDDLE)
+    torch.testing.assert_close(surface.jump(steep, MIDDLE, end), torch.full((12,), 1 / 32), atol=0.01, rtol=0)
+    kink = probe(lambda x: (x.mean((1, 2, 3)) - 0.6).clamp_min(0), MIDDLE)
+    assert float(surface.jump(kink, MIDDLE, end).max()) < 0.05
+    level = probe(lambda x: 1 + 0 * x.mean((1, 2, 3)), MIDDLE)
+    assert torch.equal(surface.jump(level, MIDDLE, end), torch.zeros(12))
+
+
+def test_flatness_is_the_ratio_of_slopes():
+    """x^2 along one axis from its vertex: the slope to reach r is r, so the ratio is that of the reaches."""
+    at = torch.full((4, 1, 1, 1), 0.5)
+    found = figure(surface._flat(probe(lambda x: -((x.flatten(1)[:, 0] - 0.5) ** 2), at)))
+    assert found == pytest.approx(1 / 20, rel=1e-3)
+    assert figure(surface._flat(probe(lambda x: 1 + x.mean((1, 2, 3)), at))) == pytest.approx(1, rel=1e-3)
+
+
+def test_pinned_is_one_at_a_peak_and_none_on_a_slope():
+    at = torch.full((4, 1, 2, 2), 0.5)
+    assert figure(surface._pinned(probe(lambda x: 1 - (x - 0.5).abs().sum((1, 2, 3)), at))) == 1
+    assert figure(surface._pinned(probe(lambda x: 1 + x.sum((1, 2, 3)), at))) == 0
+
+
+@pytest.mark.parametrize("threat", [zoo_.THREAT, ThreatModel("l2", Budget(0.3))], ids=["linf", "l2"])
+def test_convergence_is_nought_at_the_best_point_one_at_the_worst_and_a_half_at_the_image(threat):
+    """On a linear function, in the middle of the box: FOSC by hand."""
+    slope = torch.linspace(-1, 1, 9)
+    here = probe(lambda x: 1 + x.flatten(1) @ slope, MIDDLE, threat)
+    grad = here.gradient(lambda z, y: margin(z, y), MIDDLE)
+    for side, value in ((1, 0.0), (0, 0.5), (-1, 1.0)):
+        point = threat.project(MIDDLE, threat.ascend(MIDDLE, grad, side * float(threat.eps)))
+        assert figure(surface.convergence(here, point)) == pytest.approx(value, abs=1e-5)
+
+
+def test_convergence_in_linf_is_wangs_formula_over_its_range():
+    """eps |g|_1 - <x - x0, g>, from nought to 2 eps |g|_1, where the box does not bind."""
+    here = probe(lambda x: 1 + x.square().flatten(1).sum(1), MIDDLE)
+    point = zoo_.THREAT.project(MIDDLE, MIDDLE + 0.1 * here.signs("anywhere"))
+    grad = here.gradient(nn.functional.cross_entropy, point).flatten(1)
+    fosc = 0.1 * grad.abs().sum(1) - ((point - MIDDLE).flatten(1) * grad).sum(1)
+    wanted = (fosc / (0.2 * grad.abs().sum(1))).mean()
+    assert figure(surface.convergence(here, point)) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_zero_and_broken_gradients_are_counted_per_image():
+    """Half of the images sit where the function is cut off."""
+    images = torch.linspace(0.2, 0.8, 40).view(40, 1, 1, 1)
+    low = probe(lambda x: 1 + (x.flatten(1)[:, 0] - 0.5).clamp_min(0), images, ThreatModel("linf", "0.001"))
+    assert figure(surface._lost(surface.CE, lambda z, y: margin(z, y), low)) == 0.5
+    root = probe(lambda x: 1 + (x.flatten(1)[:, 0] - 0.5).clamp_min(0).sqrt(), images, low.threat)
+    assert figure(surface._lost(surface.CE, lambda z, y: margin(z, y), root)) == 0.5
+
+
+def test_chance_is_allowed_for_and_a_limit_is_a_limit():
+    share = Check("a", 0.01, "above", "r", "m", share=True)
+    for n in (1, 10, 100, 1000):
+        for count in range(min(n, 40) + 1):
+            less = sum(math.comb(n, i) * 0.01**i * 0.99 ** (n - i) for i in range(count))
+            verdict = "suspicious" if 1 - less < 0.01 - 1e-12 else "fine"
+            assert share.of_flags(torch.arange(n) < count).verdict == verdict, (count, n)
+    assert share.of_flags(torch.ones(1, dtype=torch.bool)).verdict == "fine"
+    below = Check("b", 0.5, "below", "r", "m")
+    assert [below.of(value).verdict for value in (0.4, 0.5, 0.6)] == ["suspicious", "fine", "fine"]
+    broken = below.of(float("nan"))
+    assert (broken.figure, broken.verdict) == (None, "suspicious")
+
+
+def test_the_document_shows_what_the_result_file_says():
+    script = runpy.run_path(str(ROOT / "benchmarks" / "audit_zoo.py"))
+    content, document = json.loads(script["RESULTS"].read_text()), (ROOT / "docs" / "audit.md").read_text()
+    for table in script["TABLES"]:
+        assert table(content) in document, table.__name__
+    for check in CHECKS:
+        assert check.name in document
+
+
+def test_in_the_result_file_every_deceiver_is_caught_and_no_honest_network_accused():
+    script = runpy.run_path(str(ROOT / "benchmarks" / "audit_zoo.py"))
+    content = json.loads(script["RESULTS"].read_text())
+    rows = content["honest"] + [row for row in content["cifar"] if row["kind"] == "honest"]
+    assert [(row["name"], row["seed"], row["suspicious"]) for row in rows if row["suspicious"]] == []
+    assert {row["name"] for row in content["honest"]} == set(zoo_.HONEST_NAMES)
+    assert {row["name"] for row in content["deceivers"]} == set(zoo_.DECEIVERS)
+    assert all(row["verdict"] == "suspicious" for row in content["deceivers"])
+
+
+def test_every_limit_keeps_its_distance_from_the_worst_honest_figure():
+    script = runpy.run_path(str(ROOT / "benchmarks" / "audit_zoo.py"))
+    content = json.loads(script["RESULTS"].read_text())
+    seeds = content["seeds"]["thresholds chosen on"]
+    rows = [row for row in content["honest"] if row["seed"] in seeds]
+    rows += [row for row in content["cifar"] if row["kind"] == "honest"]
+    for check in CHECKS:
+        figures = [row["figures"][check.name] for row in rows if row["figures"][check.name] is not None]
+        if check.suspicious == "above":
+            assert max(figures) <= check.limit / 2, check.name
+        else:
+            assert min(figures) >= check.limit * 6 / 5, check.name
+
+
+class Counted(zoo_.Wrapped):
+    """Counts the images it sees, and those whose gradient is asked for."""
+
+    forwards = backwards = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += len(x)
+        self.backwards += len(x) * x.requires_grad
+        return self.net(x)
+
+
+def test_the_cost_is_what_the_document_says(zoo):
+    document = (ROOT / "docs" / "audit.md").read_text()
+    stated = re.search(
+        r"(\d+) forwards and (\d+) gradients an image .* eps 0\.02,[^;]*;\s+(\d+)\s+and (\d+)", document
+    )
+    measured = []
+    for eps in ("0.02", "0.3"):
+        net = Counted(zoo.at).eval()
+        audit(net, zoo.images, zoo.labels, ThreatModel("linf", eps), surrogate=zoo.surrogate)
+        measured += [net.forwards / 64, net.backwards / 64]
+    assert [float(number) for number in stated.groups()] == pytest.approx(measured, rel=0.05)

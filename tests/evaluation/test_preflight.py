@@ -1,0 +1,245 @@
+"""Everything that makes an evaluation meaningless is refused in one line; what is merely odd is not."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from softdefend.errors import SettingError
+from softdefend.evaluation.preflight import difference, preflight
+from softdefend.rng import stream
+from softdefend.threat import ThreatModel
+
+THREAT = ThreatModel("linf", "8/255")
+IMAGES = torch.rand(20, 3, 4, 4, generator=stream(0, "x"))
+LABELS = torch.arange(20) % 5
+
+
+class Net(nn.Module):
+    """A small network whose logits pass through a function."""
+
+    def __init__(self, change=lambda z: z) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(
+                nn.Conv2d(3, 4, 3),
+                nn.BatchNorm2d(4),
+                nn.ReLU(),
+                nn.Dropout(0.5),
+                nn.Flatten(),
+                nn.Linear(16, 5),
+            )
+        self.change = change
+        self.eval()
+
+    def forward(self, image: Tensor) -> object:
+        return self.change(self.layers(image))
+
+
+def refused(net=None, images=IMAGES, labels=LABELS, threat=THREAT, **settings) -> str:
+    """The complaint, which has to be one line."""
+    with pytest.raises(SettingError) as caught:
+        preflight(Net() if net is None else net, images, labels, threat, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_an_honest_network_passes():
+    preflight(Net(), IMAGES, LABELS, THREAT)
+    preflight(Net(), IMAGES, LABELS, ThreatModel("l2", "128/255"), classes=5)
+    preflight(Net(), IMAGES[:1], LABELS[:1], THREAT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: z.detach(),  # for the audit to judge
+        lambda z: z.bfloat16(),
+        lambda z: 1e4 * z,
+        lambda z: torch.full_like(z, 0.5),  # in [0, 1], but rows do not sum to one
+    ],
+)
+def test_what_is_odd_but_usable_passes(change):
+    preflight(Net(change), IMAGES, LABELS, THREAT)
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ((IMAGES * 255).to(torch.uint8), ("uint8 images", ".float() / 255")),
+        (IMAGES.double(), ("float64 images",)),
+        (IMAGES * 255, ("divide them by 255",)),
+        ((IMAGES - 0.5) / 0.25, ("pixels from -", "normalisation belongs into the network")),
+        (IMAGES * 1.2, ("to 1.", "normalisation")),
+        (IMAGES / 255, ("divided by 255 only once",)),
+        (IMAGES.where(IMAGES < 0.9, torch.nan), ("NaN",)),
+        (IMAGES.where(IMAGES < 0.9, torch.inf), ("infinite",)),
+        (IMAGES[0], ("shape [3, 4, 4]",)),
+        (IMAGES[:0], ("shape [0, 3, 4, 4]",)),
+        ([1, 2], ("got list",)),
+    ],
+)
+def test_pixels(images, words):
+    message = refused(images=images, labels=LABELS[: len(images)])
+    assert message.startswith("images: got ")
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("shift", [-5e-7, 5e-7])
+def test_rounding_beyond_the_box_is_no_fault(shift):
+    preflight(Net(), IMAGES.clamp(0, 1) + shift * (IMAGES.round() * 2 - 1).abs(), LABELS, THREAT)
+
+
+@pytest.mark.parametrize(
+    ("labels", "word"),
+    [
+        (LABELS.float(), "float32 labels"),
+        (LABELS.int(), "int32 labels"),
+        (LABELS[:-1], "shape [19]"),
+        (nn.functional.one_hot(LABELS), "shape [20, 5]"),
+        (LABELS - 1, "label -1"),
+        (LABELS + 1, "label 5; accepted: labels below 5"),
+        (LABELS.tolist(), "got list"),
+    ],
+)
+def test_labels(labels, word):
+    message = refused(labels=labels)
+    assert message.startswith("labels: got ")
+    assert word in message
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps"),
+    [("linf", "1"), ("linf", "0.5"), ("linf", str(8 / 255 / 255)), ("l2", "8"), ("l2", str(0.5 / 255 / 255))],
+)
+def test_eps_of_another_unit(norm, eps):
+    assert refused(threat=ThreatModel(norm, eps)).startswith(
+        f"threat.eps: got {eps}; accepted: a value in [0.1/255"
+    )
+
+
+def test_the_largest_eps_is_where_everything_can_turn_grey():
+    """sqrt(48) / 2 = 3.46: an l2 ball of that radius around any image holds uniform grey."""
+    preflight(Net(), IMAGES, LABELS, ThreatModel("l2", "3.4"))
+    assert "3.464" in refused(threat=ThreatModel("l2", "3.5"))
+
+
+def test_a_network_in_train_mode_is_named():
+    assert "in train mode" in refused(Net().train())
+    for kind in (nn.BatchNorm2d, nn.Dropout):
+        net = Net()
+        for module in net.modules():
+            if isinstance(module, kind):
+                module.train()
+        message = refused(net)
+        assert kind.__name__ in message
+        assert "net.eval()" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda z: z.softmax(1), "returns probabilities"),
+        (lambda z: z.softmax(1).bfloat16(), "returns probabilities"),
+        (lambda z: z.log_softmax(1), "returns log-probabilities"),
+        (lambda z: z * torch.nan, "NaN or infinity"),
+        (lambda z: z / 0.0, "NaN or infinity"),
+        (lambda z: (z, z), "returns tuple"),
+        (lambda z: z.argmax(1), "returns torch.int64"),
+        (lambda z: z[:1], "shape [1, 5]"),
+        (lambda z: z[:, :1], "shape [20, 1]"),
+        (lambda z: z[..., None], "shape [20, 5, 1]"),
+        (lambda z: z @ z, "fails on a forward pass"),
+    ],
+)
+def test_outputs(change, word):
+    message = refused(Net(change))
+    assert message.startswith("net: got ")
+    assert word in message
+
+
+class InPlace(Net):
+    """Normalises its input where it stands."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layers(image.sub_(0.5))
+
+
+def test_a_network_that_changes_its_input():
+    before = IMAGES.clone()
+    assert "writes into the images" in refused(InPlace())
+    assert torch.equal(IMAGES, before)
+
+
+def test_class_counts():
+    assert refused(classes=10) == "classes: got 10; accepted: 5, as many as the network has outputs"
+    assert "labels below 4" in refused(Net(lambda z: z[:, :4]))
+
+
+def test_a_network_on_another_device():
+    message = refused(Net().to("meta"))
+    assert "on meta" in message
+    assert "on cpu" in message
+    assert "labels on meta" in refused(labels=LABELS.to("meta"))
+
+
+class Noisy(Net):
+    """Draws from torch's generator at every forward."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layers(image + 0.1 * torch.rand(image.shape))
+
+
+class Counting(Net):
+    """Another answer at every call."""
+
+    calls = 0
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layers(image) + self.calls
+
+
+@pytest.mark.parametrize("kind", [Noisy, Counting])
+def test_a_moving_network_is_refused_unless_announced(kind):
+    assert "between equal forwards" in refused(kind())
+    preflight(kind(), IMAGES, LABELS, THREAT, assumes_determinism=False)
+
+
+def test_nothing_is_remembered_between_networks():
+    """A shared reference tool accuses every network after the first guilty one."""
+    refused(Noisy())
+    preflight(Net(), IMAGES, LABELS, THREAT)
+
+
+def test_nothing_is_left_changed():
+    net, state = Noisy(), torch.get_rng_state()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+    def tracer(*_):
+        return None
+
+    old = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        preflight(net, IMAGES, LABELS, THREAT, assumes_determinism=False)
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(old)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_difference_is_the_relative_distance_of_rows():
+    one = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0]])
+    other = torch.tensor([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0]])
+    torch.testing.assert_close(
+        difference(one, other), torch.tensor([0.0, 5**0.5 / 2, 0.0], dtype=torch.float64)
+    )
