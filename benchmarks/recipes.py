@@ -24,19 +24,28 @@ from collect import environment, figures
 from softdefend.config import packaged
 
 EPOCHS = 30
+DISTILLED = ("kd", "kd-swa")
+"""Presets whose teachers are trained first, once for both where one has finished."""
 PROTOCOL = ["--config", "cifar10_resnet18_short", "--optim.epochs", str(EPOCHS)]
 QUICK = ["--config", "digits_demo", "--optim.epochs", "2", "--data.train_size", "64", "--evaluate.size", "64"]
 QUICK += ["--evaluate.curve_size", "0"]
 
 
 def command(preset: str, device: str, args: argparse.Namespace) -> list[str]:
-    """The words that train one preset; KD-SWA's pipeline trains its teachers first."""
+    """The words that train one preset."""
     folder = args.folder / f"{preset}-seed{args.seed}"
     words = [*(QUICK if args.quick else PROTOCOL), "--seed", str(args.seed), "--runtime.device", device]
     if args.data:
         words += ["--data.source", str(args.data), "--data.name", args.data_name]
-    if preset == "kd-swa":
-        return [sys.executable, "-m", "softdefend", "distil", *words, "--folder", str(folder)]
+    if preset in DISTILLED:
+        teachers = sorted(args.folder.glob(f"kd*-seed{args.seed}/student/last.safetensors"))
+        known = (
+            [f"--{role}={teachers[0].parents[1] / role}" for role in ("standard", "robust")]
+            if teachers
+            else []
+        )
+        own = ["--preset", preset, "--folder", str(folder), *known]
+        return [sys.executable, "-m", "softdefend", "distil", *words, *own]
     return [sys.executable, "-m", "softdefend", "train", *words, "--preset", preset, "--folder", str(folder)]
 
 
@@ -50,7 +59,7 @@ def launch(preset: str, device: str, args: argparse.Namespace) -> subprocess.Pop
 def measured(preset: str, args: argparse.Namespace) -> dict[str, Any]:
     """Figures of one finished run."""
     folder = args.folder / f"{preset}-seed{args.seed}"
-    folder = folder / "student" if preset == "kd-swa" else folder
+    folder = folder / "student" if preset in DISTILLED else folder
     seconds = {
         row["epoch"]: row["seconds"]
         for row in map(json.loads, (folder / "timing.jsonl").read_text().splitlines())
@@ -101,33 +110,37 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="digits, two epochs")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/recipes.json"))
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are stopped too
     deadline = time.monotonic() + args.seconds
     done = read(args.output)
     waiting = [preset for preset in args.presets if preset not in done]
     running: dict[str, tuple[str, subprocess.Popen[bytes]]] = {}
     failed: list[str] = []
-    while (waiting or running) and time.monotonic() < deadline:
-        for device in args.devices:
-            if device not in running and waiting:
-                preset = waiting.pop(0)
-                running[device] = preset, launch(preset, device, args)
-        time.sleep(0.2)
-        for device, (preset, process) in list(running.items()):
-            if process.poll() is None:
-                continue
-            del running[device]
-            if process.returncode:
-                failed.append(preset)
-                print(f"{preset} ended with code {process.returncode}:", file=sys.stderr)
-                print((args.folder / f"{preset}.log").read_text()[-1500:], file=sys.stderr)
-                continue
-            done[preset] = measured(preset, args)
-            write(args.output, done, args)
-            last = done[preset]["last"]
-            print(preset, last["clean"], last["pgd-20"], done[preset]["seconds_per_epoch"], flush=True)
-    for _, process in running.values():
-        process.send_signal(signal.SIGTERM)
-        process.wait()
+    try:
+        while (waiting or running) and time.monotonic() < deadline:
+            for device in args.devices:
+                if device not in running and waiting:
+                    preset = waiting.pop(0)
+                    running[device] = preset, launch(preset, device, args)
+            time.sleep(0.2)
+            for device, (preset, process) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[device]
+                if process.returncode:
+                    failed.append(preset)
+                    print(f"{preset} ended with code {process.returncode}:", file=sys.stderr)
+                    print((args.folder / f"{preset}.log").read_text()[-1500:], file=sys.stderr)
+                    continue
+                done[preset] = measured(preset, args)
+                write(args.output, done, args)
+                last = done[preset]["last"]
+                print(preset, last["clean"], last["pgd-20"], done[preset]["seconds_per_epoch"], flush=True)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.wait()
     left = [*waiting, *(preset for preset, _ in running.values())]
     if left:
         print(f"not finished: {' '.join(left)}", file=sys.stderr)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from softdefend import rng
-from softdefend.config import Experiment, find, resolve
-from softdefend.data import Resident, Split, epoch_plan
+from softdefend.config import Experiment, resolve
+from softdefend.data import Augmented, Split
 from softdefend.errors import SettingError
 from softdefend.files import write_atomic
+from softdefend.labels import KD
 from softdefend.methods import units
 from softdefend.models import build
 from softdefend.rule import RunInfo
@@ -72,7 +73,8 @@ class BenchSettings:
             if value < 1:
                 raise SettingError(f"bench.{name}", value, "a whole number >= 1")
         for preset in self.presets:
-            find("preset", preset)
+            if isinstance(resolve(["--preset", preset]).recipe.label, KD):
+                raise SettingError("bench.presets", preset, "recipes without trained teachers")
         if self.reference is not None and not (Path(self.reference) / "losses" / "loss.py").is_file():
             raise SettingError("bench.reference", self.reference, "a checkout of devicerxx/SGLS")
 
@@ -191,13 +193,7 @@ def _prepare(
     labels = torch.randint(0, CLASSES, (n,), generator=draw)
     channels_last = bool(engine.settings.channels_last)
     augment, epochs = experiment.augment, experiment.optim.epochs
-    data = Resident(
-        Split(images, labels),
-        device,
-        pad=augment.margin,
-        pad_mode=augment.pad_mode,
-        channels_last=channels_last,
-    )
+    data = Augmented(Split(images, labels), device, augment, channels_last=channels_last)
     net = _net(experiment.net.name).to(device)
     if channels_last:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -209,15 +205,7 @@ def _prepare(
     step = TrainStep(net, data, recipe, optimiser, engine, experiment.weight)
     step.set_lr(1e-3)  # small: the weights of a hundred steps on noise must stay finite
     phase = Phase(*(rule.phase(epochs - 1) for rule in rules))
-    plan = epoch_plan(
-        n,
-        seed=0,
-        epoch=0,
-        augment=augment.kind,
-        pad=augment.margin,
-        device=device,
-        views=recipe.objective.views,
-    )
+    plan = data.plan(seed=0, epoch=0, views=recipe.objective.views)
     made = iter(range(sys.maxsize))
 
     def once() -> None:

@@ -31,13 +31,13 @@ PUBLISHED: dict[tuple[str, str, str], str] = {
     ("Hard", "PGDAT", "SWA"): "Chen et al. 2021",
     ("KD", "PGDAT", "Plain"): "Chen et al. 2021",
     ("KD", "PGDAT", "SWA"): "Chen et al. 2021",
-    ("Hard", "PGDAT", "EMA"): "Rebuffi et al. 2021",
     ("Hard", "TRADES", "EMA"): "Gowal et al. 2020",
     ("SAT", "TRADES", "Plain"): "Huang et al. 2020",
     ("ADR", "PGDAT", "Plain"): "Wu et al. 2024",
     ("ADR", "PGDAT", "EMA"): "Wu et al. 2024",
     ("ADR", "PGDAT", "AWP + EMA"): "Wu et al. 2024",
     ("ADR", "TRADES", "Plain"): "Wu et al. 2024",
+    ("ADR", "TRADES", "AWP + EMA"): "Wu et al. 2024",
     ("Hard", "TE", "Plain"): "Dong et al. 2022",
     ("Hard", "TRADESTE", "Plain"): "Dong et al. 2022",
     ("Hard", "MLCAT", "Plain"): "Yu et al. 2022",
@@ -47,7 +47,10 @@ PUBLISHED: dict[tuple[str, str, str], str] = {
     ("SGLR", "PGDAT", "Plain"): "Yu, Li et al. 2024",
     ("SGLR", "TRADES", "Plain"): "Yu, Li et al. 2024",
 }
-"""Combinations of (label rule, objective, weight rule) that their authors published, and who."""
+"""Combinations of (label rule, objective, weight rule) that were published, and by whom; those we know of."""
+
+OURS = ("pgd-at-cutmix-ema", "sglr-paper", "mart-awp")
+"""Presets of a published combination with a value that is our own choice."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,8 @@ def _preset(name: str) -> Method:
     combination = combined(experiment)
     recipe = experiment.recipe
     cost = units(recipe.label, recipe.objective, experiment.weight)
-    return Method(
-        "preset", name, _comment(name), PUBLISHED.get(combination, ""), cost, combination=combination
-    )
+    source = "" if name in OURS else PUBLISHED.get(combination, "")
+    return Method("preset", name, _comment(name), source, cost, combination=combination)
 
 
 def combined(experiment: Experiment) -> tuple[str, str, str]:
@@ -191,8 +193,7 @@ def _section(title: str, methods: Iterable[Method], kind: str, markdown: bool) -
     if kind == "preset":
         header = ["preset", "label x objective x weight", "units", "published by", "what it is"]
         rows = [
-            [m.name, " x ".join(m.combination), f"{m.units:g}", m.source or "nobody", m.summary]
-            for m in chosen
+            [m.name, " x ".join(m.combination), f"{m.units:g}", m.source or "–", m.summary] for m in chosen
         ]
     else:
         more = "units" if kind == "objective" else "units more"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,6 +39,10 @@ def side_by_side(jobs: Sequence[Job], at_once: int, *, say: Callable[[str], None
     """
     if at_once < 1:
         raise SettingError("--together", at_once, "a whole number >= 1")
+    # Without this a terminated parent would leave its runs behind; signals belong to the main thread.
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     waiting, failed = list(jobs), list[Job]()
     running: dict[Job, subprocess.Popen[bytes]] = {}
     try:
@@ -58,6 +64,8 @@ def side_by_side(jobs: Sequence[Job], at_once: int, *, say: Callable[[str], None
             process.terminate()
         for process in running.values():
             process.wait()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     if failed:
         text = failed[0].log.read_text(errors="replace").strip()
         last = text.splitlines()[-1] if text else "no output"

@@ -7,10 +7,13 @@ import itertools
 import pytest
 import torch
 
-from softdefend import AWP, EMA, PGDAT, SGLR, SWA, TRADES, Hard, OptimSettings
+import softdefend
+from softdefend import AWP, EMA, PGDAT, SGLR, SWA, Hard, OptimSettings
+from softdefend.complaints import rules
 from softdefend.data import AugmentSettings
 from softdefend.training import RuntimeSettings, SaveSettings
-from tiny import Killed
+from softdefend.training.step import Phase
+from tiny import Killed, tiny_net
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,13 +30,22 @@ def weights(trainer) -> torch.Tensor:
     return torch.cat([v.float().flatten() for v in trainer.net.state_dict().values()])
 
 
-@pytest.mark.parametrize("objective", [PGDAT, TRADES])
-@pytest.mark.parametrize("label", [Hard, SGLR])
+PAIRS = [(label, "PGDAT") for label in rules("label") if label != "Hard"]
+PAIRS += [("Hard", objective) for objective in rules("objective")] + [("SGLR", "TRADES")]
+
+
+def rule(name):
+    if name == "KD":
+        return softdefend.KD(standard=tiny_net(seed=1), robust=tiny_net(seed=2))
+    return getattr(softdefend, name)()
+
+
+@pytest.mark.parametrize(("label", "objective"), PAIRS)
 def test_captured_steps_equal_eager_steps(make_trainer, label, objective):
     """Without dropout-like draws of its own the captured step makes the eager step's numbers."""
     runs = {}
     for name, capture in (("eager", False), ("captured", True)):
-        trainer = make_trainer(label(), objective(), folder=name, runtime=runtime(capture=capture))
+        trainer = make_trainer(rule(label), rule(objective), folder=name, runtime=runtime(capture=capture))
         for module in trainer.net.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -116,7 +128,7 @@ def test_every_replay_draws_new_noise(make_trainer):
     results = []
     for key in (1, 2, 1):
         before = [t.detach().clone() for t in trainer.step._state()]
-        trainer.step(plan, "fixed", key)
+        trainer.step(plan, Phase("fixed", "fixed", "fixed"), key)
         results.append(weights(trainer))
         with torch.no_grad():
             for tensor, value in zip(trainer.step._state(), before, strict=True):

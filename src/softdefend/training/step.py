@@ -127,6 +127,17 @@ def mixing_refusal(rule: Rule) -> str | None:
     return None
 
 
+def _compiled(net: nn.Module) -> Forward:
+    """The network compiled for every mode and batch size it will meet."""
+    import torch._dynamo  # not part of torch's own import
+
+    # Beyond this many versions, counted per process, torch goes on uncompiled: a comparison of many recipes
+    # makes more than the 8 it allows.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    compiled: Forward = torch.compile(net, dynamic=False)
+    return compiled
+
+
 class TrainStep:
     """Runs steps, eagerly or from captured graphs.
 
@@ -160,7 +171,7 @@ class TrainStep:
         self.attack = recipe.objective.training_attack(recipe.attack, recipe.threat)
         self.generator = torch.Generator(engine.device)
         self.meters = torch.zeros(len(METERS), device=engine.device, dtype=torch.float64)
-        self._forward: Forward = torch.compile(net, dynamic=False) if engine.settings.compile else net
+        self._forward: Forward = _compiled(net) if engine.settings.compile else net
         self._graphs: dict[tuple[Phase, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def __call__(self, plan: Tensor, phase: Phase, key: int) -> None:
