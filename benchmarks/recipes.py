@@ -39,11 +39,8 @@ def command(preset: str, device: str, args: argparse.Namespace) -> list[str]:
         words += ["--data.source", str(args.data), "--data.name", args.data_name]
     if preset in DISTILLED:
         teachers = sorted(args.folder.glob(f"kd*-seed{args.seed}/student/last.safetensors"))
-        known = (
-            [f"--{role}={teachers[0].parents[1] / role}" for role in ("standard", "robust")]
-            if teachers
-            else []
-        )
+        place = teachers[0].parents[1] if teachers else None
+        known = [f"--{role}={place / role}" for role in ("standard", "robust")] if place else []
         own = ["--preset", preset, "--folder", str(folder), *known]
         return [sys.executable, "-m", "softdefend", "distil", *words, *own]
     return [sys.executable, "-m", "softdefend", "train", *words, "--preset", preset, "--folder", str(folder)]

@@ -236,8 +236,8 @@ class Trainer:
         return row
 
     def _training_images(self) -> Iterator[Tensor]:
-        """One pass over the training images as they are, in batches whose sizes differ by one image at most: a
-        single image left over would have no statistics."""
+        """One pass over the training images as they are. Sizes of batches differ by one image at most: a
+        single one left over would have no statistics."""
         everything = torch.arange(self.train_data.n, device=self.engine.device)
         batches = math.ceil(self.train_data.n / max(self.batch_size, 2))
         for index in torch.tensor_split(everything, batches):
