@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from softdefend.errors import SettingError
-from softdefend.labels.base import BNMode, LabelRule, Predictions, Supervision
-from softdefend.labels.memory import check_storage, make_memory
-from softdefend.rule import RunInfo
+from softdefend.labels.base import BNMode, Predictions, Supervision
+from softdefend.labels.refined import RefinedRule
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
@@ -24,7 +21,7 @@ def certainty(target: Tensor) -> Tensor:
     return largest / largest.mean()
 
 
-class SAT(LabelRule):
+class SAT(RefinedRule):
     """Labels refined by the network's own clean predictions, averaged over time per sample; samples count by
     how sure their label is.
 
@@ -48,8 +45,6 @@ class SAT(LabelRule):
     """
 
     source = "Huang et al., NeurIPS 2020, arXiv 2002.10319"
-    asks_clean = True
-    mixes = False
 
     def __init__(
         self,
@@ -59,26 +54,8 @@ class SAT(LabelRule):
         clean_bn: BNMode = "train",
         storage: str = "float32",
     ) -> None:
-        for name, value in (("alpha", alpha), ("start", start)):
-            if not 0 <= value <= 1:
-                raise SettingError(f"label.{name}", value, "a number in [0, 1]")
-        if clean_bn not in ("train", "batch", "eval"):
-            raise SettingError("label.clean_bn", repr(clean_bn), "train, batch or eval")
-        check_storage(storage)
-        self.alpha, self.start, self.weighted = alpha, start, weighted
-        self.clean_bn, self.storage = clean_bn, storage
-
-    def setup(self, run: RunInfo) -> None:
-        super().setup(run)
-        # 1e-9: 0.7 * 100 may round to just above 70, which must not become epoch 71.
-        self.first_epoch = max(0, math.ceil(self.start * run.epochs - 1e-9) - 1)
-        self.memory = make_memory(self.storage, run.labels, run.k, self.alpha)
-
-    def phase(self, epoch: int) -> str:
-        return "refined" if epoch >= self.first_epoch else "hard"
-
-    def needs_clean(self, phase: str) -> bool:
-        return phase == "refined"
+        super().__init__(alpha, start, clean_bn, storage)
+        self.weighted = weighted
 
     def target(self, batch: Batch, predictions: Predictions, phase: str) -> Tensor:
         if phase == "hard":
@@ -92,9 +69,3 @@ class SAT(LabelRule):
         target = self.target(batch, predictions, phase)
         weight = certainty(target) if self.weighted and phase == "refined" else None
         return Supervision(batch.label, target, weight)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.memory.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.memory.load_state_dict(state)

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softdefend.errors import SettingError
-from softdefend.labels.base import BNMode, LabelRule, Predictions
-from softdefend.labels.memory import check_storage, make_memory
-from softdefend.rule import RunInfo
+from softdefend.labels.base import BNMode, Predictions
+from softdefend.labels.refined import RefinedRule
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
@@ -37,7 +36,7 @@ def interpolate(memory: Tensor, one_hot: Tensor, r: float) -> Tensor:
     return r * memory + (1 - r) * one_hot
 
 
-class SGLR(LabelRule):
+class SGLR(RefinedRule):
     """Labels refined by the network's own predictions, averaged over time per sample; no teacher.
 
     From the start epoch on, every step moves the sample's memory row,
@@ -69,8 +68,6 @@ class SGLR(LabelRule):
     """
 
     source = "Yu, Li et al., CVPR 2024, arXiv 2403.09101"
-    asks_clean = True
-    mixes = False
 
     def __init__(
         self,
@@ -84,34 +81,20 @@ class SGLR(LabelRule):
         update: Literal["before", "after"] = "before",
         storage: str = "float32",
     ) -> None:
-        for name, value in (("alpha", alpha), ("clean_weight", clean_weight), ("r", r), ("start", start)):
+        super().__init__(alpha, start, clean_bn, storage)
+        for name, value in (("clean_weight", clean_weight), ("r", r)):
             if not 0 <= value <= 1:
                 raise SettingError(f"label.{name}", value, "a number in [0, 1]")
         if not (temperature > 0 and math.isfinite(temperature)):
             raise SettingError("label.temperature", temperature, "a positive number")
         for name, choice, accepted in (
-            ("clean_bn", clean_bn, ("train", "batch", "eval")),
             ("attack_label", attack_label, ("hard", "refined")),
             ("update", update, ("before", "after")),
         ):
             if choice not in accepted:
                 raise SettingError(f"label.{name}", repr(choice), " or ".join(accepted))
-        self.alpha, self.clean_weight, self.r, self.temperature = alpha, clean_weight, r, temperature
-        check_storage(storage)
-        self.storage = storage
-        self.start, self.clean_bn, self.attack_label, self.update = start, clean_bn, attack_label, update
-
-    def setup(self, run: RunInfo) -> None:
-        super().setup(run)
-        # 1e-9: 0.45 * 200 may round to just above 90, which must not become epoch 91.
-        self.first_epoch = max(0, math.ceil(self.start * run.epochs - 1e-9) - 1)
-        self.memory = make_memory(self.storage, run.labels, run.k, self.alpha)
-
-    def phase(self, epoch: int) -> str:
-        return "refined" if epoch >= self.first_epoch else "hard"
-
-    def needs_clean(self, phase: str) -> bool:
-        return phase == "refined"
+        self.clean_weight, self.r, self.temperature = clean_weight, r, temperature
+        self.attack_label, self.update = attack_label, update
 
     def attack_target(self, batch: Batch, phase: str) -> Tensor:
         if phase == "hard" or self.attack_label == "hard":
@@ -127,9 +110,3 @@ class SGLR(LabelRule):
         before = self.memory.read(batch.index)
         after = self.memory.update(batch.index, guide)
         return interpolate(after if self.update == "before" else before, one_hot, self.r)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.memory.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.memory.load_state_dict(state)
