@@ -262,10 +262,10 @@ def evaluate_network(
     folder, threat = Path(folder), threat or ThreatModel()
     settings, extras = settings or EvaluateSettings(), extras or Extras()
     _refuse_run(folder)
-    bundle = data if isinstance(data, DataBundle) else _test_only(*data)
-    check_wishes(settings, extras, len(bundle.test))
     chosen = resolve_device(device)
     net.to(chosen).eval()
+    bundle = data if isinstance(data, DataBundle) else _test_only(net, *data, chosen)
+    check_wishes(settings, extras, len(bundle.test))
     check_logits(net, tuple(bundle.test.images.shape[1:]), len(bundle.classes), chosen)
     architecture = type(net).__name__
     config = {
@@ -337,10 +337,13 @@ def _refuse_run(folder: Path) -> None:
         )
 
 
-def _test_only(images: Tensor, labels: Tensor) -> DataBundle:
-    """A bundle in which all images are test images."""
+def _test_only(net: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> DataBundle:
+    """A bundle in which all images are test images; the network, on ``device``, says how many classes there
+    are, because the labels of a few images may miss some."""
     test = split(images, labels)
-    classes = tuple(str(number) for number in range(max(2, int(test.labels.max()) + 1)))
+    least = max(2, int(test.labels.max()) + 1)
+    k = check_logits(net, tuple(test.images.shape[1:]), None, device, least=least)
+    classes = tuple(str(number) for number in range(k))
     return DataBundle("tensors", test, test, test, classes, fingerprint="")
 
 

@@ -5,6 +5,7 @@ given stay as they were."""
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from softdefend.attacks import FMN, PGD, Transfer, cross_entropy, dlr, margin, targeted_dlr
+from softdefend.attacks import (
+    FMN,
+    PGD,
+    Transfer,
+    cross_entropy,
+    dlr,
+    kl_from,
+    margin,
+    targeted_dlr,
+    value_and_gradient,
+)
 from softdefend.attacks.names import parse_attack
 from softdefend.errors import SettingError
 from softdefend.rng import stream
@@ -20,16 +31,11 @@ from softdefend.threat import Budget, ThreatModel
 
 NAMES = (
     *("fgsm", "fgsm-margin", "pgd-4", "pgd-4-margin", "pgd-3x2-kl", "apgd-ce-8", "apgd-dlr-8", "apgd-t-8"),
-    *("fab-t-6", "square-25", "cw-linf-4", "cw-l2-3x15", "fmn-8", "deepfool-4"),
+    *("fab-t-6", "fab-4", "square-25", "cw-linf-4", "cw-l2-3x15", "fmn-8", "deepfool-4"),
 )
 ONE_NORM = {"cw-linf-4": "linf", "cw-l2-3x15": "l2"}
 CASES = [(name, norm) for name in NAMES for norm in ("linf", "l2") if ONE_NORM.get(name, norm) == norm]
 each = pytest.mark.parametrize(("name", "norm"), CASES)
-
-# PGD in l2 returns NaN where the gradient is; an evaluation takes that for no change.
-nan_safe = pytest.mark.parametrize(
-    ("name", "norm"), [c for c in CASES if c[1] == "linf" or not c[0].startswith(("pgd", "fgsm"))]
-)
 
 SHAPES = ((1, 5, 7), (3, 7, 5), (2, 1, 1), (1, 1, 9), (3, 6, 2))
 
@@ -189,7 +195,7 @@ BROKEN = {
 }
 
 
-@nan_safe
+@each
 @pytest.mark.parametrize("how", BROKEN)
 @pytest.mark.parametrize("k", [2, 3])
 def test_a_broken_network_breaks_no_attack(name, norm, how, k):
@@ -206,32 +212,105 @@ def test_a_broken_network_breaks_no_attack(name, norm, how, k):
         assert (net(closest).argmax(1) != label)[found].all()
 
 
-@nan_safe
+@each
 def test_a_transfer_from_a_broken_network(name, norm):
     net, image = Net((1, 5, 7), 3), images(3, (1, 5, 7), 8)
     attack = Transfer(Broken(BROKEN["NaN"], 3), parse_attack(name))
     attack_soundly(attack, net, image, net(image).argmax(1), ThreatModel(norm, Budget(0.1)))
 
 
-@pytest.mark.parametrize("name", ["fmn", "deepfool", "cw-l2"])
-def test_a_network_without_gradients_is_named_in_one_line(name):
-    net, image = Broken(torch.Tensor.detach, 3), images(2, (1, 5, 7), 9)
+@pytest.mark.parametrize("loss", [cross_entropy, margin])
+def test_the_gradient_is_never_nan(loss):
+    """Zero where the network's is NaN or infinite, and its own for the other images."""
+    net, image = Net((1, 5, 7), 3), images(6, (1, 5, 7), 10)
+    label = net(image).argmax(1)
+    sick = torch.arange(6) % 2 == 0
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = net(x) * torch.where(sick, math.nan, 1.0)[:, None]
+        return logits
+
+    climb = partial(loss, target=label)
+    _, gradient = value_and_gradient(broken, climb, image)
+    assert not gradient[sick].any()
+    assert torch.equal(gradient[~sick], value_and_gradient(net, climb, image)[1][~sick])
+    assert gradient[~sick].any()
+
+
+WITHOUT_GRADIENT = {
+    "detached logits": lambda net: Broken(torch.Tensor.detach, 3),
+    "detached images": lambda net: lambda image: net(image.detach()),  # parameters that still ask for theirs
+}
+
+
+@each
+@pytest.mark.parametrize("cut", WITHOUT_GRADIENT)
+def test_a_network_without_gradients_is_named_in_one_line(name, norm, cut):
+    net, image = Net((1, 5, 7), 3), images(4, (1, 5, 7), 9)
+    if cut == "detached images" and name.startswith("cw-l2"):
+        net.requires_grad_(False)  # its loss holds the distance, which always has a gradient
+    forward, label, threat = WITHOUT_GRADIENT[cut](net), net(image).argmax(1), ThreatModel(norm, Budget(0.1))
+    if name.startswith("square"):
+        assert parse_attack(name)(forward, image, label, threat, generator=stream(0, "a")).isfinite().all()
+        return
     with pytest.raises(SettingError, match=r"net: got a network whose logits have no gradient in the image"):
-        parse_attack(name).minimal(net, image, net(image).argmax(1), "l2")
+        parse_attack(name)(forward, image, label, threat, generator=stream(0, "a"))
 
 
-@pytest.mark.parametrize(
-    "name", ["fgsm", "pgd-4", "pgd-4-margin", "apgd-ce", "apgd-dlr", "square-9", "cw-linf", "fmn", "deepfool"]
-)
-def test_one_class_is_refused(name):
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_of_another_type_than_the_images(name, norm, dtype):
+    """The network computes in double precision either way: what differs is the type of images and logits."""
+    net, image = Net((1, 5, 7), 5).double(), images(8, (1, 5, 7), 11).to(dtype)
+    other = torch.float64 if dtype == torch.float32 else torch.float32
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = net(x.double()).to(other)
+        return logits
+
+    label, threat = net(image.double()).argmax(1), ThreatModel(norm, Budget(0.2 if norm == "linf" else 1.0))
+    made = parse_attack(name)(forward, image, label, threat, generator=stream(0, "a"))
+    assert made.dtype == dtype
+    assert (threat.distance(image, made) <= float(threat.eps) + 1e-6).all()
+    plain = parse_attack(name)(
+        lambda x: net(x.double()).to(x.dtype), image, label, threat, generator=stream(0, "a")
+    )
+    fooled = [net(x.double()).argmax(1) != label for x in (made, plain)]
+    assert torch.equal(*fooled)
+    if not name.startswith(("fgsm", "pgd-3x2-kl")):
+        assert fooled[0].any()
+
+
+@each
+def test_one_class_is_refused(name, norm):
     net, image = Net((1, 5, 7), 1), images(2, (1, 5, 7), 9)
     with pytest.raises(SettingError, match=r"net: got .* shape \[2, 1\]; accepted: logits of two or more"):
-        parse_attack(name)(net, image, torch.zeros(2, dtype=torch.int64), ThreatModel())
+        parse_attack(name)(net, image, torch.zeros(2, dtype=torch.int64), ThreatModel(norm))
+
+
+@pytest.mark.parametrize(("name", "norm"), [("cw-linf", "l2"), ("cw-l2", "linf")])
+def test_a_threat_model_is_refused_before_any_look(name, norm):
+    attack, other = parse_attack(name), "l2" if norm == "linf" else "linf"
+    for checked in (attack, Transfer(Net((1, 5, 7), 3), attack)):
+        with pytest.raises(SettingError, match=rf"threat\.norm: got {norm}; accepted: {other} under {name}"):
+            checked.check(ThreatModel(norm))
+        checked.check(ThreatModel(other))
+
+
+@each
+def test_what_an_attack_can_do_passes_its_check(name, norm):
+    parse_attack(name).check(ThreatModel(norm))
 
 
 def test_losses_refuse_one_class():
     logits, label = torch.ones(3, 1), torch.zeros(3, dtype=torch.int64)
-    for loss in (cross_entropy, margin, dlr, lambda z, y: targeted_dlr(z, y, y)):
+    for loss in (
+        cross_entropy,
+        margin,
+        dlr,
+        lambda z, y: targeted_dlr(z, y, y),
+        lambda z, _: kl_from(z),
+    ):
         with pytest.raises(SettingError, match=r"shape \[3, 1\]"):
             loss(logits, label)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -13,6 +14,8 @@ import pytest
 import torch
 import yaml
 from cli_tools import contents, pictures, write_parquet
+from safetensors import safe_open
+from safetensors.torch import load as from_bytes
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,6 +25,7 @@ from softdefend.data import DataSettings, load
 from softdefend.evaluation import EvaluateSettings, Evaluator, examine
 from softdefend.evaluation.corruptions import CORRUPTIONS
 from softdefend.pipeline import evaluate_network
+from softdefend.report.runs import read_run
 
 Refused = Callable[..., str]
 
@@ -65,6 +69,85 @@ def test_what_is_not_given_is_the_runs_own(run_folder: Path, capsys: pytest.Capt
     again = result(run_folder, "last")
     assert again["settings"] == {**settings, "seed": 5, "size": None}
     assert again["n"] == 359  # a fifth of 1,797 digits
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_that_no_generator_takes_are_refused(seed: int, run_folder: Path, refused: Refused) -> None:
+    refused(["evaluate", str(run_folder), "--seed", str(seed)], "evaluate.seed", str(seed), "0 to 2^63 - 1")
+    assert EvaluateSettings(seed=2**63 - 1).seed == 2**63 - 1
+
+
+# --- what is there already ----------------------------------------------------------------------------------
+
+LAST = ["--which", "last", "--size", "12", "--curve_size", "0", "--attacks", "fgsm"]
+
+
+def attacked_again(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch) -> bool:
+    """Whether a command attacks, or answers from the files."""
+    ran, call = [], Evaluator.__call__
+
+    def counted(self, *arguments, **more):
+        ran.append(1)
+        return call(self, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "__call__", counted)
+        done(words, capsys)
+    return bool(ran)
+
+
+def test_other_weights_of_an_older_time_are_evaluated_anew(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["evaluate", str(run_folder), *LAST, "--corruptions"]
+    done(words, capsys)
+    last, extra = result(run_folder, "last"), result(run_folder, "last-corruptions")
+    weights = run_folder / "last.safetensors"
+    assert last["weights"] == hashlib.sha256(weights.read_bytes()).hexdigest() == extra["weights"]
+    assert last["test_data"] == extra["test_data"]
+    os.utime(weights)  # only touched
+    assert not attacked_again(words, capsys, monkeypatch)
+    with safe_open(weights, "pt") as file:
+        metadata = file.metadata()
+    save_file({name: 1.01 * value for name, value in load_file(weights).items()}, weights, metadata=metadata)
+    os.utime(weights, (1, 1))
+    assert attacked_again(words, capsys, monkeypatch)
+    again = result(run_folder, "last-corruptions")
+    assert again["weights"] == result(run_folder, "last")["weights"] != extra["weights"]
+    assert again["clean"] == result(run_folder, "last")["clean"]
+
+
+def test_harmless_settings_are_answered_from_the_files(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["evaluate", str(run_folder), *LAST]
+    done(words, capsys)
+    before = contents(run_folder)
+    assert not attacked_again([*words, "--physical_batch", "7"], capsys, monkeypatch)
+    assert not attacked_again([*words, "--examples", "3"], capsys, monkeypatch)
+    place = run_folder / "evaluation"
+    assert (place / "last.json").read_bytes() == before["evaluation/last.json"]
+    assert len(load_file(place / "examples.safetensors")["label"]) == 3
+    assert len(load_file(place / "last-gallery.safetensors")["label"]) <= 6
+    assert not attacked_again([*words, "--examples", "0"], capsys, monkeypatch)
+    assert not (place / "examples.safetensors").exists()
+    assert not attacked_again(words, capsys, monkeypatch)
+    for name in ("examples.safetensors", "last-gallery.safetensors"):
+        again, first = load_file(place / name), from_bytes(before[f"evaluation/{name}"])
+        assert all(torch.equal(again[key], first[key]) for key in first)
+
+
+def test_killed_before_the_gallery_the_next_call_writes_it(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, gallery = ["evaluate", str(run_folder), *LAST], run_folder / "evaluation/last-gallery.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(examine, "write_gallery", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(words) == 130
+    assert not gallery.exists()
+    assert not attacked_again(words, capsys, monkeypatch)
+    assert gallery.exists()
+    assert read_run(run_folder).details["last"].gallery is not None
 
 
 # --- audit, corruptions, transfer ---------------------------------------------------------------------------
@@ -133,6 +216,45 @@ def test_preflight_comes_before_any_attack(
     assert [str(threat.eps) for threat in asked] == ["5/255"]
 
 
+@pytest.mark.parametrize("flag", ["--log", "--robustbench"])
+@pytest.mark.parametrize("below", ["", "config.yaml/x"])
+def test_files_that_cannot_be_written_are_refused_first(
+    flag: str, below: str, run_folder: Path, refused: Refused
+) -> None:
+    before = contents(run_folder)
+    words = ["evaluate", str(run_folder), "--which", "last", "--attacks", "autoattack", "--size", "null"]
+    given = "a directory" if not below else "below the file"
+    refused([*words, flag, str(run_folder / below)], flag, given, "a file to write")
+    assert contents(run_folder) == before
+
+
+@pytest.mark.parametrize(
+    ("attack", "audited", "assumed"),
+    [
+        ("fgsm", False, [True]),
+        ("apgd-ce-2-eot2", False, [False]),
+        ("autoattack-rand", False, [False]),
+        ("fgsm", True, [False, True]),
+        ("apgd-ce-2-eot2", True, [False]),
+    ],
+)
+def test_an_audit_comes_before_a_moving_network_is_refused(
+    attack: str, audited: bool, assumed: list[bool], run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[bool] = []
+
+    def looked(*_: object, assumes_determinism: bool, **__: object) -> None:
+        said.append(assumes_determinism)
+        if assumes_determinism == assumed[-1] and len(said) == len(assumed):
+            raise SettingError("net", "stop", "here")
+
+    monkeypatch.setattr(examine, "preflight", looked)
+    words = ["evaluate", str(run_folder), "--which", "last", "--size", "8", "--attacks", attack]
+    assert main([*words, *(["--audit", "--audit_size", "4"] if audited else [])]) == 2
+    assert said == assumed
+    assert (run_folder / "evaluation/last-audit.json").exists() == (len(assumed) == 2)
+
+
 # --- networks from outside ----------------------------------------------------------------------------------
 
 NETS = """
@@ -140,6 +262,12 @@ from torch import nn
 
 def make(num_classes, in_channels):
     return nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, num_classes))
+
+def steep(num_classes, in_channels):
+    return make(num_classes, in_channels).append(nn.Softsign())
+
+def odd(num_classes, in_channels):
+    return make(num_classes, in_channels)
 
 def soft(num_classes, in_channels):
     return nn.Sequential(make(num_classes, in_channels), nn.Softmax(1))
@@ -193,6 +321,18 @@ def test_a_network_from_outside_is_evaluated(
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
     assert done(words, capsys) == out
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")} == before
+
+
+def test_the_same_weights_in_another_network_are_another_evaluation(
+    outside: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``steep`` and ``odd`` have the weights of ``make``: one is built otherwise, the other not even that."""
+    words = [*outside, "--attacks", "fgsm", "--curve_size", "0"]
+    for number, name in enumerate(("make", "steep", "odd", "make")):
+        again = [*words, "--model", f"nets_outside:{name}"]
+        assert attacked_again(again, capsys, monkeypatch), (number, name)
+        assert not attacked_again(again, capsys, monkeypatch)
+        assert result(tmp_path / "theirs", "last")["network"]["origin"] == f"nets_outside:{name}"
 
 
 @pytest.mark.parametrize("eps", [0.05, 0.11, 0.13])

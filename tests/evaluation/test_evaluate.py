@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -12,12 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from softdefend.attacks import APGD, FAB, FGSM, PGD, Attack, Square, TargetedAPGD
+from softdefend.attacks import APGD, CWL2, FAB, FGSM, FMN, PGD, Attack, CWLinf, DeepFool, Square, TargetedAPGD
 from softdefend.data import Resident, split
 from softdefend.errors import SettingError
 from softdefend.evaluation import Ensemble, Evaluator, Rate
-from softdefend.evaluation.physical import ON_CPU, images_at_once
+from softdefend.evaluation.physical import ON_CPU, _look, images_at_once
 from softdefend.evaluation.run import EvaluateSettings, scaled
+from softdefend.pipeline import evaluate_network
 from softdefend.rng import stream
 from softdefend.threat import Budget, ThreatModel
 
@@ -155,6 +157,44 @@ def test_two_attacks_of_one_name_are_refused(case):
     net, data = case
     with pytest.raises(SettingError, match=r"evaluate\.attacks: got pgd-5, pgd-5"):
         Evaluator(net, Resident(data, "cpu"), THREAT)([PGD(steps=5), PGD(steps=5, start="none")])
+
+
+@pytest.mark.parametrize("in_an_ensemble", [False, True])
+@pytest.mark.parametrize(("last", "norm"), [(CWL2(), "linf"), (CWLinf(), "l2")])
+def test_an_attack_for_another_norm_is_refused_before_anything_runs(case, last, norm, in_an_ensemble):
+    class Untouchable(nn.Module):
+        def forward(self, image):
+            raise AssertionError("the network was asked")
+
+    attacks = (FGSM(), last)
+    planned = [Ensemble("both", attacks)] if in_an_ensemble else list(attacks)
+    with pytest.raises(SettingError, match=r"threat\.norm: got"):
+        Evaluator(Untouchable(), Resident(case[1], "cpu"), ThreatModel(norm, Budget("8/255")))(planned)
+
+
+@pytest.mark.parametrize("attack", [FAB(steps=5), FMN(steps=5), DeepFool(steps=5), CWL2(rounds=2, steps=5)])
+def test_what_is_not_random_needs_neither_seed_nor_batch(case, attack):
+    """In double precision, in which sums do not depend on the size of a batch as far as verdicts go."""
+    net, data = case
+    threat, resident = ThreatModel("l2", Budget(0.3)), Resident(data, "cpu")
+    first, second = (
+        Evaluator(Doubled(net), resident, threat, seed=seed, batch_size=size)([attack]).attacks[attack.name]
+        for seed, size in ((0, 23), (5, 4))
+    )
+    assert torch.equal(first.prediction, second.prediction)
+    assert torch.allclose(first.distance, second.distance, atol=1e-5)
+
+
+class Doubled(nn.Module):
+    """The network in double precision behind float32 images: double logits."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = copy.deepcopy(net).double()
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.net(image.double())
+        return logits
 
 
 @pytest.mark.parametrize(
@@ -304,6 +344,31 @@ def test_what_was_used_is_written_down(case):
 def test_on_a_cpu_the_physical_batch_is_a_constant(case):
     net, data = case
     assert images_at_once(net, data.images[:1]) == ON_CPU
+
+
+@pytest.mark.parametrize("k", [2, 10])
+def test_the_network_says_how_many_classes_tensors_have(tmp_path, k):
+    """Three images may miss the highest of ten classes; a label beyond the classes is refused."""
+    images, labels = torch.rand(3, 1, 4, 4, generator=stream(0, "x")), torch.tensor([0, 1, 0])
+    net, wishes = (
+        nn.Sequential(nn.Flatten(), nn.Linear(16, k)),
+        EvaluateSettings(attacks=("fgsm",), curve_size=0),
+    )
+    with torch.no_grad():
+        right = int((net(images).argmax(1) == labels).sum())
+    found = evaluate_network(net, (images, labels), tmp_path / "a", settings=wishes, device="cpu", say=len)
+    assert found["clean"]["count"] == right
+    with pytest.raises(SettingError, match=rf"net: .*shape \[2, {k}\]; .*logits \[2, {k + 1} or more\]"):
+        evaluate_network(net, (images, labels * k), tmp_path / "b", settings=wishes, device="cpu", say=len)
+
+
+def test_the_look_that_measures_memory_needs_no_gradient():
+    image = torch.rand(2, 1, 2, 2, requires_grad=True)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    for forward in (net, lambda x: net(x).detach(), lambda x: net(x.detach())):
+        _look(forward, image)
+    assert image.grad is None
+    assert all(parameter.grad is None for parameter in net.parameters())
 
 
 def test_examples_are_the_images_that_were_counted(case):

@@ -174,6 +174,21 @@ def test_what_people_wrote_into_the_file_is_kept(tmp_path):
             read_known(path)
 
 
+@pytest.mark.parametrize("changed", [None, "clean_acc", "autoattack_acc", "eps"])
+def test_verdicts_on_other_figures_are_dropped(changed):
+    """They are kept beside the same figures, however these are written: as text, or eps as a number."""
+    table = make_table()
+    known = {k: str(v) for k, v in robustbench(make_result(table), table, full=N).items()}
+    known |= {"eps": 8 / 255, "external": 12.5, "unreliable": True, "name": "mine"}
+    if changed:
+        known[changed] = "0.25"
+    content = robustbench(make_result(table), table, full=N, known=known)
+    assert {"external", "unreliable"} & content.keys() == (set() if changed else {"external", "unreliable"})
+    assert content["name"] == "mine"
+    again = robustbench(make_result(table), table, full=N, known=known, unreliable=False)
+    assert again["unreliable"] is False
+
+
 def as_ensemble(table: Table) -> Table:
     """The attacks of ``table`` as members of one, each shown only what the ones before it left."""
     left, fooled = table.right, {}

@@ -64,7 +64,13 @@ def test_the_file_holds_the_two_ends_of_the_order(case, count, tmp_path):
     net, data, table = case
     path = tmp_path / "best-gallery.safetensors"
     resident = Resident(data, "cpu")
-    arguments = {"eps": EPS, "count": count, "classes": ("a", "b", "c"), "batch_size": 7}
+    arguments = {
+        "eps": EPS,
+        "count": count,
+        "classes": ("a", "b", "c"),
+        "batch_size": 7,
+        "about": {"eps": "0.1"},
+    }
     write_gallery(net, resident, table, path, **arguments)
     with safe_open(path, "numpy") as file:
         kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -86,3 +92,4 @@ def test_the_file_holds_the_two_ends_of_the_order(case, count, tmp_path):
     np.testing.assert_array_equal(kept["distance"], table.smallest_distance[index])
     assert json.loads(metadata["classes"]) == ["a", "b", "c"]
     assert metadata["attacks"] == "2"
+    assert (metadata["asked"], metadata["eps"]) == (str(count), "0.1")

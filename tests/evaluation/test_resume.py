@@ -50,7 +50,7 @@ def case(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "SAVE_EVERY", 0.0)
 
     def evaluate(folder="run", threat=THREATS[0], **changes):
-        path = tmp_path / folder
+        path, network = tmp_path / folder, changes.pop("network", None)
         path.mkdir(exist_ok=True)
         if not (path / "last.safetensors").exists():
             metadata = {"softdefend": json.dumps({"epoch": 1, **changes.pop("metadata", {})})}
@@ -76,6 +76,7 @@ def case(tmp_path, monkeypatch):
             name="last",
             device=torch.device("cpu"),
             data_name="noise",
+            network=network,
         )
 
     return evaluate, tmp_path
@@ -159,6 +160,61 @@ def test_what_is_done_is_not_done_again(case, monkeypatch):
     evaluate("run", curve_size=0, examples=0, physical_batch=20)
     assert 0 < sum(calls) < whole / 2
     assert first + sum(calls) == whole
+
+
+def test_harmless_settings_continue(case, monkeypatch):
+    """Another physical batch or number of pictures finds the same state."""
+    evaluate, folder = case
+    save = StateFile.save
+
+    def deadly(self, state):
+        save(self, state)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StateFile, "save", deadly)
+        with pytest.raises(Killed):
+            evaluate("run", physical_batch=20, examples=4)
+    found, load = [], StateFile.load
+    monkeypatch.setattr(StateFile, "load", lambda self: found.append(load(self)) or found[-1])
+    evaluate("run", physical_batch=7, examples=2)
+    assert found[0] is not None
+    evaluate("whole", physical_batch=20, examples=2)
+    got, wanted = records(folder / "run"), records(folder / "whole")
+    assert got[0].equals(wanted[0])
+    assert got[2] == wanted[2]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_another_networks_state_is_not_continued(case, monkeypatch, same):
+    evaluate, _ = case
+    save = StateFile.save
+
+    def deadly(self, state):
+        save(self, state)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StateFile, "save", deadly)
+        with pytest.raises(Killed):
+            evaluate("run", network={"origin": "nets:make"})
+    found, load = [], StateFile.load
+    monkeypatch.setattr(StateFile, "load", lambda self: found.append(load(self)) or found[-1])
+    report = evaluate("run", network={"origin": "nets:make" if same else "nets:other"})
+    assert (found[0] is not None) == same
+    assert report["network"]["origin"] == ("nets:make" if same else "nets:other")
+    assert len(report["weights"]) == 64
+
+
+def test_a_new_evaluation_takes_the_old_pictures_away(case):
+    """A gallery is written after the records: the one that lies there is of another evaluation."""
+    evaluate, folder = case
+    evaluate("run")
+    gallery = folder / "run" / "evaluation" / "last-gallery.safetensors"
+    gallery.write_bytes(b"old")
+    evaluate("run", examples=0, seed=1)
+    assert not gallery.exists()
+    assert not gallery.with_name("examples.safetensors").exists()
 
 
 @pytest.mark.parametrize("change", ["settings", "weights", "damage", "truncation"])

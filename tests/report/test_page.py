@@ -78,6 +78,17 @@ def test_what_stands_below_the_table(full, tmp_path) -> None:
     assert any("split_seed: 1" in text for text in page.text["pre"])
 
 
+def test_the_curve_says_what_it_was_measured_with(full, make_run, make_evaluation, tmp_path) -> None:
+    (note,) = [text for text in read(full, tmp_path).text["p"] if "PGD-20 on" in text]
+    assert note.startswith("PGD-20 on the first 100 test images. Bands: ")
+    best = make_evaluation(0.9, 0.5)
+    best["eps_curve"] = [{**row, "n": 1000} for row in best["eps_curve"]]
+    (note,) = [
+        text for text in read([*full, make_run("C", best=best)], tmp_path).text["p"] if "PGD-20 on" in text
+    ]
+    assert note.startswith("PGD-20 on the first 100 or 1,000 test images. ")
+
+
 def test_examples_say_in_words_what_happened(full, tmp_path) -> None:
     page = read(full, tmp_path)
     captions = [text for text in page.text["figcaption"] if "clean" in text or "adversarial" in text]

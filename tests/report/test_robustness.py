@@ -24,7 +24,10 @@ CLEAN = np.array([0, 0, 0, 1, 1, 1, 1, 1])
 FIRST = np.array([0, 1, 0, 1, 1, 1, 0, 1])
 SECOND = np.array([0, 0, 1, 0, 1, 1, 0, 1])
 
+ABOUT = {"weights": 64 * "a", "test_data": 64 * "b", "norm": "linf", "eps": "8/255"}
+
 AUDIT = {
+    **ABOUT,
     "epoch": 2,
     "verdict": "suspicious",
     "summary": "Suspicious: black box.",
@@ -54,6 +57,7 @@ def rate(value: float) -> dict:
 
 
 CORRUPTIONS = {
+    **ABOUT,
     "epoch": 2,
     "n": 8,
     "clean": rate(0.875),
@@ -63,7 +67,7 @@ CORRUPTIONS = {
     },
     "mean": 0.55,
 }
-TRANSFER = {"epoch": 2, "attacks": {"transfer-pgd-20-margin-theirs": rate(0.5)}}
+TRANSFER = {**ABOUT, "epoch": 2, "attacks": {"transfer-pgd-20-margin-theirs": rate(0.5)}}
 
 
 def write_table(path: Path, second: np.ndarray = SECOND) -> None:
@@ -75,7 +79,7 @@ def write_table(path: Path, second: np.ndarray = SECOND) -> None:
     pq.write_table(pa.table(columns), path)
 
 
-def write_gallery(path: Path) -> None:
+def write_gallery(path: Path, **about: str) -> None:
     tensors = {
         "image": np.full((4, 1, 4, 4), 0.5, np.float32),
         "index": np.array([6, 1, 4, 0]),
@@ -85,7 +89,7 @@ def write_gallery(path: Path) -> None:
         "distance": np.array([0.03, 0.02, np.inf, np.inf], np.float32),
         "hard": np.array([1, 1, 0, 0], np.uint8),
     }
-    metadata = {"classes": json.dumps(["cat", "dog"]), "attacks": "2"}
+    metadata = {"classes": json.dumps(["cat", "dog"]), "attacks": "2", **ABOUT, **about}
     save_file(tensors, path, metadata=metadata)
 
 
@@ -97,7 +101,7 @@ def folder(make_run, make_evaluation) -> Path:
         "square": {**rate(0.625), "forwards": 1, "backwards": 1, "seconds": 2.0},
     }
     best = make_evaluation(0.875, 0.5)
-    best |= {"n": 8, "clean": rate(0.875), "attacks": attacks, "worst": rate(0.5)}
+    best |= {**ABOUT, "n": 8, "clean": rate(0.875), "attacks": attacks, "worst": rate(0.5)}
     folder: Path = make_run(best=best).folder
     place = folder / "evaluation"
     write_table(place / "best.parquet")
@@ -206,6 +210,18 @@ def test_what_is_about_older_weights_is_left_out(folder, tmp_path) -> None:
     assert not set(HEADINGS) & set(page(folder, tmp_path).text["h2"])
 
 
+@pytest.mark.parametrize("name", ABOUT)
+def test_what_is_about_another_network_or_question_is_left_out(name, folder, tmp_path) -> None:
+    """One of weights, test data, norm and eps differs; the epoch is the same."""
+    place = folder / "evaluation"
+    for ending in ("audit", "corruptions", "transfer"):
+        path = place / f"best-{ending}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), name: "other"}))
+    write_gallery(place / "best-gallery.safetensors", **{name: "other"})
+    shown = [title for title in page(folder, tmp_path).text["h2"] if title in HEADINGS]
+    assert shown == HEADINGS[:2]  # of the evaluation itself
+
+
 def test_many_classes_have_a_list_in_place_of_a_matrix(folder, tmp_path) -> None:
     write_table(folder / "evaluation" / "best.parquet", second=np.where(SECOND == 1, 40, SECOND))
     shown = page(folder, tmp_path)
@@ -218,15 +234,20 @@ def test_many_classes_have_a_list_in_place_of_a_matrix(folder, tmp_path) -> None
     [
         ("best-audit.json", "{", "unreadable JSON"),
         ("best-audit.json", "[1]", "a list"),
-        ("best-audit.json", '{"epoch": 2, "findings": [3]}', "other content"),
-        ("best-corruptions.json", '{"epoch": 2, "corruptions": {"a": 3}, "mean": 0.5}', "other content"),
-        ("best-transfer.json", '{"epoch": 2, "attacks": {"a": {}}}', "other content"),
+        ("best-audit.json", '{ABOUT "epoch": 2, "findings": [3]}', "other content"),
+        (
+            "best-corruptions.json",
+            '{ABOUT "epoch": 2, "corruptions": {"a": 3}, "mean": 0.5}',
+            "other content",
+        ),
+        ("best-transfer.json", '{ABOUT "epoch": 2, "attacks": {"a": {}}}', "other content"),
         ("best.parquet", "text", "an unreadable table"),
         ("best-gallery.safetensors", "text", "unreadable pictures"),
     ],
 )
 def test_broken_files_are_named_in_one_line(name, content, message, folder) -> None:
-    (folder / "evaluation" / name).write_text(content)
+    about = json.dumps(ABOUT)[1:-1]
+    (folder / "evaluation" / name).write_text(content.replace("ABOUT", f"{about},"))
     with pytest.raises(SettingError, match=message) as caught:
         read_run(folder)
     assert "\n" not in str(caught.value)
@@ -240,7 +261,7 @@ def test_hostile_words_stay_text(folder, tmp_path) -> None:
     (place / "best-audit.json").write_text(json.dumps({**AUDIT, "summary": evil, "findings": [finding]}))
     table = {evil: CORRUPTIONS["corruptions"]["gaussian_noise"]}  # type: ignore[index]
     (place / "best-corruptions.json").write_text(json.dumps({**CORRUPTIONS, "corruptions": table}))
-    (place / "best-transfer.json").write_text(json.dumps({"epoch": 2, "attacks": {evil: rate(0.5)}}))
+    (place / "best-transfer.json").write_text(json.dumps({**TRANSFER, "attacks": {evil: rate(0.5)}}))
     shown = page(folder, tmp_path)
     assert "script" not in shown.text
     assert [row for row in shown.rows if row and row[0] == evil]

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from softdefend.attacks.base import Attack, Forward
 from softdefend.attacks.draws import Draws
-from softdefend.attacks.losses import AttackLoss, cross_entropy, dlr, hard_label, targeted_dlr
+from softdefend.attacks.losses import (
+    AttackLoss,
+    check_classes,
+    cross_entropy,
+    dlr,
+    hard_label,
+    image_gradient,
+    targeted_dlr,
+)
 from softdefend.attacks.oracle import Journal, Oracle, View, block
 from softdefend.errors import SettingError
 from softdefend.threat import ThreatModel
@@ -437,7 +445,7 @@ class _Search:
         with torch.enable_grad():
             logits = forward(image)
             value = loss(logits)
-            (grad,) = torch.autograd.grad(value.sum(), image)
+            grad = image_gradient(value, image)
         return logits.detach(), value.detach(), grad
 
 
@@ -463,6 +471,7 @@ def _towards(wrong: Tensor, label: Tensor, rows: Tensor) -> AttackLoss:
 
 def _likeliest_wrong(clean: Tensor, label: Tensor, most: int) -> Sequence[Tensor]:
     """Wrong classes by falling clean logit: at most ``most`` tensors [b] int64."""
+    check_classes(clean)
     k = clean.shape[1]
     # The true class first, whatever its logit, so that a tie with it cannot make it a target.
     ranked = clean.scatter(1, label[:, None], math.inf).topk(min(most + 1, k), dim=1).indices

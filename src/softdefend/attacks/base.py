@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from softdefend.attacks.draws import Draws
-from softdefend.attacks.losses import AttackLoss
+from softdefend.attacks.losses import AttackLoss, image_gradient
 from softdefend.attacks.oracle import Journal, Oracle
 from softdefend.threat import ThreatModel
 
@@ -32,6 +32,13 @@ class Attack(ABC):
     """What a result depends on beside the image: nothing; the image's position in the data; or the logical
     batch it is attacked in. An attack that draws nothing should say so: an evaluation may then cut its
     batches as memory asks."""
+
+    def check(self, threat: ThreatModel) -> None:  # noqa: B027 (most attacks take every threat model)
+        """Refuse a threat model that this attack is not made for; an evaluation asks before it runs anything.
+
+        Raises:
+            SettingError: the attack would refuse it when called.
+        """
 
     @abstractmethod
     def __call__(
@@ -97,12 +104,16 @@ class Attack(ABC):
 
 
 def value_and_gradient(forward: Forward, loss: AttackLoss, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of each sample, [b], and its gradient with respect to the image, [b, c, h, w].
+    """Loss of each sample, [b], and its gradient with respect to the image, [b, c, h, w], zero where it is
+    NaN or infinite: such a pixel must not poison the image.
 
     The gradient is that of the sum, not the mean: a sample's gradient must not depend on its batch.
+
+    Raises:
+        SettingError: a network without gradients in the image.
     """
     image = image.detach().requires_grad_(True)
     with torch.enable_grad():
         value = loss(forward(image))
-        (grad,) = torch.autograd.grad(value.sum(), image)
-    return value.detach(), grad
+        grad = image_gradient(value, image)
+    return value.detach(), grad.nan_to_num(0, 0, 0)

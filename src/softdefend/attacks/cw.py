@@ -10,8 +10,15 @@ from torch import Tensor
 
 from softdefend.attacks.base import Forward
 from softdefend.attacks.draws import Draws
-from softdefend.attacks.losses import AttackLoss, LossName, check_classes, hard_label, margin
-from softdefend.attacks.minimal import Closest, MinimalAttack, check_differentiable
+from softdefend.attacks.losses import (
+    AttackLoss,
+    LossName,
+    check_classes,
+    check_differentiable,
+    hard_label,
+    margin,
+)
+from softdefend.attacks.minimal import Closest, MinimalAttack
 from softdefend.attacks.oracle import Journal, Oracle
 from softdefend.attacks.pgd import PGD
 from softdefend.errors import SettingError
@@ -56,7 +63,7 @@ class CWLinf(PGD):
         Raises:
             SettingError: a threat model in another norm than l-inf.
         """
-        self._check(threat)
+        self.check(threat)
         return super().__call__(forward, image, target, threat, loss=loss, generator=generator)
 
     def search(
@@ -74,10 +81,11 @@ class CWLinf(PGD):
         Raises:
             SettingError: a threat model in another norm than l-inf.
         """
-        self._check(threat)
+        self.check(threat)
         return super().search(oracle, image, label, threat, draws=draws, journal=journal)
 
-    def _check(self, threat: ThreatModel) -> None:
+    def check(self, threat: ThreatModel) -> None:
+        """See :meth:`Attack.check`: l-inf alone."""
         if threat.norm != "linf":
             accepted = f"linf under {self.name}; l2 has cw-l2 and pgd-30-margin"
             raise SettingError("threat.norm", threat.norm, accepted)
@@ -125,6 +133,14 @@ class CWL2(MinimalAttack):
         """``cw-l2``, or ``cw-l2-5x100`` where rounds and steps are not 9 and 1000."""
         return "cw-l2" if (self.rounds, self.steps) == (9, 1000) else f"cw-l2-{self.rounds}x{self.steps}"
 
+    def check(self, threat: ThreatModel) -> None:
+        """See :meth:`Attack.check`: l2 alone."""
+        self._check_norm(threat.norm)
+
+    def _check_norm(self, norm: Norm) -> None:
+        if norm != "l2":
+            raise SettingError("threat.norm", norm, f"l2 under {self.name}; linf has cw-linf")
+
     @torch.no_grad()
     def minimal(
         self, forward: Forward, image: Tensor, target: Tensor, norm: Norm, *, enough: float = 0.0
@@ -136,8 +152,7 @@ class CWL2(MinimalAttack):
             SettingError: a norm other than l2; a network with fewer than two classes, or without gradients
                 in the image.
         """
-        if norm != "l2":
-            raise SettingError("threat.norm", norm, f"l2 under {self.name}; linf has cw-linf")
+        self._check_norm(norm)
         label, best = hard_label(target), Closest(image, norm)
         logits = forward(image)
         check_classes(logits)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from softdefend.attacks.base import Forward
-from softdefend.attacks.losses import check_classes, hard_label
-from softdefend.attacks.minimal import Closest, MinimalAttack, check_differentiable, reach, steepest
+from softdefend.attacks.losses import check_classes, check_differentiable, hard_label, image_gradient
+from softdefend.attacks.minimal import Closest, MinimalAttack, reach, steepest
 from softdefend.attacks.oracle import View
 from softdefend.errors import SettingError
 from softdefend.threat import Norm
@@ -99,9 +99,9 @@ class DeepFool(MinimalAttack):
         for column in range(rivals.shape[1]):
             with torch.enable_grad():
                 gap = (logits.gather(1, rivals[:, column, None]) - logits.gather(1, label[:, None])).flatten()
-                (slope,) = torch.autograd.grad(gap.sum(), point, retain_graph=column + 1 < rivals.shape[1])
+                slope = image_gradient(gap, point, keep_graph=column + 1 < rivals.shape[1])
             way, growth = steepest(slope.nan_to_num(0, 0, 0), norm)
-            distance = reach(gap.detach(), growth)
+            distance = reach(gap.detach().to(growth), growth)
             closer, step = distance < nearest, (1 + self.overshoot) * (distance + NUDGE)
             shift = torch.where(closer.view(-1, 1, 1, 1), step.view(-1, 1, 1, 1) * way, shift)
             nearest = torch.where(closer, distance, nearest)

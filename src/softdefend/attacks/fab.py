@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softdefend.attacks.base import Attack, Forward, value_and_gradient
 from softdefend.attacks.draws import Draws
-from softdefend.attacks.losses import AttackLoss, hard_label
+from softdefend.attacks.losses import AttackLoss, check_classes, hard_label, image_gradient
 from softdefend.attacks.oracle import Journal, Oracle, View, block
 from softdefend.errors import SettingError
 from softdefend.threat import Norm, ThreatModel
@@ -163,6 +163,7 @@ class _Hunt:
     def __call__(self, image: Tensor, label: Tensor, journal: Journal) -> tuple[Tensor, Tensor]:
         """Closest wrong images and distances; see :meth:`FAB.minimal`."""
         logits, attack = self.oracle.clean(image), self.attack
+        check_classes(logits)
         rivals: list[Tensor | None] = [None]
         if attack.targeted:
             ranked = logits.scatter(1, label.view(-1, 1), math.inf).argsort(dim=1).flip(1)[:, 1:]
@@ -217,7 +218,8 @@ class _Hunt:
         closest, distance = image, reached.clone()
         for step in range(1, self.attack.steps + 1):
             gap, slope = self._boundary(forward, point, label, rival)
-            point = self._step(image, point, gap, slope)
+            # Logits may be wider than the images; the points are not.
+            point = self._step(image, point, gap.to(slope), slope)
             # The next linearisation could share this forward only where a point is right: one in fourteen
             # on robust networks, and keeping a graph for it cost more gradients than it saved forwards.
             wrong = forward(point).argmax(dim=1) != label
@@ -253,14 +255,15 @@ class _Hunt:
         with torch.enable_grad():
             logits = forward(point)
             gaps = logits - logits.gather(1, label.view(-1, 1))
-            totals = gaps.sum(dim=0).unbind()
+            columns = gaps.unbind(dim=1)
         gaps = gaps.detach()
         k = logits.shape[1]
         forward.more_gradients(k - 1)
         gap, slope = torch.zeros_like(gaps[:, 0]), torch.zeros_like(point)
         nearest = torch.full_like(gap, math.inf)
         for other in range(k):
-            (grad,) = torch.autograd.grad(totals[other], point, retain_graph=other < k - 1)
+            with torch.enable_grad():
+                grad = image_gradient(columns[other], point, keep_graph=other < k - 1).nan_to_num(0, 0, 0)
             dual = _length(grad.flatten(1), "l2") if self.norm == "l2" else grad.abs().sum(dim=(1, 2, 3))
             away = gaps[:, other].abs() / (1e-12 + dual)
             nearer = (away < nearest) & (label != other)

@@ -35,6 +35,44 @@ def check_classes(logits: Tensor) -> None:
         raise SettingError("net", given, "logits of two or more classes")
 
 
+def check_differentiable(logits: Tensor) -> None:
+    """Refuse logits, or what was made of them, that no gradient in the image can come from; looks at a flag
+    of the host, reads nothing from a device.
+
+    Raises:
+        SettingError: no path of gradients leads from ``logits`` back.
+    """
+    if not logits.requires_grad:
+        raise _no_gradient()
+
+
+def image_gradient(value: Tensor, image: Tensor, *, keep_graph: bool = False) -> Tensor:
+    """Gradient [b, c, h, w] of the sum of ``value`` [b] in ``image``, as it is: it may hold NaN.
+
+    The sum, not the mean: a sample's gradient must not depend on its batch.
+
+    Args:
+        value: made of the logits of ``image``.
+        image: [b, c, h, w], a leaf that requires its gradient.
+        keep_graph: another gradient will be asked of the same forward.
+
+    Raises:
+        SettingError: no path of gradients leads from ``value`` to ``image``.
+    """
+    check_differentiable(value)
+    # None where the only gradients are those of the network's parameters.
+    grad: Tensor | None
+    (grad,) = torch.autograd.grad(value.sum(), image, retain_graph=keep_graph, allow_unused=True)
+    if grad is None:
+        raise _no_gradient()
+    return grad
+
+
+def _no_gradient() -> SettingError:
+    given = "a network whose logits have no gradient in the image"
+    return SettingError("net", given, "a differentiable network; the attack square needs no gradient")
+
+
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of each sample, [b].
 
@@ -111,7 +149,12 @@ def targeted_dlr(logits: Tensor, label: Tensor, aim: Tensor) -> Tensor:
 
 
 def kl_from(clean_logits: Tensor) -> AttackLoss:
-    """KL(p(x) || p(x')) of each sample against clean logits [b, k] (TRADES, arXiv 1901.08573, eq. 3)."""
+    """KL(p(x) || p(x')) of each sample against clean logits [b, k], k >= 2 (TRADES, arXiv 1901.08573, eq. 3).
+
+    Raises:
+        SettingError: k < 2.
+    """
+    check_classes(clean_logits)
     log_clean = F.log_softmax(clean_logits.detach(), dim=1)
 
     def loss(logits: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from softdefend.attacks.base import Attack, Forward, Randomness
-from softdefend.attacks.losses import AttackLoss, margin
+from softdefend.attacks.losses import AttackLoss, image_gradient, margin
 from softdefend.errors import SettingError
 from softdefend.threat import Norm, ThreatModel
 
@@ -98,21 +98,10 @@ def look(forward: Forward, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor
     image = image.detach().requires_grad_(True)
     with torch.enable_grad():
         logits = forward(image)
-        check_differentiable(logits)
         gap = margin(logits, label)
-        (slope,) = torch.autograd.grad(gap.sum(), image)
-    return logits.argmax(dim=1) != label, gap.detach().nan_to_num(0, 0, 0), slope.nan_to_num(0, 0, 0)
-
-
-def check_differentiable(logits: Tensor) -> None:
-    """Refuse logits that a gradient in the image cannot come from.
-
-    Raises:
-        SettingError: no path of gradients leads from ``logits`` back.
-    """
-    if not logits.requires_grad:
-        given = "a network whose logits have no gradient in the image"
-        raise SettingError("net", given, "a differentiable network; the attack square needs no gradient")
+        slope = image_gradient(gap, image).nan_to_num(0, 0, 0)
+    # Logits may be wider than the images; the rest of a search is not.
+    return logits.argmax(dim=1) != label, gap.detach().to(slope).nan_to_num(0, 0, 0), slope
 
 
 def length(delta: Tensor, norm: Norm) -> Tensor:

@@ -58,6 +58,10 @@ class Transfer(Attack):
         """``transfer-pgd-20``, or ``transfer-pgd-20-resnet18`` with a source."""
         return f"transfer-{self.attack.name}" + (f"-{self.source}" if self.source else "")
 
+    def check(self, threat: ThreatModel) -> None:
+        """See :meth:`Attack.check`: whatever the inner attack takes."""
+        self.attack.check(threat)
+
     def __call__(
         self,
         forward: Forward,

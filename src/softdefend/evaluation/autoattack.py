@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from softdefend.attacks import APGD, FAB, Attack, Square, TargetedAPGD
 from softdefend.attacks.names import parse_attack
 from softdefend.errors import SettingError
+from softdefend.threat import ThreatModel
 
 VERSIONS: dict[str, tuple[Attack, ...]] = {
     "autoattack": (APGD(), TargetedAPGD(), FAB(), Square()),
@@ -48,6 +49,11 @@ class Ensemble:
             raise SettingError(
                 f"members of {self.name}", ", ".join(names) or "none", "attacks of different names"
             )
+
+    def check(self, threat: ThreatModel) -> None:
+        """Refuse a threat model that a member is not made for; see :meth:`Attack.check`."""
+        for member in self.members:
+            member.check(threat)
 
 
 def expand(name: str, k: int) -> list[Attack]:

@@ -37,8 +37,8 @@ class Evaluator:
     depends on beside the network and the image (up to the rounding of the network's own sums, which may
     change with the size of a physical batch):
 
-    * FGSM, FAB without restarts: nothing.
-    * PGD: the image's position in the data, and the seed.
+    * FGSM, FAB without restarts, FMN, DeepFool, CW in l2: nothing.
+    * PGD, CW in l-inf: the image's position in the data, and the seed.
     * APGD, Square, FAB with restarts: the seed, and the logical batch, which is ``batch_size`` images that
       follow each other in the data (in an ensemble: of those still robust); the place in it and how many of
       its images are still right. With the same seed and batch size these are the random numbers, and so the
@@ -99,11 +99,14 @@ class Evaluator:
             state: where to continue from and to note what is done.
 
         Raises:
-            SettingError: two attacks share a name; not even one image fits into memory.
+            SettingError: two attacks share a name, or one is not made for the threat model, before anything
+                runs; not even one image fits into memory.
         """
         names = [attack.name for attack in attacks]
         if len(set(names)) < len(names):
             raise SettingError("evaluate.attacks", ", ".join(names), "attacks with different names")
+        for attack in attacks:
+            attack.check(self.threat)
         n = min(self.data.n, limit or self.data.n)
         run = _Run(state, self.physical_batch)
         with self._standing():
@@ -257,14 +260,16 @@ class _Run:
             self._restore(*saved)
 
     def _restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        self.physical, self.group = values["physical"], values["group"]
+        # Groups are units of work and stay; how much of one is computed at once may shrink.
+        self.physical, self.group = min(self.physical, values["physical"]), values["group"]
         for key, plain in values["trials"].items():
             self._done[key] = plain.pop("done")
             trial = Trial.of(tensors[f"{key}/attacked"])
             for name, value in ({n: tensors[f"{key}/{n}"] for n in trial.tensors()} | plain).items():
                 setattr(trial, name, value)
             self._trials[key] = trial
-        self.stage = {n.removeprefix("stage/"): t for n, t in tensors.items() if n.startswith("stage/")}
+        stage = {n.removeprefix("stage/"): t for n, t in tensors.items() if n.startswith("stage/")}
+        self.stage = stage if self.physical == values["physical"] else {}
         self.tensors = {"clean": tensors["clean"]}
 
     def open(self, key: str, attacked: Tensor) -> tuple[Trial, int]:

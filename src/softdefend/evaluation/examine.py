@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from softdefend.attacks import PGD, Transfer
 from softdefend.data import Batch, DataBundle, Resident
 from softdefend.data.cache import checksum
 from softdefend.errors import SettingError
+from softdefend.evaluation.autoattack import parse
 from softdefend.evaluation.corruptions import evaluate_corruptions
 from softdefend.evaluation.evaluate import Evaluator
 from softdefend.evaluation.exchange import check_standard, log_lines, read_known, robustbench
 from softdefend.evaluation.gallery import write_gallery
 from softdefend.evaluation.masking import audit
 from softdefend.evaluation.preflight import preflight
-from softdefend.evaluation.run import EvaluateSettings, evaluate_checkpoint, load_weights
+from softdefend.evaluation.resume import file_digest, fingerprint
+from softdefend.evaluation.run import (
+    EvaluateSettings,
+    evaluate_checkpoint,
+    load_weights,
+    telling,
+    write_examples,
+)
 from softdefend.evaluation.table import Table, read_table
 from softdefend.files import write_atomic
 from softdefend.threat import ThreatModel
@@ -92,19 +103,31 @@ class Subject:
 
 
 def check_wishes(settings: EvaluateSettings, extras: Extras, full: int) -> None:
-    """Refuse what would only fail after hours: an exchange file that this evaluation cannot fill.
+    """Refuse what would only fail after hours: an exchange file that this evaluation cannot fill or write.
 
     Args:
         settings, extras: what is asked.
         full: images of the test set.
 
     Raises:
-        SettingError: see :func:`~softdefend.evaluation.exchange.check_standard`.
+        SettingError: a directory, or a path below a file; see
+            :func:`~softdefend.evaluation.exchange.check_standard`.
     """
+    for flag, path in (("--robustbench", extras.robustbench), ("--log", extras.log)):
+        if path is not None:
+            _check_writable(flag, path)
     if extras.robustbench:
         precision = str(getattr(settings, "precision", "exact"))
         check_standard(settings.attacks, min(settings.size or full, full), full, precision)
         read_known(extras.robustbench)
+
+
+def _check_writable(flag: str, path: Path) -> None:
+    if path.is_dir():
+        raise SettingError(flag, f"{path}, a directory", "a file to write")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise SettingError(flag, f"{path}, below the file {above}", "a file to write, in a directory")
 
 
 def examine(
@@ -113,6 +136,7 @@ def examine(
     """Attack the network and do the extras, unless the same results already lie in its folder.
 
     Before anything runs, :func:`~softdefend.evaluation.preflight.preflight` refuses what cannot be evaluated.
+    An audit comes before a network whose logits move is refused: it says so among its findings.
 
     Returns:
         What stands in ``evaluation/{name}.json``.
@@ -144,15 +168,17 @@ class _Examination:
 
     def run(self) -> dict[str, Any]:
         check_wishes(self.settings, self.extras, len(self.subject.bundle.test))
-        result = self._attacked()
+        for name in self.settings.attacks:
+            parse(name, max(2, len(self.subject.bundle.classes))).check(self.subject.threat)
         extras = self.extras
-        if extras.surrogates:
-            self._kept("-transfer.json", {"surrogates": self.surrogates}, self._transfer)
         suspicious = None
         if extras.audit:
             surrogate = next(iter(self.surrogates.items()), None)
             found = self._kept("-audit.json", {"images": extras.audit, "surrogate": surrogate}, self._audit)
             suspicious = found["verdict"] == "suspicious"
+        result = self._attacked()
+        if extras.surrogates:
+            self._kept("-transfer.json", {"surrogates": self.surrogates}, self._transfer)
         if extras.corruptions:
             self._kept("-corruptions.json", {}, self._corruptions)
         if extras.robustbench:
@@ -168,6 +194,8 @@ class _Examination:
         result = self._existing(".json", self.identity)
         if result is None:
             _ = self.epoch  # loads and checks the network
+            if self.extras.audit and self._deterministic:
+                self._preflight(assumes_determinism=True)
             result = evaluate_checkpoint(
                 subject.net,
                 subject.bundle,
@@ -179,9 +207,10 @@ class _Examination:
                 name=subject.name,
                 device=self.device,
                 data_name=subject.bundle.name,
+                network=self.network,
                 progress=subject.progress,
             )
-            self._gallery()
+        self._pictures()
         figures = [f"{name} {100 * figure['rate']:.1f}%" for name, figure in result["attacks"].items()]
         epoch = "" if result["epoch"] is None else f" (epoch {result['epoch']})"
         clean = f"clean {100 * result['clean']['rate']:.1f}%"
@@ -194,17 +223,52 @@ class _Examination:
         subject = self.subject
         metadata = load_weights(subject.net, subject.folder / f"{subject.which}.safetensors")
         subject.net.to(self.device).eval()
-        looked_at = self._test_images(_LOOKED_AT)
+        self._preflight(assumes_determinism=self._deterministic and not self.extras.audit)
+        epoch: int | None = metadata.get("epoch")
+        return epoch
+
+    @property
+    def _deterministic(self) -> bool:
+        """Whether no attack averages over a network's random draws."""
+        return not any(name == _RANDOM or "-eot" in name for name in self.settings.attacks)
+
+    def _preflight(self, *, assumes_determinism: bool) -> None:
+        subject, looked_at = self.subject, self._test_images(_LOOKED_AT)
         preflight(
             subject.net,
             looked_at.image,
             looked_at.label,
             subject.threat,
             classes=len(subject.bundle.classes),
-            assumes_determinism=_RANDOM not in self.settings.attacks,
+            assumes_determinism=assumes_determinism,
         )
-        epoch: int | None = metadata.get("epoch")
-        return epoch
+
+    @cached_property
+    def network(self) -> dict[str, str] | None:
+        """What tells a network from outside from others of the same weights; None for one trained here, which
+        its run's configuration builds."""
+        path = self.subject.folder / "config.yaml"
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not isinstance(config, dict) or "outside" not in config:
+            return None
+        # Addresses of functions change from process to process.
+        structure = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.subject.net))
+        return {
+            "origin": str((config["outside"] or {}).get("model", type(self.subject.net).__qualname__)),
+            "structure": hashlib.sha256(structure.encode()).hexdigest(),
+        }
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """The weights and the test data as they now are, and the threat."""
+        weights = self.subject.folder / f"{self.subject.which}.safetensors"
+        return {
+            "weights": file_digest(weights) if weights.is_file() else None,
+            "test_data": fingerprint(self.subject.bundle.test),
+            **({"network": self.network} if self.network else {}),
+            "norm": self.identity["norm"],
+            "eps": self.identity["eps"],
+        }
 
     @cached_property
     def resident(self) -> Resident:
@@ -232,38 +296,64 @@ class _Examination:
         result = self._existing(ending, identity)
         if result is None:
             head = {"which": self.subject.which, "epoch": self.epoch, "split": "test", "settings": identity}
-            result = {**head, **make()}
+            result = {**head, **self.about, **make()}
             write_atomic(self.subject.file(ending), json.dumps(result, indent=1).encode())
         self.say(_spoken(ending, result))
         return result
 
     def _existing(self, ending: str, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """A result about the weights as they now are, or None."""
-        path, weights = self.subject.file(ending), self.subject.folder / f"{self.subject.which}.safetensors"
+        """A result about the weights, the data and the network as they now are, or None."""
         try:
-            if path.stat().st_mtime_ns < weights.stat().st_mtime_ns:
-                return None
-            content = json.loads(path.read_text())
+            content = json.loads(self.subject.file(ending).read_text())
         except (OSError, ValueError):
             return None
-        fits = isinstance(content, dict) and content.get("settings") == json.loads(json.dumps(identity))
-        return content if fits else None
+        known = isinstance(content, dict) and isinstance(content.get("settings"), dict)
+        if not known or self.about["weights"] is None:
+            return None
+        same = all(content.get(name) == value for name, value in self.about.items())
+        return content if same and telling(content["settings"]) == telling(identity) else None
 
-    def _gallery(self) -> None:
-        """For the run's own threat only: the report shows no other."""
+    def _pictures(self) -> None:
+        """Gallery and examples as they are asked for, where they are not there already: another number of
+        them needs no new evaluation, and one killed before its gallery gets it with the next call.
+
+        For the run's own threat only: the report shows no other.
+        """
+        subject, settings = self.subject, self.settings
         table = self._table()
-        if table is None or not self.settings.examples or self.subject.name != self.subject.which:
+        if table is None or subject.name != subject.which:
             return
-        write_gallery(
-            self.subject.net,
-            self.resident,
-            table,
-            self.subject.file("-gallery.safetensors"),
-            eps=float(self.subject.threat.eps),
-            count=self.settings.examples,
-            classes=self.subject.bundle.classes,
-            batch_size=self.at_once,
-        )
+        count, gallery = settings.examples, subject.file("-gallery.safetensors")
+        examples = subject.folder / "evaluation" / "examples.safetensors"
+        about = {name: value for name, value in self.about.items() if isinstance(value, str)}
+        if _asked(gallery, about) != count:
+            gallery.unlink(missing_ok=True)
+            if count:
+                _ = self.epoch  # loads the weights
+                write_gallery(
+                    subject.net,
+                    self.resident,
+                    table,
+                    gallery,
+                    eps=float(subject.threat.eps),
+                    count=count,
+                    classes=subject.bundle.classes,
+                    batch_size=self.at_once,
+                    about=about,
+                )
+        if subject.which == "last" and _images(examples) != min(count, len(table.label)):
+            examples.unlink(missing_ok=True)
+            if count:
+                _ = self.epoch
+                write_examples(
+                    subject.net,
+                    self.resident,
+                    subject.threat,
+                    settings,
+                    subject.folder,
+                    subject.bundle.classes,
+                    physical=self.at_once,
+                )
 
     def _table(self) -> Table | None:
         return read_table(self.subject.file(".parquet"))
@@ -317,6 +407,26 @@ class _Examination:
         )
         write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
         self.say(f"RobustBench model_info: {path}")
+
+
+def _images(path: Path) -> int:
+    """How many images a file holds; 0 where there is none to be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return int(file.get_slice("image").get_shape()[0])
+    except (OSError, SafetensorError):
+        return 0
+
+
+def _asked(path: Path, about: Mapping[str, str]) -> int:
+    """How many images a gallery was asked to hold; 0 where there is none, or one about something else."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        same = all(metadata.get(name) == value for name, value in about.items())
+        return int(metadata["asked"]) if same else 0
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return 0
 
 
 def _spoken(ending: str, result: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from softdefend.errors import SettingError
 from softdefend.evaluation.table import Table
+from softdefend.threat import Budget
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 """Members of the standard ensemble (Croce and Hein, arXiv 2003.01690), in the order in which they run."""
@@ -83,6 +84,7 @@ def robustbench(
         architecture: of the network.
         unreliable: whether an audit found masked gradients; None without one.
         known: what was written before: facts that no evaluation knows (authors, venue, ...) are kept.
+            ``external`` and ``unreliable`` are kept while the figures and eps they were written for stand.
 
     Returns:
         The fields. Where attacks beyond the ensemble lowered the worst case further, that is ``external``.
@@ -100,11 +102,23 @@ def robustbench(
     content["eps"] = result["eps"] if "/" in result["eps"] else float(result["eps"])
     content["clean_acc"] = round(100 * result["clean"]["rate"], 2)
     content["autoattack_acc"] = round(100 * robust / n, 2)
+    judged = ("clean_acc", "autoattack_acc", "eps")
+    if known and not all(_equal(known.get(field), content[field]) for field in judged):
+        for verdict in ("external", "unreliable"):
+            content.pop(verdict, None)
     if result["worst"]["count"] < robust:
         content["external"] = round(100 * result["worst"]["rate"], 2)
     if unreliable is not None:
         content["unreliable"] = unreliable
     return content
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two fields are the same number; published files hold numbers and ratios as text."""
+    try:
+        return float(Budget(one)) == float(Budget(other))
+    except SettingError:
+        return False
 
 
 def read_known(path: Path) -> dict[str, Any]:

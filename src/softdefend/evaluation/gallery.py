@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -44,13 +45,15 @@ def write_gallery(
     count: int,
     classes: tuple[str, ...],
     batch_size: int = 500,
+    about: Mapping[str, str] | None = None,
 ) -> None:
     """Write the ``count`` hardest and ``count`` easiest images, fewer where fewer are classified correctly.
 
     The safetensors file holds, for m images in the order from hardest to easiest: ``image`` [m, c, h, w]
     float32 in [0, 1]; ``index``, ``label``, ``prediction`` (in the worst case), ``survived`` (attacks), all
     int64; ``distance`` (float32, infinite where no attack succeeded) and ``hard`` (uint8, 1 for the first
-    half). Its metadata names the classes and the number of attacks.
+    half). Its metadata names the classes, the number of attacks and the ``count`` that was asked for, and
+    holds ``about``: whose images these are.
     """
     n = len(table.label)
     with torch.no_grad(), attacked(net, "eval"), tf32(False):
@@ -74,5 +77,5 @@ def write_gallery(
         ("distance", table.smallest_distance),
     ):
         tensors[name] = torch.from_numpy(column[chosen].copy())
-    metadata = {"classes": json.dumps(classes), "attacks": str(len(table.attacks))}
-    write_atomic(path, to_safetensors(tensors, metadata=metadata))
+    metadata = {"classes": json.dumps(classes), "attacks": str(len(table.attacks)), "asked": str(count)}
+    write_atomic(path, to_safetensors(tensors, metadata={**(about or {}), **metadata}))

@@ -10,7 +10,7 @@ from softdefend.modes import attacked
 ON_CPU = 256
 """Images at once on a CPU: beyond this nothing gets faster, and a wide network's activations stay below some
 gigabytes."""
-_MOST, _LOOK, _SHARE = 4096, 16, 0.7
+_MOST, _PROBE, _SHARE = 4096, 16, 0.7
 
 
 def images_at_once(net: nn.Module, image: Tensor) -> int:
@@ -26,14 +26,22 @@ def images_at_once(net: nn.Module, image: Tensor) -> int:
     """
     if image.device.type != "cuda":
         return ON_CPU
-    look = image[:1].expand(_LOOK, -1, -1, -1).clone().requires_grad_(True)
+    look = image[:1].expand(_PROBE, -1, -1, -1).clone().requires_grad_(True)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(image.device)
     torch.cuda.reset_peak_memory_stats(image.device)
     with attacked(net, "eval"), torch.enable_grad():
-        torch.autograd.grad(net(look).sum(), look)
+        _look(net, look)
     peak = torch.cuda.max_memory_allocated(image.device) - before
     copies = 16 * look[0].numel() * look.element_size()  # iterates, gradients and best points of a search
     free, _ = torch.cuda.mem_get_info(image.device)
-    fitting = int(_SHARE * free / (peak / _LOOK + copies))
+    fitting = int(_SHARE * free / (peak / _PROBE + copies))
     return min(_MOST, 1 << max(fitting, 1).bit_length() - 1)
+
+
+def _look(net: nn.Module, image: Tensor) -> None:
+    """One forward, and one gradient in the image where the network has one: refusing those that have none is
+    left to the attacks that need it."""
+    total = net(image).sum()
+    if total.requires_grad:
+        torch.autograd.grad(total, image, allow_unused=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,10 @@ from softdefend.threat import Budget, ThreatModel
 CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Multiples of the trained eps at which the robust-accuracy curve is measured."""
 SAVE_EVERY = 30.0
-"""Seconds of work that a killed evaluation may lose."""
+"""Least seconds between two saves. AutoAttack's members save within a group of logical batches, all other
+attacks at its end: a killed evaluation begins such a group again."""
+HARMLESS = ("physical_batch", "examples")
+"""Settings that change no figure: another value of theirs is the same evaluation."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class EvaluateSettings:
         ):
             if value < least:
                 raise SettingError(f"evaluate.{name}", value, f"a whole number >= {least}")
+        if not 0 <= self.seed < 2**63:
+            raise SettingError("evaluate.seed", self.seed, "a whole number from 0 to 2^63 - 1")
 
 
 def load_weights(net: nn.Module, path: Path) -> dict[str, Any]:
@@ -102,11 +108,14 @@ def evaluate_checkpoint(
     name: str,
     device: torch.device,
     data_name: str,
+    network: dict[str, str] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluate ``which`` (``best`` or ``last``) of a run folder on the test images.
 
-    ``identity`` is written with the result, to recognise the same evaluation by.
+    ``identity`` is written with the result under ``settings``, beside the sha256 of the weights and of the
+    test data; all but :data:`HARMLESS` of it tells evaluations apart. ``network`` is written likewise: what
+    else tells the network from others of the same weights.
 
     Writes ``evaluation/{name}.json``, one row a sample in ``evaluation/{name}.parquet`` and, for the name
     ``last``, the report's example images. Killed at any moment, the same call continues from
@@ -127,14 +136,11 @@ def evaluate_checkpoint(
         raise SettingError("data", given, "the data that the run was trained with")
     net = net.to(device)
     data = Resident(bundle.test, device)
+    about: dict[str, Any] = {"weights": file_digest(weights), "test_data": tested_on}
+    about |= {"network": network} if network else {}
     state = StateFile(
         folder / "evaluation" / f"{name}.state",
-        {
-            "settings": identity,
-            "weights": file_digest(weights),
-            "test_data": tested_on,
-            "versions": versions(device),
-        },
+        {"settings": telling(identity), **about, "versions": versions(device)},
         every=SAVE_EVERY,
     )
     physical = settings.physical_batch
@@ -149,21 +155,28 @@ def evaluate_checkpoint(
         "epoch": metadata.get("epoch"),
         "split": "test",
         "name_of_data": data_name,
-        "test_data": tested_on,
+        **about,
         "settings": identity,
         **result.to_dict(),
         "per_class": _per_class(result, bundle.classes),
         "eps_curve": _curve(net, data, threat, settings, physical, result) if settings.curve_size else [],
     }
+    # Killed between these, no file is left that speaks of another evaluation than the others.
+    pictures = [f"{name}-gallery.safetensors", *(["examples.safetensors"] if name == "last" else [])]
+    for stale in (f"{name}.json", *pictures):
+        (folder / "evaluation" / stale).unlink(missing_ok=True)
     write_atomic(folder / "evaluation" / f"{name}.parquet", result.to_parquet())
     if name == "last" and settings.examples:
-        shown = attacks[0] if attacks else PGD(steps=20)
-        shown = shown.members[0] if isinstance(shown, Ensemble) else shown
-        content = _examples(evaluator, shown, result, settings.examples, bundle.classes)
-        write_atomic(folder / "evaluation" / "examples.safetensors", content)
+        write_examples(net, data, threat, settings, folder, bundle.classes, physical=physical)
     write_atomic(folder / "evaluation" / f"{name}.json", json.dumps(report, indent=1).encode())
     state.remove()
     return report
+
+
+def telling(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an evaluation's settings tells it from others, as JSON gives it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(identity)))
+    return {name: value for name, value in plain.items() if name not in HARMLESS}
 
 
 def _evaluator(
@@ -220,24 +233,38 @@ def scaled(eps: Budget, factor: float) -> Budget:
     return Budget(f"{float(above) * factor:g}{slash}{below}")
 
 
-def _examples(
-    evaluator: Evaluator, attack: Attack, result: Evaluation, count: int, classes: tuple[str, ...]
-) -> bytes:
-    """Example images for the report: the first of each class in turn, whatever the attack did to them."""
-    number_in_class = torch.zeros_like(result.label)
+def write_examples(
+    net: nn.Module,
+    data: Resident,
+    threat: ThreatModel,
+    settings: EvaluateSettings,
+    folder: Path,
+    classes: tuple[str, ...],
+    *,
+    physical: int,
+) -> None:
+    """Write ``evaluation/examples.safetensors`` for the report: ``settings.examples`` images, the first of
+    each class in turn, with what the first attack made of them."""
+    evaluator = _evaluator(net, data, threat, settings, physical)
+    first = parse(settings.attacks[0], len(classes)) if settings.attacks else PGD(steps=20)
+    attack: Attack = first.members[0] if isinstance(first, Ensemble) else first
+    label = data.labels[: settings.size].cpu()
+    number_in_class = torch.zeros_like(label)
     for number in range(len(classes)):
-        members = result.label == number
+        members = label == number
         number_in_class[members] = torch.arange(int(members.sum()))
-    index = torch.argsort(number_in_class, stable=True)[:count].to(evaluator.data.labels.device)
+    order = torch.argsort(number_in_class, stable=True)
+    index = order[: settings.examples].to(data.labels.device)
     image, adversarial, clean, attacked_ = evaluator.show(attack, index)
     tensors: dict[str, Tensor] = {
         "image": image,
         "adversarial": adversarial,
-        "label": evaluator.data.labels[index],
+        "label": data.labels[index],
         "clean_prediction": clean.argmax(1),
         "adversarial_prediction": attacked_.argmax(1),
         "clean_confidence": clean.amax(1),
         "adversarial_confidence": attacked_.amax(1),
     }
     on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    return to_safetensors(on_cpu, metadata={"classes": json.dumps(classes)})
+    metadata = {"classes": json.dumps(classes)}
+    write_atomic(folder / "evaluation" / "examples.safetensors", to_safetensors(on_cpu, metadata=metadata))

@@ -15,6 +15,9 @@ from safetensors import SafetensorError, safe_open
 from softdefend.errors import SettingError
 from softdefend.evaluation.table import Table, read_table
 
+ABOUT = ("weights", "test_data", "norm", "eps")
+"""What files beside each other must agree in before they are about one network and one question."""
+
 
 @dataclass(frozen=True)
 class Gallery:
@@ -55,7 +58,7 @@ class Details:
 def read_details(folder: Path, which: str, evaluation: dict[str, Any]) -> Details:
     """The details of ``evaluation``, which stands in ``folder/{which}.json``.
 
-    What is about another epoch's weights, or other samples, is left out: the evaluation is newer.
+    What is about other weights, other test data or another threat is left out: the evaluation is newer.
 
     Raises:
         SettingError: a file that cannot be understood.
@@ -73,9 +76,8 @@ def read_details(folder: Path, which: str, evaluation: dict[str, Any]) -> Detail
     ):
         if content is not None and not fits(content):
             raise SettingError(str(folder / f"{which}-{name}.json"), "other content", accepted)
-    return Details(
-        table, audit, corruptions, transfer, _gallery(folder / f"{which}-gallery.safetensors", table)
-    )
+    gallery = _gallery(folder / f"{which}-gallery.safetensors", table, evaluation)
+    return Details(table, audit, corruptions, transfer, gallery)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -92,7 +94,8 @@ def _beside(path: Path, evaluation: dict[str, Any]) -> dict[str, Any] | None:
         raise SettingError(str(path), f"unreadable JSON ({error})", "the file as it was written") from error
     if not isinstance(content, dict):
         raise SettingError(str(path), f"a {type(content).__name__}", "a mapping of names to values")
-    return content if content.get("epoch") == evaluation.get("epoch") else None
+    same = all(content.get(name) == evaluation.get(name) for name in ("epoch", *ABOUT))
+    return content if same else None
 
 
 def _is_audit(content: dict[str, Any]) -> bool:
@@ -124,7 +127,7 @@ def _is_attacks(content: dict[str, Any]) -> bool:
     )
 
 
-def _gallery(path: Path, table: Table | None) -> Gallery | None:
+def _gallery(path: Path, table: Table | None, evaluation: dict[str, Any]) -> Gallery | None:
     if not path.is_file() or table is None:
         return None
     names = [name for name in Gallery.__dataclass_fields__ if name not in ("classes", "attacks")]
@@ -132,6 +135,8 @@ def _gallery(path: Path, table: Table | None) -> Gallery | None:
         with safe_open(str(path), framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in names}
             metadata = file.metadata() or {}
+            if any(metadata.get(name) != evaluation.get(name) for name in ABOUT):
+                return None
             classes = tuple(str(name) for name in json.loads(metadata.get("classes", "[]")))
             attacks = int(metadata.get("attacks", len(table.attacks)))
     except (SafetensorError, OSError, ValueError) as error:

@@ -149,7 +149,12 @@ def eps_curves(report: Report) -> Html:
     drawn = [plot for plot in plots if plot]
     if not drawn:
         return Html("")
-    note = "Bands: the evaluation's interval for one run, lowest to highest run for several."
+    evaluations = [one for group in report.groups for run in group.runs for one in run.evaluations.values()]
+    rows = [row for one in evaluations for row in one.get("eps_curve") or []]
+    sizes = " or ".join(f"{n:,}" for n in sorted({row["n"] for row in rows if is_number(row.get("n"))}))
+    note = (
+        f"PGD-20 on the first {sizes} test images. " if sizes else "PGD-20. "
+    ) + "Bands: the evaluation's interval for one run, lowest to highest run for several."
     return titled("Robust accuracy against ε", figures(drawn), paragraph(note))
 
 
