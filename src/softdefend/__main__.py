@@ -9,7 +9,6 @@ import os
 import re
 import sys
 import textwrap
-from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
@@ -19,7 +18,7 @@ from typing import get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from softdefend import __version__, commands, pipeline
-from softdefend.complaints import readable
+from softdefend.complaints import parse
 from softdefend.config import make_parser, resolve
 from softdefend.data import DataSettings, describe, load
 from softdefend.errors import DivergenceError, SettingError
@@ -29,15 +28,6 @@ from softdefend.report import comparison_rows, markdown_table, read_run, text_ta
 from softdefend.threat import Budget, ThreatModel
 
 EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 3, 130, 141
-
-
-def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    try:
-        parsed = parser.parse_args(list(arguments))
-        made: argparse.Namespace = parser.instantiate(parsed)
-    except ArgumentError as error:
-        raise readable(error, parser) from error
-    return made
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -113,7 +103,7 @@ def attribute_docstrings(settings: type) -> dict[str, str]:
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
-    given = _parse(_evaluate_parser(), arguments)
+    given = parse(_evaluate_parser(), arguments)
     _refuse_mixture(given, arguments)
     changes = {f.name: getattr(given, f.name) for f in fields(EvaluateSettings) if hasattr(given, f.name)}
     extras = Extras(
@@ -187,7 +177,7 @@ def _report_parser() -> ArgumentParser:
 
 
 def _report(arguments: Sequence[str]) -> None:
-    given = _parse(_report_parser(), arguments)
+    given = parse(_report_parser(), arguments)
     runs = [read_run(Path(folder)) for folder in given.run]
     rows = comparison_rows(runs)
     print(markdown_table(rows) if given.markdown else text_table(rows))
@@ -207,7 +197,7 @@ def _data_parser() -> ArgumentParser:
 
 
 def _data(arguments: Sequence[str]) -> None:
-    given = _parse(_data_parser(), arguments)
+    given = parse(_data_parser(), arguments)
     if given.action not in ("prepare", "describe"):
         raise SettingError("data", repr(given.action), "prepare or describe")
     bundle = load(given.data)
@@ -264,7 +254,7 @@ def run(arguments: Sequence[str]) -> None:
         given = repr(arguments[0]) if arguments else "nothing"
         raise SettingError("command", given, f"{', '.join(COMMANDS)}; see softdefend --help")
     # jsonargparse puts the completion library's name before the shell's.
-    _parse(
+    parse(
         _top_parser(),
         [re.sub(r"^(--print_completion=)?(bash|zsh)$", r"\1shtab-\2", word) for word in arguments],
     )

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 
 from softdefend import pipeline
-from softdefend.complaints import readable
+from softdefend.complaints import parse, readable
 from softdefend.config import make_parser, packaged
 from softdefend.errors import SettingError
 
@@ -163,11 +163,7 @@ def methods(arguments: Sequence[str]) -> None:
     """``softdefend methods``."""
     from softdefend.methods import catalogue, table
 
-    parser = _methods_parser()
-    try:
-        given = parser.parse_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise readable(error, parser) from error
+    given = parse(_methods_parser(), arguments)
     sys.stdout.write(table(catalogue(), markdown=given.markdown) + "\n")
 
 

@@ -6,6 +6,10 @@ import argparse
 import importlib
 import inspect
 import re
+from argparse import ArgumentError
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
 
 from softdefend.attacks import PGD
 from softdefend.errors import SettingError
@@ -33,6 +37,20 @@ _TYPES = {
 
 
 _NO_SETTING = re.compile("(help|config|version|subcommand|print_.*)$")
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Arguments to a namespace; the parser's errors as our one line.
+
+    Raises:
+        SettingError: arguments that cannot be used.
+    """
+    try:
+        parsed = parser.parse_args(list(arguments))
+        made: argparse.Namespace = parser.instantiate(parsed)
+    except ArgumentError as error:
+        raise readable(error, parser) from error
+    return made
 
 
 def readable(error: Exception | str, parser: argparse.ArgumentParser) -> SettingError:

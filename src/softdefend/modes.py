@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from softdefend.labels import BNMode
+BNMode = Literal["train", "batch", "eval"]
+"""How batch normalisation behaves in a forward: ``train`` uses the batch's statistics and updates the
+running ones, ``batch`` uses the batch's and leaves the running ones, ``eval`` uses the running ones."""
 
 
 def set_mode(net: nn.Module, mode: BNMode) -> None:

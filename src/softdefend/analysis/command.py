@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -32,7 +30,7 @@ from softdefend.analysis.subjects import (
     source_positions,
     weights_of,
 )
-from softdefend.complaints import readable
+from softdefend.complaints import parse
 from softdefend.errors import SettingError
 from softdefend.files import write_atomic
 from softdefend.training.checkpoint import CheckpointError
@@ -97,20 +95,6 @@ class AnalyseSettings:
             raise SettingError(
                 "--points", self.points, "an odd number, so that the network is one of them, or 0"
             )
-
-
-def parse(parser: ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """Arguments to a namespace; the parser's errors as our one line.
-
-    Raises:
-        SettingError: arguments that cannot be used.
-    """
-    try:
-        parsed = parser.parse_args(list(arguments))
-        made: argparse.Namespace = parser.instantiate(parsed)
-    except ArgumentError as error:
-        raise readable(error, parser) from error
-    return made
 
 
 def analyse_parser() -> ArgumentParser:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from softdefend.attacks.base import Attack, Forward
 from softdefend.attacks.losses import AttackLoss, hard_label, margin
 from softdefend.errors import SettingError
+from softdefend.modes import attacked
 from softdefend.threat import ThreatModel
 
 
@@ -86,7 +85,7 @@ class Transfer(Attack):
             logits = forward(image)
         best, worst = image, torch.full_like(margin(logits, label), -torch.inf)
         for net in self._surrogates():
-            with _frozen(net):
+            with attacked(net, "eval"):
                 made = self.attack(
                     _same_classes(net, logits.shape[1]), image, target, threat, loss=loss, generator=generator
                 )
@@ -107,20 +106,3 @@ def _same_classes(net: nn.Module, k: int) -> Forward:
         return logits if logits.dtype == torch.float64 else logits.float()
 
     return forward
-
-
-@contextlib.contextmanager
-def _frozen(net: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode with frozen parameters; both restored after, module by module."""
-    modes = [(module, module.training) for module in net.modules()]
-    learned = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    net.eval()
-    for parameter in learned:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learned:
-            parameter.requires_grad_(True)
-        for module, training in modes:
-            module.training = training

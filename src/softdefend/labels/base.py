@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from softdefend.attacks.losses import cross_entropy
+from softdefend.modes import BNMode as BNMode
 from softdefend.rule import Rule, RunInfo
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
-
-BNMode = Literal["train", "batch", "eval"]
-"""How batch normalisation behaves in a forward: ``train`` uses the batch's statistics and updates the
-running ones, ``batch`` uses the batch's and leaves the running ones, ``eval`` uses the running ones."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from softdefend.errors import SettingError
+from softdefend.evaluation.records import versions
 from softdefend.files import write_atomic
 from softdefend.training.checkpoint import CheckpointFolder
 
@@ -172,15 +172,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, machine and commit of this process."""
-    from softdefend import __version__
-
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "softdefend": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": gpu or f"CPU, {torch.get_num_threads()} threads",
+        **versions(device),
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(Path(word).name if not number else word for number, word in enumerate(sys.argv)),
