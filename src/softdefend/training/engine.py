@@ -36,6 +36,9 @@ class RuntimeSettings:
     """Compile the network (torch.compile); null: on a GPU only."""
     capture: bool | None = False
     """Capture the whole training step as a CUDA graph, once per phase; null: on a GPU."""
+    fused: bool | None = None
+    """Run the training attack in kernels that fuse all between two convolutions (bf16, evaluation-mode batch
+    normalisation, ResNet-18, Hopper GPUs); null: wherever they can. Same function, other rounding."""
     deterministic: bool = False
     """Refuse GPU kernels whose results vary from run to run. The CPU path is always deterministic."""
     threads: int | None = None

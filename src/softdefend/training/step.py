@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from softdefend.attacks import PGD, Forward
 from softdefend.data import Batch, Resident
 from softdefend.errors import SettingError
+from softdefend.fused import FusedNet, fused, refusal
 from softdefend.labels import BNMode, LabelRule, Predictions, Supervision
 from softdefend.modes import attacked, set_mode
 from softdefend.objectives import Objective
@@ -138,6 +139,27 @@ def _compiled(net: nn.Module) -> Forward:
     return compiled
 
 
+def _fused(net: nn.Module, data: Resident, recipe: Recipe, engine: Engine) -> FusedNet | None:
+    """The network as fused kernels for the attack, where it is to have them.
+
+    Raises:
+        SettingError: ``runtime.fused`` asks for what cannot be.
+    """
+    wanted = engine.settings.fused
+    if wanted is False:
+        return None
+    why = refusal(net, data.image_shape, engine.device)
+    if engine.settings.precision != "bf16":
+        why = f"precision {engine.settings.precision}; they compute in bf16"
+    if recipe.attack_bn != "eval":
+        why = f"attack_bn {recipe.attack_bn}; they compute in evaluation mode"
+    if why is None:
+        return fused(net, data.image_shape, engine.device)
+    if wanted:
+        raise SettingError("runtime.fused", "true", f"false or null: {why}")
+    return None
+
+
 class TrainStep:
     """Runs steps, eagerly or from captured graphs.
 
@@ -172,6 +194,7 @@ class TrainStep:
         self.generator = torch.Generator(engine.device)
         self.meters = torch.zeros(len(METERS), device=engine.device, dtype=torch.float64)
         self._forward: Forward = _compiled(net) if engine.settings.compile else net
+        self._fused = _fused(net, data, recipe, engine)
         self._graphs: dict[tuple[Phase, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def __call__(self, plan: Tensor, phase: Phase, key: int) -> None:
@@ -214,9 +237,12 @@ class TrainStep:
         away_from = first.attack_target(label, phase.label)
         away_from = away_from.repeat(views, *[1] * (away_from.ndim - 1))
         with attacked(self.net, self.recipe.attack_bn):
-            loss = objective.inner_loss(self.forward, batch, away_from)
+            if self._fused is not None:
+                self._fused.refresh()
+            forward = self._fused or self.forward
+            loss = objective.inner_loss(forward, batch, away_from)
             adversarial = self.attack(
-                self.forward, batch.image, away_from, self.recipe.threat, loss=loss, generator=self.generator
+                forward, batch.image, away_from, self.recipe.threat, loss=loss, generator=self.generator
             )
         self.optimiser.zero_grad(set_to_none=True)
         # A first look at the trained weights leaves running statistics to the second, at the perturbed ones.
