@@ -2,10 +2,10 @@
 
     python benchmarks/recipes.py --data DIR --data-name 'CIFAR-10 (JPEG mirror)' --devices cuda:0 cuda:1
 
-Each preset is one ``softdefend train`` of protocol cifar10_resnet18_short with 30 epochs, alone on a device;
-a device takes the next preset when it is done with one. Killed at any moment, or ended by ``--seconds``, the
-same command continues: finished presets stay in the output file, unfinished runs resume where their folder
-still exists. ``--quick`` does the same in miniature on digits.
+Each preset is one ``softdefend train`` of protocol cifar10_resnet18_short with 30 epochs. A device takes the
+next preset when it is done with one; named twice, it takes two at once. Killed at any moment, or ended by
+``--seconds``, the same command continues: finished presets stay in the output file, unfinished runs resume
+where their folder still exists. ``--quick`` does the same in miniature on digits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from softdefend.config import packaged
 EPOCHS = 30
 DISTILLED = ("kd", "kd-swa")
 """Presets whose teachers are trained first, once for both where one has finished."""
-PROTOCOL = ["--config", "cifar10_resnet18_short", "--optim.epochs", str(EPOCHS)]
+PROTOCOL = ["--config", "cifar10_resnet18_short", "--optim.epochs", str(EPOCHS), "--validate.every", "2"]
+# Searches in bf16; what counts is what an fp32 forward confirms.
+PROTOCOL += ["--evaluate.precision", "fast"]
 QUICK = ["--config", "digits_demo", "--optim.epochs", "2", "--data.train_size", "64", "--evaluate.size", "64"]
 QUICK += ["--evaluate.curve_size", "0"]
 
@@ -66,8 +68,9 @@ def measured(preset: str, args: argparse.Namespace) -> dict[str, Any]:
         "recipe": preset,
         "seed": args.seed,
         "epochs": len(curve),
-        # The median leaves out the first epoch, which compiles.
+        # The median leaves out the first epoch, which compiles; runs that share a device share its time.
         "seconds_per_epoch": round(median(seconds.values()), 2),
+        "runs_per_device": len(args.devices) // len(set(args.devices)),
         **figures(folder),
         "environment": environment(folder),
         "curve": curve,
@@ -84,7 +87,9 @@ def write(path: Path, done: dict[str, Any], args: argparse.Namespace) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "data": "digits" if args.quick else args.data_name,
-        "protocol": f"cifar10_resnet18_short, {EPOCHS} epochs" if not args.quick else "digits_demo, 2 epochs",
+        "protocol": f"cifar10_resnet18_short, {EPOCHS} epochs, PGD-20 in precision fast"
+        if not args.quick
+        else "digits_demo, 2 epochs",
         "runs": [done[preset] for preset in sorted(done)],
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
@@ -111,19 +116,19 @@ def main() -> int:
     deadline = time.monotonic() + args.seconds
     done = read(args.output)
     waiting = [preset for preset in args.presets if preset not in done]
-    running: dict[str, tuple[str, subprocess.Popen[bytes]]] = {}
+    running: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
     failed: list[str] = []
     try:
         while (waiting or running) and time.monotonic() < deadline:
-            for device in args.devices:
-                if device not in running and waiting:
+            for place, device in enumerate(args.devices):
+                if place not in running and waiting:
                     preset = waiting.pop(0)
-                    running[device] = preset, launch(preset, device, args)
+                    running[place] = preset, launch(preset, device, args)
             time.sleep(0.2)
-            for device, (preset, process) in list(running.items()):
+            for place, (preset, process) in list(running.items()):
                 if process.poll() is None:
                     continue
-                del running[device]
+                del running[place]
                 if process.returncode:
                     failed.append(preset)
                     print(f"{preset} ended with code {process.returncode}:", file=sys.stderr)
