@@ -98,6 +98,37 @@ def test_memory_order_changes_no_number() -> None:
     assert image.max() <= 1
 
 
+def test_before_the_start_only_crops_and_flips() -> None:
+    """The plan keeps its shape, and the draws of all that is on from the start."""
+    both, plain = {"policy": "autoaugment", "cutout": 3, "cutmix": 0.7}, data(cutmix=0.7)
+    ours = data(**both)
+    for view in range(2):
+        rows, bare = (one.plan(seed=1, epoch=2, views=2, begun=False) for one in (ours, plain))
+        assert torch.equal(ours.batch(rows, view).image, plain.batch(bare, view).image)
+        later = ours.plan(seed=1, epoch=2, views=2)
+        assert later.shape == rows.shape
+        assert torch.equal(later[:, :7], rows[:, :7])
+        assert not torch.equal(ours.batch(later, view).image, plain.batch(bare, view).image)
+
+
+@pytest.mark.parametrize(("epochs", "first"), [(200, 100), (201, 100), (3, 1), (1, 0)])
+def test_half_the_run_is_over_as_early_as_in_the_reference(epochs: int, first: int) -> None:
+    """alinlab/consistency-adversarial changes to its second loader where its one-based epoch > epochs / 2."""
+    settings = AugmentSettings(start=0.5)
+    begun = [settings.begun(epoch, epochs) for epoch in range(epochs)]
+    assert begun == [epoch + 1 > epochs / 2 for epoch in range(epochs)]
+    assert begun.index(True) == first
+    assert all(AugmentSettings().begun(epoch, epochs) for epoch in range(epochs))
+
+
+def test_a_cutout_below_one_is_a_share_of_the_shorter_side() -> None:
+    share, pixels = data(cutout=0.5), data(cutout=4)
+    rows = share.plan(seed=1, epoch=0)
+    assert torch.equal(rows, pixels.plan(seed=1, epoch=0))
+    assert torch.equal(share.batch(rows).image, pixels.batch(rows).image)
+    assert torch.equal(data(cutout=0.1).plan(seed=1, epoch=0), data().plan(seed=1, epoch=0))  # no pixel
+
+
 def test_a_cutout_larger_than_the_image_is_refused() -> None:
     with pytest.raises(SettingError) as caught:
         data(cutout=11)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_rules_about_single_images_are_refused_before_a_folder_is_made(
     ("label", "objective", "augment"),
     [
         (Hard, PGDAT, {"policy": "randaugment", "cutout": 3, "cutmix": 0.5}),
-        (SGLR, Consistency, {"policy": "autoaugment", "cutout": 2}),
+        (SGLR, Consistency, {"policy": "autoaugment", "cutout": 2, "start": 0.5}),
     ],
 )
 def test_an_augmented_run_cut_and_continued_ends_in_the_same_bits(make_trainer, label, objective, augment):
@@ -206,6 +207,20 @@ def test_augmentation_changes_what_is_trained_and_nothing_else_of_a_run(make_tra
         assert torch.equal(rows[name][0], rows["plain"][0])
         pairs = zip(rows[name][1].net.parameters(), rows["plain"][1].net.parameters(), strict=True)
         assert not all(torch.equal(*pair) for pair in pairs)
+
+
+def test_augmentation_that_starts_later_changes_no_epoch_before(make_trainer):
+    """Of three epochs the first passes as without it."""
+    losses = {}
+    for name, settings in (("plain", {}), ("later", {"policy": "autoaugment", "cutout": 2, "start": 0.5})):
+        trainer = make_trainer(
+            Hard(), PGDAT(), folder=name, augment=AugmentSettings("crop-flip", pad=1, **settings)
+        )
+        trainer.fit()
+        lines = (trainer.folder.path / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in lines]
+    assert losses["later"][0] == losses["plain"][0]
+    assert losses["later"][1] != losses["plain"][1]
 
 
 class _HostReads(TorchDispatchMode):

@@ -37,12 +37,19 @@ class AugmentSettings:
     """RandAugment's operations per image, >= 1."""
     randaugment_m: int = 9
     """RandAugment's magnitude, 0 to 30."""
-    cutout: int = 0
-    """Side in pixels of a square that is blackened at a random place; 0 for none."""
+    cutout: float = 0
+    """Side of a square that is blackened at a random place: pixels, or below 1 a share of the image's shorter
+    side; 0 for none."""
+    start: float = 0.0
+    """Share of the epochs, in [0, 1), that pass before policy and cutout begin."""
     cutmix: float = 0.0
     """Probability, in [0, 1], that a box of an image is filled from another one, and the label with it."""
     cutmix_alpha: float = 1.0
     """Lambda ~ Beta(alpha, alpha) is the share an image keeps, before its box is cut at the border; > 0."""
+
+    def begun(self, epoch: int, epochs: int) -> bool:
+        """Whether policy and cutout are made in this zero-based epoch of so many."""
+        return epoch >= math.floor(self.start * epochs + 1e-9)
 
     @property
     def margin(self) -> int:
@@ -53,11 +60,13 @@ class AugmentSettings:
         for name, kind in (("kind", Augment), ("pad_mode", PadMode), ("policy", Policy)):
             if getattr(self, name) not in get_args(kind):
                 raise SettingError(f"augment.{name}", getattr(self, name), " or ".join(get_args(kind)))
+        cutouts = "0 or more pixels, or a share below 1"
         for name, good, accepted in (
             ("pad", self.pad >= 0, "0 or more pixels"),
             ("randaugment_n", self.randaugment_n >= 1, "a whole number >= 1"),
             ("randaugment_m", 0 <= self.randaugment_m <= 30, "a whole number from 0 to 30"),
-            ("cutout", self.cutout >= 0, "0 or more pixels"),
+            ("cutout", self.cutout >= 0 and (self.cutout < 1 or self.cutout % 1 == 0), cutouts),
+            ("start", 0 <= self.start < 1, "a number in [0, 1)"),
             ("cutmix", 0 <= self.cutmix <= 1, "a number in [0, 1]"),
             ("cutmix_alpha", 0 < self.cutmix_alpha < math.inf, "a positive number"),
         ):

@@ -46,14 +46,15 @@ class Augmented(Resident):
             split, device, pad=settings.margin, pad_mode=settings.pad_mode, channels_last=channels_last
         )
         _, h, w = self.image_shape
-        if settings.cutout > max(h, w):
+        self._cutout = int(settings.cutout * min(h, w) if settings.cutout < 1 else settings.cutout)
+        if self._cutout > max(h, w):
             accepted = f"0 to {max(h, w)} pixels for images of {h}x{w}"
             raise SettingError("augment.cutout", settings.cutout, accepted)
         self.settings, self._device = settings, device
         self._layers = {"none": 0, "randaugment": settings.randaugment_n, "autoaugment": 2}[settings.policy]
         self.mixes = settings.cutmix > 0
 
-    def plan(self, *, seed: int, epoch: int, views: int = 1) -> Tensor:
+    def plan(self, *, seed: int, epoch: int, views: int = 1, begun: bool = True) -> Tensor:
         """The order and every draw of one epoch, [n, columns] int64: those of :func:`epoch_plan`, then for
         each view the policy's operations and levels and the cutout's centre (y, x), then the CutMix box (top,
         bottom, left, right) of the first view. What is switched off has no columns.
@@ -63,6 +64,7 @@ class Augmented(Resident):
         Args:
             seed, epoch: position in the run (see :mod:`softdefend.rng`).
             views: independent augmentations of each image, >= 1.
+            begun: whether policy and cutout are made; if not, their columns say so.
         """
         settings, (_, h, w) = self.settings, self.image_shape
         parts = [
@@ -79,9 +81,10 @@ class Augmented(Resident):
                     if settings.policy == "autoaugment"
                     else draw_randaugment(self.n, settings.randaugment_n, settings.randaugment_m, draws)
                 )
-                parts.append(chosen.flatten(1))
-            if settings.cutout:
-                parts.append(draw_centres(self.n, h, w, stream(seed, f"cutout{suffix}", epoch)))
+                parts.append(chosen.flatten(1) * begun)  # 0 is no operation
+            if self._cutout:
+                centres = draw_centres(self.n, h, w, stream(seed, f"cutout{suffix}", epoch))
+                parts.append(centres if begun else centres - 2 * max(h, w))  # out of the image
         if self.mixes:
             boxes = stream(seed, "cutmix", epoch)
             parts.append(draw_boxes(self.n, h, w, settings.cutmix, settings.cutmix_alpha, boxes))
@@ -92,14 +95,14 @@ class Augmented(Resident):
         the image's own, also where CutMix gave it pixels of another."""
         batch = super().batch(plan_rows, view)
         image = batch.image
-        drawn = 2 * self._layers + 2 * (self.settings.cutout > 0)
+        drawn = 2 * self._layers + 2 * (self._cutout > 0)
         box = _BOX * self.mixes
         views = (plan_rows.shape[1] - 1 - box) // (3 + drawn)
         columns = plan_rows[:, 1 + 3 * views + drawn * view :][:, :drawn]
         if self._layers:
             image = augment(image, columns[:, : 2 * self._layers].reshape(-1, self._layers, 2))
-        if self.settings.cutout:
-            image = cutout(image, columns[:, -2:], self.settings.cutout)
+        if self._cutout:
+            image = cutout(image, columns[:, -2:], self._cutout)
         if self.mixes:
             image = cutmix(image, plan_rows[:, -_BOX:])
         return replace(batch, image=self.laid_out(image))

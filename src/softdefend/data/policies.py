@@ -143,10 +143,10 @@ def warp(image: Tensor, operation: Tensor, level: Tensor) -> Tensor:
 def enhance(image: Tensor, operation: Tensor, level: Tensor) -> Tensor:
     """Brightness, colour, contrast and sharpness: the image moved away from, or towards, a version without
     any (black, grey, evenly grey, blurred); other images as they are."""
-    grey = _grey(image)
+    colourless = grey(image)
     dull = torch.where(_pick(operation, "brightness"), 0.0, image)
-    dull = torch.where(_pick(operation, "color"), grey, dull)
-    dull = torch.where(_pick(operation, "contrast"), grey.mean(dim=(2, 3), keepdim=True), dull)
+    dull = torch.where(_pick(operation, "color"), colourless, dull)
+    dull = torch.where(_pick(operation, "contrast"), colourless.mean(dim=(2, 3), keepdim=True), dull)
     dull = torch.where(_pick(operation, "sharpness"), _blurred(image), dull)
     factor = (1 + _ENHANCE * level.float() / FULL)[:, None, None, None]
     return (dull + factor * (image - dull)).clamp(0, 1)
@@ -169,7 +169,7 @@ def tones(image: Tensor, operation: Tensor, level: Tensor) -> Tensor:
     return torch.where(_pick(operation, "invert"), 1 - image, out)
 
 
-def _grey(image: Tensor) -> Tensor:
+def grey(image: Tensor) -> Tensor:
     """Brightness [b, 1, h, w]: ITU-R 601 weights for three channels, the mean of any other number."""
     if image.shape[1] != 3:
         return image.mean(dim=1, keepdim=True)
