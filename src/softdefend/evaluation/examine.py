@@ -21,7 +21,7 @@ from softdefend.data import Batch, DataBundle, Resident
 from softdefend.data.cache import checksum
 from softdefend.errors import SettingError
 from softdefend.evaluation.autoattack import parse
-from softdefend.evaluation.corruptions import evaluate_corruptions
+from softdefend.evaluation.corruptions import CORRUPTIONS, evaluate_corruptions
 from softdefend.evaluation.evaluate import Evaluator
 from softdefend.evaluation.exchange import check_standard, log_lines, read_known, robustbench
 from softdefend.evaluation.gallery import write_gallery
@@ -30,6 +30,7 @@ from softdefend.evaluation.preflight import preflight
 from softdefend.evaluation.resume import file_digest, fingerprint
 from softdefend.evaluation.run import (
     EvaluateSettings,
+    cost_lines,
     evaluate_checkpoint,
     load_weights,
     telling,
@@ -180,7 +181,7 @@ class _Examination:
         if extras.surrogates:
             self._kept("-transfer.json", {"surrogates": self.surrogates}, self._transfer)
         if extras.corruptions:
-            self._kept("-corruptions.json", {}, self._corruptions)
+            self._kept("-corruptions.json", {"corruptions": list(CORRUPTIONS)}, self._corruptions)
         if extras.robustbench:
             self._robustbench(result, extras.robustbench, suspicious)
         if extras.log:
@@ -209,7 +210,11 @@ class _Examination:
                 data_name=subject.bundle.name,
                 network=self.network,
                 progress=subject.progress,
+                say=self.say,
             )
+        else:
+            for line in cost_lines(result):
+                self.say(line)
         self._pictures()
         figures = [f"{name} {100 * figure['rate']:.1f}%" for name, figure in result["attacks"].items()]
         epoch = "" if result["epoch"] is None else f" (epoch {result['epoch']})"
