@@ -1,4 +1,4 @@
-"""TRADES (Zhang et al., arXiv 1901.08573, eq. 5)."""
+"""TRADES (Zhang et al., arXiv 1901.08573)."""
 
 from __future__ import annotations
 

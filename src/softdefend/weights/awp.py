@@ -20,7 +20,7 @@ _TINY = 1e-20
 
 @torch.no_grad()
 def ascent(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
-    """Steepest ascent, tensor by tensor as long as the weights themselves: ||w|| g / ||g|| (eq. 8 and 10).
+    """Steepest ascent, tensor by tensor as long as the weights themselves: ||w|| g / ||g||.
 
     Args:
         weights, slopes: tensors of equal shapes; zero where a slope is zero throughout.

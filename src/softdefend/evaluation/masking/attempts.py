@@ -13,7 +13,7 @@ from softdefend.evaluation.masking.probe import Probe
 from softdefend.evaluation.masking.surface import FOSC, convergence
 from softdefend.threat import Budget, ThreatModel
 
-_ATHALYE = "Athalye et al. 2018, arXiv 1802.00420, section 3.1"
+_ATHALYE = "Athalye et al. 2018, arXiv 1802.00420"
 _CARLINI = "Carlini et al. 2019, arXiv 1902.06705"
 
 TEMPERATURE = Check(
