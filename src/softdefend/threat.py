@@ -123,6 +123,10 @@ class ThreatModel:
         delta = adversarial - image
         return (image + delta * (eps / _length(delta)).clamp(max=1)).clamp(0, 1)
 
+    def move(self, image: Tensor, adversarial: Tensor, grad: Tensor, step_size: float) -> Tensor:
+        """:meth:`ascend`, then :meth:`project`: one step of an attack."""
+        return self.project(image, self.ascend(adversarial, grad, step_size))
+
     def distance(self, image: Tensor, adversarial: Tensor) -> Tensor:
         """Distance of each pair in this norm, [b], in pixel units."""
         delta = (adversarial - image).flatten(1)

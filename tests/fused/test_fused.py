@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from softdefend.errors import SettingError
-from softdefend.fused import fused, refusal
+from softdefend.fused import FusedThreat, agree, fused, refusal
 from softdefend.labels import Hard
 from softdefend.models import NetSettings, build
 from softdefend.objectives import PGDAT
+from softdefend.threat import ThreatModel
 from softdefend.training import RuntimeSettings
 from tiny import tiny_net
 
@@ -55,7 +56,7 @@ def apart(one, other):
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("size", [5, 128, 300])
+@pytest.mark.parametrize("size", [5, 64, 128, 300, 448, 512, 1024])
 class TestOnGpu:
     pytestmark = on_gpu
 
@@ -74,9 +75,12 @@ class TestOnGpu:
         truth = look(net.double(), image[few].double(), label[few])
         for mine, its, true in zip(ours, theirs, truth, strict=True):
             assert apart(mine[few], true) < 1.5 * apart(its[few], true) + 1e-3
-        # All of the batch, not only its head.
-        for mine, its in zip(ours, theirs, strict=True):
-            assert apart(mine[-3:], its[-3:]) < 3 * apart(its[few], truth[0 if mine is ours[0] else 1]) + 1e-2
+
+    def test_every_image_of_a_batch(self, name, size):
+        net = network(name)
+        kernels = fused(net, (3, 32, 32), torch.device("cuda"))
+        for _ in range(3):
+            assert agree(kernels, net, torch.rand(size, 3, 32, 32, device="cuda"))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -111,10 +115,39 @@ def test_weights_are_taken_over_by_refresh_alone():
     assert not torch.equal(kernels(image), before)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_steps_are_those_of_the_threat_model(norm, order):
+    plain = ThreatModel(norm, "8/255")
+    image = torch.rand(7, 3, 32, 32, device="cuda").to(memory_format=order)
+    point = plain.random_start(image).clamp(0, 1)
+    grad = torch.randn_like(image)
+    grad[0, 0, 0] = 0
+    moved = FusedThreat(norm, "8/255").move(image, point, grad, 2 / 255)
+    assert torch.equal(moved, plain.move(image, point, grad, 2 / 255))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_that_are_wrong_for_a_batch_are_found():
+    net, image = network("resnet18"), torch.rand(40, 3, 32, 32, device="cuda")
+    kernels = fused(net, (3, 32, 32), torch.device("cuda"))
+    assert agree(kernels, net, image)
+    right = kernels.forward
+
+    def wrong(image):
+        logits, tape = right(image)
+        logits[17] *= 0.7
+        return logits, tape
+
+    kernels.forward = wrong
+    assert not agree(kernels, net, image)
+
+
 def test_a_cpu_has_none():
-    net = build(
-        NetSettings(name="resnet18"), num_classes=10, in_channels=3, mean=(0.5,) * 3, std=(0.25,) * 3
-    )
+    net = build(NetSettings(name="resnet18"), num_classes=10, in_channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
     assert "9.0" in refusal(net, (3, 32, 32), torch.device("cpu"))
     assert fused(net, (3, 32, 32), torch.device("cpu")) is None
     assert fused(tiny_net(), (1, 8, 8), torch.device("cpu")) is None

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from softdefend.fused.residual import KINDS, FusedNet
+from softdefend.fused.threat import FusedThreat
 
-__all__ = ["FusedNet", "fused", "refusal"]
+__all__ = ["FusedNet", "FusedThreat", "agree", "fused", "refusal"]
+
+_LOGITS, _GRADIENTS = 0.15, 0.3
+"""Largest difference of an image's logits, and of a batch's gradients, as shares of their lengths, from those
+of the network in bfloat16. Rounding makes about a tenth of it."""
 
 
 def refusal(net: nn.Module, image_shape: tuple[int, ...], device: torch.device) -> str | None:
@@ -34,3 +41,29 @@ def fused(net: nn.Module, image_shape: tuple[int, ...], device: torch.device) ->
         return None
     assert isinstance(net, nn.Sequential)
     return KINDS[type(net[1])](net)
+
+
+def agree(kernels: FusedNet, net: nn.Module, image: Tensor) -> bool:
+    """Whether kernels do what the network does, in evaluation mode under autocast, on images [b, c, h, w]:
+    logits of each and gradients. A compiler's mistake in one size of tile shows here. Reads the device."""
+
+    def bfloat16(image: Tensor) -> Tensor:
+        with torch.autocast(image.device.type, torch.bfloat16):
+            logits: Tensor = net(image)
+        return logits.float()
+
+    found = [_look(forward, image) for forward in (kernels, bfloat16)]
+    (logits, grad), (wanted, true) = found
+    apart = torch.linalg.vector_norm(logits - wanted, dim=1)
+    near = bool((apart <= _LOGITS * torch.linalg.vector_norm(wanted, dim=1)).all())
+    return near and bool((grad - true).norm() <= _GRADIENTS * true.norm())
+
+
+def _look(forward: Callable[[Tensor], Tensor], image: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradient of a cross-entropy in the images."""
+    image = image.detach().clone().requires_grad_(True)
+    with torch.enable_grad():
+        logits = forward(image)
+        label = torch.arange(len(image), device=image.device) % logits.shape[1]
+        (grad,) = torch.autograd.grad(F.cross_entropy(logits, label, reduction="sum"), image)
+    return logits.detach(), grad

@@ -392,3 +392,16 @@ def fold(
         tl.store(bias + output, tl.load(shift + output) - tl.load(mean + output) * scale)
     place = output * stride_output + term * stride_term
     tl.store(out + place, value.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def move(image, adversarial, grad, out, step_size, eps, count, values: tl.constexpr):
+    """A signed step of ``adversarial``, cut to ``eps`` around ``image`` and to [0, 1]; float32, one order in
+    memory."""
+    place = tl.program_id(0) * values + tl.arange(0, values)
+    there = place < count
+    centre, slope = tl.load(image + place, mask=there), tl.load(grad + place, mask=there)
+    sign = tl.where(slope > 0, 1.0, 0.0) - tl.where(slope < 0, 1.0, 0.0)
+    moved = tl.load(adversarial + place, mask=there) + step_size * sign
+    moved = tl.minimum(tl.maximum(moved, centre - eps), centre + eps)
+    tl.store(out + place, tl.minimum(tl.maximum(moved, 0.0), 1.0), mask=there)

@@ -181,7 +181,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree that is running: git's word, else the variable SOFTDEFEND_COMMIT."""
+    """The commit of the source tree that is running: the variable SOFTDEFEND_COMMIT, else git's word. A tree
+    exported from its repository may lie inside another."""
+    if named := os.environ.get("SOFTDEFEND_COMMIT"):
+        return named
     try:
         done = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
@@ -191,5 +194,5 @@ def _commit() -> str | None:
             check=True,
         )
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("SOFTDEFEND_COMMIT")
+        return None
     return done.stdout.strip()

@@ -6,6 +6,7 @@ whole of it can be captured as a CUDA graph, once per phase and batch size.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from softdefend.attacks import PGD, Forward
 from softdefend.data import Batch, Resident
 from softdefend.errors import SettingError
-from softdefend.fused import FusedNet, fused, refusal
+from softdefend.fused import FusedNet, FusedThreat, agree, fused, refusal
 from softdefend.labels import BNMode, LabelRule, Predictions, Supervision
 from softdefend.modes import attacked, set_mode
 from softdefend.objectives import Objective
@@ -195,6 +196,9 @@ class TrainStep:
         self.meters = torch.zeros(len(METERS), device=engine.device, dtype=torch.float64)
         self._forward: Forward = _compiled(net) if engine.settings.compile else net
         self._fused = _fused(net, data, recipe, engine)
+        self._agreed: dict[int, bool] = {}
+        threat = recipe.threat
+        self._threat = threat if self._fused is None else FusedThreat(threat.norm, threat.eps)
         self._graphs: dict[tuple[Phase, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def __call__(self, plan: Tensor, phase: Phase, key: int) -> None:
@@ -237,12 +241,10 @@ class TrainStep:
         away_from = first.attack_target(label, phase.label)
         away_from = away_from.repeat(views, *[1] * (away_from.ndim - 1))
         with attacked(self.net, self.recipe.attack_bn):
-            if self._fused is not None:
-                self._fused.refresh()
-            forward = self._fused or self.forward
+            forward = self._searching(batch.image)
             loss = objective.inner_loss(forward, batch, away_from)
             adversarial = self.attack(
-                forward, batch.image, away_from, self.recipe.threat, loss=loss, generator=self.generator
+                forward, batch.image, away_from, self._threat, loss=loss, generator=self.generator
             )
         self.optimiser.zero_grad(set_to_none=True)
         # A first look at the trained weights leaves running statistics to the second, at the perturbed ones.
@@ -263,6 +265,20 @@ class TrainStep:
         else:
             self._update(total)
         self._measure(batch.label, seen, supervision, total)
+
+    def _searching(self, image: Tensor) -> Forward:
+        """The network as the attack asks it: fused kernels, where they do what it does on such a batch."""
+        if self._fused is None:
+            return self.forward
+        self._fused.refresh()
+        if len(image) not in self._agreed:  # in a rehearsal: never while a graph is recorded
+            self._agreed[len(image)] = agree(self._fused, self.net, image)
+            if not self._agreed[len(image)]:
+                what = (
+                    f"batches of {len(image)} images are attacked without fused kernels, whose sums are wrong"
+                )
+                warnings.warn(what, RuntimeWarning, stacklevel=2)
+        return self._fused if self._agreed[len(image)] else self.forward
 
     def _update(self, total: Tensor) -> None:
         total.backward()  # type: ignore[no-untyped-call]

@@ -22,6 +22,7 @@ from softdefend.data import Augmented, AugmentSettings, DataBundle, Resident
 from softdefend.errors import DivergenceError, SettingError
 from softdefend.evaluation.evaluate import Evaluator
 from softdefend.evaluation.resume import fingerprint
+from softdefend.evaluation.searching import Precision, check_precision
 from softdefend.rule import Rule, RunInfo
 from softdefend.training.alarm import collapsed, describe, trains_on_one_step
 from softdefend.training.checkpoint import CheckpointError
@@ -45,11 +46,14 @@ class ValidateSettings:
     """Test images measured for the learning curve only, never for selection; 0 for none."""
     batch_size: int = 500
     """Images at once."""
+    precision: Precision = "exact"
+    """In which the attack searches: exact, strict or fast, as evaluate.precision."""
     alarm: Literal["warn", "stop", "off"] = "warn"
     """What to do about catastrophic overfitting, which is looked for where training takes one attack step:
     warn (one line), stop (keeping the best checkpoint) or off."""
 
     def __post_init__(self) -> None:
+        check_precision(self.precision, "validate.precision")
         if self.alarm not in ("warn", "stop", "off"):
             raise SettingError("validate.alarm", repr(self.alarm), "warn, stop or off")
         for name, value, least in (
@@ -205,7 +209,8 @@ class Trainer:
     def _train_epoch(self) -> dict[str, Any]:
         phase = Phase(*(rule.phase(self.epoch) for rule in self.rules))
         views = self.recipe.objective.views
-        plan = self.train_data.plan(seed=self.seed, epoch=self.epoch, views=views)
+        begun = self.augment.begun(self.epoch, self.optim.epochs)
+        plan = self.train_data.plan(seed=self.seed, epoch=self.epoch, views=views, begun=begun)
         with tqdm(
             total=self.steps_per_epoch,
             initial=self.done,
@@ -328,6 +333,7 @@ class Trainer:
                     self.recipe.threat,
                     batch_size=self.validate.batch_size,
                     seed=self.seed,
+                    precision=self.validate.precision,
                 )
                 also = [FGSM()] if self.watched and name == "val" else []
                 result = evaluator([self.validate.attack, *also], limit=size)
