@@ -1,24 +1,31 @@
 """AutoAttack: this package (exact and fast) and the authors' code, on the same networks, images and seed.
 
     python benchmarks/autoattack.py --runs runs/short/pgd-at-seed0 --reference CHECKOUT --n 1000
+    python benchmarks/autoattack.py --data DIR --train plain-resnet18 robust-small_cnn --reference CHECKOUT
     python benchmarks/autoattack.py --n 100 --steps 10 --queries 50    # small networks, in miniature
 
-Prints and writes, for each network, robust images after each attack with forwards, gradients and seconds. The
-counts of ``exact`` are to equal the authors' but for images on the border; ``fast`` may differ by a few.
-``CHECKOUT`` is a clone of github.com/fra31/auto-attack; without it only this package is measured. Its code
-runs as it is, in fp32 without TF32 like ``exact``, on images that are already on the device.
+Prints and writes, for each network: seconds of both and their ratio; robust images after each attack, with
+forwards, gradients and seconds; and every image on which the verdicts differ, with its margin (negative where
+the network is fooled) at what each side found. ``CHECKOUT`` is a clone of github.com/fra31/auto-attack;
+without it only this package is measured.
+
+The authors' code runs as people run it: at torch's defaults, which allow TF32 in convolutions, with
+parameters that ask for gradients, on images that are already on the device, after a warm-up. Ours is given no
+warm-up: compiling and capturing (``setup_seconds``) are left out of ``seconds`` and are part of
+``total_seconds``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,34 +35,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softdefend import pipeline
-from softdefend.attacks import APGD, FAB, PGD, Attack, Square, TargetedAPGD
-from softdefend.data import DataSettings, Resident, load
+from softdefend.attacks import APGD, FAB, PGD, Attack, Square, TargetedAPGD, margin
+from softdefend.data import (
+    Augmented,
+    AugmentSettings,
+    DataBundle,
+    DataSettings,
+    Resident,
+    channel_stats,
+    load,
+)
+from softdefend.errors import SettingError
 from softdefend.evaluation import Ensemble, Evaluator, expand, load_weights
 from softdefend.evaluation.physical import images_at_once
-from softdefend.models.small_cnn import SmallCNN
+from softdefend.models import NetSettings, build
 from softdefend.modes import attacked, tf32
-from softdefend.rng import stream
 from softdefend.threat import Budget, ThreatModel
 from softdefend.training.engine import resolve_device
 from softdefend.training.folder import environment
 
 Case = tuple[str, nn.Module, Resident, ThreatModel, int]
 """Name, network, images, threat and number of classes."""
+DIGITS = ["plain-small_cnn", "robust-small_cnn"]
 
 
 def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
-    """The networks of finished runs, or two small ones that are trained here on digits."""
-    if args.runs:
-        return [from_run(folder, args, device) for folder in args.runs]
-    bundle = load(DataSettings(source="digits"))
-    threat = ThreatModel(args.norm, args.eps or Budget("0.1"))
-    made = []
-    for name, against in (("plain", None), ("robust", threat)):
-        with torch.random.fork_rng():
-            torch.manual_seed(args.seed)
-            net = SmallCNN(10, 1, 8).to(device)
-        train(net, Resident(bundle.train, device), against)
-        made.append((f"digits-{name}", net, Resident(bundle.test, device), threat, len(bundle.classes)))
+    """The networks of finished runs, and those trained here: on digits where nothing is asked for."""
+    made = [from_run(folder, args, device) for folder in args.runs]
+    names = args.train if args.train or args.runs else DIGITS
+    if names:
+        bundle = load(DataSettings(source=args.data or "digits"))
+        made += [trained(name, bundle, args, device) for name in names]
     return made
 
 
@@ -65,23 +75,78 @@ def from_run(folder: Path, args: argparse.Namespace, device: torch.device) -> Ca
     bundle = load(experiment.data)
     net = pipeline.make_net(experiment, bundle)
     load_weights(net, folder / f"{args.which}.safetensors")
-    trained = experiment.recipe.threat
-    threat = ThreatModel(args.norm or trained.norm, args.eps or trained.eps)
+    trained_on = experiment.recipe.threat
+    threat = ThreatModel(args.norm or trained_on.norm, args.eps or trained_on.eps)
     return folder.name, net.to(device), Resident(bundle.test, device), threat, len(bundle.classes)
 
 
-def train(net: nn.Module, data: Resident, threat: ThreatModel | None) -> None:
-    """Ten epochs of Adam, against PGD-5 where a threat is given."""
-    optimiser = torch.optim.Adam(net.parameters(), 0.01)
-    for epoch in range(10):
-        for rows in torch.split(torch.randperm(data.n, generator=stream(0, "order", epoch)), 64):
-            batch = data.take(rows.to(data.labels.device))
-            image = batch.image
+def trained(name: str, bundle: DataBundle, args: argparse.Namespace, device: torch.device) -> Case:
+    """A network trained here in a few epochs, plainly or against PGD-3.
+
+    Raises:
+        SettingError: a name that is not plain-NETWORK or robust-NETWORK.
+    """
+    how, _, network = name.partition("-")
+    if how not in ("plain", "robust") or not network:
+        raise SettingError("--train", name, "plain-NETWORK or robust-NETWORK, such as robust-small_cnn")
+    channels = bundle.train.images.shape[1]
+    mean, std = channel_stats(bundle.train)
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        net = build(
+            NetSettings(name=network),
+            num_classes=len(bundle.classes),
+            in_channels=channels,
+            mean=mean,
+            std=std,
+        )
+    net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    threat = ThreatModel(args.norm or "linf", args.eps or Budget("8/255" if channels == 3 else "0.1"))
+    started = time.perf_counter()
+    train(net, bundle, threat if how == "robust" else None, args, device)
+    synchronize(device)
+    print(f"{name}: trained in {time.perf_counter() - started:.1f} s, seed {args.seed}, {args.epochs} epochs")
+    net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return name, net, Resident(bundle.test, device), threat, len(bundle.classes)
+
+
+def train(
+    net: nn.Module,
+    bundle: DataBundle,
+    threat: ThreatModel | None,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """SGD with one cycle of the learning rate, on cropped and mirrored images where they are large enough; in
+    bfloat16 on a GPU."""
+    augment = AugmentSettings("crop-flip") if bundle.train.images.shape[-1] >= 32 else AugmentSettings("none")
+    data = Augmented(bundle.train, device, augment, channels_last=True)
+    size = 256 if data.n > 10_000 else 64
+    optimiser = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    steps = args.epochs * (data.n // size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.2, total_steps=steps)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    attack = PGD(steps=3, step_size=None if threat is None else Budget(float(threat.eps) / 2))
+
+    def forward(image: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits: Tensor = net(image)
+        return logits.float()
+
+    for epoch in range(args.epochs):
+        plan = data.plan(seed=args.seed, epoch=epoch).to(device)
+        for rows in plan[: len(plan) // size * size].split(size):
+            batch = data.batch(rows)
+            image, label = batch.image, batch.label
             if threat is not None:
-                image = PGD(steps=5)(net, image, batch.label, threat)
+                with attacked(net, "eval"):
+                    image = attack(forward, image, label, threat, generator=generator)
+            net.train()
             optimiser.zero_grad()
-            F.cross_entropy(net(image), batch.label).backward()
+            F.cross_entropy(forward(image), label).backward()
             optimiser.step()
+            schedule.step()
+    net.eval()
 
 
 def members_of(args: argparse.Namespace, k: int) -> tuple[Attack, ...]:
@@ -95,11 +160,22 @@ def members_of(args: argparse.Namespace, k: int) -> tuple[Attack, ...]:
     return tuple(made)
 
 
-def ours(case: Case, args: argparse.Namespace, precision: str) -> tuple[dict[str, Any], Tensor]:
-    """One evaluation by this package, and which images stayed right."""
-    _, net, data, threat, k = case
+class Keeping(Evaluator):
+    """An evaluator that keeps each image's last adversarial version."""
+
+    kept: Tensor
+
+    def _perturb(self, attack: Attack, index: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        adversarial, image = super()._perturb(attack, index, *rest)
+        self.kept[index.to(adversarial.device)] = adversarial
+        return adversarial, image
+
+
+def ours(case: Case, args: argparse.Namespace, precision: str) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """One evaluation by this package, which images stayed right, and their last adversarial versions."""
+    name, net, data, threat, k = case
     physical = args.physical_batch or images_at_once(net, data.take(data.labels.new_zeros(1)).image)
-    evaluator = Evaluator(
+    evaluator = Keeping(
         net,
         data,
         threat,
@@ -107,23 +183,37 @@ def ours(case: Case, args: argparse.Namespace, precision: str) -> tuple[dict[str
         physical_batch=physical,
         seed=args.seed,
         precision=precision,  # type: ignore[arg-type]
+        compile=None,
     )
-    # What is chosen and loaded at the first forwards is nobody's cost.
-    evaluator([APGD(steps=2)], limit=args.n)
+    evaluator.kept = images(data, args).image
+    print(f"{name} {precision}", flush=True)
+    torch.backends.cudnn.benchmark = args.tune
     synchronize(data.labels.device)
     started = time.perf_counter()
-    result = evaluator([Ensemble("autoattack", members_of(args, k))], limit=args.n)
-    seconds = time.perf_counter() - started
+    result = evaluator([Ensemble("autoattack", members_of(args, k))], limit=args.n, say=spoken)
+    total, setup = time.perf_counter() - started, evaluator.searching.seconds
+    torch.backends.cudnn.benchmark = False
     kept = ("name", "attacked", "count", "forwards", "backwards", "seconds")
-    rows = [{key: row[key] for key in kept} for row in result.members("autoattack")]
     summary = {
         "clean": result.clean.count,
         "robust": result.robust("autoattack").count,
-        "seconds": seconds,
+        "seconds": total - setup,
+        "setup_seconds": setup,
+        "total_seconds": total,
         "physical_batch": result.how["physical_batch"],
-        "members": rows,
+        "members": [{key: row[key] for key in kept} for row in result.members("autoattack")],
     }
-    return summary, result.attacks["autoattack"].robust
+    return summary, result.attacks["autoattack"].robust, evaluator.kept
+
+
+def spoken(line: str) -> None:
+    """Said at once, also into a pipe."""
+    print(line, flush=True)
+
+
+def images(data: Resident, args: argparse.Namespace) -> Any:
+    """The images that are attacked."""
+    return data.take(torch.arange(min(args.n, data.n), device=data.labels.device))
 
 
 class Counted:
@@ -139,7 +229,7 @@ class Counted:
         return logits
 
 
-def theirs(case: Case, args: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
+def theirs(case: Case, args: argparse.Namespace) -> tuple[dict[str, Any], Tensor, Tensor]:
     """One evaluation by the authors' code, as it is; its attacks are watched from outside."""
     _, net, data, threat, k = case
     sys.path.insert(0, str(args.reference))
@@ -158,43 +248,48 @@ def theirs(case: Case, args: argparse.Namespace) -> tuple[dict[str, Any], Tensor
     parts = {"apgd-ce": made.apgd, "apgd-t": made.apgd_targeted, "fab-t": made.fab, "square": made.square}
     for member, (name, part) in zip(members_of(args, k), parts.items(), strict=True):
         shorten(part, member)
-        rows[name] = {
-            "name": member.name,
-            "attacked": 0,
-            "fooled": 0,
-            "forwards": 0,
-            "backwards": 0,
-            "seconds": 0.0,
-        }
+        zeros = dict.fromkeys(("attacked", "fooled", "forwards", "backwards"), 0)
+        rows[name] = {"name": member.name, **zeros, "seconds": 0.0}
         part.perturb = watched(part.perturb, forward, rows[name], device)
-    batch = data.take(torch.arange(min(args.n, data.n), device=device))
-    with attacked(net, "eval"), tf32(False), torch.random.fork_rng(), warnings.catch_warnings():
+    batch = images(data, args)
+    with defaults(net), torch.random.fork_rng(), warnings.catch_warnings():
         APGD(steps=2)(net, batch.image[: args.batch_size], batch.label[: args.batch_size], threat)
         warnings.simplefilter("ignore")
         # As people run it: with parameters that ask for gradients.
         for parameter in net.parameters():
             parameter.requires_grad_(not args.frozen)
-        clean = (net(batch.image).argmax(1) == batch.label).sum()
+        with torch.no_grad():
+            clean = predicted(net, batch.image, args) == batch.label
         synchronize(device)
         started = time.perf_counter()
         adversarial = made.run_standard_evaluation(batch.image, batch.label, bs=args.batch_size)
         synchronize(device)
         seconds = time.perf_counter() - started
         with torch.no_grad():
-            parts_of = torch.split(adversarial, args.batch_size)
-            said = torch.cat([net(part).argmax(1) for part in parts_of])
-    robust = (said == batch.label).cpu()
-    left = int(clean)
+            robust = predicted(net, adversarial, args) == batch.label
+    left = int(clean.sum())
     for row in rows.values():
         left -= row.pop("fooled")
         row["count"] = left
     summary = {
-        "clean": int(clean),
+        "clean": int(clean.sum()),
         "robust": int(robust.sum()),
         "seconds": seconds,
         "members": list(rows.values()),
     }
-    return summary, robust
+    return summary, robust.cpu(), adversarial
+
+
+@contextlib.contextmanager
+def defaults(net: nn.Module) -> Iterator[None]:
+    """A network in evaluation mode, and torch's own precision: TF32 in convolutions, not in products."""
+    with attacked(net, "eval"), tf32(True, products=False):
+        yield
+
+
+def predicted(net: nn.Module, image: Tensor, args: argparse.Namespace) -> Tensor:
+    """Classes, in the authors' batches."""
+    return torch.cat([net(part).argmax(1) for part in torch.split(image, args.batch_size)])
 
 
 def shorten(part: Any, member: Attack) -> None:
@@ -229,6 +324,30 @@ def watched(
     return measured
 
 
+def disagreements(
+    case: Case, args: argparse.Namespace, our: tuple[Tensor, Tensor], their: tuple[Tensor, Tensor]
+) -> list[dict[str, Any]]:
+    """The images of different verdicts (flags [n], adversarial images): who broke them, and how right the
+    network is, in float32 without TF32 and at torch's defaults, at what each side found."""
+    _, net, data, _, _ = case
+    index = (our[0] != their[0]).nonzero().flatten()
+    rows = index.to(data.labels.device)
+    label, found = data.labels[rows], {}
+    for side, image in (("ours", our[1]), ("reference", their[1])):
+        for how, precise in (("strict", False), ("default", True)):
+            with attacked(net, "eval"), tf32(precise, products=False), torch.no_grad():
+                found[f"{side}_{how}"] = -margin(net(image[rows]), label) if len(rows) else []
+    return [
+        {
+            "image": i,
+            "robust_ours": bool(our[0][i]),
+            "robust_reference": bool(their[0][i]),
+            "margin_at": {key: float(values[number]) for key, values in found.items()},
+        }
+        for number, i in enumerate(index.tolist())
+    ]
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what was asked of it."""
     if device.type == "cuda":
@@ -237,7 +356,8 @@ def synchronize(device: torch.device) -> None:
 
 def show(name: str, summary: dict[str, Any]) -> None:
     """One block of the table."""
-    print(f"{name}: clean {summary['clean']}, {summary['seconds']:.2f} s")
+    more = f" and {summary['setup_seconds']:.2f} s of set-up" if "setup_seconds" in summary else ""
+    print(f"{name}: clean {summary['clean']}, {summary['seconds']:.2f} s{more}")
     for row in summary["members"]:
         print(
             f"  {row['name']:<12} attacked {row['attacked']:>6}  robust after it {row['count']:>6}  "
@@ -245,55 +365,38 @@ def show(name: str, summary: dict[str, Any]) -> None:
         )
 
 
-def main() -> int:
-    """Measure every network in every mode."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--runs", nargs="*", type=Path, default=[], help="finished run folders")
-    parser.add_argument("--which", default="last", choices=pipeline.WHICH)
-    parser.add_argument("--n", type=int, default=1000, help="test images")
-    parser.add_argument("--norm", default=None, choices=("linf", "l2"), help="the trained one, else linf")
-    parser.add_argument("--eps", type=Budget, default=None, help="the trained one, else 0.1")
-    parser.add_argument("--modes", nargs="+", default=["exact", "fast"], choices=("exact", "fast"))
-    parser.add_argument("--batch-size", type=int, default=250, help="logical batch; the authors' batch")
-    parser.add_argument("--physical-batch", type=int, default=None, help="found from the memory by default")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=None, help="shorten APGD and FAB, for a trial")
-    parser.add_argument("--queries", type=int, default=None, help="shorten Square, for a trial")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--reference", type=Path, default=os.environ.get("SOFTDEFEND_AUTOATTACK"))
-    parser.add_argument("--frozen", action="store_true", help="spare the authors' FAB its weight gradients")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/autoattack.json"))
-    args = parser.parse_args()
-    args.norm = args.norm or (None if args.runs else "linf")
-    device = resolve_device(args.device)
-    networks: dict[str, Any] = {}
-    for case in cases(args, device):
-        name, _, _, threat, k = case
-        found: dict[str, Any] = {}
-        flags: dict[str, Tensor] = {}
-        for mode in args.modes:
-            found[mode], flags[mode] = ours(case, args, mode)
-        if args.reference:
-            found["reference"], flags["reference"] = theirs(case, args)
-        for mode, summary in found.items():
-            show(f"{name} {threat.norm} {threat.eps} {mode}", summary)
-        row: dict[str, Any] = {"norm": threat.norm, "eps": str(threat.eps), "classes": k}
-        if args.reference:
-            speed = {mode: found["reference"]["seconds"] / found[mode]["seconds"] for mode in args.modes}
-            differ = {mode: int((flags[mode] != flags["reference"]).sum()) for mode in args.modes}
-            row = {"times_faster_than_reference": speed, "images_of_other_verdict": differ, **row}
-            print(f"{name}: times faster {speed}, images of another verdict {differ}")
-        networks[name] = {**row, **found}
+def compared(
+    case: Case, args: argparse.Namespace, found: dict[str, Any], flags: dict[str, tuple[Tensor, Tensor]]
+) -> dict[str, Any]:
+    """Ours against the reference: ratios of seconds, and the images of different verdicts."""
+    seconds, ratios, apart = found["reference"]["seconds"], {}, {}
+    for mode in args.modes:
+        ratios[mode] = seconds / found[mode]["seconds"]
+        ratios[f"{mode}_with_setup"] = seconds / found[mode]["total_seconds"]
+        rows = disagreements(case, args, flags[mode], flags["reference"])
+        missed = sum(row["robust_ours"] for row in rows)
+        apart[mode] = {"left_robust": missed, "broken_beyond": len(rows) - missed, "images": rows}
+        print(
+            f"{case[0]} {mode}: {ratios[mode]:.2f} times as fast as the reference "
+            f"({ratios[f'{mode}_with_setup']:.2f} with set-up); left robust what it broke: {missed}, "
+            f"broke what it left: {len(rows) - missed}"
+        )
+        for row in rows:
+            print(f"  image {row['image']}: " + json.dumps({k: v for k, v in row.items() if k != "image"}))
+    return {"times_faster_than_reference": ratios, "images_of_other_verdict": apart}
+
+
+def write(networks: dict[str, Any], args: argparse.Namespace, device: torch.device) -> None:
+    """The file, as far as it goes."""
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     settings["runs"] = [folder.name for folder in args.runs]
+    settings["data"] = None if args.data is None else Path(args.data).name
     settings["reference"] = "fra31/auto-attack" if args.reference else None
     settings["output"] = args.output.name
     settings["eps"] = None if args.eps is None else str(args.eps)
-    ratios = {n: row["times_faster_than_reference"] for n, row in networks.items() if args.reference}
+    ratio = "times_faster_than_reference"
     content = {
-        "times_faster_than_reference": ratios,
+        ratio: {name: row[ratio] for name, row in networks.items() if ratio in row},
         "seed": args.seed,
         "environment": environment(device),
         "settings": settings,
@@ -301,6 +404,59 @@ def main() -> int:
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    """What was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", nargs="*", type=Path, default=[], help="finished run folders")
+    parser.add_argument("--which", default="last", choices=pipeline.WHICH)
+    parser.add_argument("--train", nargs="*", default=[], help="networks to train here: plain-resnet18, ...")
+    parser.add_argument("--data", default=None, help="source of the data to train on; digits by default")
+    parser.add_argument("--epochs", type=int, default=15, help="of training here")
+    parser.add_argument("--n", type=int, default=1000, help="test images")
+    parser.add_argument("--norm", default=None, choices=("linf", "l2"), help="the trained one, else linf")
+    parser.add_argument(
+        "--eps", type=Budget, default=None, help="the trained one, else 8/255, or 0.1 for grey images"
+    )
+    modes = ("exact", "strict", "fast")
+    parser.add_argument("--modes", nargs="+", default=["exact", "fast"], choices=modes)
+    parser.add_argument("--batch-size", type=int, default=500, help="logical batch; the authors' batch")
+    parser.add_argument("--physical-batch", type=int, default=None, help="found from the memory by default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=None, help="shorten APGD and FAB, for a trial")
+    parser.add_argument("--queries", type=int, default=None, help="shorten Square, for a trial")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--reference", type=Path, default=os.environ.get("SOFTDEFEND_AUTOATTACK"))
+    parser.add_argument("--frozen", action="store_true", help="spare the authors' FAB its weight gradients")
+    parser.add_argument("--tune", action="store_true", help="let cuDNN choose by timing, in our runs")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/autoattack.json"))
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure every network in every mode."""
+    args = arguments()
+    device = resolve_device(args.device)
+    networks: dict[str, Any] = {}
+    for case in cases(args, device):
+        name, _, _, threat, k = case
+        found: dict[str, Any] = {}
+        flags: dict[str, tuple[Tensor, Tensor]] = {}
+        for mode in args.modes:
+            found[mode], *flags[mode] = ours(case, args, mode)  # type: ignore[assignment]
+        if args.reference:
+            found["reference"], *flags["reference"] = theirs(case, args)  # type: ignore[assignment]
+        for mode, summary in found.items():
+            show(f"{name} {threat.norm} {threat.eps} {mode}", summary)
+        row: dict[str, Any] = {"norm": threat.norm, "eps": str(threat.eps), "classes": k}
+        if args.reference:
+            row = {**compared(case, args, found, flags), **row}
+        networks[name] = {**row, **found}
+        # After each network: a lease may end before the last one.
+        write(networks, args, device)
     return 0
 
 

@@ -15,7 +15,8 @@ from softdefend.attacks import PGD, Attack
 from softdefend.data import AugmentSettings, DataBundle, Resident, from_tensors, split
 from softdefend.evaluation import Ensemble, Evaluation, Evaluator
 from softdefend.evaluation.autoattack import parse
-from softdefend.evaluation.evaluate import Precision
+from softdefend.evaluation.physical import images_at_once
+from softdefend.evaluation.searching import Precision
 from softdefend.labels import BNMode, Hard, LabelRule
 from softdefend.models import check_logits
 from softdefend.objectives import PGDAT, Objective
@@ -126,6 +127,7 @@ def evaluate(
     batch_size: int = 500,
     physical_batch: int | None = None,
     precision: Precision = "exact",
+    compile: bool | None = None,
     seed: int = 0,
     device: str = "auto",
     progress: bool = False,
@@ -140,7 +142,8 @@ def evaluate(
         labels: [n] integers in [0, k).
         threat: l-inf at 8/255 when None.
         attacks: attacks, or names of them (docs/attacks.md) such as ``autoattack``; all different.
-        batch_size, physical_batch, precision, seed: as :class:`softdefend.evaluation.Evaluator` has them.
+        batch_size, precision, compile, seed: as :class:`softdefend.evaluation.Evaluator` has them.
+        physical_batch: images computed at once; on a GPU found from its free memory when None.
 
     Raises:
         SettingError: images, labels or a network that do not fit.
@@ -150,14 +153,18 @@ def evaluate(
     net = net.to(chosen)
     shape, least = tuple(checked.images.shape[1:]), int(checked.labels.max()) + 1
     k = check_logits(net, shape, None, chosen, least=least)
+    data = Resident(checked, chosen)
+    if physical_batch is None and chosen.type == "cuda":
+        physical_batch = images_at_once(net, data.take(data.labels.new_zeros(1)).image)
     evaluator = Evaluator(
         net,
-        Resident(checked, chosen),
+        data,
         threat or ThreatModel(),
         batch_size=batch_size,
         seed=seed,
         physical_batch=physical_batch,
         precision=precision,
+        compile=compile,
     )
     made = [parse(attack, k) if isinstance(attack, str) else attack for attack in attacks]
     return evaluator(made, progress=progress)

@@ -53,16 +53,21 @@ def attacked(net: nn.Module, mode: BNMode) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
+def tf32(allowed: bool, *, products: bool | None = None) -> Iterator[None]:
     """Allow or forbid TF32 in convolutions and matrix products; no effect on a CPU.
 
     torch allows it in convolutions unless told otherwise, so an fp32 evaluation has to forbid it.
+
+    Args:
+        allowed: in convolutions.
+        products: in matrix products; as in convolutions when None.
     """
+    wanted = allowed, allowed if products is None else products
     # The newer fp32_precision names cannot be mixed with the ones torch.compile still reads.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = wanted
     try:
         yield
     finally:

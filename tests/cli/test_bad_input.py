@@ -166,7 +166,7 @@ OTHER = {
     "size of letters": ("evaluate RUN --size many", "size", "many", "a whole number"),
     "unknown key": ("evaluate RUN --steps 3", "steps", "unknown", "attacks", "eps", "batch_size"),
     "device": ("evaluate RUN --device tpu", "runtime.device", "tpu", "auto, cpu, cuda"),
-    "precision": ("evaluate RUN --precision half", "precision", "half", "exact or fast"),
+    "precision": ("evaluate RUN --precision half", "precision", "half", "exact or strict or fast"),
     "physical batch": ("evaluate RUN --physical_batch 0", "evaluate.physical_batch", "0", ">= 1"),
     "audit of nothing": ("evaluate RUN --audit --audit_size 0", "--audit_size", "0", ">= 1"),
     "audit of letters": ("evaluate RUN --audit --audit_size x", "audit_size", "x", "a whole number"),
@@ -197,7 +197,7 @@ OTHER = {
         "evaluate RUN --which last --attacks autoattack --size null --precision fast --robustbench EMPTY/i",
         "--robustbench",
         "precision fast",
-        "exact precision",
+        "exact or strict precision",
     ),
     "exchange of two": (
         "evaluate RUN --robustbench EMPTY/i.json",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from softdefend.data import DataSettings, load
 from softdefend.errors import SettingError
 from softdefend.evaluation import Ensemble, Evaluator, expand
 from softdefend.evaluation.autoattack import VERSIONS, parse
-from softdefend.models.resnet import BasicBlock
+from softdefend.models.resnet import BasicBlock, ResNet18
 from softdefend.models.small_cnn import SmallCNN
 from softdefend.rng import stream
 from softdefend.threat import Budget, ThreatModel
@@ -369,7 +370,7 @@ def trained():
     return nets, test
 
 
-def reference(net, data, threat, members, patch):
+def reference(net, data, threat, members, patch, batch=BATCH):
     """Robust flags [n] after each member of the checkout's ensemble, and the forwards it made."""
     patch.syspath_prepend(CHECKOUT)
     from autoattack import AutoAttack, checks
@@ -417,7 +418,7 @@ def reference(net, data, threat, members, patch):
         calls.clear()
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = made.run_standard_evaluation(data.image[left], data.labels[left], bs=BATCH)
+            image = made.run_standard_evaluation(data.image[left], data.labels[left], bs=batch)
         cost[member.name] = sum(calls)
         robust = robust.clone()
         robust[left] = net(image).argmax(1) == data.labels[left]
@@ -436,24 +437,17 @@ def threat_of(net, data, norm):
     return ThreatModel(norm, Budget(round(1.1 * reached.median().item(), 4)))
 
 
-@needs_reference
-@pytest.mark.slow
-@norms
-@pytest.mark.parametrize("case", NETS)
-@pytest.mark.parametrize("members", [SHORT, PLUS, BLACK_BOX_FIRST], ids=["standard", "plus", "square"])
-def test_in_float64_flags_after_each_member_are_the_references(trained, monkeypatch, case, norm, members):
-    """Its casts to float32 go to float64, and so do the random numbers of both."""
-    (nets, test), physical = trained, (20, 300)
-    threat = threat_of(nets[case], test, norm)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+def same_in_float64(net, data, threat, members, patch, batch, physical):
+    """Equal flags after each member, for fewer forwards. Casts to float32 go to float64, and so do the random
+    numbers of both."""
+    patch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)
     try:
-        net, data = doubled(nets[case], test)
-        wanted, cost = reference(net, data, threat, members, monkeypatch)
+        net, data = doubled(net, data)
+        wanted, cost = reference(net, data, threat, members, patch, batch)
+        ensemble = [Ensemble("aa", members)]
         results = [
-            evaluate(
-                net, data, threat, [Ensemble("aa", members)], batch_size=BATCH, seed=SEED, physical_batch=p
-            )
+            evaluate(net, data, threat, ensemble, batch_size=batch, seed=SEED, physical_batch=p)
             for p in physical
         ]
     finally:
@@ -464,7 +458,7 @@ def test_in_float64_flags_after_each_member_are_the_references(trained, monkeypa
             assert torch.equal(found[name], robust), (name, size)
     falls = {name: int(robust.sum()) for name, robust in wanted.items()}
     ours = {name: trial.total_forwards for name, trial in results[0].attacks["aa"].trials.items()}
-    print(f"{case} {norm} eps {threat.eps}: {N} images, equal flags, {falls}")
+    print(f"{threat.norm} eps {threat.eps}: {data.n} images, equal flags, {falls}")
     print(f"forwards {ours}, the reference {cost}")
     assert falls["clean"] > falls[members[0].name] > 0
     assert all(ours[name] < cost[name] for name in ours if cost[name])
@@ -474,22 +468,38 @@ def test_in_float64_flags_after_each_member_are_the_references(trained, monkeypa
 @pytest.mark.slow
 @norms
 @pytest.mark.parametrize("case", NETS)
-def test_in_float32_flags_differ_at_most_on_the_border(trained, monkeypatch, case, norm):
+@pytest.mark.parametrize("members", [SHORT, PLUS, BLACK_BOX_FIRST], ids=["standard", "plus", "square"])
+def test_in_float64_flags_after_each_member_are_the_references(trained, monkeypatch, case, norm, members):
     nets, test = trained
-    net, threat = nets[case], threat_of(nets[case], test, norm)
-    wanted, _ = reference(net, test, threat, SHORT, monkeypatch)
-    for physical in (20, 300):
-        result = evaluate(
-            net, test, threat, [Ensemble("aa", SHORT)], batch_size=BATCH, seed=SEED, physical_batch=physical
-        )
+    threat = threat_of(nets[case], test, norm)
+    same_in_float64(nets[case], test, threat, members, monkeypatch, BATCH, (20, 300))
+
+
+def nearly_same_in_float32(net, data, threat, members, patch, batch, physical):
+    """At most one image apart after each member; says how far it was from the boundary."""
+    wanted, _ = reference(net, data, threat, members, patch, batch)
+    for size in physical:
+        ensemble = [Ensemble("aa", members)]
+        result = evaluate(net, data, threat, ensemble, batch_size=batch, seed=SEED, physical_batch=size)
         found = flags(result, "aa")
         for name, robust in wanted.items():
             for i in (found[name] != robust).nonzero().flatten().tolist():
-                gap = margin(net(test.image[i : i + 1]), test.labels[i : i + 1]).item()
-                print(f"{case} {norm} {name}, physical {physical}: image {i}, clean margin {gap:.3g}")
+                gap = margin(net(data.image[i : i + 1]), data.labels[i : i + 1]).item()
+                print(f"{threat.norm} {name}, physical {size}: image {i}, clean margin {gap:.3g}")
             assert (found[name] != robust).sum() <= 1
-        last = SHORT[-1].name
+        print(f"{threat.norm} eps {threat.eps}: {data.n} images", {k: int(v.sum()) for k, v in found.items()})
+        last = members[-1].name
         assert abs(int(found[last].sum()) - int(wanted[last].sum())) <= 1
+
+
+@needs_reference
+@pytest.mark.slow
+@norms
+@pytest.mark.parametrize("case", NETS)
+def test_in_float32_flags_differ_at_most_on_the_border(trained, monkeypatch, case, norm):
+    nets, test = trained
+    threat = threat_of(nets[case], test, norm)
+    nearly_same_in_float32(nets[case], test, threat, SHORT, monkeypatch, BATCH, (20, 300))
 
 
 @needs_reference
@@ -510,3 +520,79 @@ def test_at_full_length_the_standard_version_is_the_references(trained, monkeypa
     print({name: int(robust.sum()) for name, robust in wanted.items()}, cost)
     print({m["name"]: m["forwards"] for m in result.members("autoattack")})
     assert all(torch.equal(found[name], robust) for name, robust in wanted.items())
+
+
+# --- the reference on ResNet-18 -----------------------------------------------------------------------------
+
+DATA = (
+    Path(os.environ.get("SOFTDEFEND_DATA") or Path(__file__).parents[3] / "shared" / "data") / "cifar10-jpeg"
+)
+needs_cifar = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data: {DATA} does not exist")
+DEEP = (APGD(steps=10), TargetedAPGD(steps=8, targets=3), FAB(steps=8, targets=3), Square(queries=60))
+DEEP_CASES = [("robust", "linf"), ("robust", "l2"), ("plain", "linf"), ("cnn", "linf"), ("cnn", "l2")]
+
+
+def train_deep(net, images, labels, steps, robustly):
+    """Against FGSM from a random start where asked; in bfloat16, which halves the minutes."""
+    optimiser = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.1, total_steps=steps)
+    attack, threat = PGD(steps=1, step_size=Budget("8/255")), ThreatModel("linf", Budget("8/255"))
+    for step in range(steps):
+        generator = stream(0, "step", step=step)
+        rows = torch.randint(0, len(images), (64,), generator=generator)
+        image, label = images[rows], labels[rows]
+        image = torch.where(torch.rand(64, 1, 1, 1, generator=generator) < 0.5, image.flip(3), image)
+        with torch.autocast("cpu", torch.bfloat16):
+            if robustly:
+                net.eval()
+                image = attack(net, image, label, threat, generator=generator)
+            logits = net.train()(image)
+        optimiser.zero_grad()
+        F.cross_entropy(logits.float(), label).backward()
+        optimiser.step()
+        schedule.step()
+    return net.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """ResNet-18 on CIFAR-10 at 16x16 pixels, adversarially and plainly trained, and a small CNN; for each the
+    first 40 test images that it gets right and 5 that it does not."""
+    bundle = load(DataSettings(source=str(DATA), train_size=2000))
+    images, test = (F.avg_pool2d(s.images[:2000].float() / 255, 2) for s in (bundle.train, bundle.test))
+    labels, truth = bundle.train.labels, bundle.test.labels[:2000]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fast = torch.channels_last
+        nets = {
+            "robust": train_deep(ResNet18(10, 3).to(memory_format=fast), images, labels, 240, True),
+            "plain": train_deep(ResNet18(10, 3).to(memory_format=fast), images, labels, 120, False),
+            "cnn": train_deep(SmallCNN(10, 3, 16), images, labels, 240, True),
+        }
+    cases = {}
+    for name, net in nets.items():
+        right = net(test[:500]).argmax(1) == truth[:500]
+        rows = torch.cat([right.nonzero()[:40], (~right).nonzero()[:5]]).squeeze(1).sort().values
+        cases[name] = net, Images(test[rows], truth[rows])
+    return cases
+
+
+@needs_reference
+@needs_cifar
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("case", "norm"), DEEP_CASES)
+def test_on_resnet_18_flags_are_the_references(deep, monkeypatch, case, norm):
+    net, data = deep[case]
+    same_in_float64(net, data, threat_of(net, data, norm), DEEP, monkeypatch, 18, (45,))
+
+
+@needs_reference
+@needs_cifar
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("case", "norm"), DEEP_CASES[:3])
+def test_on_resnet_18_in_float32_flags_differ_at_most_on_the_border(deep, monkeypatch, case, norm):
+    """Weakest member first, so that each has images of its own to break."""
+    net, data = deep[case]
+    nearly_same_in_float32(net, data, threat_of(net, data, norm), DEEP[::-1], monkeypatch, 18, (7, 45))

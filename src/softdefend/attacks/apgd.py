@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -96,7 +96,7 @@ class APGD(Attack):
         """
         oracle, draws = Oracle(forward, len(image)), Draws.of(generator, len(image))
         if loss is not None:
-            return self._searching(oracle, threat, draws).climb(loss, image, self.restarts)
+            return self._searching(oracle, threat, draws, _given(loss)).climb(image, self.restarts)
         return self._fool(oracle, image, target, threat, draws, Journal())
 
     def search(
@@ -113,8 +113,8 @@ class APGD(Attack):
         still right: the verdict depends on that batch, and on nothing else beside it."""
         return self._fool(oracle, image, label, threat, draws, journal or Journal())
 
-    def _searching(self, oracle: Oracle, threat: ThreatModel, draws: Draws) -> _Search:
-        return _Search(oracle, threat, self.steps, self.rho, self.eot, draws)
+    def _searching(self, oracle: Oracle, threat: ThreatModel, draws: Draws, loss: _Loss) -> _Search:
+        return _Search(oracle, threat, self.steps, self.rho, self.eot, draws, loss)
 
     def _fool(
         self,
@@ -125,9 +125,8 @@ class APGD(Attack):
         draws: Draws,
         journal: Journal,
     ) -> Tensor:
-        own = cross_entropy if self.loss == "ce" else dlr
-        aims: list[_Aim] = [lambda rows: partial(own, target=target[rows])] * self.restarts
-        return self._searching(oracle, threat, draws).fool(aims, image, hard_label(target), journal)
+        search = self._searching(oracle, threat, draws, _cross_entropy if self.loss == "ce" else _dlr)
+        return search.fool([target] * self.restarts, image, hard_label(target), journal)
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,8 @@ class TargetedAPGD(Attack):
         """
         oracle, draws = Oracle(forward, len(image)), Draws.of(generator, len(image))
         if loss is not None:
-            return self._searching(oracle, threat, draws).climb(loss, image, self.targets * self.restarts)
+            starts = self.targets * self.restarts
+            return self._searching(oracle, threat, draws, _given(loss)).climb(image, starts)
         return self.search(oracle, image, hard_label(target), threat, draws=draws)
 
     def search(
@@ -199,14 +199,15 @@ class TargetedAPGD(Attack):
     ) -> Tensor:
         """See :meth:`Attack.search`; what a verdict depends on is as in :class:`APGD`."""
         aims = [
-            partial(_towards, wrong, label)
+            wrong
             for wrong in _likeliest_wrong(oracle.clean(image), label, self.targets)
             for _ in range(self.restarts)
         ]
-        return self._searching(oracle, threat, draws).fool(aims, image, label, journal or Journal())
+        search = self._searching(oracle, threat, draws, targeted_dlr)
+        return search.fool(aims, image, label, journal or Journal())
 
-    def _searching(self, oracle: Oracle, threat: ThreatModel, draws: Draws) -> _Search:
-        return _Search(oracle, threat, self.steps, self.rho, 1, draws)
+    def _searching(self, oracle: Oracle, threat: ThreatModel, draws: Draws, loss: _Loss) -> _Search:
+        return _Search(oracle, threat, self.steps, self.rho, 1, draws, loss)
 
 
 def checkpoints(steps: int) -> list[int]:
@@ -227,15 +228,26 @@ def checkpoints(steps: int) -> list[int]:
     return [step for step in found if step <= steps]
 
 
-_Aim = Callable[[Tensor], AttackLoss]
-"""Maps rows of the batch, [m] int64, to what to climb for them."""
+_Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Maps logits [m, k], labels [m] and aims (what a search climbs away from or towards: labels, probabilities
+or wrong classes, [m] or [m, k]) to what is climbed, [m]."""
+
+
+def _cross_entropy(logits: Tensor, label: Tensor, aim: Tensor) -> Tensor:
+    return cross_entropy(logits, aim)
+
+
+def _dlr(logits: Tensor, label: Tensor, aim: Tensor) -> Tensor:
+    return dlr(logits, aim)
+
+
+def _given(loss: AttackLoss) -> _Loss:
+    return lambda logits, label, aim: loss(logits)
 
 
 class _State(NamedTuple):
-    """Where a search of m samples stands; no shape changes between packings, so a step can be captured."""
+    """Where a search of m samples stands."""
 
-    image: Tensor
-    """Clean, [m, c, h, w]."""
     here: Tensor
     """Iterate, [m, c, h, w]."""
     before: Tensor
@@ -264,6 +276,94 @@ class _State(NamedTuple):
     """Loss that a wrong image must exceed to become ``caught``, [m]."""
 
 
+class _Given(NamedTuple):
+    """What a search of m samples reads."""
+
+    image: Tensor
+    """Clean, [m, c, h, w]."""
+    label: Tensor
+    """[m] int64."""
+    aim: Tensor
+    """See ``_Loss``."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A move of all samples and a look at where it led.
+
+    Args:
+        fooling: a wrong prediction is what is searched for; otherwise only the loss counts.
+        deepest: of several wrong images keep the one of largest loss, which is the likeliest to stand where
+            the search's own predictions are in doubt; otherwise the first.
+        first: the step ``first`` has no move to repeat.
+        last: the step ``last`` needs no gradient.
+    """
+
+    threat: ThreatModel
+    loss: _Loss
+    eot: int
+    fooling: bool
+    deepest: bool
+    first: bool = False
+    last: bool = False
+
+    def __call__(self, forward: View, state: _State, given: _Given) -> _State:
+        direction = state.grad.sign() if self.threat.norm == "linf" else _unit(state.grad)
+        moved = self.threat.project(given.image, state.here + state.step_size * direction)
+        if not self.first:
+            momentum = (1 - MOMENTUM) * (state.here - state.before)
+            moved = state.here + MOMENTUM * (moved - state.here) + momentum
+            moved = self.threat.project(given.image, moved)
+        logits, value, grad = self.look(forward, given, moved)
+        better = value > state.best_value
+        state = state._replace(
+            here=moved,
+            before=state.here,
+            grad=grad,
+            value=value,
+            best=_pick(better, moved, state.best),
+            best_grad=_pick(better, grad, state.best_grad),
+            best_value=torch.where(better, value, state.best_value),
+            rises=state.rises + (value > state.value),
+        )
+        return self.claim(state, given, logits, value)
+
+    def claim(self, state: _State, given: _Given, logits: Tensor, value: Tensor) -> _State:
+        """Keep a wrong image where the network is fooled at ``state.here``."""
+        if not self.fooling:
+            return state
+        wrong = logits.argmax(dim=1) != given.label
+        fresh = wrong & (~state.claimed | (value > state.depth))
+        return state._replace(
+            caught=_pick(fresh, state.here, state.caught),
+            claimed=state.claimed | wrong,
+            depth=torch.where(fresh, value if self.deepest else math.inf, state.depth),
+        )
+
+    def look(self, forward: View, given: _Given, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [m, k], loss [m] and its gradient [m, c, h, w] (zero where it is NaN or infinite: such a
+        pixel must not poison the image)."""
+        if self.last:
+            with torch.no_grad():
+                logits = forward(image)
+                return logits, self.loss(logits, given.label, given.aim), torch.zeros_like(image)
+        logits, value, grad = self._slope(forward, given, image)
+        for _ in range(self.eot - 1):
+            logits, value, more = self._slope(forward, given, image)
+            grad = grad + more
+        grad = grad if self.eot == 1 else grad / self.eot
+        return logits, value, grad.nan_to_num(0, 0, 0)
+
+    def _slope(self, forward: View, given: _Given, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        image = image.detach().requires_grad_(True)
+        with torch.enable_grad():
+            logits = forward(image)
+            value = self.loss(logits, given.label, given.aim)
+            # A network in channels_last order returns its gradient in that order.
+            grad = image_gradient(value, image).contiguous()
+        return logits.detach(), value.detach(), grad
+
+
 @dataclass(frozen=True)
 class _Search:
     """Auto-PGD from random starts, one after the other."""
@@ -274,9 +374,10 @@ class _Search:
     rho: float
     eot: int
     draws: Draws
+    loss: _Loss
 
-    def fool(self, aims: Sequence[_Aim], image: Tensor, label: Tensor, journal: Journal) -> Tensor:
-        """One search per aim, over the samples that are right so far."""
+    def fool(self, aims: Sequence[Tensor], image: Tensor, label: Tensor, journal: Journal) -> Tensor:
+        """One search per aim ([n] or [n, k]), over the samples that are right so far."""
         saved = journal.load()
         if saved:
             best, value, begun = saved["best"], saved["value"], int(saved["aims"])
@@ -293,7 +394,8 @@ class _Search:
             noise = self.draws.fresh(left, image[left], normal=self.threat.norm == "l2")
             for part in self.oracle.parts(len(left), image.device):
                 rows = left[part]
-                found, reached = self.once(aims[number], rows, image[rows], label[rows], noise[part])
+                given = _Given(image[rows], label[rows], aims[number][rows])
+                found, reached = self.fooled(rows, given, noise[part])
                 kept, reached = _better(found, reached, best[rows], value[rows])
                 best, value = best.index_copy(0, rows, kept), value.index_copy(0, rows, reached)
             journal.save(partial(self._note, best, value, number + 1))
@@ -302,151 +404,100 @@ class _Search:
     def _note(self, best: Tensor, value: Tensor, aims: int) -> dict[str, Tensor]:
         return {"best": best, "value": value, "aims": torch.tensor(aims), "draws": self.draws.state()}
 
-    def climb(self, loss: AttackLoss, image: Tensor, starts: int) -> Tensor:
-        """Each sample's image of largest loss."""
+    def climb(self, image: Tensor, starts: int) -> Tensor:
+        """Each sample's image of largest loss, right or wrong."""
         best, value = image, image.new_full((len(image),), -math.inf)
         rows = torch.arange(len(image), device=image.device)
+        step = _Step(self.threat, self.loss, self.eot, fooling=False, deepest=False)
+        forward, given = self.oracle.at(), _Given(image, rows, rows)  # the loss knows its labels itself
         for _ in range(starts):
             noise = self.draws.fresh(rows, image, normal=self.threat.norm == "l2")
-            best, value = _better(*self.once(lambda _: loss, rows, image, None, noise), best, value)
+            state = _begin(step, forward, given, noise)
+            state = self.advance(step, forward, state, given, 0, self.steps)
+            best, value = _better(state.best, state.best_value, best, value)
         return best
 
-    def once(
-        self, aim: _Aim, rows: Tensor, image: Tensor, label: Tensor | None, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Adversarial images [m, c, h, w] and the loss they reached [m], inf where the network is fooled;
-        without labels nothing fools it."""
+    def fooled(self, rows: Tensor, given: _Given, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Adversarial images [m, c, h, w] and the loss they reached [m], inf where the network is fooled."""
+        image = given.image
         found, reached = image.clone(), image.new_full((len(image),), -math.inf)
         place = torch.arange(len(image), device=image.device)
-        forward, loss = self.oracle.at(rows), aim(rows)
-        state = self._begin(forward, loss, image, label, noise)
-        reviewed, reviews, packed = 0, checkpoints(self.steps), 0
-        for step in range(self.steps + 1):
-            if step > 0:
-                state = self._step(state, forward, loss, label, first=step == 1, last=step == self.steps)
-                if step in reviews and step < self.steps:
-                    state, reviewed = _review(state, self.rho * (step - reviewed)), step
-            if label is None or (step < self.steps and step < packed):
-                continue
-            packed = step + block(step, 10)
-            fooled = self.oracle.confirmed(state.claimed, state.caught, label, rows)
-            found[place] = _pick(fooled, state.caught, state.best)
-            reached[place] = state.best_value.masked_fill(fooled, math.inf).to(reached)
-            left = (~fooled).nonzero().squeeze(1)
-            if len(left) == 0:
-                break
+        step = _Step(self.threat, self.loss, self.eot, fooling=True, deepest=self.oracle.doubted)
+        forward = self.oracle.at(rows)
+        given, noise = _Given(*self.oracle.fill(*given)), self.oracle.fill(noise)[0]
+        state, done = _begin(step, forward, given, noise), 0
+        while True:
+            # Filled up with copies are all fields of ``state`` and ``given``, but not ``rows`` and ``place``.
+            m, claimed, shown = len(rows), state.claimed, state.caught
+            if done == self.steps and self.oracle.doubted:
+                # Rounding hides successes too: at the end every best image is looked at.
+                claimed, shown = torch.ones_like(claimed), _pick(claimed, shown, state.best)
+            right = self.oracle.confirmed(claimed, shown, given.label, rows).logical_not()
+            found[place] = _pick(right, state.best[:m], shown[:m])
+            reached[place] = state.best_value[:m].masked_fill(~right, math.inf).to(reached)
+            left = right.nonzero().squeeze(1)
+            if done == self.steps or len(left) == 0:
+                return found, reached
             # What was claimed and is not so goes on being attacked from where it is.
             state = state._replace(
-                claimed=torch.zeros_like(fooled), depth=torch.full_like(state.depth, -math.inf)
+                claimed=torch.zeros_like(state.claimed), depth=torch.full_like(state.depth, -math.inf)
             )
-            if len(left) < len(rows):
-                state = _State(*(field[left] for field in state))
-                rows, label, place = rows[left], label[left], place[left]
-                forward, loss = self.oracle.at(rows), aim(rows)
-        return (found, reached) if label is not None else (state.best, state.best_value)
+            if len(left) < m:
+                rows, place, forward = rows[left], place[left], self.oracle.at(rows[left])
+                state = _State(*self.oracle.fill(*(field[left] for field in state)))
+                given = _Given(*self.oracle.fill(*(field[left] for field in given)))
+            until = min(done + block(done, 10), self.steps)
+            state, done = self.advance(step, forward, state, given, done, until), until
 
-    def _begin(
-        self, forward: View, loss: AttackLoss, image: Tensor, label: Tensor | None, noise: Tensor
+    def advance(
+        self, step: _Step, forward: View, state: _State, given: _Given, done: int, until: int
     ) -> _State:
-        """At ``noise`` (uniform in [0, 1) or normal) stretched to the ball's surface: l-inf by its largest
-        pixel, l2 by its length."""
-        if self.threat.norm == "linf":
-            noise = 2 * noise - 1
-            noise = noise / (noise.abs().amax(dim=(1, 2, 3), keepdim=True) + 1e-12)
-        else:
-            noise = _unit(noise)
-        here = (image + float(self.threat.eps) * noise).clamp(0, 1)
-        logits, value, grad = self._look(forward, loss, here)
-        nowhere = torch.full_like(value, -math.inf)
-        state = _State(
-            image=image,
-            here=here,
-            before=here,
-            grad=grad,
-            # The authors' code compares the first step's loss with zero, not with the start's. Kept: the
-            # count decides over halving at the first checkpoint.
-            value=torch.zeros_like(value),
-            best=here,
-            best_grad=grad,
-            best_value=value,
-            step_size=image.new_full((len(image), 1, 1, 1), 2 * float(self.threat.eps)),
-            rises=torch.zeros_like(value, dtype=torch.int64),
-            halved=torch.ones_like(value, dtype=torch.bool),
-            checked_value=value,
-            caught=here,
-            claimed=torch.zeros_like(value, dtype=torch.bool),
-            depth=nowhere,
-        )
-        return self._claim(state, logits, value, label)
+        """Steps ``done`` + 1 to ``until``, each checkpoint's review included."""
+        reviews = [0, *(at for at in checkpoints(self.steps) if at < self.steps)]
+        while done < until:
+            if done == 0 or done + 1 == self.steps:
+                ends = replace(step, first=done == 0, last=done + 1 == self.steps)
+                state, done = ends(forward, state, given), done + 1
+            else:
+                stop = min([until, self.steps - 1, *(at for at in reviews if at > done)])
+                state, done = forward.advance(step, state, given, stop - done), stop
+            if done in reviews:
+                since = done - reviews[reviews.index(done) - 1]
+                state = _review(state, self.rho * since)
+        return state
 
-    def _step(
-        self,
-        state: _State,
-        forward: View,
-        loss: AttackLoss,
-        label: Tensor | None,
-        *,
-        first: bool,
-        last: bool,
-    ) -> _State:
-        """One move with momentum (none in the ``first``) and a look; the ``last`` needs no gradient."""
-        image = state.image
-        direction = state.grad.sign() if self.threat.norm == "linf" else _unit(state.grad)
-        moved = self.threat.project(image, state.here + state.step_size * direction)
-        if not first:
-            momentum = (1 - MOMENTUM) * (state.here - state.before)
-            moved = state.here + MOMENTUM * (moved - state.here) + momentum
-            moved = self.threat.project(image, moved)
-        logits, value, grad = self._look(forward, loss, moved, gradient=not last)
-        better = value > state.best_value
-        state = state._replace(
-            here=moved,
-            before=state.here,
-            grad=grad,
-            value=value,
-            best=_pick(better, moved, state.best),
-            best_grad=_pick(better, grad, state.best_grad),
-            best_value=torch.where(better, value, state.best_value),
-            rises=state.rises + (value > state.value),
-        )
-        return self._claim(state, logits, value, label)
 
-    def _claim(self, state: _State, logits: Tensor, value: Tensor, label: Tensor | None) -> _State:
-        """Keep the first wrong image; of wrong images in doubt the one of largest loss, which is the one most
-        likely to stand."""
-        if label is None:
-            return state
-        wrong = logits.argmax(dim=1) != label
-        fresh = wrong & (~state.claimed | (value > state.depth))
-        return state._replace(
-            caught=_pick(fresh, state.here, state.caught),
-            claimed=state.claimed | wrong,
-            depth=torch.where(fresh, value if self.oracle.doubted else math.inf, state.depth),
-        )
-
-    def _look(
-        self, forward: View, loss: AttackLoss, image: Tensor, gradient: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [m, k], loss [m] and its gradient [m, c, h, w] (zero where it is NaN or infinite: such a
-        pixel must not poison the image)."""
-        if not gradient:
-            with torch.no_grad():
-                logits = forward(image)
-                return logits, loss(logits), torch.zeros_like(image)
-        logits, value, grad = self._slope(forward, loss, image)
-        for _ in range(self.eot - 1):
-            logits, value, more = self._slope(forward, loss, image)
-            grad = grad + more
-        grad = grad if self.eot == 1 else grad / self.eot
-        return logits, value, grad.nan_to_num(0, 0, 0)
-
-    def _slope(self, forward: View, loss: AttackLoss, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        image = image.detach().requires_grad_(True)
-        with torch.enable_grad():
-            logits = forward(image)
-            value = loss(logits)
-            grad = image_gradient(value, image)
-        return logits.detach(), value.detach(), grad
+def _begin(step: _Step, forward: View, given: _Given, noise: Tensor) -> _State:
+    """At ``noise`` (uniform in [0, 1) or normal) stretched to the ball's surface: l-inf by its largest
+    pixel, l2 by its length."""
+    if step.threat.norm == "linf":
+        noise = 2 * noise - 1
+        noise = noise / (noise.abs().amax(dim=(1, 2, 3), keepdim=True) + 1e-12)
+    else:
+        noise = _unit(noise)
+    eps = float(step.threat.eps)
+    here = (given.image + eps * noise).clamp(0, 1)
+    logits, value, grad = step.look(forward, given, here)
+    nowhere = torch.full_like(value, -math.inf)
+    state = _State(
+        here=here,
+        before=here,
+        grad=grad,
+        # The authors' code compares the first step's loss with zero, not with the start's. Kept: the
+        # count decides over halving at the first checkpoint.
+        value=torch.zeros_like(value),
+        best=here,
+        best_grad=grad,
+        best_value=value,
+        step_size=here.new_full((len(here), 1, 1, 1), 2 * eps),
+        rises=torch.zeros_like(value, dtype=torch.int64),
+        halved=torch.ones_like(value, dtype=torch.bool),
+        checked_value=value,
+        caught=here,
+        claimed=torch.zeros_like(value, dtype=torch.bool),
+        depth=nowhere,
+    )
+    return step.claim(state, given, logits, value)
 
 
 def _review(state: _State, enough: float) -> _State:
@@ -463,10 +514,6 @@ def _review(state: _State, enough: float) -> _State:
         halved=halve,
         checked_value=state.best_value,
     )
-
-
-def _towards(wrong: Tensor, label: Tensor, rows: Tensor) -> AttackLoss:
-    return partial(targeted_dlr, label=label[rows], aim=wrong[rows])
 
 
 def _likeliest_wrong(clean: Tensor, label: Tensor, most: int) -> Sequence[Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,7 +165,7 @@ class _Hunt:
         """Closest wrong images and distances; see :meth:`FAB.minimal`."""
         logits, attack = self.oracle.clean(image), self.attack
         check_classes(logits)
-        rivals: list[Tensor | None] = [None]
+        rivals = [label]
         if attack.targeted:
             ranked = logits.scatter(1, label.view(-1, 1), math.inf).argsort(dim=1).flip(1)[:, 1:]
             rivals = list(ranked.T[: attack.targets])
@@ -185,8 +186,7 @@ class _Hunt:
             start = image[left] if restart == 0 else self._away(image[left], left)
             for part in self.oracle.parts(len(left), image.device):
                 rows = left[part]
-                goal = None if rival is None else rival[rows]
-                found, length = self._once(image[rows], start[part], label[rows], goal, rows)
+                found, length = self._once(_Given(image[rows], label[rows], rival[rows]), start[part], rows)
                 closer = length < distance[rows]
                 closest[rows] = torch.where(closer.view(-1, 1, 1, 1), found, closest[rows])
                 distance[rows] = torch.where(closer, length, distance[rows])
@@ -208,49 +208,89 @@ class _Hunt:
         length = _length(noise.flatten(1), self.norm).view(-1, 1, 1, 1)
         return (image + 0.5 * self.enough * noise / length).clamp(0, 1)
 
-    def _once(
-        self, image: Tensor, point: Tensor, label: Tensor, rival: Tensor | None, rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The closest wrong images on the way from ``point`` [m, c, h, w], and distances; towards one rival
-        class each [m], or to the closest."""
+    def _once(self, given: _Given, point: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The closest wrong images on the way from ``point`` [m, c, h, w], and distances."""
+        attack, image = self.attack, given.image
         found, reached = image.clone(), image.new_full((len(image),), math.inf)
-        place, forward, packed = torch.arange(len(image), device=image.device), self.oracle.at(rows), 1
-        closest, distance = image, reached.clone()
-        for step in range(1, self.attack.steps + 1):
-            gap, slope = self._boundary(forward, point, label, rival)
-            # Logits may be wider than the images; the points are not.
-            point = self._step(image, point, gap.to(slope), slope)
-            # The next linearisation could share this forward only where a point is right: one in fourteen
-            # on robust networks, and keeping a graph for it cost more gradients than it saved forwards.
-            wrong = forward(point).argmax(dim=1) != label
-            length = _length((point - image).flatten(1), self.norm)
-            closer = wrong & (length < distance)
-            distance = torch.where(closer, length, distance)
-            closest = torch.where(closer.view(-1, 1, 1, 1), point, closest)
-            point = torch.where(wrong.view(-1, 1, 1, 1), image + (point - image) * self.attack.beta, point)
-            if step < min(packed, self.attack.steps):
-                continue
-            packed = step + block(step, 10)
-            done = self.oracle.confirmed(distance <= self.enough, closest, label, rows)
-            distance = distance.masked_fill(~done & (distance <= self.enough), math.inf)
-            found[place], reached[place] = closest, distance
-            left = (~done).nonzero().flatten()
+        place, done = torch.arange(len(image), device=image.device), 0
+        forward = self.oracle.at(rows, several=not attack.targeted)
+        step = _Step(self.norm, attack.targeted, attack.alpha_max, attack.eta, attack.beta)
+        state = _State(*self.oracle.fill(point, image, reached))
+        given = _Given(*self.oracle.fill(*given))
+        while done < attack.steps:
+            until = min(done + block(done, 10), attack.steps)
+            state, done = forward.advance(step, state, given, until - done), until
+            # Filled up with copies are all fields of ``state`` and ``given``, but not ``rows`` and ``place``.
+            m, within = len(rows), state.distance <= self.enough
+            fooled = self.oracle.confirmed(within, state.closest, given.label, rows)
+            distance = state.distance[:m].masked_fill(~fooled & within[:m], math.inf)
+            found[place], reached[place] = state.closest[:m], distance
+            left = (~fooled).nonzero().flatten()
             if not len(left):
                 break
-            if len(left) < len(rows):
-                fields = (rows, place, image, label, point, closest, distance)
-                rows, place, image, label, point, closest, distance = (field[left] for field in fields)
-                rival = None if rival is None else rival[left]
-                forward = self.oracle.at(rows)
+            state = state._replace(distance=self.oracle.fill(distance)[0])
+            if len(left) < m:
+                rows, place = rows[left], place[left]
+                forward = self.oracle.at(rows, several=not attack.targeted)
+                state = _State(*self.oracle.fill(*(field[left] for field in state)))
+                given = _Given(*self.oracle.fill(*(field[left] for field in given)))
         return found, reached
 
-    def _boundary(
-        self, forward: View, point: Tensor, label: Tensor, rival: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The logit of the rival minus the true one [m], and its slope [m, c, h, w]; without a rival of the
-        class whose linearised boundary is closest."""
-        if rival is not None:
-            return value_and_gradient(forward, partial(_gap, label=label, rival=rival), point)
+
+class _State(NamedTuple):
+    """Where the search of m samples stands."""
+
+    point: Tensor
+    """Of the next linearisation, [m, c, h, w]."""
+    closest: Tensor
+    """The closest wrong image, [m, c, h, w]."""
+    distance: Tensor
+    """Of ``closest``, [m]; infinity where there is none."""
+
+
+class _Given(NamedTuple):
+    """What the search of m samples reads."""
+
+    image: Tensor
+    """Clean, [m, c, h, w]."""
+    label: Tensor
+    """[m] int64."""
+    rival: Tensor
+    """The class to reach, [m] int64; not looked at by a search that is not targeted."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A linearisation, a step beyond it, and a look at where it led; see :class:`FAB` for the settings."""
+
+    norm: Norm
+    targeted: bool
+    alpha_max: float
+    eta: float
+    beta: float
+
+    def __call__(self, forward: View, state: _State, given: _Given) -> _State:
+        gap, slope = self._boundary(forward, state.point, given)
+        # Logits may be wider than the images; the points are not. Nor need a slope be in their order.
+        point = self._move(given.image, state.point, gap.to(slope), slope.contiguous())
+        # The next linearisation could share this forward only where a point is right: one in fourteen
+        # on robust networks, and keeping a graph for it cost more gradients than it saved forwards.
+        wrong = forward(point).argmax(dim=1) != given.label
+        length = _length((point - given.image).flatten(1), self.norm)
+        closer = wrong & (length < state.distance)
+        home = given.image + (point - given.image) * self.beta
+        return _State(
+            torch.where(wrong.view(-1, 1, 1, 1), home, point),
+            torch.where(closer.view(-1, 1, 1, 1), point, state.closest),
+            torch.where(closer, length, state.distance),
+        )
+
+    def _boundary(self, forward: View, point: Tensor, given: _Given) -> tuple[Tensor, Tensor]:
+        """The logit of the rival minus the true one [m], and its slope [m, c, h, w]; untargeted, of the class
+        whose linearised boundary is closest."""
+        label = given.label
+        if self.targeted:
+            return value_and_gradient(forward, partial(_gap, label=label, rival=given.rival), point)
         point = point.detach().requires_grad_(True)
         with torch.enable_grad():
             logits = forward(point)
@@ -272,7 +312,7 @@ class _Hunt:
             nearest = torch.where(nearer, away, nearest)
         return gap, slope
 
-    def _step(self, image: Tensor, point: Tensor, gap: Tensor, slope: Tensor) -> Tensor:
+    def _move(self, image: Tensor, point: Tensor, gap: Tensor, slope: Tensor) -> Tensor:
         """Over the linearised boundary, leaning towards the point of it next to ``image`` (algorithm 1)."""
         start = torch.stack([point, image]).flatten(2)
         slope = slope.flatten(1)
@@ -280,10 +320,8 @@ class _Hunt:
         shift = _to_hyperplane(start, slope.expand_as(start), gaps, self.norm)
         near, home = shift.view(2, *image.shape)
         length = _length(shift, self.norm).clamp_min(1e-8).view(2, -1, 1, 1, 1)
-        lean = (length[0] / length.sum(dim=0)).clamp_max(self.attack.alpha_max)
-        beyond: Tensor = (point + self.attack.eta * near) * (1 - lean) + (
-            image + self.attack.eta * home
-        ) * lean
+        lean = (length[0] / length.sum(dim=0)).clamp_max(self.alpha_max)
+        beyond: Tensor = (point + self.eta * near) * (1 - lean) + (image + self.eta * home) * lean
         return beyond.clamp(0, 1)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from softdefend.attacks.replay import Fields, G, Recorder, S, filled, size
 
 if TYPE_CHECKING:
     from softdefend.attacks.base import Forward
@@ -27,11 +30,25 @@ class View:
     """A forward for some images of a batch, which counts how often it is asked.
 
     Logits are float32, or float64 where the network gives that.
+
+    Args:
+        forward: images to logits.
+        rows: positions [m] of the images in the batch; all when None.
+        n: images of a call that is made of them all; more than m where a batch is filled up.
+        most: images to be computed at once without gradient; no limit when None.
+        recorder: of the steps that :meth:`advance` takes.
     """
 
-    def __init__(self, forward: Forward, rows: Tensor | None, n: int, most: int | None) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        rows: Tensor | None,
+        n: int,
+        most: int | None,
+        recorder: Recorder | None = None,
+    ) -> None:
         self.rows, self.forwards, self.gradients, self.loose = rows, 0, 0, [0, 0]
-        self._forward, self._n, self._most = forward, n, most
+        self._forward, self._n, self._most, self._recorder = forward, n, most, recorder
 
     def __call__(self, image: Tensor) -> Tensor:
         if len(image) == self._n:
@@ -48,6 +65,39 @@ class View:
         """Gradients beyond the first of a forward."""
         self.gradients += count
 
+    def advance(self, step: Step[S, G], state: S, given: G, times: int) -> S:
+        """``step`` applied ``times`` times, replayed where that is faster.
+
+        Args:
+            step: hashable; a function of this forward, the state and what is given, of nothing else. See
+                :mod:`softdefend.attacks.replay`.
+            state, given: named tuples of tensors, or None, of :meth:`Oracle.fill`'s size.
+            times: >= 0.
+        """
+        if self._recorder is not None and times > 0:
+            # Not this object: a recording outlives it.
+            alike = View(self._forward, None, self._n, self._most)
+            key = step, self._forward, self._most
+            done = self._recorder(key, partial(step, alike), alike, state, given, times)
+            if done is not None:
+                state, forwards, gradients = done
+                self.forwards += forwards
+                self.gradients += gradients
+                return state
+        for _ in range(times):
+            state = step(self, state, given)
+        return state
+
+
+G_in = TypeVar("G_in", bound=Fields, contravariant=True)
+
+
+class Step(Protocol[S, G_in]):
+    """One step of a search."""
+
+    def __call__(self, forward: View, state: S, given: G_in, /) -> S:
+        """The next state."""
+
 
 def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
@@ -59,10 +109,12 @@ class Oracle:
     Args:
         forward: images [b, c, h, w] to logits [b, k], what the attack searches with.
         n: images in the batch.
-        exact: the network in full precision where ``forward`` is not; then no success counts before
-            :meth:`confirmed` has seen it.
+        several: the same where several gradients are taken of one call; ``forward`` when None.
+        exact: the network in full precision where ``forward`` is not.
+        doubted: no success counts before :meth:`confirmed` has seen it; where ``exact`` is given, when None.
         clean: logits [n, k] of the images as they are, if known.
         most: images to be computed at once; no limit when None.
+        recorder: of the steps of searches, which are then made on batches of few sizes; see :meth:`fill`.
     """
 
     def __init__(
@@ -70,18 +122,36 @@ class Oracle:
         forward: Forward,
         n: int,
         *,
+        several: Forward | None = None,
         exact: Forward | None = None,
+        doubted: bool | None = None,
         clean: Tensor | None = None,
         most: int | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
-        self.n, self.most, self.doubted = n, most, exact is not None
-        self._forward, self._exact, self._clean = forward, exact or forward, clean
+        self.n, self.most = n, most
+        self.doubted = exact is not None if doubted is None else doubted
+        self._forward, self._several = forward, several or forward
+        self._exact, self._clean = exact or forward, clean
+        self._recorder = recorder
         self._views: list[View] = []
         self._counts: list[Tensor] = []
 
-    def at(self, rows: Tensor | None = None) -> View:
-        """The searching forward for the images at ``rows`` [m]; for all when None."""
-        return self._view(self._forward, rows)
+    def at(self, rows: Tensor | None = None, *, several: bool = False) -> View:
+        """The searching forward for the images at ``rows`` [m], in batches as :meth:`fill` makes them; for
+        all n, unfilled, when None. ``several`` gradients may be taken of each call where that is said."""
+        forward = self._several if several else self._forward
+        if rows is None or self._recorder is None:
+            return self._view(forward, rows)
+        return self._view(forward, rows, size(len(rows)))
+
+    def fill(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same tensors [m, ...] with copies of their last rows behind, to a size that steps are recorded
+        in; as they are where nothing is recorded. The copies change nothing about the others, and are the
+        caller's to leave out of results."""
+        if self._recorder is None:
+            return tensors
+        return tuple(filled(tensor, size(len(tensor))) for tensor in tensors)
 
     def exact_at(self, rows: Tensor | None = None) -> View:
         """The forward in full precision."""
@@ -97,8 +167,10 @@ class Oracle:
     @torch.no_grad()
     def confirmed(self, claimed: Tensor, image: Tensor, label: Tensor, rows: Tensor) -> Tensor:
         """Which of the claims [m] that the network gets ``image`` [m, c, h, w] wrong hold in full precision,
-        [m]. Costs a forward of those claimed and a read of the device, or nothing where the search is exact.
+        [m]. Costs a forward of those claimed and a read of the device, or nothing where no claim is doubted.
+        What :meth:`fill` put behind the m rows is ignored.
         """
+        claimed, image, label = (tensor[: len(rows)] for tensor in (claimed, image, label))
         if not self.doubted:
             return claimed
         which = claimed.nonzero().squeeze(1)
@@ -131,8 +203,9 @@ class Oracle:
         """Count what was done before this object was made, both [n] int64."""
         self._counts.append(torch.stack([forwards, gradients]))
 
-    def _view(self, forward: Forward, rows: Tensor | None) -> View:
-        view = View(forward, rows, self.n if rows is None else len(rows), self.most)
+    def _view(self, forward: Forward, rows: Tensor | None, filled_to: int | None = None) -> View:
+        n = filled_to or (self.n if rows is None else len(rows))
+        view = View(forward, rows, n, self.most, self._recorder)
         self._views.append(view)
         return view
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from softdefend.attacks.base import Attack, Forward, Randomness, value_and_gradient
 from softdefend.attacks.draws import Draws
 from softdefend.attacks.losses import AttackLoss, LossName, named
-from softdefend.attacks.oracle import Journal, Oracle
+from softdefend.attacks.oracle import Journal, Oracle, View
 from softdefend.errors import SettingError
 from softdefend.threat import Budget, ThreatModel
 
@@ -109,14 +109,25 @@ class PGD(Attack):
     ) -> Tensor:
         """See :meth:`Attack.search`. A start belongs to the image's position in the data, so a result depends
         neither on batches nor on what else is in them."""
+        clean = oracle.clean(image) if self.loss == "kl" else label
         found = []
         for rows in oracle.parts(len(image), image.device):
-            part, forward = image[rows], oracle.at(rows)
-            clean = partial(_known, oracle, image, rows)
-            climb = named(self.loss, clean, part, label[rows])
-            begin = partial(_begin_alone, self.start, part, threat, draws, rows)
-            found.append(self._ascend(forward, climb, part, threat, begin))
+            forward, given = oracle.at(rows), _Given(*oracle.fill(image[rows], label[rows], clean[rows]))
+            begin = partial(_begin_alone, self.start, image[rows], threat, draws, rows)
+            step = _Step(self.loss, threat, self._step_size(threat))
+            result = self._ascend(
+                forward,
+                step.climbs(given),
+                given.image,
+                threat,
+                partial(_filled, oracle, begin),
+                partial(_advanced, forward, step, given, self.steps),
+            )
+            found.append(result[: len(rows)])
         return torch.cat(found)
+
+    def _step_size(self, threat: ThreatModel) -> float:
+        return float(threat.eps) / 4 if self.step_size is None else float(self.step_size)
 
     def _ascend(
         self,
@@ -125,23 +136,68 @@ class PGD(Attack):
         image: Tensor,
         threat: ThreatModel,
         begin: Callable[[int], Tensor],
+        moved: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """The search; ``begin`` gives the start of each restart."""
-        step_size = float(threat.eps) / 4 if self.step_size is None else float(self.step_size)
+        """The search; ``begin`` gives the start of each restart, ``moved`` makes all its steps at once."""
         best = best_value = None
         for restart in range(self.restarts):
             adversarial = begin(restart)
-            for _ in range(self.steps):
-                value, grad = value_and_gradient(forward, climb, adversarial)
-                if self.keep == "best":
-                    best, best_value = _better(adversarial, value, best, best_value)
-                adversarial = threat.project(image, threat.ascend(adversarial, grad, step_size))
+            if moved is not None and self.keep == "last":
+                adversarial = moved(adversarial)
+            else:
+                for _ in range(self.steps):
+                    value, grad = value_and_gradient(forward, climb, adversarial)
+                    if self.keep == "best":
+                        best, best_value = _better(adversarial, value, best, best_value)
+                    adversarial = threat.move(image, adversarial, grad, self._step_size(threat))
             if self.keep == "best" or self.restarts > 1:
                 adversarial = threat.project(image, adversarial)
                 with torch.no_grad():
                     value = climb(forward(adversarial))
                 best, best_value = _better(adversarial, value, best, best_value)
         return threat.project(image, adversarial if best is None else best)
+
+
+class _State(NamedTuple):
+    """Where a search of m samples stands: its iterate, [m, c, h, w]."""
+
+    here: Tensor
+
+
+class _Given(NamedTuple):
+    """What a search of m samples reads."""
+
+    image: Tensor
+    """Clean, [m, c, h, w]."""
+    label: Tensor
+    """[m] int64."""
+    clean: Tensor
+    """Clean logits [m, k] where the loss measures from them; else anything [m, ...]."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A move of all samples."""
+
+    loss: LossName
+    threat: ThreatModel
+    step_size: float
+
+    def climbs(self, given: _Given) -> AttackLoss:
+        """What these samples climb."""
+        return named(self.loss, lambda image: given.clean, given.image, given.label)
+
+    def __call__(self, forward: View, state: _State, given: _Given) -> _State:
+        _, grad = value_and_gradient(forward, self.climbs(given), state.here)
+        return _State(self.threat.move(given.image, state.here, grad.contiguous(), self.step_size))
+
+
+def _filled(oracle: Oracle, begin: Callable[[int], Tensor], restart: int) -> Tensor:
+    return oracle.fill(begin(restart))[0]
+
+
+def _advanced(forward: View, step: _Step, given: _Given, steps: int, start: Tensor) -> Tensor:
+    return forward.advance(step, _State(start), given, steps).here
 
 
 @dataclass(frozen=True)
@@ -173,7 +229,7 @@ class FGSM(Attack):
         """See :meth:`Attack.__call__`. Cost: one forward and one input gradient."""
         climb = loss or named(self.loss, forward, image, target)
         _, grad = value_and_gradient(forward, climb, image)
-        return threat.project(image, threat.ascend(image, grad, float(threat.eps)))
+        return threat.move(image, image, grad, float(threat.eps))
 
 
 def _begin(
@@ -208,12 +264,6 @@ def _begin_alone(
         radius = draws.uniform(rows, 1, 2 * restart + 1).to(image).pow(1 / pixels) * float(threat.eps)
         point = image + threat.ascend(torch.zeros_like(image), noise, 1.0) * radius.view(-1, 1, 1, 1)
     return point if start == "uniform-unclipped" else point.clamp(0, 1)
-
-
-@torch.no_grad()
-def _known(oracle: Oracle, image: Tensor, rows: Tensor, _: Tensor) -> Tensor:
-    """Clean logits of some rows, which an evaluation computes only once."""
-    return oracle.clean(image)[rows]
 
 
 def _better(

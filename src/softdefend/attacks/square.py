@@ -8,9 +8,12 @@ the device by the host: even where a query's random numbers begin is kept on the
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +21,8 @@ from torch import Tensor
 from softdefend.attacks.base import Attack, Forward
 from softdefend.attacks.draws import Draws
 from softdefend.attacks.losses import AttackLoss, hard_label, margin
-from softdefend.attacks.oracle import Journal, Oracle, block
+from softdefend.attacks.oracle import Journal, Oracle, View, block
+from softdefend.attacks.replay import filled
 from softdefend.errors import SettingError
 from softdefend.threat import ThreatModel
 
@@ -112,126 +116,188 @@ class Square(Attack):
         journal: Journal,
         loss: AttackLoss | None,
     ) -> Tensor:
-        clean, saved = oracle.clean(image), journal.load()
-        judge = _Judge(oracle, label, clean, loss)
-        kind = _LinfWalk if threat.norm == "linf" else _L2Walk
+        clean, saved, device = oracle.clean(image), journal.load(), image.device
+        walk: _Walk = (_LinfWalk if threat.norm == "linf" else _L2Walk)(float(threat.eps))
+        query = _Query(walk, None if loss is None else partial(_badness, loss, clean))
         if saved:
-            result, rows, query = saved["result"], saved["rows"], int(saved["query"])
-            numbers = _Numbers.resumed(draws.sequence(), saved["numbers"], image.device)
-            walk = kind.resumed(image[rows], float(threat.eps), numbers, saved["stream"], result[rows])
-            judge.resume(rows, saved["badness"], saved["doubted"])
-            noted = query
+            result, done = saved["result"], int(saved["query"])
+            left = _Left(*(saved[name] for name in _Left._fields))
+            numbers = _Numbers.resumed(draws.sequence(), saved["numbers"], device)
         else:
-            result, query, noted = image.clone(), 0, 0
+            result, done = image.clone(), 0
             rows = (clean.argmax(dim=1) == label).nonzero().flatten()
             if not len(rows):
                 return result
-            stream = draws.batch.to(image.device)[rows]
-            numbers = _Numbers(draws.sequence(), int(draws.batch[-1]) + 1, image.device)
-            walk = kind.begun(image[rows], float(threat.eps), numbers, stream)
-            judge.begin(rows, walk.best)
-        height, width = image.shape[2:]
-        while True:
-            # Only here does the host look at the device; often at first, when most images fall.
-            result[judge.rows] = walk.best
-            left = judge.pack(walk.best)
-            if left is not None:
-                walk.pack(left)
-            if query >= self.queries or not len(judge.rows):
-                return threat.project(image, result)
-            if query > noted:
-                journal.save(partial(_note, result, query, judge, walk, numbers))
-            ahead = range(query, min(query + block(query, 50), self.queries))
-            numbers.reserve(len(ahead) * walk.numbers_per_query)
-            for query in ahead:
-                candidate = walk.propose(self.side(query, height, width, threat.norm), judge.active)
-                wins = judge(candidate)
-                walk.best = torch.where(wins.view(-1, 1, 1, 1), candidate, walk.best)
-            query = ahead.stop
+            numbers = _Numbers(draws.sequence(), int(draws.batch[-1]) + 1, device)
+            stream = numbers.narrow(draws.batch.to(device)[rows])
+            result[rows], stream = walk.start(image[rows], numbers, stream)
+            wrong, badness = query.look(oracle.at(rows), *oracle.fill(result[rows], label[rows], rows))
+            left = _Left(rows, stream, badness[: len(rows)], torch.zeros_like(rows, dtype=torch.bool))
+            left = left.packed(oracle, result, label, numbers, ~wrong)
+        noted, (height, width) = done, image.shape[2:]
+        while done < self.queries and len(left.rows):
+            if done > noted:
+                journal.save(partial(_note, result, done, left, numbers))
+            # Queries whose windows are of one size; only after them does the host look at the device, often
+            # at first, when most images fall.
+            side, until = self.side(done, height, width, threat.norm), done + 1
+            last = min(done + block(done, 50), self.queries)
+            while until < last and self.side(until, height, width, threat.norm) == side:
+                until += 1
+            numbers.reserve((until - done) * walk.numbers_per_query(image.shape[1], left.stream))
+            state, given = left.filled(oracle, result, image, label, numbers, walk.window(side, device))
+            state = oracle.at(left.rows).advance(query, state, given, until - done)
+            done, numbers.position = until, state.position
+            result[left.rows] = state.best[: len(left.rows)]
+            left = left._replace(badness=state.badness[: len(left.rows)])
+            left = left.packed(oracle, result, label, numbers, state.active)
+        return threat.project(image, result)
 
 
-def _note(result: Tensor, query: int, judge: _Judge, walk: _Walk, numbers: _Numbers) -> dict[str, Tensor]:
-    return {
-        "result": result,
-        "query": torch.tensor(query),
-        "rows": judge.rows,
-        "badness": judge.badness,
-        "doubted": judge.doubted,
-        "stream": walk.stream,
-        "numbers": numbers.state(),
-    }
+def _badness(loss: AttackLoss, clean: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
+    """A given loss knows only the whole batch: rows not asked for stand at their clean logits."""
+    value: Tensor = loss(clean.index_copy(0, rows, logits))[rows]
+    return value
 
 
-class _Judge:
-    """Who is still right, and how bad each image has become; m images between two packings."""
+def _note(result: Tensor, query: int, left: _Left, numbers: _Numbers) -> dict[str, Tensor]:
+    numbered = {"query": torch.tensor(query), "numbers": numbers.state()}
+    return {"result": result, **left._asdict(), **numbered}
 
-    rows: Tensor
-    """Their positions in the batch, [m]."""
+
+class _State(NamedTuple):
+    """Where the search of m images stands."""
+
+    best: Tensor
+    """The worst point found around each, [m, c, h, w]."""
     badness: Tensor
-    """The margin, or the given loss, of the best point, [m]."""
+    """Its margin, or the given loss, [m]."""
     active: Tensor
     """Not yet claimed to be wrong, [m] bool."""
+    position: Tensor
+    """Where each stream of random numbers is read on, [streams] int64."""
+
+
+class _Given(NamedTuple):
+    """What the search of m images reads."""
+
+    image: Tensor
+    """Clean, [m, c, h, w]."""
+    label: Tensor
+    """[m] int64."""
+    rows: Tensor
+    """Positions in the batch, [m] int64."""
     doubted: Tensor
-    """Claimed to be wrong and found right in full precision, [m] bool: only a worse point counts now."""
+    """Claimed to be wrong before and found right in full precision, [m] bool: only a worse point counts."""
+    stream: Tensor
+    """The stream of random numbers that each image reads, [m] int64, ascending."""
+    pool: Tensor
+    """Random numbers, [numbers]."""
+    window: Tensor
+    """The size of the windows; see :meth:`_Walk.window`."""
 
-    def __init__(self, oracle: Oracle, label: Tensor, clean: Tensor, loss: AttackLoss | None) -> None:
-        self.oracle, self.label, self.clean, self.loss = oracle, label, clean, loss
 
-    def begin(self, rows: Tensor, best: Tensor) -> None:
-        """From the first points, [m, c, h, w]."""
-        self.resume(rows, torch.zeros(0), torch.zeros(len(rows), dtype=torch.bool, device=rows.device))
-        wrong, self.badness = self._look(best)
-        self.active = ~wrong
+@dataclass(frozen=True)
+class _Query:
+    """A proposal for all images, kept where it is worse.
 
-    def resume(self, rows: Tensor, badness: Tensor, doubted: Tensor) -> None:
-        """From a packing."""
-        self.rows, self.badness, self.doubted, self.forward = rows, badness, doubted, self.oracle.at(rows)
-        self.active = torch.ones_like(doubted)
+    Args:
+        walk: makes the proposal.
+        badness: of logits [m, k] of the images at ``rows`` [m], [m]; the margin when None.
+    """
 
-    def __call__(self, candidate: Tensor) -> Tensor:
-        """Which candidates [m, c, h, w] are kept, [m] bool."""
-        wrong, value = self._look(candidate)
-        worse = value > self.badness
-        wins = self.active & ((wrong & ~self.doubted) | worse)
-        self.badness = torch.where(wins, value, self.badness)
-        self.active = self.active & ~(wrong & wins)
-        return wins
+    walk: _Walk
+    badness: Callable[[Tensor, Tensor], Tensor] | None
 
-    def pack(self, best: Tensor) -> Tensor | None:
-        """Drop the images that are wrong: positions [l] of those that stay, or None where all do."""
-        refuted = ~self.active
-        if self.oracle.doubted:
-            fooled = self.oracle.confirmed(~self.active, best, self.label[self.rows], self.rows)
-            refuted, self.active = refuted & ~fooled, ~fooled
-            self.doubted = self.doubted | refuted
-        left = self.active.nonzero().flatten()
-        if len(left) == len(self.rows):
-            return None
-        self.resume(self.rows[left], self.badness[left], self.doubted[left])
-        return left
+    def __call__(self, forward: View, state: _State, given: _Given) -> _State:
+        numbers = _Reader(given.pool, state.position)
+        candidate = self.walk.propose(state, given, numbers)
+        wrong, value = self.look(forward, candidate, given.label, given.rows)
+        wins = state.active & ((wrong & ~given.doubted) | (value > state.badness))
+        return _State(
+            torch.where(wins.view(-1, 1, 1, 1), candidate, state.best),
+            torch.where(wins, value, state.badness),
+            state.active & ~(wrong & wins),
+            numbers.position,
+        )
 
-    def _look(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def look(self, forward: View, image: Tensor, label: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each image is wrong by now, and how bad it is, both [m]."""
-        logits = self.forward(image)
-        gap = margin(logits, self.label[self.rows])
-        if self.loss is None:
-            return gap >= 0, gap
-        # A given loss knows only the whole batch: rows not asked for stand at their clean logits.
-        return gap >= 0, self.loss(self.clean.index_copy(0, self.rows, logits))[self.rows]
+        logits = forward(image)
+        gap = margin(logits, label)
+        return gap >= 0, gap if self.badness is None else self.badness(logits, rows)
 
 
-class _Numbers:
-    """Uniform numbers in one fixed order, drawn in advance. Several streams read the same sequence, each from
-    a position of its own that is kept on the device.
+class _Left(NamedTuple):
+    """The m images that are still searched, between packings; fields as in ``_State`` and ``_Given``."""
+
+    rows: Tensor
+    stream: Tensor
+    badness: Tensor
+    doubted: Tensor
+
+    def filled(
+        self, oracle: Oracle, best: Tensor, image: Tensor, label: Tensor, numbers: _Numbers, window: Tensor
+    ) -> tuple[_State, _Given]:
+        """Where a block of queries begins, and what it reads; ``best``, ``image``, ``label`` of the batch."""
+        rows, stream, badness, doubted = oracle.fill(*self)
+        # What fills up is never active: it must not use up random numbers.
+        active = torch.arange(len(rows), device=rows.device) < len(self.rows)
+        state = _State(best[rows], badness, active, numbers.position)
+        return state, _Given(image[rows], label[rows], rows, doubted, stream, numbers.padded(), window)
+
+    def packed(self, oracle: Oracle, best: Tensor, label: Tensor, numbers: _Numbers, active: Tensor) -> _Left:
+        """Without the images that are wrong; ``best`` and ``label`` of the batch."""
+        left, active = self, active[: len(self.rows)]
+        if oracle.doubted:
+            fooled = oracle.confirmed(~active, best[self.rows], label[self.rows], self.rows)
+            left = self._replace(doubted=self.doubted | (~active & ~fooled))
+            active = ~fooled
+        kept = active.nonzero().flatten()
+        if len(kept) == len(self.rows):
+            return left
+        left = _Left(*(field[kept] for field in left))
+        return left._replace(stream=numbers.narrow(left.stream)) if len(kept) else left
+
+
+class _Reader:
+    """Uniform numbers in one fixed order. Several streams read the same sequence, each from a position of
+    its own that is kept on the device."""
+
+    def __init__(self, pool: Tensor, position: Tensor) -> None:
+        self.pool, self.position = pool, position
+
+    def next(self, count: int) -> Tensor:
+        """The next numbers of each stream, [streams, count]."""
+        taken = self.pool[self.position[:, None] + torch.arange(count, device=self.pool.device)]
+        self.position = self.position + count
+        return taken
+
+    def next_rows(self, stream: Tensor, among: Tensor, count: int) -> Tensor:
+        """The next ``count`` numbers of each row flagged in ``among`` [m], in turn within its ``stream`` [m]
+        (ascending), [m, count]; the rows not flagged use up none and get any."""
+        flagged = among.to(torch.int64)
+        each = torch.zeros_like(self.position).index_add(0, stream, flagged)
+        before = flagged.cumsum(0) - flagged - (each.cumsum(0) - each)[stream]
+        offset = self.position[stream] + before.clamp_min(0) * count
+        index = offset[:, None] + torch.arange(count, device=self.pool.device)
+        taken = self.pool[index.clamp_max(len(self.pool) - 1)]
+        self.position = self.position + each * count
+        return taken
+
+
+class _Numbers(_Reader):
+    """As above, drawn in advance from a generator.
 
     A CPU generator gives the same numbers in one draw or in many, so blocks do not change them. They have
     torch's default dtype, as in the reference.
     """
 
     def __init__(self, generator: torch.Generator | None, streams: int, device: torch.device) -> None:
-        self.generator, self.device = generator, device
-        self.pool, self.first = torch.empty(0, device=device), 0
-        self.position = torch.zeros(streams, dtype=torch.int64, device=device)
+        super().__init__(
+            torch.empty(0, device=device), torch.zeros(streams, dtype=torch.int64, device=device)
+        )
+        self.generator, self.device, self.first = generator, device, 0
 
     @classmethod
     def resumed(cls, generator: torch.Generator | None, state: Tensor, device: torch.device) -> _Numbers:
@@ -246,9 +312,18 @@ class _Numbers:
         """Positions from the start of the sequence, [streams]."""
         return self.position + self.first
 
-    def keep(self, streams: Tensor) -> None:
-        """Forget all streams but these."""
-        self.position = self.position[streams]
+    def narrow(self, stream: Tensor) -> Tensor:
+        """Forget the streams that no image reads; ``stream`` [m] with the others numbered without gaps."""
+        read, stream = torch.unique(stream, return_inverse=True)
+        self.position = self.position[read]
+        return stream
+
+    def merge(self, stream: Tensor) -> Tensor:
+        """One stream of all that stand at the same place: they read the same from now on. ``stream`` [m] with
+        their new numbers, which need not ascend."""
+        self.position, same = torch.unique(self.position, return_inverse=True)
+        merged: Tensor = same[stream]
+        return merged
 
     def reserve(self, count: int) -> None:
         """Make sure that each stream can read ``count`` numbers. Costs a read of the device by the host."""
@@ -260,115 +335,63 @@ class _Numbers:
         self.pool = torch.cat([rest, fresh.to(self.device)])
         self.position, self.first = self.position - low, self.first + low
 
-    def next(self, count: int) -> Tensor:
-        """The next numbers of each stream, [streams, count]."""
-        taken = self.pool[self.position[:, None] + torch.arange(count, device=self.device)]
-        self.position = self.position + count
-        return taken
-
-    def next_rows(self, stream: Tensor, among: Tensor, count: int) -> Tensor:
-        """The next ``count`` numbers of each row flagged in ``among`` [m], in turn within its ``stream`` [m]
-        (ascending), [m, count]; the rows not flagged use up none and get any."""
-        flagged = among.to(torch.int64)
-        each = torch.zeros_like(self.position).index_add(0, stream, flagged)
-        before = flagged.cumsum(0) - flagged - (each.cumsum(0) - each)[stream]
-        offset = self.position[stream] + before.clamp_min(0) * count
-        taken = self.pool[offset[:, None] + torch.arange(count, device=self.device)]
-        self.position = self.position + each * count
-        return taken
+    def padded(self) -> Tensor:
+        """The pool at one of few lengths (powers of four), so that few different queries are recorded."""
+        return filled(self.pool, 4 ** max(math.ceil(math.log(len(self.pool), 4)), 6))
 
 
-class _Walk:
-    """The images still searched, [m, c, h, w], the worst point found around each, and the stream of random
-    numbers that each reads, [m] int64, ascending."""
+@dataclass(frozen=True)
+class _Walk(ABC):
+    """How a search begins and proposes, in balls of radius ``eps``."""
 
-    numbers_per_query: int
-    best: Tensor
+    eps: float
 
-    def __init__(self, image: Tensor, eps: float, numbers: _Numbers, stream: Tensor) -> None:
-        self.image, self.eps, self.numbers, self.stream = image, eps, numbers, stream
-        self._rebuild()
+    @abstractmethod
+    def numbers_per_query(self, channels: int, stream: Tensor) -> int:
+        """Random numbers that a stream gives at most, where these [m] are read."""
 
-    @classmethod
-    def begun(cls, image: Tensor, eps: float, numbers: _Numbers, stream: Tensor) -> _Walk:
-        """At the start, with one stream for each logical batch."""
-        walk = cls(image, eps, numbers, stream)
-        walk._narrow()
-        walk.best = walk._start()
-        return walk
+    @abstractmethod
+    def start(self, image: Tensor, numbers: _Numbers, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """The first points [m, c, h, w], and the streams [m] to be read from then on."""
 
-    @classmethod
-    def resumed(cls, image: Tensor, eps: float, numbers: _Numbers, stream: Tensor, best: Tensor) -> _Walk:
-        """At a packing."""
-        walk = cls(image, eps, numbers, stream)
-        walk.best = best
-        return walk
+    @abstractmethod
+    def window(self, side: int, device: torch.device) -> Tensor:
+        """What tells a query the side of its windows."""
 
-    def pack(self, left: Tensor) -> None:
-        """Keep only the images at these positions."""
-        self.image, self.best, self.stream = self.image[left], self.best[left], self.stream[left]
-        if len(left):
-            self._narrow()
-        self._rebuild()
-
-    def _narrow(self) -> None:
-        """Number the streams that are read from zero without gaps."""
-        read, self.stream = torch.unique(self.stream, return_inverse=True)
-        self.numbers.keep(read)
-
-    def _rebuild(self) -> None:
-        """What depends on which images are left."""
-
-    def _start(self) -> Tensor:
-        """The first points, [m, c, h, w]."""
-        raise NotImplementedError
-
-    def propose(self, side: int, active: Tensor) -> Tensor:
+    @abstractmethod
+    def propose(self, state: _State, given: _Given, numbers: _Reader) -> Tensor:
         """A candidate for each image, [m, c, h, w], inside the ball and the box."""
-        raise NotImplementedError
-
-    def _window(self, place: Tensor, side: int) -> tuple[Tensor, Tensor]:
-        """Rows [s, 1, side, 1] and columns [s, 1, 1, side] of the windows that numbers [s, 2] name."""
-        height, width = self.image.shape[2:]
-        along = torch.arange(side, device=place.device)
-        top, left = (place[:, 0] * (height - side)).long(), (place[:, 1] * (width - side)).long()
-        return (top[:, None] + along)[:, None, :, None], (left[:, None] + along)[:, None, None, :]
-
-
-def _at(count: int, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Indices of samples [count, 1, 1, 1] and channels [1, channels, 1, 1]."""
-    return (
-        torch.arange(count, device=device)[:, None, None, None],
-        torch.arange(channels, device=device)[:, None, None],
-    )
 
 
 class _LinfWalk(_Walk):
     """Vertical stripes at plus or minus eps, then windows of one sign per channel (algorithm 2)."""
 
-    def _rebuild(self) -> None:
-        self.numbers_per_query = 2 + self.image.shape[1]
-        self.lowest, self.highest = (self.image - self.eps).clamp_min(0), (self.image + self.eps).clamp_max(1)
+    def numbers_per_query(self, channels: int, stream: Tensor) -> int:
+        return 2 + channels
 
-    def _start(self) -> Tensor:
-        m, channels, _, width = self.image.shape
-        everyone = torch.ones(m, dtype=torch.bool, device=self.image.device)
-        self.numbers.reserve(int(self.stream.bincount().max()) * channels * width)
-        drawn = self.numbers.next_rows(self.stream, everyone, channels * width)
-        # Streams that stand at the same place read the same from now on; nothing below needs their order.
-        places, same = torch.unique(self.numbers.position, return_inverse=True)
-        self.numbers.position, self.stream = places, same[self.stream]
-        return (self.image + self.eps * _sign(drawn).view(m, channels, 1, width)).clamp(0, 1)
+    def start(self, image: Tensor, numbers: _Numbers, stream: Tensor) -> tuple[Tensor, Tensor]:
+        m, channels, _, width = image.shape
+        everyone = torch.ones(m, dtype=torch.bool, device=image.device)
+        numbers.reserve(int(stream.bincount().max()) * channels * width)
+        drawn = numbers.next_rows(stream, everyone, channels * width)
+        point = (image + self.eps * _sign(drawn).view(m, channels, 1, width)).clamp(0, 1)
+        return point, numbers.merge(stream)  # nothing below needs their order
 
-    def propose(self, side: int, active: Tensor) -> Tensor:
-        drawn = self.numbers.next(self.numbers_per_query)
-        streams, channels = len(drawn), self.image.shape[1]
-        step = drawn.new_zeros(streams, *self.image.shape[1:])
-        colour = (2 * self.eps * _sign(drawn[:, 2:]))[..., None, None]
-        step[*_at(streams, channels, step.device), *self._window(drawn, side)] = colour
+    def window(self, side: int, device: torch.device) -> Tensor:
+        """The side itself, [], so that one recording serves all sizes."""
+        return torch.full((), side, device=device)
+
+    def propose(self, state: _State, given: _Given, numbers: _Reader) -> Tensor:
+        side, (height, width) = given.window, given.image.shape[2:]
+        drawn = numbers.next(2 + given.image.shape[1])
+        top, left = ((drawn[:, i] * (n - side)).long() for i, n in enumerate((height, width)))
+        row = torch.arange(height, device=drawn.device)[:, None] - top[:, None, None, None]
+        column = torch.arange(width, device=drawn.device) - left[:, None, None, None]
+        inside = (row >= 0) & (row < side) & (column >= 0) & (column < side)
+        step = torch.where(inside, 2 * self.eps * _sign(drawn[:, 2:])[..., None, None], 0)
         # One stream is the common case: a view for every image.
-        step = step.expand(len(self.best), -1, -1, -1) if streams == 1 else step[self.stream]
-        return torch.minimum(torch.maximum(self.best + step, self.lowest), self.highest)
+        moved = state.best + (step if len(drawn) == 1 else step[given.stream])
+        return torch.minimum(torch.maximum(moved, given.image - self.eps), given.image + self.eps).clamp(0, 1)
 
 
 class _L2Walk(_Walk):
@@ -377,61 +400,75 @@ class _L2Walk(_Walk):
     The sign of a window is drawn for each image that is still right, so the numbers depend on how many are.
     """
 
-    def __init__(self, image: Tensor, eps: float, numbers: _Numbers, stream: Tensor) -> None:
-        self.shapes: dict[int, Tensor] = {}
-        super().__init__(image, eps, numbers, stream)
+    def numbers_per_query(self, channels: int, stream: Tensor) -> int:
+        return 5 + int(stream.bincount().max()) * channels
 
-    def _rebuild(self) -> None:
-        most = int(self.stream.bincount().max()) if len(self.stream) else 0
-        self.numbers_per_query = 5 + most * self.image.shape[1]
-
-    def _start(self) -> Tensor:
-        m, _, height, width = self.image.shape
-        everyone = torch.ones(m, dtype=torch.bool, device=self.image.device)
+    def start(self, image: Tensor, numbers: _Numbers, stream: Tensor) -> tuple[Tensor, Tensor]:
+        m, channels, height, width = image.shape
+        everyone = torch.ones(m, dtype=torch.bool, device=image.device)
         # The height names the size for both axes, as in the reference, which fails where we cut a tile off
         # at the border or (below 5 pixels) use tiles of a single one.
         side = max(height // 5, 1)
         start = max((height - 5 * side) // 2, 0)
         tiles = [(i, j) for i in range(height // side) for j in range(max(width // side, 1))]
-        self.numbers.reserve(len(tiles) * (self.numbers_per_query - 4))
-        delta = torch.zeros_like(self.image)
+        numbers.reserve(len(tiles) * self.numbers_per_query(channels, stream))
+        eta, delta = self.window(side, image.device), torch.zeros_like(image)
         for i, j in tiles:
-            tile = self._eta(side, self.numbers.next(1)) * self._signs(everyone)
+            turned = _turned(eta, numbers.next(1), stream)
+            tile = turned * _signs(numbers, stream, everyone, channels)
             part = delta[:, :, start + i * side : start + (i + 1) * side, start + j * side :][..., :side]
             part += tile[:, :, : part.shape[2], : part.shape[3]]
-        return self._on_sphere(delta)
+        return self._on_sphere(image, delta), stream
 
-    def propose(self, side: int, active: Tensor) -> Tensor:
-        drawn = self.numbers.next(5)
-        fresh = self._eta(side, drawn[:, 4:]) * self._signs(active)
-        images = _at(len(self.image), self.image.shape[1], self.image.device)
-        into = *images, *(along[self.stream] for along in self._window(drawn, side))
-        source = *images, *(along[self.stream] for along in self._window(drawn[:, 2:], side))
-        delta = self.best - self.image
-        free = (self.eps**2 - _length(delta, (1, 2, 3)) ** 2).clamp_min(0) / delta.shape[1]
+    def window(self, side: int, device: torch.device) -> Tensor:
+        """The pattern of a window, [side, side]."""
+        return _eta(side).to(device)
+
+    def propose(self, state: _State, given: _Given, numbers: _Reader) -> Tensor:
+        (m, channels), device = given.image.shape[:2], given.image.device
+        drawn = numbers.next(5)
+        fresh = _turned(given.window, drawn[:, 4:], given.stream)
+        fresh = fresh * _signs(numbers, given.stream, state.active, channels)
+        images = (
+            torch.arange(m, device=device)[:, None, None, None],
+            torch.arange(channels, device=device)[:, None, None],
+        )
+        side, size = given.window.shape[0], tuple(given.image.shape[2:])
+        into = *images, *(along[given.stream] for along in _window(drawn, side, size))
+        source = *images, *(along[given.stream] for along in _window(drawn[:, 2:], side, size))
+        delta = state.best - given.image
+        free = (self.eps**2 - _length(delta, (1, 2, 3)) ** 2).clamp_min(0) / channels
         both = torch.zeros_like(delta)
-        both[into] = both[source] = 1
+        # A number of the host would be copied to the device, which a graph cannot hold.
+        zero, one = delta.new_zeros(()), delta.new_ones(())
+        both.index_put_(into, one).index_put_(source, one)
         length = (free + _length(delta * both, (2, 3)) ** 2).sqrt()
         old = delta[into]
         fresh = fresh + old / (1e-12 + _length(old, (2, 3)))
-        delta[source] = 0
+        delta.index_put_(source, zero)
         delta[into] = fresh / (1e-12 + _length(fresh, (2, 3))) * length
-        return self._on_sphere(delta)
+        return self._on_sphere(given.image, delta)
 
-    def _on_sphere(self, delta: Tensor) -> Tensor:
-        return (self.image + delta / (_length(delta, (1, 2, 3)) + 1e-12) * self.eps).clamp(0, 1)
+    def _on_sphere(self, image: Tensor, delta: Tensor) -> Tensor:
+        return (image + delta / (_length(delta, (1, 2, 3)) + 1e-12) * self.eps).clamp(0, 1)
 
-    def _signs(self, among: Tensor) -> Tensor:
-        """A sign for each channel of each image, [m, c, 1, 1]."""
-        return _sign(self.numbers.next_rows(self.stream, among, self.image.shape[1]))[..., None, None]
 
-    def _eta(self, side: int, turn: Tensor) -> Tensor:
-        """The pattern of each image's window, [m, 1, side, side], turned by 90 degrees where its stream's
-        ``turn`` [streams, 1] is above 1/2."""
-        if side not in self.shapes:
-            self.shapes[side] = _eta(side).to(self.image.device)
-        eta = self.shapes[side]
-        return torch.where(turn[self.stream, :, None, None] > 0.5, eta.T, eta)
+def _window(place: Tensor, side: int, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Rows [s, 1, side, 1] and columns [s, 1, 1, side] of the windows that numbers [s, 2] name."""
+    along = torch.arange(side, device=place.device)
+    top, left = ((place[:, i] * (n - side)).long() for i, n in enumerate(size))
+    return (top[:, None] + along)[:, None, :, None], (left[:, None] + along)[:, None, None, :]
+
+
+def _signs(numbers: _Reader, stream: Tensor, among: Tensor, channels: int) -> Tensor:
+    """A sign for each channel of each image, [m, c, 1, 1]."""
+    return _sign(numbers.next_rows(stream, among, channels))[..., None, None]
+
+
+def _turned(eta: Tensor, turn: Tensor, stream: Tensor) -> Tensor:
+    """The pattern of each image's window, [m, 1, side, side], turned by 90 degrees where its stream's
+    ``turn`` [streams, 1] is above 1/2."""
+    return torch.where(turn[stream, :, None, None] > 0.5, eta.T, eta)
 
 
 def _eta(side: int) -> Tensor:

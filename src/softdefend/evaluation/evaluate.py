@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,9 @@ from softdefend.evaluation.records import Evaluation as Evaluation
 from softdefend.evaluation.records import Rate as Rate
 from softdefend.evaluation.records import Trial, versions
 from softdefend.evaluation.resume import Saved, StateFile
-from softdefend.modes import attacked, tf32
+from softdefend.evaluation.searching import WORTHWHILE, Precision, Searching
 from softdefend.threat import ThreatModel
 
-Precision = Literal["exact", "fast"]
 T = TypeVar("T")
 
 
@@ -53,12 +53,17 @@ class Evaluator:
         seed: of every random draw.
         physical_batch: images computed at once, as many as ``batch_size`` when None; halved where memory runs
             out.
-        precision: ``exact`` searches in fp32 without TF32. ``fast`` searches in bf16 (PGD, APGD, FAB and
-            Square; others as in ``exact``): a success counts once an fp32 forward has confirmed it, before
-            that the search goes on. The final count is fp32 in both.
+        precision: of the searches of PGD, APGD, FAB and Square. ``exact`` is what torch computes in unless
+            told otherwise, and AutoAttack's reference code with it: fp32 with TF32 in the convolutions of a
+            GPU. ``fast`` is bf16. In both a success counts once an fp32 forward without TF32 has confirmed
+            it, before that the search goes on. ``strict`` is fp32 without TF32; on a CPU ``exact`` is the
+            same. Clean predictions, the final count and all other attacks' forwards are strict in each.
+        compile: compile the searching network and capture the steps of searches, on a GPU; from
+            256 images on when None. Changes rounding, nothing else. A compiled copy follows changes of the
+            network's weights, not of its structure.
 
     Raises:
-        SettingError: a batch below one image, or an unknown precision.
+        SettingError: a batch below one image, an unknown precision, or compiling asked for on a CPU.
     """
 
     def __init__(
@@ -71,15 +76,17 @@ class Evaluator:
         seed: int = 0,
         physical_batch: int | None = None,
         precision: Precision = "exact",
+        compile: bool | None = False,
     ) -> None:
         physical = batch_size if physical_batch is None else physical_batch
         for name, size in (("batch_size", batch_size), ("physical_batch", physical)):
             if size < 1:
                 raise SettingError(f"evaluate.{name}", size, "a whole number >= 1")
-        if precision not in ("exact", "fast"):
-            raise SettingError("evaluate.precision", repr(precision), "exact or fast")
-        self.net, self.data, self.threat, self.batch_size, self.seed = net, data, threat, batch_size, seed
-        self.physical_batch, self.precision = physical, precision
+        self.searching = Searching(net, data.labels.device, precision)
+        if compile and data.labels.device.type != "cuda":
+            raise SettingError("evaluate.compile", "true on a CPU", "false or null, or a CUDA device")
+        self.data, self.threat, self.batch_size, self.seed = data, threat, batch_size, seed
+        self.physical_batch, self.compile = physical, compile
 
     def __call__(
         self,
@@ -88,6 +95,7 @@ class Evaluator:
         limit: int | None = None,
         progress: bool = False,
         state: StateFile | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> Evaluation:
         """Clean accuracy, then each attack on every sample.
 
@@ -97,6 +105,7 @@ class Evaluator:
             limit: only the first so many samples.
             progress: show a bar.
             state: where to continue from and to note what is done.
+            say: is told after each attack, and after each member of an ensemble, what it found and cost.
 
         Raises:
             SettingError: two attacks share a name, or one is not made for the threat model, before anything
@@ -108,8 +117,12 @@ class Evaluator:
         for attack in attacks:
             attack.check(self.threat)
         n = min(self.data.n, limit or self.data.n)
-        run = _Run(state, self.physical_batch)
-        with self._standing():
+        run = _Run(state, self.physical_batch, self.searching)
+        with self.searching.standing():
+            if self._compiles(n):
+                run.fitting(lambda most: self.searching.compile(self._first(min(n, most))))
+            elif self.searching.precision == "fast":
+                run.fitting(lambda most: self.searching.fuse(self._first(min(n, most))))
             label = self.data.labels[:n].cpu()
             logits = run.tensors.get("clean")
             if logits is None:
@@ -125,10 +138,13 @@ class Evaluator:
                 for place, member in enumerate(attack.members if isinstance(attack, Ensemble) else [attack]):
                     trial = self._trial(member, f"{number}.{place}", left, logits, run, progress)
                     trials[member.name] = trial
+                    result.attacks[attack.name] = AttackRecord.of(trials, label, clean, ensemble)
+                    if say is not None:
+                        say(cost_line(result.members(attack.name)[-1]))
                     left = left & (trial.prediction == label)
-                result.attacks[attack.name] = AttackRecord.of(trials, label, clean, ensemble)
         result.how.update(
-            precision=self.precision,
+            precision=self.searching.precision,
+            compiled=self.searching.recorder is not None,
             seed=self.seed,
             batch_size=self.batch_size,
             physical_batch=run.physical,
@@ -136,35 +152,30 @@ class Evaluator:
         )
         return result
 
+    def under(self, threat: ThreatModel) -> Evaluator:
+        """The same evaluator for another threat model; what is compiled is shared."""
+        other = copy.copy(self)
+        other.threat = threat
+        return other
+
     @property
     def _device(self) -> torch.device:
         return self.data.labels.device
 
-    @contextlib.contextmanager
-    def _standing(self) -> Iterator[None]:
-        """The network as every forward here wants it, and put back."""
-        channels_last = self.precision == "fast" and self._device.type == "cuda"
-        with attacked(self.net, "eval"), tf32(False):
-            if channels_last:
-                self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            try:
-                yield
-            finally:
-                if channels_last:
-                    self.net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    def _compiles(self, n: int) -> bool:
+        """Whether an evaluation of n images compiles."""
+        if self.compile is None:
+            return self._device.type == "cuda" and n >= WORTHWHILE
+        return self.compile
 
-    def _fast(self, image: Tensor) -> Tensor:
-        """Logits in bf16 where torch deems it safe; the image itself stays float32."""
-        if image.device.type == "cuda":
-            image = image.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(image.device.type, torch.bfloat16):
-            logits: Tensor = self.net(image)
-        return logits
+    def _first(self, count: int) -> Tensor:
+        return self.data.take(torch.arange(count, device=self._device)).image
 
     @torch.no_grad()
     def _clean(self, index: Tensor, most: int) -> Tensor:
         """Clean logits of some samples, [m, k]."""
-        return torch.cat([self.net(self.data.take(part).image) for part in torch.split(index, most)])
+        parts = torch.split(index, most)
+        return torch.cat([self.searching.strict(self.data.take(part).image) for part in parts])
 
     def _trial(
         self, attack: Attack, key: str, left: Tensor, logits: Tensor, run: _Run, progress: bool
@@ -178,8 +189,9 @@ class Evaluator:
             while done < len(batches):
                 count = run.group or max(1, run.physical // self.batch_size)
                 group = batches[done : done + count]
-                run.group = len(group)
+                run.group, preparing = len(group), self.searching.seconds
                 found = run.fitting(partial(self._group, attack, group, done, logits, run))
+                run.leave_out(self.searching.seconds - preparing)
                 index, done = torch.cat(group), done + len(group)
                 prediction, distance, forwards, backwards, loose = found
                 trial.prediction[index], trial.distance[index] = prediction, distance
@@ -203,7 +215,7 @@ class Evaluator:
         """Attack several logical batches at once: predictions, distances, forwards, backwards, on the CPU,
         and what could not be told apart by sample."""
         index = torch.cat(list(batches))
-        oracle = self._oracle(len(index), logits[index].to(self._device), most)
+        oracle = self.searching.oracle(len(index), logits[index].to(self._device), most)
         draws = Draws.seeded(batches, self.seed, attack.name, first)
         journal = _Notes(run, oracle, self._device)
         adversarial, image = self._perturb(attack, index, oracle, draws, journal)
@@ -215,18 +227,13 @@ class Evaluator:
 
     def show(self, attack: Attack, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Images [m, c, h, w], their adversarial images, and both predictions as probabilities [m, k]."""
-        with self._standing():
+        with self.searching.standing():
             clean = self._clean(index, self.physical_batch)
-            oracle = self._oracle(len(index), clean, self.physical_batch)
+            oracle = self.searching.oracle(len(index), clean, self.physical_batch)
             draws = Draws.seeded([index.cpu()], self.seed, attack.name)
             adversarial, image = self._perturb(attack, index, oracle, draws, Journal())
             with torch.no_grad():
                 return image, adversarial, clean.softmax(1), oracle.exact_at()(adversarial).softmax(1)
-
-    def _oracle(self, n: int, clean: Tensor, most: int) -> Oracle:
-        if self.precision == "exact":
-            return Oracle(self.net, n, clean=clean, most=most)
-        return Oracle(self._fast, n, exact=self.net, clean=clean, most=most)
 
     def _perturb(
         self, attack: Attack, index: Tensor, oracle: Oracle, draws: Draws, journal: Journal
@@ -244,8 +251,8 @@ class Evaluator:
 class _Run:
     """How far an evaluation is: what goes into its state file, and how much fits into memory."""
 
-    def __init__(self, file: StateFile | None, physical: int) -> None:
-        self._file = file
+    def __init__(self, file: StateFile | None, physical: int, searching: Searching) -> None:
+        self._file, self._searching = file, searching
         self.tensors: dict[str, Tensor] = {}
         self.stage: dict[str, Tensor] = {}
         """Where a killed evaluation left the attack on its group."""
@@ -292,6 +299,10 @@ class _Run:
         if self._file is not None:
             self._file.save(lambda: self._state(stage()))
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count these towards the open trial."""
+        self._since += seconds
+
     def _state(self, stage: dict[str, Tensor]) -> Saved:
         tensors, trials = dict(self.tensors), {}
         for key, trial in self._trials.items():
@@ -322,8 +333,17 @@ class _Run:
                 )
             self.physical //= 2
             self.stage = {}
+            self._searching.forget()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def cost_line(row: Mapping[str, Any]) -> str:
+    """What an attack found and cost in one line, from a row of :meth:`Evaluation.members`."""
+    return (
+        f"  {row['name']}: {row['attacked']} of {row['n']} images attacked, {row['count']} robust after it; "
+        f"{row['forwards']:,} forwards, {row['backwards']:,} gradients, {row['seconds']:.1f} s"
+    )
 
 
 class _Notes(Journal):

@@ -49,17 +49,17 @@ def check_standard(attacks: Mapping[str, Any] | tuple[str, ...], n: int, full: i
         attacks: names of the attacks.
         n: images attacked.
         full: images of the test set.
-        precision: of the evaluation, ``exact`` or not.
+        precision: of the evaluation: ``exact``, ``strict`` or another.
 
     Raises:
         SettingError: the standard ensemble was not run, or not on all images, or not exactly.
     """
-    accepted = f"--attacks {ENSEMBLE} on all {full} test images (--size null), with exact precision"
+    accepted = f"--attacks {ENSEMBLE} on all {full} test images (--size null), with exact or strict precision"
     if ENSEMBLE not in attacks and not set(STANDARD) <= set(attacks):
         raise SettingError("--robustbench", f"an evaluation with {', '.join(attacks)}", accepted)
     if n < full:
         raise SettingError("--robustbench", f"an evaluation on {n} of {full} images", accepted)
-    if precision != "exact":
+    if precision not in ("exact", "strict"):
         raise SettingError("--robustbench", f"an evaluation with precision {precision}", accepted)
 
 

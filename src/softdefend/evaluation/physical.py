@@ -10,12 +10,13 @@ from softdefend.modes import attacked
 ON_CPU = 256
 """Images at once on a CPU: beyond this nothing gets faster, and a wide network's activations stay below some
 gigabytes."""
-_MOST, _PROBE, _SHARE = 4096, 16, 0.7
+_MOST, _PROBE, _SHARE = 1024, 16, 0.5
+"""More than 1,024 at once fill a GPU no better. Captured steps keep as much again as their forwards need."""
 
 
 def images_at_once(net: nn.Module, image: Tensor) -> int:
     """Images whose forward and input gradient fit into the free memory of their device, a power of two up to
-    4096 on a GPU.
+    1024 on a GPU.
 
     Measured on a batch of 16: the peak of one forward and one gradient, to which the attacks' own copies of
     the images are added. An estimate: whoever uses it must be ready to halve it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from softdefend.attacks import PGD, Attack
 from softdefend.data import DataBundle, Resident
 from softdefend.errors import SettingError
 from softdefend.evaluation.autoattack import Ensemble, parse
-from softdefend.evaluation.evaluate import Evaluator, Precision
+from softdefend.evaluation.evaluate import Evaluator, cost_line
 from softdefend.evaluation.physical import images_at_once
 from softdefend.evaluation.records import Evaluation, Rate, versions
 from softdefend.evaluation.resume import StateFile, file_digest, fingerprint
+from softdefend.evaluation.searching import Precision, check_precision
 from softdefend.files import write_atomic
 from softdefend.threat import Budget, ThreatModel
 
@@ -29,8 +30,8 @@ CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 SAVE_EVERY = 30.0
 """Least seconds between two saves. AutoAttack's members save within a group of logical batches, all other
 attacks at its end: a killed evaluation begins such a group again."""
-HARMLESS = ("physical_batch", "examples")
-"""Settings that change no figure: another value of theirs is the same evaluation."""
+HARMLESS = ("physical_batch", "compile", "examples")
+"""Settings that change no figure but by rounding: another value of theirs is the same evaluation."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ class EvaluateSettings:
     physical_batch: int | None = None
     """Images computed at once; found from the free memory when null. Changes no result."""
     precision: Precision = "exact"
-    """exact (fp32 throughout) or fast (searches in bf16; every success is confirmed in fp32)."""
+    """exact (searches in torch's default precision: fp32, with TF32 in convolutions on a GPU), strict (fp32
+    without TF32) or fast (bf16). A success counts once strict fp32 confirms it."""
+    compile: bool | None = None
+    """Compile the network and capture the attacks' steps; null: on a GPU from 256 images on."""
     seed: int = 0
     """Of the attacks' random numbers."""
 
@@ -58,8 +62,7 @@ class EvaluateSettings:
         object.__setattr__(self, "attacks", tuple(self.attacks))
         for name in self.attacks:
             parse(name)
-        if self.precision not in ("exact", "fast"):
-            raise SettingError("evaluate.precision", repr(self.precision), "exact or fast")
+        check_precision(self.precision)
         for name, value, least in (
             ("size", 1 if self.size is None else self.size, 1),
             ("curve_size", self.curve_size, 0),
@@ -110,12 +113,13 @@ def evaluate_checkpoint(
     data_name: str,
     network: dict[str, str] | None = None,
     progress: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate ``which`` (``best`` or ``last``) of a run folder on the test images.
 
     ``identity`` is written with the result under ``settings``, beside the sha256 of the weights and of the
     test data; all but :data:`HARMLESS` of it tells evaluations apart. ``network`` is written likewise: what
-    else tells the network from others of the same weights.
+    else tells the network from others of the same weights. ``say`` is told what each attack found and cost.
 
     Writes ``evaluation/{name}.json``, one row a sample in ``evaluation/{name}.parquet`` and, for the name
     ``last``, the report's example images. Killed at any moment, the same call continues from
@@ -148,8 +152,8 @@ def evaluate_checkpoint(
         physical = images_at_once(net, data.take(torch.zeros(1, dtype=torch.int64, device=device)).image)
     evaluator = _evaluator(net, data, threat, settings, physical)
     attacks = [parse(attack, len(bundle.classes)) for attack in settings.attacks]
-    result = evaluator(attacks, limit=settings.size, progress=progress, state=state)
-    physical = result.how["physical_batch"]
+    result = evaluator(attacks, limit=settings.size, progress=progress, state=state, say=say)
+    evaluator.physical_batch = physical = result.how["physical_batch"]
     report = {
         "which": which,
         "epoch": metadata.get("epoch"),
@@ -159,7 +163,7 @@ def evaluate_checkpoint(
         "settings": identity,
         **result.to_dict(),
         "per_class": _per_class(result, bundle.classes),
-        "eps_curve": _curve(net, data, threat, settings, physical, result) if settings.curve_size else [],
+        "eps_curve": _curve(evaluator, settings.curve_size, result) if settings.curve_size else [],
     }
     # Killed between these, no file is left that speaks of another evaluation than the others.
     pictures = [f"{name}-gallery.safetensors", *(["examples.safetensors"] if name == "last" else [])]
@@ -171,6 +175,14 @@ def evaluate_checkpoint(
     write_atomic(folder / "evaluation" / f"{name}.json", json.dumps(report, indent=1).encode())
     state.remove()
     return report
+
+
+def cost_lines(report: Mapping[str, Any]) -> list[str]:
+    """What an evaluation said after each attack, from its JSON."""
+    rows: list[Mapping[str, Any]] = []
+    for name, row in report["attacks"].items():
+        rows += row.get("members") or [{"name": name, "attacked": row["n"], **row}]
+    return [cost_line(row) for row in rows]
 
 
 def telling(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,6 +202,7 @@ def _evaluator(
         seed=settings.seed,
         physical_batch=physical,
         precision=settings.precision,
+        compile=settings.compile,
     )
 
 
@@ -205,24 +218,16 @@ def _per_class(result: Evaluation, classes: tuple[str, ...]) -> list[dict[str, A
     return rows
 
 
-def _curve(
-    net: nn.Module,
-    data: Resident,
-    threat: ThreatModel,
-    settings: EvaluateSettings,
-    physical: int,
-    result: Evaluation,
-) -> list[dict[str, Any]]:
+def _curve(evaluator: Evaluator, size: int, result: Evaluation) -> list[dict[str, Any]]:
     """Robust accuracy under PGD-20 at multiples of eps, starting from clean accuracy at zero."""
-    n = min(settings.curve_size, len(result.label))
+    n, threat = min(size, len(result.label)), result.threat
     clean = Rate.of((result.clean_prediction == result.label)[:n])
     points = [{"eps": "0", "value": 0.0, **asdict(clean)}]
     for factor in CURVE:
         eps = scaled(threat.eps, factor)
         if threat.norm == "linf" and eps > 1:
             break
-        evaluator = _evaluator(net, data, ThreatModel(threat.norm, eps), settings, physical)
-        rate = evaluator([PGD(steps=20)], limit=n).robust("pgd-20")
+        rate = evaluator.under(ThreatModel(threat.norm, eps))([PGD(steps=20)], limit=n).robust("pgd-20")
         points.append({"eps": str(eps), "value": float(eps), **asdict(rate)})
     return points
 

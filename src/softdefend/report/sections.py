@@ -91,11 +91,12 @@ def _legend(report: Report, rows: Sequence[Row]) -> str:
     bracket = (
         f"Brackets: interval ({', '.join(names)}). " if names and any(c.interval for c in present) else ""
     )
+    modes = sorted({str(e["precision"]) for e in evaluations if e.get("precision")})
+    searched = f"Precision of the attacks' searches: {', '.join(modes)}. " if modes else ""
     outside = any(OUTSIDE in run.config for group in report.groups for run in group.runs)
     only = " Networks that were not trained here have one checkpoint, shown as last." if outside else ""
-    return (
-        f"Counted on {sizes}. {spread}{bracket}Best: the checkpoint that was selected during training.{only}"
-    )
+    best = "Best: the checkpoint that was selected during training."
+    return f"Counted on {sizes}. {spread}{bracket}{searched}{best}{only}"
 
 
 def learning_curves(report: Report) -> Html:
