@@ -59,5 +59,58 @@ def demo(name: str = "demo_seeds") -> str:
     return "\n".join(lines)
 
 
+def train_step() -> str:
+    """Milliseconds of a training step, against the reference code's and the machine's ceiling."""
+    results = read("train_step")
+    lines = [
+        "| network | recipe | batch | times the reference | ms a step | reference, ms | s an epoch | "
+        f"share of {results['ceiling_tflops']:.0f} TFLOP/s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in results["rows"]:
+        ratio, theirs = (f"{row['ratio']:.2f}", f"{row['reference_ms']:.1f}") if "ratio" in row else ("", "")
+        lines.append(
+            f"| {row['net']} | {row['recipe']} | {row['batch_size']} | {ratio} | {row['ms']:.2f} | {theirs} "
+            f"| {row['seconds_per_epoch']:.2f} | {100 * row['ceiling_share']:.0f}% |"
+        )
+    return "\n".join(lines)
+
+
+def autoattack() -> str:
+    """Seconds of AutoAttack standard, ours and the authors', and on how many images verdicts differ."""
+    lines = [
+        "| network | mode | times the reference | seconds (set-up) | reference, s "
+        "| robust, ours / reference | left robust what it broke |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, network in read("autoattack")["networks"].items():
+        reference = network["reference"]
+        for mode in ("exact", "fast"):
+            own = network[mode]
+            lines.append(
+                f"| {name} | {mode} | {network['times_faster_than_reference'][mode]:.2f} "
+                f"| {own['seconds']:.1f} ({own['setup_seconds']:.1f}) | {reference['seconds']:.1f} "
+                f"| {own['robust']} / {reference['robust']} "
+                f"| {network['images_of_other_verdict'][mode]['left_robust']} |"
+            )
+    return "\n".join(lines)
+
+
+def recipes() -> str:
+    """Every preset on 30 epochs that has been run: clean and PGD-20 at best and last, seconds per epoch."""
+    lines = [
+        "| preset | clean best | clean last | PGD-20 best | PGD-20 last | s an epoch (runs on the GPU) |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for run in read("recipes")["runs"]:
+        best, last = run["best"], run["last"]
+        lines.append(
+            f"| {run['recipe']} | {best['clean']:.1f} | {last['clean']:.1f} | {best['pgd-20']:.1f} "
+            f"| {last['pgd-20']:.1f} | {run['seconds_per_epoch']:.1f} ({run['runs_per_device']}) |"
+        )
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(short_schedule(), demo(), demo("demo_seeds_clean"), sep="\n\n")
+    tables = (short_schedule(), demo(), demo("demo_seeds_clean"), train_step(), autoattack(), recipes())
+    print(*tables, sep="\n\n")

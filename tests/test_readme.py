@@ -62,5 +62,9 @@ def test_every_results_table_is_what_the_result_files_say():
     tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
     results = (ROOT / "docs" / "results.md").read_text()
     assert tables["short_schedule"]() in README
-    for table in (tables["short_schedule"](), tables["demo"](), tables["demo"]("demo_seeds_clean")):
+    demos = tables["demo"](), tables["demo"]("demo_seeds_clean")
+    for table in (tables["short_schedule"](), *demos, tables["recipes"]()):
         assert table in results
+    speed = (ROOT / "docs" / "speed.md").read_text()
+    for table in (tables["train_step"](), tables["autoattack"]()):
+        assert table in speed
