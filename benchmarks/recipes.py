@@ -28,7 +28,7 @@ DISTILLED = ("kd", "kd-swa")
 """Presets whose teachers are trained first, once for both where one has finished."""
 PROTOCOL = ["--config", "cifar10_resnet18_short", "--optim.epochs", str(EPOCHS), "--validate.every", "2"]
 # Searches in bf16; what counts is what an fp32 forward confirms.
-PROTOCOL += ["--evaluate.precision", "fast"]
+PROTOCOL += ["--validate.precision", "fast", "--evaluate.precision", "fast"]
 QUICK = ["--config", "digits_demo", "--optim.epochs", "2", "--data.train_size", "64", "--evaluate.size", "64"]
 QUICK += ["--evaluate.curve_size", "0"]
 
