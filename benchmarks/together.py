@@ -1,0 +1,119 @@
+"""Does it pay to train several runs on one device at once? Wall seconds of the same runs, K at a time.
+
+    python benchmarks/together.py --data DIR --epochs 4
+    python benchmarks/together.py --quick     # digits, on a CPU
+
+For each K the runs (seeds of one preset) are trained by ``softdefend compare --together K`` in fresh folders.
+One run before them fills the caches of compiled code, so that all K find the same. What a run does besides
+training (loading, validation, evaluation, its report) is part of the time: side by side, one run's idle time
+is another's. Where an MPS server is running the processes share the device's multiprocessors, else they take
+turns; the file says which.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softdefend.training.engine import resolve_device
+from softdefend.training.folder import environment
+
+QUICK = ["--config", "digits_demo", "--data.train_size", "64", "--evaluate.size", "64"]
+
+
+def compare(folder: Path, seeds: list[int], together: int, args: argparse.Namespace) -> float:
+    """Wall seconds of training all seeds."""
+    words = [*QUICK] if args.quick else ["--config", "cifar10_resnet18_short"]
+    if args.data:
+        words += ["--data.source", str(args.data), "--data.name", args.data_name]
+    words += [
+        "--optim.epochs",
+        str(args.epochs),
+        "--runtime.device",
+        args.device,
+        "--evaluate.precision",
+        "fast",
+    ]
+    words += ["--presets", args.preset, "--folder", str(folder), "--together", str(together)]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with open(folder.with_suffix(".log"), "wb") as log:
+        subprocess.run(
+            [sys.executable, "-m", "softdefend", "compare", *words, "--seeds", *map(str, seeds)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=True,
+        )
+    return time.perf_counter() - started
+
+
+def shared() -> bool:
+    """Whether an MPS server is there for processes of this user."""
+    return subprocess.run(["pgrep", "-f", "nvidia-cuda-mps-control"], capture_output=True).returncode == 0
+
+
+def measured(folder: Path, together: int, seconds: float, runs: int, epochs: int) -> dict[str, Any]:
+    """One row: wall time of a run, and how long its epochs were beside others."""
+    rows = [
+        json.loads(line)["seconds"]
+        for path in sorted(folder.glob("*/timing.jsonl"))
+        for line in path.read_text().splitlines()[1:]
+    ]
+    return {
+        "together": together,
+        "wall_seconds": round(seconds, 2),
+        "wall_seconds_per_run": round(seconds / runs, 2),
+        "seconds_per_epoch_and_run": round(sum(rows) / max(len(rows), 1), 3),
+        "runs": runs,
+        "epochs": epochs,
+    }
+
+
+def main() -> int:
+    """Train the same seeds K at a time for every K."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="Parquet folder of CIFAR-10 in hub layout")
+    parser.add_argument("--data-name", default="CIFAR-10 (JPEG mirror)", help="what to call the data")
+    parser.add_argument("--preset", default="pgd-at")
+    parser.add_argument("--together", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--runs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--folder", type=Path, default=Path("runs/together"))
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/together.json"))
+    args = parser.parse_args()
+    compare(args.folder / "warm-up", [0], 1, args)
+    rows = []
+    for together in args.together:
+        folder = args.folder / f"together-{together}"
+        seconds = compare(folder, list(range(args.runs)), together, args)
+        rows.append(measured(folder, together, seconds, args.runs, args.epochs))
+        print(json.dumps(rows[-1]))
+    content = {
+        "times_as_fast_as_one_at_a_time": {
+            str(row["together"]): round(rows[0]["wall_seconds"] / row["wall_seconds"], 3) for row in rows
+        },
+        "preset": args.preset,
+        "mps": torch.cuda.is_available() and shared(),
+        "environment": environment(resolve_device(args.device)),
+        "rows": rows,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
