@@ -96,21 +96,6 @@ def autoattack() -> str:
     return "\n".join(lines)
 
 
-def recipes() -> str:
-    """Every preset on 30 epochs that has been run: clean and PGD-20 at best and last, seconds per epoch."""
-    lines = [
-        "| preset | clean best | clean last | PGD-20 best | PGD-20 last | s an epoch (runs on the GPU) |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for run in read("recipes")["runs"]:
-        best, last = run["best"], run["last"]
-        lines.append(
-            f"| {run['recipe']} | {best['clean']:.1f} | {last['clean']:.1f} | {best['pgd-20']:.1f} "
-            f"| {last['pgd-20']:.1f} | {run['seconds_per_epoch']:.1f} ({run['runs_per_device']}) |"
-        )
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    tables = (short_schedule(), demo(), demo("demo_seeds_clean"), train_step(), autoattack(), recipes())
+    tables = (short_schedule(), demo(), demo("demo_seeds_clean"), train_step(), autoattack())
     print(*tables, sep="\n\n")

@@ -63,7 +63,7 @@ def test_every_results_table_is_what_the_result_files_say():
     results = (ROOT / "docs" / "results.md").read_text()
     assert tables["short_schedule"]() in README
     demos = tables["demo"](), tables["demo"]("demo_seeds_clean")
-    for table in (tables["short_schedule"](), *demos, tables["recipes"]()):
+    for table in (tables["short_schedule"](), *demos):
         assert table in results
     speed = (ROOT / "docs" / "speed.md").read_text()
     for table in (tables["train_step"](), tables["autoattack"]()):

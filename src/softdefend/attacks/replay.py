@@ -38,8 +38,8 @@ def size(count: int) -> int:
     """The batch in which ``count`` >= 1 images are computed: a power of two from 16 to 128, or a multiple
     of 64.
 
-    Few enough sizes that a shrinking search meets each only a few times, at most 13% of a large batch for
-    nothing, and whole tiles for matrix units.
+    Few enough sizes that a shrinking search meets each only a few times, at most an eighth of a batch above
+    448 for nothing, and whole tiles for matrix units.
 
     >>> [size(count) for count in (1, 9, 100, 129, 420)]
     [16, 16, 128, 192, 448]
@@ -184,8 +184,8 @@ class CudaTape:
 
 def _now(tensors: Fields) -> float:
     """The clock, once the device has done what was asked of it."""
-    if any(tensor.is_cuda for tensor in tensors):
-        torch.cuda.synchronize()
+    if tensors[0].is_cuda:
+        torch.cuda.synchronize(tensors[0].device)
     return time.perf_counter()
 
 

@@ -201,6 +201,8 @@ class Evaluator:
                 trial.total_backwards += int(backwards.sum()) + loose[1]
                 run.close(key, done)
                 bar.update(len(index))
+        # The next attack takes other steps: what was captured for each would add up.
+        self.searching.forget()
         return trial
 
     def _group(

@@ -17,7 +17,7 @@ from softdefend.data import Split
 from softdefend.data.cache import checksum
 from softdefend.files import write_atomic
 
-_KEY = "softdefend-evaluation-1"
+_KEY = "softdefend-evaluation-2"
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and plain values."""
 

@@ -122,7 +122,7 @@ class Searching:
         """
         if self.recorder is not None:
             return
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.device)
         started = time.perf_counter()
         image = filled(image, size(len(image)))
         with torch.no_grad():
@@ -140,7 +140,7 @@ class Searching:
             _check_capture(tape, self._forward, image)
             recorder.enabled = True
         self.recorder = recorder
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.device)
         self._compiling += time.perf_counter() - started
 
     def fuse(self, image: Tensor) -> None:
@@ -156,8 +156,10 @@ class Searching:
         if kernels is None:
             return
         with _optional("the network is not run in fused kernels, which is slower"):
-            if not agree(kernels, self.net, image):
-                raise RuntimeError("their logits or gradients are others")
+            # Batches of other sizes are cut into other tiles.
+            for count in {min(count, len(image)) for count in (16, 128, len(image))}:
+                if not agree(kernels, self.net, image[:count]):
+                    raise RuntimeError(f"their logits or gradients are others on {count} images")
             self._fused = self._plain = self._forward = kernels
 
     def _adapt(self, image: Tensor, wanted: Tensor) -> None:

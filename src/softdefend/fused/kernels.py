@@ -8,6 +8,10 @@ float32.
 
 Weights are [outputs, 9 inputs], tap by tap, row by row of the 3x3 window. The gradient in the image is the
 same sum with taps in reverse and the weights read across.
+
+Sums are kept as [columns, pixels], weights first. Triton takes the second operand of a product from shared
+memory, but a first one that has been reshaped from registers, and Triton 3.6 writes the next portion into
+these while products may still read them (triton-lang/triton#9433): sums are then wrong, now and then.
 """
 
 from __future__ import annotations
@@ -57,15 +61,15 @@ def convolve(
     tile = program // across
     image = tile // (height // rows) * images
     row = tile % (height // rows) * rows
-    total = tl.zeros([pixels, columns], dtype=tl.float32)
+    total = tl.zeros([columns, pixels], dtype=tl.float32)
     for turn in range(9 * portions):
         tap = turn // portions
         channel = turn % portions * depth
         a = x.load([image, row + tap // 3 - 1, tap % 3 - 1, channel]).reshape(pixels, depth)
         if backward:
-            total = tl.dot(a, w.load([channel, (8 - tap) * outputs + first]), total)
+            total = tl.dot(w.load([channel, (8 - tap) * outputs + first]).T, a.T, total)
         else:
-            total = tl.dot(a, w.load([first, tap * inputs + channel]).T, total)
+            total = tl.dot(w.load([first, tap * inputs + channel]), a.T, total)
     if side_inputs > 0:
         for channel in range(0, side_inputs, depth):
             if side_pairs:
@@ -73,9 +77,10 @@ def convolve(
             else:
                 a = side.load([image, row, 0, channel]).reshape(pixels, depth)
             if backward:
-                total = tl.dot(a, w_side.load([channel, first]), total)
+                total = tl.dot(w_side.load([channel, first]).T, a.T, total)
             else:
-                total = tl.dot(a, w_side.load([first, channel]).T, total)
+                total = tl.dot(w_side.load([first, channel]), a.T, total)
+    total = total.T
     place = [image, row, 0, first]
     column = first + tl.arange(0, columns)
     if backward:
@@ -125,7 +130,7 @@ def convolve_strided(
     tile = program // across
     image = tile // (height // rows) * images
     row = tile % (height // rows) * rows
-    total = tl.zeros([pixels, columns], dtype=tl.float32)
+    total = tl.zeros([columns, pixels], dtype=tl.float32)
     for turn in range(9 * portions):
         tap = turn // portions
         channel = turn % portions * depth
@@ -139,7 +144,8 @@ def convolve_strided(
             (right + 1) % 2 * inputs + channel,
         ]
         a = x.load(place).reshape(pixels, depth)
-        total = tl.dot(a, w.load([first, tap * inputs + channel]).T, total)
+        total = tl.dot(w.load([first, tap * inputs + channel]), a.T, total)
+    total = total.T
     column = first + tl.arange(0, columns)
     total += tl.load(bias + column, mask=column < outputs)[None, :]
     total = tl.maximum(total, 0.0)
@@ -182,7 +188,7 @@ def gradient_strided(
     tile = program // across
     image = tile // (height // rows) * images
     row = tile % (height // rows) * rows
-    total = tl.zeros([pixels, columns], dtype=tl.float32)
+    total = tl.zeros([columns, pixels], dtype=tl.float32)
     for turn in range((1 + odd_row) * (1 + odd_column) * portions):
         number = turn // portions
         channel = turn % portions * depth
@@ -191,11 +197,12 @@ def gradient_strided(
         tap = (1 - odd_row + 2 * odd_row * below) * 3 + 1 - odd_column + 2 * odd_column * beside
         place = [image, row + odd_row * (1 - below), odd_column * (1 - beside), channel]
         a = grad.load(place).reshape(pixels, depth)
-        total = tl.dot(a, w.load([channel, tap * outputs + first]), total)
+        total = tl.dot(w.load([channel, tap * outputs + first]).T, a.T, total)
     if parity == 0:
         for channel in range(0, inputs, depth):
             a = side.load([image, row, 0, channel]).reshape(pixels, depth)
-            total = tl.dot(a, w_side.load([channel, first]), total)
+            total = tl.dot(w_side.load([channel, first]).T, a.T, total)
+    total = total.T
     if scale is not None:
         total *= tl.load(scale + first + tl.arange(0, columns))[None, :]
     place = [image, row, odd_row, 0, odd_column * outputs + first]
@@ -270,7 +277,7 @@ def stem_taps(
     there = (pixel < count)[:, None]
     a = tl.load(grad + pixel[:, None].to(tl.int64) * outputs + output[None, :], mask=there, other=0.0)
     total = tl.dot(a, tl.load(w + term[None, :] * outputs + output[:, None]))
-    tl.store(out + pixel[:, None] * padded + term[None, :], total, mask=there)
+    tl.store(out + pixel[:, None].to(tl.int64) * padded + term[None, :], total, mask=there)
 
 
 @triton.jit
@@ -297,7 +304,7 @@ def stem_gradient(
     for tap in tl.static_range(9):
         y, x = row - (tap // 3 - 1), column - (tap % 3 - 1)
         inside = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (pixel < count)
-        source = (number * height + y) * width + x
+        source = ((number * height + y) * width + x).to(tl.int64)
         total += tl.load(taps + source * padded + tap * channels + channel, mask=inside, other=0.0)
     place = number * stride_image + channel * stride_channel + row * stride_row + column * stride_column
     tl.store(out + place, total / tl.load(std + channel), mask=pixel < count)

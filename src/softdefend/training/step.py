@@ -272,13 +272,21 @@ class TrainStep:
             return self.forward
         self._fused.refresh()
         if len(image) not in self._agreed:  # in a rehearsal: never while a graph is recorded
-            self._agreed[len(image)] = agree(self._fused, self.net, image)
-            if not self._agreed[len(image)]:
-                what = (
-                    f"batches of {len(image)} images are attacked without fused kernels, whose sums are wrong"
-                )
-                warnings.warn(what, RuntimeWarning, stacklevel=2)
+            self._agreed[len(image)] = self._agrees(self._fused, image)
         return self._fused if self._agreed[len(image)] else self.forward
+
+    def _agrees(self, kernels: FusedNet, image: Tensor) -> bool:
+        why = "their logits or gradients are not the network's"
+        try:
+            if agree(kernels, self.net, image):
+                return True
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler's, which knows many
+            why = " ".join(str(error).split())[:160]
+        what = f"batches of {len(image)} images are attacked without fused kernels, which is slower: {why}"
+        warnings.warn(what, RuntimeWarning, stacklevel=2)
+        return False
 
     def _update(self, total: Tensor) -> None:
         total.backward()  # type: ignore[no-untyped-call]
