@@ -96,6 +96,20 @@ def autoattack() -> str:
     return "\n".join(lines)
 
 
+def label_memory() -> str:
+    """The label memory at ImageNet-1k's size, by storage: megabytes, microseconds, errors."""
+    lines = [
+        "| storage | MB | read and write of 256 rows, µs | largest error of an entry | mean distance of a row |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in read("label_memory")["rows"]:
+        lines.append(
+            f"| {row['storage']} | {row['megabytes']:.0f} | {row['update_us']:.0f} "
+            f"| {row['largest_error']:.4f} | {row['mean_row_distance']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    tables = (short_schedule(), demo(), demo("demo_seeds_clean"), train_step(), autoattack())
+    tables = (short_schedule(), demo(), demo("demo_seeds_clean"), train_step(), autoattack(), label_memory())
     print(*tables, sep="\n\n")

@@ -66,5 +66,5 @@ def test_every_results_table_is_what_the_result_files_say():
     for table in (tables["short_schedule"](), *demos):
         assert table in results
     speed = (ROOT / "docs" / "speed.md").read_text()
-    for table in (tables["train_step"](), tables["autoattack"]()):
+    for table in (tables["train_step"](), tables["autoattack"](), tables["label_memory"]()):
         assert table in speed
