@@ -14,9 +14,11 @@ $(STAMP): pyproject.toml constraints.txt
 		--editable '.[dev]'
 	touch $(STAMP)
 
-# PGD-AT against PGD-AT + SGLR on real 8x8 digits: two short trainings on the CPU, a table, an HTML report.
+# PGD-AT against PGD-AT + SGLR on real 8x8 digits: two short trainings on the CPU, a table, an HTML report. Side by
+# side with one thread each: images this small are not worth dividing, and threads would wait for each other.
 demo: install
-	$(BIN)/softdefend compare --config digits_demo --presets pgd-at sglr-reference --folder demo
+	$(BIN)/softdefend compare --config digits_demo --presets pgd-at sglr-reference --folder demo \
+		--together 2 --runtime.threads 1
 
 lint: install
 	$(BIN)/ruff check src tests benchmarks

@@ -18,6 +18,7 @@ folder, name, code = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 time.sleep(0.15)
 print("seen", len(list(folder.glob("*.running"))))
 (folder / f"{name}.running").unlink()
+print("threads", os.environ["OMP_NUM_THREADS"])
 print("last words of", name)
 sys.exit(code)
 """
@@ -47,7 +48,23 @@ def test_every_job_runs_and_never_more_at_once_than_asked(job, at_once):
     side_by_side(jobs, at_once, say=said.append)
     seen = [int(made.log.read_text().split()[1]) for made in jobs]
     assert max(seen) <= at_once
-    assert sorted(said) == [f"{name}: done" for name in "abcd"]
+    assert sorted(line for line in said if line.endswith(": done")) == [f"{name}: done" for name in "abcd"]
+    assert [line for line in said if "output" in line] == [
+        f"{made.name}: its output goes to {made.log}" for made in jobs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("at_once", "given", "each"), [(1, None, "8"), (3, None, "2"), (20, None, "1"), (2, "5", "5")]
+)
+def test_the_cores_are_divided_unless_threads_are_given(job, monkeypatch, at_once, given, each):
+    monkeypatch.setattr(together.os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    made = job("a")
+    side_by_side([made], at_once, say=lambda _: None)
+    assert f"threads {each}\n" in made.log.read_text()
 
 
 def test_a_failure_leaves_the_others_alone_and_is_told_at_the_end(job):

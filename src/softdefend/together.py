@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,9 @@ class Job:
 def side_by_side(jobs: Sequence[Job], at_once: int, *, say: Callable[[str], None] = print) -> None:
     """Run every job, ``at_once`` of them at a time, in order.
 
-    A job that fails leaves the others alone. Interrupted, all of them are stopped.
+    The cores of the CPU are divided among them, unless OMP_NUM_THREADS or a job's ``runtime.threads`` says
+    otherwise: threads of several processes that wait for each other on one core make every step many times
+    slower. A job that fails leaves the others alone. Interrupted, all of them are stopped.
 
     Raises:
         SettingError: ``at_once`` below 1; or, when all have ended, the last words of the first that failed.
@@ -43,13 +46,16 @@ def side_by_side(jobs: Sequence[Job], at_once: int, *, say: Callable[[str], None
     before = None
     if threading.current_thread() is threading.main_thread():
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     waiting, failed = list(jobs), list[Job]()
     running: dict[Job, subprocess.Popen[bytes]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.pop(0)
-                running[job] = _start(job)
+                say(f"{job.name}: its output goes to {job.log}")
+                running[job] = _start(job, environment)
             time.sleep(0.05)
             for job, process in list(running.items()):
                 if process.poll() is not None:
@@ -72,8 +78,10 @@ def side_by_side(jobs: Sequence[Job], at_once: int, *, say: Callable[[str], None
         raise SettingError(failed[0].name, last, f"a run that ends well; its output is in {failed[0].log}")
 
 
-def _start(job: Job) -> subprocess.Popen[bytes]:
+def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "ab") as log:
         command = [sys.executable, "-m", "softdefend", *job.words]
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+        )

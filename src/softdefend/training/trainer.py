@@ -20,6 +20,7 @@ from softdefend import rng
 from softdefend.attacks import FGSM, PGD
 from softdefend.data import Augmented, AugmentSettings, DataBundle, Resident
 from softdefend.errors import DivergenceError, SettingError
+from softdefend.evaluation.autoattack import Ensemble
 from softdefend.evaluation.evaluate import Evaluator
 from softdefend.evaluation.resume import fingerprint
 from softdefend.evaluation.searching import Precision, check_precision
@@ -336,7 +337,9 @@ class Trainer:
                     precision=self.validate.precision,
                 )
                 also = [FGSM()] if self.watched and name == "val" else []
-                result = evaluator([self.validate.attack, *also], limit=size)
+                # As ensembles of one: an image that is wrong as it is counts as lost and is not attacked.
+                attacks = [Ensemble(attack.name, (attack,)) for attack in (self.validate.attack, *also)]
+                result = evaluator(attacks, limit=size)
                 figures[f"{name}_clean"] = result.clean.rate
                 figures[f"{name}_robust"] = result.robust(self.validate.attack.name).rate
                 if also:
