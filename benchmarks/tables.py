@@ -99,7 +99,8 @@ def autoattack() -> str:
 def label_memory() -> str:
     """The label memory at ImageNet-1k's size, by storage: megabytes, microseconds, errors."""
     lines = [
-        "| storage | MB | read and write of 256 rows, µs | largest error of an entry | mean distance of a row |",
+        "| storage | MB | read and write of 256 rows, µs | largest error of an entry "
+        "| mean distance of a row |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in read("label_memory")["rows"]:
