@@ -90,9 +90,10 @@ def test_targets_decide_every_image_of_a_linear_network(k, norm):
     assert torch.equal(right[clear], optimum[clear] < 0)
 
 
-def plainly(net, image, label, eps, norm, steps, noise, rho=0.75) -> torch.Tensor:
+def plainly(net, image, label, eps, norm, steps, noise, rho=0.75) -> tuple[torch.Tensor, bool]:
     """Auto-PGD on the cross-entropy of one image [c, h, w], line by line (Algorithm 1), until the network is
-    fooled. Losses are kept in a list, as the conditions of section 3.1 are written."""
+    fooled. Losses are kept in a list, as the conditions of section 3.1 are written. Also returned: whether
+    two losses that were compared are equal up to rounding."""
 
     def look(point):
         point = point.clone().requires_grad_(True)
@@ -112,10 +113,10 @@ def plainly(net, image, label, eps, norm, steps, noise, rho=0.75) -> torch.Tenso
     loss, slope, wrong = look(point)
     best = best_before = loss
     best_point, best_slope, last_point = point, slope, point
-    step, halved, since, losses = 2 * eps, True, 0, [0.0]
+    step, halved, since, losses, tied = 2 * eps, True, 0, [0.0], False
     for number in range(1, steps + 1):
         if wrong:
-            return point
+            return point, tied
         target = project(point + step * (slope.sign() if norm == "linf" else slope / slope.norm()))
         share = 1.0 if number == 1 else 0.75
         last_point, point = (
@@ -123,6 +124,7 @@ def plainly(net, image, label, eps, norm, steps, noise, rho=0.75) -> torch.Tenso
             project(point + share * (target - point) + (1 - share) * (point - last_point)),
         )
         loss, slope, wrong = look(point)
+        tied = tied or min(abs(loss - best), abs(loss - losses[-1])) < 1e-13
         losses.append(loss)
         if loss > best:
             best, best_point, best_slope = loss, point, slope
@@ -134,7 +136,7 @@ def plainly(net, image, label, eps, norm, steps, noise, rho=0.75) -> torch.Tenso
                 point, slope = best_point, best_slope
             step = step / 2 if condition else step
             halved, best_before, since = condition, best, number
-    return point if wrong else best_point
+    return point if wrong else best_point, tied
 
 
 @norms
@@ -147,13 +149,19 @@ def test_iterates_are_those_of_the_paper(norm):
     found = attack(net, image, label, threat, generator=generator)
     torch.manual_seed(4)
     noise = 2 * torch.rand(image.shape) - 1 if norm == "linf" else torch.randn(image.shape)
-    plain = [
-        plainly(net, *pair, float(threat.eps), norm, 20, t.double())
-        for *pair, t in zip(image, label, noise, strict=True)
-    ]
+    plain, tied = zip(
+        *(
+            plainly(net, *pair, float(threat.eps), norm, 20, t.double())
+            for *pair, t in zip(image, label, noise, strict=True)
+        ),
+        strict=True,
+    )
     fooled = net(found).argmax(1) != label
     assert 5 < fooled.sum() < 55
-    torch.testing.assert_close(found, torch.stack(plain), atol=1e-9, rtol=0)
+    # Which of two equal losses is the larger one differs between processors, and from there on the path.
+    apart = (found - torch.stack(plain)).abs().flatten(1).amax(1) > 1e-9
+    assert torch.tensor(tied)[apart].all()
+    assert apart.sum() <= 3
 
 
 @norms
