@@ -59,7 +59,7 @@ def tile(
         pixels, columns, warps, stages = 256, 128, 8, 3
     else:
         columns = 64 if not whole and outputs > 32 else next(size for size in shares if outputs % size == 0)
-        pixels, warps, stages = 256, 8 if depth == 64 else 4, 3 if depth == 64 else 4
+        pixels, warps, stages = (128, 4, 2) if depth == 64 else (256, 4, 4)
     rows = min(height, pixels // width)
     return Tile(max(pixels // (rows * width), 1), rows, columns, depth, warps, stages)
 
