@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from softdefend.errors import SettingError
@@ -32,3 +35,44 @@ def write_atomic(path: Path, content: bytes) -> None:
             error.strerror or error,
             "a writable place with enough free space; nothing was overwritten",
         ) from error
+
+
+class Writer:
+    """Does pieces of work in order, in a thread, while the caller goes on: a GPU need not wait for a disk.
+
+    What fails is raised by the next call. The interpreter does not exit before all is done.
+
+    Args:
+        background: in a thread; else at once, which is right where it would take time from the caller.
+    """
+
+    _MOST = 2
+    """Pieces that may be waiting; each holds what it is to write."""
+
+    def __init__(self, *, background: bool = True) -> None:
+        self._background = background
+        self._pool: ThreadPoolExecutor | None = None
+        self._waiting: deque[Future[object]] = deque()
+
+    def __call__(self, work: Callable[[], object]) -> None:
+        """Have ``work`` done after all that was given before.
+
+        Raises:
+            SettingError: this or an earlier piece could not be written.
+        """
+        if not self._background:
+            work()
+            return
+        while len(self._waiting) >= self._MOST or (self._waiting and self._waiting[0].done()):
+            self._waiting.popleft().result()
+        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._waiting.append(self._pool.submit(work))
+
+    def wait(self) -> None:
+        """Return once everything given is done.
+
+        Raises:
+            SettingError: a piece could not be written.
+        """
+        while self._waiting:
+            self._waiting.popleft().result()

@@ -98,6 +98,7 @@ TRAIN = {
     "attacks as a word": ("--evaluate.attacks pgd-20", "evaluate.attacks", "pgd-20", "a list"),
     "evaluation of nothing": ("--evaluate.size 0", "evaluate.size", "0", ">= 1"),
     "keep": ("--save.keep 1", "save.keep", "1", ">= 2"),
+    "archive": ("--save.archive 0", "save.archive", "0", ">= 1"),
     "validate every": ("--validate.every 0", "validate.every", "0", ">= 1"),
     "capture on a CPU": ("--runtime.capture true", "runtime.capture", "true on cpu", "CUDA"),
     "device": ("--runtime.device tpu", "runtime.device", "tpu", "auto, cpu, cuda"),

@@ -3,12 +3,13 @@ import hashlib
 import io
 import os
 import pickle
+import threading
 
 import pytest
 import torch
 
 from softdefend.errors import SettingError
-from softdefend.files import write_atomic
+from softdefend.files import Writer, write_atomic
 from softdefend.training import checkpoint
 from softdefend.training.checkpoint import CheckpointError, CheckpointFolder
 
@@ -91,9 +92,62 @@ def test_the_folder_keeps_the_newest_and_loads_the_newest(tmp_path):
     assert folder.load(folder.paths()[0])["step"] == 100
 
 
+def test_every_so_many_steps_a_checkpoint_stays(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    folder.stride = 20
+    for step in range(10, 80, 10):
+        folder.save(step, {"step": step})
+    assert [int(p.stem.removeprefix("step-")) for p in folder.paths()] == [20, 40, 60, 70]
+
+
+def test_what_changes_after_saving_is_not_in_the_file(tmp_path):
+    """Training goes on while the file is written."""
+    gate, weight, folder = threading.Event(), torch.zeros(3), CheckpointFolder(tmp_path)
+    folder.writer(gate.wait)
+    folder.save(1, {"net": {"w": weight}, "list": [weight]})
+    weight.fill_(1.0)
+    gate.set()
+    state = folder.load()
+    assert torch.equal(state["net"]["w"], torch.zeros(3))
+    assert torch.equal(state["list"][0], torch.zeros(3))
+
+
+def test_a_disk_that_fills_up_in_the_background_is_reported_and_the_last_good_one_stands(
+    tmp_path, monkeypatch
+):
+    folder = CheckpointFolder(tmp_path)
+    folder.save(1, {"step": 1})
+    folder.paths()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    folder.save(2, {"step": 2})
+    with pytest.raises(SettingError, match="No space left on device"):
+        folder.paths()
+    assert folder.load()["step"] == 1
+
+
+def test_pieces_are_written_in_order_and_few_wait():
+    gate, done, writer = threading.Event(), [], Writer()
+    writer(gate.wait)
+    writer(lambda: done.append(1))
+    late = threading.Thread(target=lambda: writer(lambda: done.append(2)))
+    late.start()  # waits: each piece holds a whole state in memory
+    late.join(0.2)
+    assert late.is_alive()
+    assert done == []
+    gate.set()
+    late.join(10)
+    writer.wait()
+    assert done == [1, 2]
+
+
 def test_a_damaged_newest_offers_the_previous_good_one(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=3)
     paths = [folder.save(step, {"step": step}) for step in (1, 2, 3)]
+    assert folder.paths() == paths
     paths[2].write_bytes(paths[2].read_bytes()[:-1])
     with pytest.raises(
         CheckpointError, match=rf"truncated.*continue from it with --resume {paths[1]}"

@@ -14,7 +14,7 @@ from softdefend import PGD, PGDAT, SGLR, TRADES, Hard, OptimSettings, Schedule
 from softdefend.data import AugmentSettings, Resident
 from softdefend.errors import DivergenceError, SettingError
 from softdefend.evaluation import Evaluator
-from softdefend.training import RuntimeSettings, SaveSettings, ValidateSettings
+from softdefend.training import RuntimeSettings, SaveSettings, ValidateSettings, checkpoint
 from softdefend.training.engine import Engine, resolve_device
 
 
@@ -72,6 +72,30 @@ def test_the_best_checkpoint_is_the_first_with_the_highest_validation_robust_acc
     assert all(torch.equal(saved[key], seen[best][key]) for key in saved)
     last = load_file(trainer.folder.path / "last.safetensors")
     assert all(torch.equal(last[key], seen[8][key]) for key in last)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_every_second_epoch_can_be_kept(make_trainer, background):
+    """Also where files are written while training goes on, as on a GPU; what they hold is the same."""
+    trainers = [
+        make_trainer(
+            SGLR(),
+            PGDAT(),
+            folder=f"run-{number}",
+            optim=OptimSettings(epochs=5, batch_size=16),
+            save=SaveSettings(archive=2),
+        )
+        for number in range(2)
+    ]
+    trainers[1].folder.writer._background = background
+    kept = []
+    for trainer in trainers:
+        trainer.fit()
+        kept.append([checkpoint.load(path) for path in sorted(trainer.folder.path.rglob("*.ckpt"))])
+    assert [state["epoch"] for state in kept[0]] == [2, 4, 5]
+    for one, other in zip(*kept, strict=True):
+        assert all(torch.equal(one["net"][name], other["net"][name]) for name in one["net"])
+    assert (trainers[1].folder.path / "last.safetensors").is_file()
 
 
 def test_validation_figures_are_those_of_an_evaluation_of_the_same_weights(make_trainer, bundle, make_net):

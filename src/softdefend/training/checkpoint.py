@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from softdefend.errors import SettingError
-from softdefend.files import write_atomic
+from softdefend.files import Writer, write_atomic
 
 _MAGIC = b"softdefend-checkpoint-1\n"
 _HEADER = len(_MAGIC) + 32 + 8
@@ -67,27 +67,58 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     return state
 
 
+def snapshot(value: Any) -> Any:
+    """A copy in the host's memory of nested dictionaries and lists of tensors and plain values."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: snapshot(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(snapshot, value))
+    return value
+
+
 class CheckpointFolder:
     """The newest few checkpoints of one run, named by how many steps had been made.
 
     Args:
         folder: where they lie.
         keep: how many to keep, >= 2, so that a damaged newest one leaves a previous good one.
+        writer: writes them; one of its own when None.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder, self.keep = folder, keep
+    stride: int | None = None
+    """Steps between checkpoints that are kept beside the newest; none when None."""
+
+    def __init__(self, folder: Path, keep: int = 2, writer: Writer | None = None) -> None:
+        self.folder, self.keep, self.writer = folder, keep, writer or Writer()
 
     def paths(self) -> list[Path]:
-        """Oldest first."""
+        """Oldest first; what was given to :meth:`save` is among them."""
+        self.writer.wait()
+        return self._paths()
+
+    def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.ckpt"))
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write the state after ``step`` updates, then let the oldest go."""
-        path = self.folder / f"step-{step:09d}.ckpt"
-        save(path, state)
-        for old in self.paths()[: -self.keep]:
-            old.unlink()
+        """Write the state after ``step`` updates, then let the oldest go.
+
+        Training may go on at once: the state is copied here, and written in the background where the writer
+        has one. Until it is, and after a kill, the checkpoints before it stand.
+
+        Raises:
+            SettingError: an earlier state could not be written.
+        """
+        path, copied = self.folder / f"step-{step:09d}.ckpt", snapshot(state)
+
+        def write() -> None:
+            save(path, copied)
+            for old in self._paths()[: -self.keep]:
+                if self.stride is None or int(old.stem.removeprefix("step-")) % self.stride:
+                    old.unlink()
+
+        self.writer(write)
         return path
 
     def load(self, chosen: Path | None = None, device: torch.device | str = "cpu") -> dict[str, Any] | None:

@@ -20,8 +20,8 @@ from torch import nn
 
 from softdefend.errors import SettingError
 from softdefend.evaluation.records import versions
-from softdefend.files import write_atomic
-from softdefend.training.checkpoint import CheckpointFolder
+from softdefend.files import Writer, write_atomic
+from softdefend.training.checkpoint import CheckpointFolder, snapshot
 
 # What may change between a run and its continuation without changing a result.
 RESUMABLE = ("folder", "resume", "progress", "save", "evaluate")
@@ -35,14 +35,16 @@ class RunFolder:
     Args:
         path: created where absent.
         keep: checkpoints to keep.
+        background: write weights and checkpoints in the background.
 
     Raises:
         SettingError: the folder cannot be written, or another process trains in it.
     """
 
-    def __init__(self, path: Path | str, keep: int = 2) -> None:
+    def __init__(self, path: Path | str, keep: int = 2, *, background: bool = False) -> None:
         self.path = Path(path)
-        self.checkpoints = CheckpointFolder(self.path / "checkpoints", keep)
+        self.writer = Writer(background=background)
+        self.checkpoints = CheckpointFolder(self.path / "checkpoints", keep, self.writer)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held for the life of the run)
@@ -136,12 +138,16 @@ class RunFolder:
     def save_model(self, name: str, net: nn.Module, metadata: Mapping[str, Any]) -> None:
         """Weights as safetensors, with ``metadata`` as JSON under one key: the format keeps no order of keys,
         and equal runs have equal bytes. A file that already holds them keeps its date: what was evaluated
-        from it stays valid."""
-        tensors = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
-        content = to_safetensors(tensors, metadata={"softdefend": json.dumps(metadata)})
-        path = self.path / f"{name}.safetensors"
-        if not (path.is_file() and path.read_bytes() == content):
-            write_atomic(path, content)
+        from it stays valid. Written before any checkpoint that is saved later."""
+        tensors, path = snapshot(dict(net.state_dict())), self.path / f"{name}.safetensors"
+
+        def write() -> None:
+            contiguous = {key: value.contiguous() for key, value in tensors.items()}
+            content = to_safetensors(contiguous, metadata={"softdefend": json.dumps(metadata)})
+            if not (path.is_file() and path.read_bytes() == content):
+                write_atomic(path, content)
+
+        self.writer(write)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -75,12 +75,16 @@ class SaveSettings:
     """Steps between checkpoints within an epoch; only at the end of epochs when null."""
     keep: int = 2
     """Checkpoints to keep, >= 2: a damaged newest one leaves a previous good one."""
+    archive: int | None = None
+    """Epochs between checkpoints that are kept for good, for analyses by epoch; none when null."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the tensorboard extra)."""
 
     def __post_init__(self) -> None:
         if self.every_steps is not None and self.every_steps < 1:
             raise SettingError("save.every_steps", self.every_steps, "a whole number >= 1, or null")
+        if self.archive is not None and self.archive < 1:
+            raise SettingError("save.archive", self.archive, "a whole number >= 1, or null")
         if self.keep < 2:
             raise SettingError("save.keep", self.keep, "a whole number >= 2")
         if self.tensorboard and find_spec("tensorboard") is None:
@@ -167,7 +171,10 @@ class Trainer:
         self.epoch = self.done = 0  # epochs finished; steps finished in the current one
         self.best: dict[str, Any] = {}
         self.metrics_bytes = 0
-        self.folder = RunFolder(folder, self.save.keep)
+        self._evaluators: dict[str, Evaluator] = {}
+        self.folder = RunFolder(folder, self.save.keep, background=device.type == "cuda")
+        if self.save.archive is not None:
+            self.folder.checkpoints.stride = self.save.archive * self.steps_per_epoch
         try:
             self.folder.write_config(config or {})
             self.folder.write_environment(device, seed)
@@ -190,16 +197,19 @@ class Trainer:
                 ``validate.alarm`` is ``stop``; the last good checkpoint is kept.
         """
         self._restore(resume)
-        with self.engine.training_numerics():
-            while self.epoch < self.optim.epochs:
-                started = time.perf_counter()
-                row = self._train_epoch()
-                self.folder.append(
-                    "timing.jsonl", {"epoch": self.epoch, "seconds": time.perf_counter() - started}
-                )
-                if on_epoch is not None:
-                    on_epoch(row)
-        self._release("last", {"epoch": self.epoch})
+        try:
+            with self.engine.training_numerics():
+                while self.epoch < self.optim.epochs:
+                    started = time.perf_counter()
+                    row = self._train_epoch()
+                    self.folder.append(
+                        "timing.jsonl", {"epoch": self.epoch, "seconds": time.perf_counter() - started}
+                    )
+                    if on_epoch is not None:
+                        on_epoch(row)
+            self._release("last", {"epoch": self.epoch})
+        finally:
+            self.folder.writer.wait()
 
     def _release(self, which: str, metadata: Mapping[str, Any]) -> None:
         """Weights that predict, with the test images they are to be measured on."""
@@ -328,14 +338,7 @@ class Trainer:
             ("test", self.test_data, self.validate.test_size),
         ):
             if size != 0:
-                evaluator = Evaluator(
-                    self.weight.prediction,
-                    data,
-                    self.recipe.threat,
-                    batch_size=self.validate.batch_size,
-                    seed=self.seed,
-                    precision=self.validate.precision,
-                )
+                evaluator = self._evaluator(name, data)
                 also = [FGSM()] if self.watched and name == "val" else []
                 # As ensembles of one: an image that is wrong as it is counts as lost and is not attacked.
                 attacks = [Ensemble(attack.name, (attack,)) for attack in (self.validate.attack, *also)]
@@ -345,6 +348,20 @@ class Trainer:
                 if also:
                     figures["val_fgsm"] = result.robust("fgsm").rate
         return figures
+
+    def _evaluator(self, name: str, data: Resident) -> Evaluator:
+        """The one that measures a split, made anew only where another network predicts than before."""
+        net, known = self.weight.prediction, self._evaluators.get(name)
+        if known is None or known.searching.net is not net:
+            known = self._evaluators[name] = Evaluator(
+                net,
+                data,
+                self.recipe.threat,
+                batch_size=self.validate.batch_size,
+                seed=self.seed,
+                precision=self.validate.precision,
+            )
+        return known
 
     def _tensorboard(self, row: dict[str, Any]) -> None:
         if not self.save.tensorboard:
