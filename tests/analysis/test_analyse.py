@@ -145,6 +145,35 @@ def test_other_settings_are_measured_anew(analysed, refined):
     assert json.loads((output / "analysis.json").read_text())["geometry"][0]["result"]["surface"] is None
 
 
+COURSES = [
+    "Gradient norm towards the given labels by epoch",
+    "Gradient norm towards the refined labels by epoch",
+    "Wrong labels fitted by epoch",
+    "Entropy of the targets by epoch",
+    "ECE of the targets by epoch",
+    "ECE of the predictions by epoch",
+    "Information in the weights by epoch",
+    "I(T; Y) by epoch, train, adversarial",
+    "Largest Hessian eigenvalue by epoch",
+]
+
+
+def test_kept_checkpoints_show_the_course_over_training(tiny_run, analysed, tmp_path):
+    run = tiny_run(
+        "--optim.epochs 4 --save.archive 1 --data.noise symmetric --data.noise_rate 0.3 --label SGLR "
+        "--label.start 0.2"
+    )
+    command.analyse([str(run), "--output", str(tmp_path / "out"), *QUICK, "--which", "checkpoints"])
+    page = Page((tmp_path / "out" / "analysis.html").read_text())
+    drawn = {alt.split(". ")[0]: alt for alt in page.alts if alt and "by epoch" in alt}
+    assert {f"Line chart: {title}" for title in COURSES} <= set(drawn)
+    rows = json.loads((tmp_path / "out" / "analysis.json").read_text())["gradients"]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    first, last = (rows[i]["result"]["last_layer"]["adversarial"]["given"]["wrong_mean"] for i in (0, -1))
+    assert f"wrong labels: {first:.3g} at 1 to {last:.3g} at 4" in drawn[f"Line chart: {COURSES[0]}"]
+    assert COURSES[0] not in (analysed[0] / "analysis.html").read_text()  # best and last are no course
+
+
 def test_a_reference_network_judges_where_the_truth_is_not_known(plain, tmp_path):
     words = [str(plain), "--output", str(tmp_path), *QUICK, "--parts", "gradients", "--which", "last"]
     command.analyse(words)

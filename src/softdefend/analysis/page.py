@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import groupby
@@ -170,6 +170,57 @@ def _final(found: Sequence[Found]) -> Iterator[Found]:
         yield next((one for one in members if one.weights == "last"), members[-1])
 
 
+_FEW = 3
+"""Epochs from which on a course over training is drawn."""
+
+
+def _course(
+    found: Sequence[Found],
+    colour: Mapping[str, str],
+    title: str,
+    ylabel: str,
+    kinds: Mapping[str, Callable[[Mapping[str, Any]], float | None]],
+) -> Plot | None:
+    """Values by epoch, where a run's checkpoints were measured; None where they are too few.
+
+    Args:
+        kinds: what is drawn of a result, by its name in the legend; None leaves a point out.
+    """
+    curves = []
+    for run in dict.fromkeys(one.run for one in found):
+        by_epoch = {one.epoch: one.result for one in found if one.run == run and one.epoch is not None}
+        for kind, value in kinds.items():
+            points = [(epoch, y) for epoch in sorted(by_epoch) if (y := value(by_epoch[epoch])) is not None]
+            if len(points) >= _FEW:
+                curves.append(Curve(run, kind, *map(list, zip(*points, strict=True))))
+    return line_plot(title, curves, colour, xlabel="epoch", ylabel=ylabel, markers=True)
+
+
+def _norms_by_epoch(found: Sequence[Found], colour: Mapping[str, str]) -> list[Plot | None]:
+    def norm(targets: str, key: str) -> Callable[[Mapping[str, Any]], float | None]:
+        return lambda result: result["last_layer"]["adversarial"].get(targets, {}).get(key)
+
+    def fitted(result: Mapping[str, Any]) -> float | None:
+        share = result["memorisation"].get("clean", {}).get("fitted")
+        return None if share is None else 100 * share
+
+    known = any(norm("given", "wrong_mean")(one.result) is not None for one in found)
+    words = {"right_mean": "labels taken as right", "wrong_mean": "wrong labels"} if known else {"mean": ""}
+    given = {name: norm("given", key) for key, name in words.items()}
+    ylabel = "mean norm, last layer"
+    return [
+        _course(found, colour, "Gradient norm towards the given labels by epoch", ylabel, given),
+        _course(
+            found,
+            colour,
+            "Gradient norm towards the refined labels by epoch",
+            ylabel,
+            {name: norm("refined", key) for key, name in words.items()},
+        ),
+        _course(found, colour, "Wrong labels fitted by epoch", "wrong labels repeated (%)", {"": fitted}),
+    ]
+
+
 def _gradients(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
     rows, dots = [], []
     for one in found:
@@ -219,6 +270,7 @@ def _gradients(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
                 logarithmic=True,
             ),
             dot_plot("Gradient carried by wrong labels", dots, colour, xlabel="share of the gradient (%)"),
+            *_norms_by_epoch(found, colour),
         ),
         _memorisation(found),
         paragraph(note),
@@ -300,7 +352,31 @@ def _labels(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
         diagonal=True,
         markers=True,
     )
-    return titled("Label quality", _drawn(reliability), *parts)
+    return titled("Label quality", _drawn(reliability, *_quality_by_epoch(found, colour)), *parts)
+
+
+def _quality_by_epoch(found: Sequence[Found], colour: Mapping[str, str]) -> list[Plot | None]:
+    def of_targets(key: str, factor: float) -> Callable[[Mapping[str, Any]], float | None]:
+        def value(result: Mapping[str, Any]) -> float | None:
+            quality = (result["targets"] or {}).get("targets")
+            return factor * quality[key] if isinstance(quality, Mapping) else None
+
+        return value
+
+    def of_predictions(kind: str) -> Callable[[Mapping[str, Any]], float | None]:
+        return lambda result: 100 * float(result["predictions"][kind]["ece"])
+
+    return [
+        _course(found, colour, "Entropy of the targets by epoch", "nats", {"": of_targets("entropy", 1)}),
+        _course(found, colour, "ECE of the targets by epoch", "%", {"": of_targets("ece", 100)}),
+        _course(
+            found,
+            colour,
+            "ECE of the predictions by epoch",
+            "%",
+            {f"{kind} test images": of_predictions(kind) for kind in ("clean", "adversarial")},
+        ),
+    ]
 
 
 def _bars(bars: Sequence[Mapping[str, float]]) -> tuple[list[float], list[float]]:
@@ -343,10 +419,36 @@ def _information(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
     )
     return titled(
         "Information",
-        _drawn(weights, dot_plot("Mutual information, adversarial images", dots, colour, xlabel="nats")),
+        _drawn(
+            weights,
+            dot_plot("Mutual information, adversarial images", dots, colour, xlabel="nats"),
+            *_information_by_epoch(found, colour),
+        ),
         paragraph(note),
         _folded("Mutual information", head, rows),
     )
+
+
+def _information_by_epoch(found: Sequence[Found], colour: Mapping[str, str]) -> list[Plot | None]:
+    def stored(result: Mapping[str, Any]) -> float | None:
+        (first, *_) = result["weights"].values()
+        value = first["empirical"]
+        return None if value is None else float(value)
+
+    images = next(name for name in found[0].result["representation"] if name.endswith("adversarial"))
+
+    def estimate(name: str) -> Callable[[Mapping[str, Any]], float | None]:
+        return lambda result: result["representation"].get(images, {}).get(name)
+
+    def plot(symbol: str, which: Sequence[str]) -> Plot | None:
+        kinds = {_ESTIMATES[name].partition(", ")[2]: estimate(name) for name in which}
+        return _course(found, colour, f"{symbol} by epoch, {images}", "nats", kinds)
+
+    return [
+        _course(found, colour, "Information in the weights by epoch", "nats, empirical Fisher", {"": stored}),
+        plot("I(T; Y)", ("label_bound", "label_neighbours")),
+        plot("I(X; T)", ("input_bound", "input_neighbours")),
+    ]
 
 
 def _geometry(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
@@ -388,7 +490,15 @@ def _geometry(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
         xlabel="distance in filter norms",
         ylabel="adversarial loss",
     )
-    return titled("Geometry", _drawn(line, *surfaces), _table("Geometry", head, rows), paragraph(note))
+    top = _course(
+        found,
+        colour,
+        "Largest Hessian eigenvalue by epoch",
+        "eigenvalue",
+        {"": lambda result: (result["eigenvalue"] or {}).get("value")},
+    )
+    plots = _drawn(line, top, *surfaces)
+    return titled("Geometry", plots, _table("Geometry", head, rows), paragraph(note))
 
 
 def audit_page(audit: Audit, top: int) -> bytes:
