@@ -167,7 +167,8 @@ def test_residual_networks_search_fast_in_fused_kernels_or_compiled():
     net = build(NetSettings(name="resnet18"), num_classes=10, in_channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
     net = settled(net, (3, 32, 32))
     data = sample(net, 100, (3, 32, 32))
-    attacks = [Ensemble("all", (APGD(steps=12), FAB(steps=6, targets=2), Square(queries=40)))]
+    # Not FAB: the margins of this untrained network drown in bfloat16 where FAB stops, on a CPU as here.
+    attacks = [Ensemble("all", (APGD(steps=12), Square(queries=40)))]
     robust = {
         p: evaluator(net, data, THREATS["linf"], precision=p)(attacks).robust("all").count
         for p in ("strict", "exact", "fast")

@@ -146,6 +146,40 @@ def test_kernels_that_are_wrong_for_a_batch_are_found():
     assert not agree(kernels, net, image)
 
 
+class Coarse(nn.Module):
+    """A network whose weights lose most of their digits in bfloat16."""
+
+    def __init__(self, offset: float) -> None:
+        super().__init__()
+        draws = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(10, 12, generator=draws) + offset, requires_grad=False)
+        self.offset = offset
+
+    def forward(self, image):
+        # The offset is added and taken away again: what is left of a product in bfloat16 is mostly rounding.
+        logits = F.linear(image.flatten(1), self.weight)
+        return logits.float() - self.offset * image.flatten(1).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_kernels_may_err_as_bfloat16_does_and_no_further(offset):
+    net, image = Coarse(offset), torch.rand(32, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+
+    def autocast(image):
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(image).float()
+
+    def wrong(image):
+        factor = torch.ones(len(image), 1).index_fill(0, torch.tensor([17]), 3.0)
+        return autocast(image) * factor
+
+    error = apart(autocast(image), net(image))
+    assert (error > 0.15) == (offset > 0)
+    assert agree(autocast, net, image)
+    assert not agree(wrong, net, image)
+    assert not agree(lambda image: autocast(image) * torch.nan, net, image)
+
+
 def test_a_cpu_has_none():
     net = build(NetSettings(name="resnet18"), num_classes=10, in_channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
     assert "capability 9" in refusal(net, (3, 32, 32), torch.device("cpu"))
