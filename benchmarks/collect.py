@@ -1,7 +1,11 @@
-"""What the benchmark scripts read from a finished run folder."""
+"""What the benchmark scripts read from a finished run folder; by itself, one run as JSON.
+
+python benchmarks/collect.py runs/mine --output benchmarks/results/mine.json
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -27,3 +31,27 @@ def environment(folder: Path) -> dict[str, Any]:
     """Versions, device and commit, without what only concerns the machine's folders."""
     content = json.loads((folder / "environment.json").read_text())
     return {name: content[name] for name in ENVIRONMENT}
+
+
+def main() -> None:
+    """Figures, seconds of every epoch, curve and environment of one run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (args.run / name).read_text().splitlines()]
+
+    content = figures(args.run) | {
+        "environment": environment(args.run),
+        "seconds_of_epochs": [round(row["seconds"], 3) for row in lines("timing.jsonl")],
+        "curve": lines("metrics.jsonl"),
+    }
+    args.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,23 +12,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
-import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from collect import environment, figures
+from pool import Job, Pool
 from softdefend.config import packaged
 
 EPOCHS = 30
 DISTILLED = ("kd", "kd-swa")
 """Presets whose teachers are trained first, once for both where one has finished."""
-PROTOCOL = ["--config", "cifar10_resnet18_short", "--optim.epochs", str(EPOCHS), "--validate.every", "2"]
+PROTOCOL = ["--config", "cifar10_resnet18_short", "--optim.epochs", str(EPOCHS), "--validate.every", "5"]
 # Searches in bf16; what counts is what an fp32 forward confirms.
 PROTOCOL += ["--validate.precision", "fast", "--evaluate.precision", "fast"]
+PROTOCOL += ["--evaluate.curve_size", "0", "--evaluate.examples", "0"]
 QUICK = ["--config", "digits_demo", "--optim.epochs", "2", "--data.train_size", "64", "--evaluate.size", "64"]
 QUICK += ["--evaluate.curve_size", "0"]
 
@@ -46,13 +46,6 @@ def command(preset: str, device: str, args: argparse.Namespace) -> list[str]:
         own = ["--preset", preset, "--folder", str(folder), *known]
         return [sys.executable, "-m", "softdefend", "distil", *words, *own]
     return [sys.executable, "-m", "softdefend", "train", *words, "--preset", preset, "--folder", str(folder)]
-
-
-def launch(preset: str, device: str, args: argparse.Namespace) -> subprocess.Popen[bytes]:
-    """A run as a process of its own, its output in a log file beside its folder."""
-    args.folder.mkdir(parents=True, exist_ok=True)
-    with open(args.folder / f"{preset}.log", "ab") as log:
-        return subprocess.Popen(command(preset, device, args), stdout=log, stderr=subprocess.STDOUT)
 
 
 def measured(preset: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -112,41 +105,25 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="digits, two epochs")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/recipes.json"))
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are stopped too
-    deadline = time.monotonic() + args.seconds
     done = read(args.output)
-    waiting = [preset for preset in args.presets if preset not in done]
-    running: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
-    failed: list[str] = []
-    try:
-        while (waiting or running) and time.monotonic() < deadline:
-            for place, device in enumerate(args.devices):
-                if place not in running and waiting:
-                    preset = waiting.pop(0)
-                    running[place] = preset, launch(preset, device, args)
-            time.sleep(0.2)
-            for place, (preset, process) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[place]
-                if process.returncode:
-                    failed.append(preset)
-                    print(f"{preset} ended with code {process.returncode}:", file=sys.stderr)
-                    print((args.folder / f"{preset}.log").read_text()[-1500:], file=sys.stderr)
-                    continue
-                done[preset] = measured(preset, args)
-                write(args.output, done, args)
-                last = done[preset]["last"]
-                print(preset, last["clean"], last["pgd-20"], done[preset]["seconds_per_epoch"], flush=True)
-    finally:
-        for _, process in running.values():
-            process.terminate()
-        for _, process in running.values():
-            process.wait()
-    left = [*waiting, *(preset for preset, _ in running.values())]
+
+    def finished(preset: str) -> None:
+        done[preset] = measured(preset, args)
+        write(args.output, done, args)
+        last = done[preset]["last"]
+        print(preset, last["clean"], last["pgd-20"], done[preset]["seconds_per_epoch"], flush=True)
+
+    pool = Pool(args.devices, args.folder / "logs", args.seconds)
+    jobs = [
+        # The second of these takes the first one's teachers.
+        Job(preset, partial(command, preset, args=args), DISTILLED[:1] if preset in DISTILLED[1:] else ())
+        for preset in args.presets
+    ]
+    absent = [name for name in DISTILLED if name not in args.presets]
+    left = pool(jobs, [*done, *absent], finished)
     if left:
         print(f"not finished: {' '.join(left)}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if pool.failed else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,190 @@
+"""Why it works, in earnest: PGD-AT and SGLR with right and with human wrong labels, audited and analysed.
+
+    python benchmarks/analysis_runs.py --data DIR --data-name 'CIFAR-10 (JPEG mirror)' \\
+        --votes DIR/cifar10n.npz --test-votes DIR/cifar10h.npz --devices cuda:0 cuda:1
+
+Trains by protocol cifar10_resnet18_short with 60 epochs: PGD-AT and SGLR on the given labels and on those
+of CIFAR-10N ('worst', 40% wrong). For 30 epochs: SGLR on the other two sets of CIFAR-10N, and the same label
+rule in training without an attack ('plain') on all three. Then audits the labels of every run that has both
+a memory and wrong labels, and analyses the first four runs. Killed at any moment, or ended by ``--seconds``,
+the same command continues where the run folders still exist. ``--quick`` does it in miniature on digits.
+
+Writes best and last accuracy, learning curves and the audits' tables to ``--output``, as far as they go;
+``FOLDER/analysis`` holds the analysis and its page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from collect import environment, figures
+from pool import Job, Pool
+
+HUMAN = {"worst": "worse_label", "aggregate": "aggre_label", "random1": "random_label1"}
+"""CIFAR-10N's sets of labels, by the names of their arrays."""
+ANALYSED = ("pgd-at", "sglr", "pgd-at-worst", "sglr-worst")
+RUNS = {
+    "pgd-at": ("pgd-at", None, 60),
+    "sglr": ("sglr-reference", None, 60),
+    "pgd-at-worst": ("pgd-at", "worst", 60),
+    "sglr-worst": ("sglr-reference", "worst", 60),
+    "plain-worst": ("sglr-reference", "worst", 30),
+    "sglr-aggregate": ("sglr-reference", "aggregate", 30),
+    "plain-aggregate": ("sglr-reference", "aggregate", 30),
+    "sglr-random1": ("sglr-reference", "random1", 30),
+    "plain-random1": ("sglr-reference", "random1", 30),
+}
+"""Preset, set of labels and epochs of each run."""
+AUDITED = tuple(name for name, (preset, labels, _) in RUNS.items() if labels and preset != "pgd-at")
+# Searches in bf16; what counts is what an fp32 forward confirms.
+PROTOCOL = ["--config", "cifar10_resnet18_short", "--validate.precision", "fast"]
+PROTOCOL += ["--evaluate.precision", "fast", "--evaluate.curve_size", "0", "--evaluate.examples", "0"]
+QUICK = ["--config", "digits_demo", "--data.train_size", "128", "--evaluate.size", "64", "--net.width", "8"]
+QUICK += ["--evaluate.curve_size", "0", "--evaluate.examples", "0"]
+_SMALL = ("probe 40", "whole 8", "test 40", "steps 2", "points 3", "eigen_steps 5", "contrast_steps 20")
+
+
+def softdefend(*words: str) -> list[str]:
+    """A command of the package."""
+    return [sys.executable, "-m", "softdefend", *words]
+
+
+def train(name: str, device: str, args: argparse.Namespace) -> list[str]:
+    """The words that train one run."""
+    preset, labels, epochs = RUNS[name]
+    words = [*(QUICK if args.quick else PROTOCOL), "--preset", preset, "--name", name]
+    words += ["--seed", str(args.seed), "--runtime.device", device, "--folder", str(args.folder / name)]
+    words += ["--optim.epochs", str(4 if args.quick else epochs)]
+    if name in ANALYSED:
+        every, archive = ("1", "1") if args.quick else ("5", "15")
+        words += ["--validate.every", every, "--save.archive", archive]
+        words += ["--validate.test_size", "64" if args.quick else "1000"]
+    else:
+        words += ["--validate.every", "2" if args.quick else "10"]
+    if args.data:
+        words += ["--data.source", str(args.data), "--data.name", args.data_name]
+    if args.quick:
+        words += ["--data.noise", "symmetric" if labels else "none", "--data.noise_rate", "0.3"]
+        words += [] if labels else ["--data.noise_rate", "0"]
+    elif labels:
+        words += ["--data.noise", "file", "--data.noise_file", str(args.votes)]
+        words += ["--data.noise_key", HUMAN[labels]]
+    if name.startswith("plain"):
+        words += ["--attack.steps", "0", "--attack.start", "none"]
+    return softdefend("train", *words)
+
+
+def audit(name: str, device: str, args: argparse.Namespace) -> list[str]:
+    """The words that audit one run's labels."""
+    output = str(args.folder / f"audit-{name}")
+    return softdefend("labels", "audit", str(args.folder / name), "--output", output, "--device", device)
+
+
+def analyse(names: tuple[str, ...], output: str, device: str, args: argparse.Namespace) -> list[str]:
+    """The words that analyse some runs; all keep what they measured in one folder, so that a run that was
+    analysed alone is not measured again beside others."""
+    folder = args.folder / output
+    (args.folder / "results").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    if not (folder / "results").is_symlink():
+        os.symlink("../results", folder / "results")
+    words = [str(args.folder / name) for name in names] + ["--output", str(folder), "--device", device]
+    words += ["--which", "best", "checkpoints", "--reference", str(args.folder / "sglr")]
+    words += ["--progress", "false"]
+    if args.votes:
+        words += ["--train_votes", str(args.votes)]
+    if args.test_votes:
+        words += ["--test_votes", str(args.test_votes)]
+    small = [f"--{word}" if i % 2 == 0 else word for pair in _SMALL for i, word in enumerate(pair.split())]
+    return softdefend("analyse", *words, *(small if args.quick else []))
+
+
+def jobs(args: argparse.Namespace) -> list[Job]:
+    """All of them, in the order in which they are preferred: long runs first, their analyses last."""
+
+    def job(name: str, make: Callable[..., list[str]], *given: Any, after: tuple[str, ...] = ()) -> Job:
+        return Job(name, partial(make, *given, args=args), after)
+
+    made = [job(name, train, name) for name in RUNS]
+    made += [job(f"audit-{name}", audit, name, after=(name,)) for name in AUDITED]
+    alone = [
+        job(f"analyse-{name}", analyse, (name,), f"analysis-{name}", after=(name, "sglr"))
+        for name in ANALYSED
+    ]
+    together = job("analyse", analyse, ANALYSED, "analysis", after=tuple(one.name for one in alone))
+    return [*made, *alone, together]
+
+
+def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one finished run, and of its audit where that is finished too."""
+    folder = args.folder / name
+    timing = map(json.loads, (folder / "timing.jsonl").read_text().splitlines())
+    seconds = {row["epoch"]: row["seconds"] for row in timing}
+    curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    preset, labels, _ = RUNS[name]
+    row: dict[str, Any] = {
+        "run": name,
+        "recipe": preset,
+        "labels": labels or "given",
+        "attack": "none" if name.startswith("plain") else "pgd-10",
+        "epochs": len(curve),
+        # Runs that share a device share its time.
+        "seconds_per_epoch": round(median(seconds.values()), 2),
+        "runs_per_device": len(args.devices) // len(set(args.devices)),
+        **figures(folder),
+        "environment": environment(folder),
+    }
+    found = args.folder / f"audit-{name}" / "audit.json"
+    if found.is_file():
+        content = json.loads(found.read_text())
+        row["audit"] = {key: content[key] for key in ("samples", "wrong", "comparison")}
+    return row | {"curve": curve}
+
+
+def main() -> int:
+    """Train, audit, analyse; then gather what is there."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="Parquet folder of CIFAR-10 in hub layout")
+    parser.add_argument("--data-name", default="", help="what to call the data in the results")
+    parser.add_argument("--votes", type=Path, help="cifar10n.npz")
+    parser.add_argument("--test-votes", type=Path, help="cifar10h.npz")
+    parser.add_argument("--folder", type=Path, default=Path("runs/analysis"))
+    parser.add_argument("--devices", nargs="+", default=["auto"], help="one named twice takes two jobs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop what still runs after these"
+    )
+    parser.add_argument("--collect-only", action="store_true", help="start nothing")
+    parser.add_argument("--quick", action="store_true", help="digits, four epochs")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/analysis_runs.json"))
+    args = parser.parse_args()
+    if not args.quick and args.votes is None and not args.collect_only:
+        parser.error("--votes is needed: CIFAR-10N's labels")
+    # A finished command is quickly done again, so nothing is kept of what was done before.
+    pool = Pool(args.devices, args.folder / "logs", args.seconds)
+    left = [] if args.collect_only else pool(jobs(args), finished=lambda name: print(name, flush=True))
+    runs = [measured(name, args) for name in RUNS if (args.folder / name / "evaluation/last.json").is_file()]
+    content = {
+        "data": "digits" if args.quick else args.data_name,
+        "protocol": "digits_demo, 4 epochs" if args.quick else "cifar10_resnet18_short, PGD-20 in fast",
+        "runs": runs,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(content, indent=1) + "\n")
+    if left:
+        print(f"not finished: {' '.join(left)}", file=sys.stderr)
+    return 1 if pool.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
