@@ -49,6 +49,8 @@ PROTOCOL = ["--config", "cifar10_resnet18_short", "--validate.precision", "fast"
 PROTOCOL += ["--evaluate.precision", "fast", "--evaluate.curve_size", "0", "--evaluate.examples", "0"]
 QUICK = ["--config", "digits_demo", "--data.train_size", "128", "--evaluate.size", "64", "--net.width", "8"]
 QUICK += ["--evaluate.curve_size", "0", "--evaluate.examples", "0"]
+# A Hessian product or a point of the surface is a pass over the probe in fp32: these are most of the time.
+PROBE = ["--probe", "512", "--points", "9", "--eigen_steps", "30"]
 _SMALL = ("probe 40", "whole 8", "test 40", "steps 2", "points 3", "eigen_steps 5", "contrast_steps 20")
 
 
@@ -104,7 +106,7 @@ def analyse(names: tuple[str, ...], output: str, device: str, args: argparse.Nam
     if args.test_votes:
         words += ["--test_votes", str(args.test_votes)]
     small = [f"--{word}" if i % 2 == 0 else word for pair in _SMALL for i, word in enumerate(pair.split())]
-    return softdefend("analyse", *words, *(small if args.quick else []))
+    return softdefend("analyse", *words, *(small if args.quick else PROBE))
 
 
 def jobs(args: argparse.Namespace) -> list[Job]:

@@ -15,7 +15,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from softdefend.report.embed import INK
 from softdefend.report.figures import Plot
@@ -65,6 +65,8 @@ def line_plot(
         dash = DASHES[kinds.index(curve.kind) % len(DASHES)]
         marker = "o" if markers else ""
         axes.plot(curve.x, curve.y, dash, color=colour[curve.run], lw=1.7, marker=marker, ms=4)
+    if xlabel == "epoch":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if logarithmic:
         axes.set_xscale("log", nonpositive="mask")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

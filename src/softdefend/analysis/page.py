@@ -39,7 +39,15 @@ class Found:
     @property
     def at(self) -> str:
         """The weights in words."""
-        return self.weights if self.epoch is None else f"{self.weights} (epoch {self.epoch})"
+        named = self.weights in ("best", "last")
+        return f"{self.weights} (epoch {self.epoch})" if named and self.epoch is not None else self.short
+
+    @property
+    def short(self) -> str:
+        """The weights in a word: best, last, or a checkpoint's epoch."""
+        return (
+            self.weights if self.weights in ("best", "last") or self.epoch is None else f"epoch {self.epoch}"
+        )
 
 
 @dataclass(frozen=True)
@@ -170,6 +178,8 @@ def _final(found: Sequence[Found]) -> Iterator[Found]:
         yield next((one for one in members if one.weights == "last"), members[-1])
 
 
+_LONG = 12
+"""Rows from which on a table is folded."""
 _FEW = 3
 """Epochs from which on a course over training is drawn."""
 
@@ -241,7 +251,7 @@ def _gradients(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
                     )
                     share = spread.get("share_of_wrong")
                     if images == "last_layer" and kind == "adversarial" and share is not None:
-                        dots.append((one.weights, one.run, f"{target} labels", 100 * share))
+                        dots.append((one.short, one.run, f"{target} labels", 100 * share))
     curves = []
     for one in _final(found):
         given = one.result["last_layer"]["adversarial"]["given"]
@@ -301,7 +311,8 @@ def _memorisation(found: Sequence[Found]) -> Html:
         )
     head = ["run", "weights", "images", "wrong labels", "% fitted", "% recovered"]
     note = "Fitted: the network repeats the wrong label. Recovered: it says the true class."
-    return join(_table("Wrong labels in the probe set", head, rows), paragraph(note))
+    table = _table if len(rows) <= _LONG else _folded
+    return join(table("Wrong labels in the probe set", head, rows), paragraph(note))
 
 
 _QUALITY = ("accuracy", "confidence", "entropy", "ece", "adaptive_ece", "brier", "nll")
@@ -395,7 +406,7 @@ def _information(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
     rows, stored, dots, errors = [], [], [], {}
     for one in found:
         for kind, weights in one.result["weights"].items():
-            at = (f"{one.weights}, {kind}", one.run, "empirical Fisher")
+            at = (f"{one.short}, {kind}", one.run, "empirical Fisher")
             stored.append((*at, weights["empirical"]))
             if weights["empirical_error"] is not None:
                 errors[at] = weights["empirical_error"]
@@ -452,7 +463,7 @@ def _information_by_epoch(found: Sequence[Found], colour: Mapping[str, str]) -> 
 
 
 def _geometry(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
-    rows, slices, surfaces = [], [], []
+    rows, slices, surfaces, final = [], [], [], list(_final(found))
     for one in found:
         result = one.result
         top = result["eigenvalue"] or {}
@@ -468,10 +479,11 @@ def _geometry(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
                 number(result["linearity_gap"]["mean"]),
             ]
         )
-        if (grid := result["surface"]) is not None:
+        ends = one.weights in ("best", "last") or one in final  # more of a run's networks would be a tangle
+        if ends and (grid := result["surface"]) is not None:
             middle = len(grid["axis"]) // 2
-            slices.append(Curve(one.run, one.weights, grid["axis"], [line[middle] for line in grid["loss"]]))
-    for one in _final(found):
+            slices.append(Curve(one.run, one.short, grid["axis"], [line[middle] for line in grid["loss"]]))
+    for one in final:
         if (grid := one.result["surface"]) is not None:
             title = f"Loss surface, {one.run}, {one.at}"
             surfaces.append(surface_plot(title, grid["axis"], grid["loss"], colour[one.run]))
