@@ -1,0 +1,76 @@
+"""Seconds of an epoch of `make demo`'s training on a CPU, by memory order, precision and threads, as JSON.
+
+    python benchmarks/cpu_epoch.py --epochs 6
+
+Trains digits_demo with SGLR from the first epoch on, which is its dearest phase, and takes the median of all
+epochs but the first. ``validation`` is the share of an epoch that goes to measuring: the same with
+``validate.every`` beyond the run's length is subtracted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from softdefend.config import resolve
+from softdefend.pipeline import train
+from softdefend.training.folder import environment
+
+_BRIEF = ["--evaluate.size", "32", "--evaluate.curve_size", "0", "--evaluate.examples", "0"]
+
+
+def seconds(args: argparse.Namespace, *words: str) -> float:
+    """Median seconds of an epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        protocol = ["--config", "digits_demo", "--preset", "sglr-reference", "--label.start", "0"]
+        protocol += ["--optim.epochs", str(args.epochs), "--progress", "false", "--runtime.device", "cpu"]
+        run = train(resolve([*protocol, *_BRIEF, *words, "--folder", f"{folder}/run"]), say=lambda _: None)
+        rows = map(json.loads, (Path(run) / "timing.jsonl").read_text().splitlines())
+        # The last epoch is always validated, and the first warms up.
+        return median([row["seconds"] for row in rows][1:-1])
+
+
+def main() -> None:
+    """Measure every combination."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--epochs", type=int, default=6, help="of each run, at least 4")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu_epoch.json"))
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for threads, precision, last in itertools.product(args.threads, ("fp32", "bf16"), (False, True)):
+        words = ["--runtime.threads", str(threads), "--runtime.precision", precision]
+        words += ["--runtime.channels_last", str(last).lower()]
+        whole = seconds(args, *words)
+        bare = seconds(args, *words, "--validate.every", str(args.epochs + 1))
+        rows.append(
+            {
+                "threads": threads,
+                "precision": precision,
+                "channels_last": last,
+                "seconds": round(whole, 3),
+                "seconds_without_validation": round(bare, 3),
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    content = {
+        "environment": environment(torch.device("cpu")) | {"processor": platform.machine()},
+        "bf16_instructions": torch.backends.cpu.get_cpu_capability(),
+        "epochs": args.epochs,
+        "rows": rows,
+    }
+    args.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

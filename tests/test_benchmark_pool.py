@@ -1,0 +1,68 @@
+"""The benchmarks' pool of jobs: order, places, failures, and what a deadline leaves."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parent.parent / "benchmarks" / "pool.py"
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    spec = importlib.util.spec_from_file_location("pool", PATH)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "pool", module)
+    spec.loader.exec_module(module)
+    before = signal.getsignal(signal.SIGTERM)
+    yield module
+    signal.signal(signal.SIGTERM, before)
+
+
+def job(pool, name, code, after=()):
+    return pool.Job(name, lambda device: [sys.executable, "-c", code, device], after)
+
+
+def appends(path, name):
+    return f"import sys; open({str(path)!r}, 'a').write({name!r} + '@' + sys.argv[1] + '\\n')"
+
+
+def test_jobs_wait_for_what_they_need_and_run_on_the_devices_given(pool, tmp_path):
+    seen, told = tmp_path / "seen", []
+    jobs = [
+        job(pool, "last", appends(seen, "last"), after=("first", "before")),
+        job(pool, "first", appends(seen, "first")),
+        job(pool, "known", "raise SystemExit(9)"),
+    ]
+    made = pool.Pool(["d0"], tmp_path / "logs")
+    assert made(jobs, done=["before", "known"], finished=told.append) == []
+    assert seen.read_text().splitlines() == ["first@d0", "last@d0"]
+    assert told == ["first", "last"]
+    assert made.failed == []
+
+
+def test_a_failed_job_holds_up_only_what_needs_it(pool, tmp_path, capsys):
+    jobs = [
+        job(pool, "bad", "print('reason'); raise SystemExit(3)"),
+        job(pool, "needs it", "", after=("bad",)),
+        job(pool, "free", ""),
+    ]
+    made = pool.Pool(["d0", "d0"], tmp_path)
+    assert made(jobs) == ["bad", "needs it"]
+    assert made.failed == ["bad"]
+    assert "bad ended with code 3:\nreason" in capsys.readouterr().err
+
+
+def test_at_the_deadline_a_job_is_stopped_with_all_that_it_started(pool, tmp_path):
+    child = "import time; time.sleep(1.5); open({!r}, 'w').write('late')"
+    late = tmp_path / "late"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child.format(str(late))!r}])"
+    made = pool.Pool(["d0"], tmp_path, seconds=0.5)
+    assert made([job(pool, "long", code), job(pool, "waiting", "")]) == ["long", "waiting"]
+    time.sleep(1.6)
+    assert not late.exists()
