@@ -17,8 +17,9 @@ __all__ = ["FusedNet", "FusedThreat", "agree", "fused", "refusal"]
 _LOGITS, _GRADIENTS = 0.15, 0.3
 """Largest difference of an image's logits, and of a batch's gradients, as shares of their lengths, from those
 of the network in float32, where the network in bfloat16 does not differ by more than half of it."""
-_BEYOND = 2.0
-"""Where it does (a deep network before training may), how many times as much the kernels may."""
+_BEYOND, _MOST = 2.0, 0.9
+"""Where it does (the gradients of a deep network with drawn weights by a half), how many times as much the
+kernels may, and the bound of that: what is nothing but zeros differs by 1."""
 _LOOKS = 3
 """Comparisons: a race does not show every time."""
 
@@ -59,7 +60,7 @@ def agree(kernels: FusedNet, net: nn.Module, image: Tensor) -> bool:
 
     true = _look(lambda image: net(image).float(), image)
     allowed = [
-        max(least, _BEYOND * error)
+        max(least, min(_BEYOND * error, _MOST))
         for least, error in zip((_LOGITS, _GRADIENTS), _apart(_look(bfloat16, image), true), strict=True)
     ]
     for _ in range(_LOOKS):
