@@ -148,6 +148,20 @@ def label_memory() -> str:
     return "\n".join(lines)
 
 
+def cpu_epoch() -> str:
+    """Seconds of an epoch of the demo on a CPU."""
+    lines = [
+        "| threads | precision | channels_last | s an epoch | without validation |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in read("cpu_epoch")["rows"]:
+        lines.append(
+            f"| {row['threads']} | {row['precision']} | {'yes' if row['channels_last'] else 'no'} "
+            f"| {row['seconds']:.2f} | {row['seconds_without_validation']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     training = (short_schedule(), sixty_epochs(), audits(), demo(), demo("demo_seeds_clean"))
-    print(*training, train_step(), autoattack(), label_memory(), sep="\n\n")
+    print(*training, train_step(), autoattack(), label_memory(), cpu_epoch(), sep="\n\n")
