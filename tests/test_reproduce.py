@@ -51,6 +51,25 @@ def test_finished_runs_are_kept(made, monkeypatch):
     assert [row["last"] for row in again] == [row["last"] for row in rows]
 
 
+@pytest.mark.slow
+def test_rows_of_an_earlier_call_join_those_made_now(made, tmp_path):
+    """As where one machine made three rows and another makes the fourth."""
+    folder, rows = made
+    for row in rows[1:]:
+        (tmp_path / f"{row['name']}-seed0.json").write_text(
+            (folder / f"{row['name']}-seed0.json").read_text()
+        )
+    again = reproduce(miniature(table1()), tmp_path, FAST, only=["pgd-at"], say=lambda _: None)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["pgd-at-seed0"]
+    assert [(row["name"], row["last"]) for row in again] == [(row["name"], row["last"]) for row in rows]
+    assert (tmp_path / "table.md").read_text().count("\n") == 2 + 4
+
+
+def test_a_row_that_is_not_in_the_study_is_refused(tmp_path):
+    with pytest.raises(SettingError, match=r"--only: got 'mart'.*trades-sglr"):
+        reproduce(table1(), tmp_path, only=["mart"])
+
+
 def test_a_wrong_word_is_found_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "train", None)
     with pytest.raises(SettingError, match=r"optim\.lr"):

@@ -19,6 +19,7 @@ time.sleep(0.15)
 print("seen", len(list(folder.glob("*.running"))))
 (folder / f"{name}.running").unlink()
 print("threads", os.environ["OMP_NUM_THREADS"])
+print("gpus", os.environ.get("CUDA_VISIBLE_DEVICES"))
 print("last words of", name)
 sys.exit(code)
 """
@@ -65,6 +66,28 @@ def test_the_cores_are_divided_unless_threads_are_given(job, monkeypatch, at_onc
     made = job("a")
     side_by_side([made], at_once, say=lambda _: None)
     assert f"threads {each}\n" in made.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "seen"),
+    [(None, 2, ["0", "0", "1", "1"]), ("4,7", 2, ["4", "4", "7", "7"]), ("5", 1, ["5"] * 4)],
+)
+def test_jobs_are_spread_over_the_gpus_that_are_visible(job, monkeypatch, visible, count, seen):
+    monkeypatch.setattr(together.torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    jobs = [job(name) for name in "abcd"]
+    side_by_side(jobs, 4, say=lambda _: None)
+    assert sorted(made.log.read_text().split("gpus ")[1].split()[0] for made in jobs) == seen
+
+
+def test_jobs_that_name_their_device_see_all_gpus(job, monkeypatch):
+    monkeypatch.setattr(together.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    made = job("a")
+    side_by_side([Job("a", (*made.words, "--runtime.device", "cuda:1"), made.log)], 2, say=lambda _: None)
+    assert "gpus 0,1\n" in made.log.read_text()
 
 
 def test_a_failure_leaves_the_others_alone_and_is_told_at_the_end(job):

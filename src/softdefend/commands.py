@@ -25,7 +25,7 @@ class WordsParser(argparse.ArgumentParser):
 
 
 PASSES_ON = " Every setting of 'softdefend train' is accepted beside these."
-TOGETHER = "runs at once, each a process of its own"
+TOGETHER = "runs at once, each a process of its own; spread over the GPUs that are visible"
 
 
 def _compare_parser() -> argparse.ArgumentParser:
@@ -92,6 +92,7 @@ def _reproduce_parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, help="where runs, table, curves and report go (runs/STUDY)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--together", type=int, default=1, help=TOGETHER)
+    parser.add_argument("--only", nargs="+", default=[], help="names of the runs to make, such as pgd-at")
     parser.add_argument("--human", type=Path, help="noise: CIFAR-10N's labels, an .npz file")
     parser.add_argument("--quick", action="store_true", help="in miniature: digits, a few epochs, a CPU")
     return parser
@@ -112,7 +113,7 @@ def reproduce(arguments: Sequence[str]) -> None:
     if given.quick:
         study = studies.miniature(study)
     folder = given.folder or Path("runs") / study.name
-    studies.reproduce(study, folder, rest, seeds=given.seeds, together=given.together)
+    studies.reproduce(study, folder, rest, seeds=given.seeds, together=given.together, only=given.only)
 
 
 def _bench_parser() -> argparse.ArgumentParser:

@@ -145,12 +145,14 @@ def reproduce(
     *,
     seeds: Sequence[int] = (0,),
     together: int = 1,
+    only: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Make a study's runs, each in a folder of its own, and gather them.
 
     Finished runs are kept and unfinished ones continued, whatever stopped them. Writes ``NAME.json`` per run,
-    ``table.json``, ``table.md``, ``curves.svg`` and ``report.html`` into ``folder``.
+    ``table.json``, ``table.md``, ``curves.svg`` and ``report.html`` into ``folder``. The table also has the
+    rows of this study whose ``NAME.json`` lies there from an earlier call, made on another machine perhaps.
 
     Args:
         study: what to run.
@@ -158,12 +160,21 @@ def reproduce(
         overrides: further words of ``softdefend train`` for every run, such as ``--data.source DIR``.
         seeds: of each run.
         together: runs at once, as processes of their own.
+        only: names of the runs to make; all when empty.
         say: takes lines of progress.
 
     Returns:
         The rows of the table.
+
+    Raises:
+        SettingError: a name in ``only`` that the study does not have.
     """
-    made = [(run, seed) for run in study.runs for seed in seeds]
+    names = [run.name for run in study.runs]
+    for name in only:
+        if name not in names:
+            raise SettingError("--only", repr(name), ", ".join(names))
+    wanted = [run for run in study.runs if run.name in (only or names)]
+    made = [(run, seed) for run in wanted for seed in seeds]
     places = [folder / f"{_safe(run.name)}-seed{seed}" for run, seed in made]
     words = {
         f"{run.name}, seed {seed}": _words(study, run, seed, place, overrides)
@@ -173,6 +184,7 @@ def reproduce(
     rows = [_row(study, *pair, place) for pair, place in zip(made, places, strict=True)]
     for row, place in zip(rows, places, strict=True):
         _write_json(folder / f"{place.name}.json", row)
+    rows = _gathered(study, folder)
     brief = [
         {key: value for key, value in row.items() if key not in ("curve", "environment")} for row in rows
     ]
@@ -186,6 +198,15 @@ def reproduce(
         write_atomic(folder / "curves.svg", svg(plot.figure).encode())
     say(markdown(study, brief))
     say(f"report: {write_report(runs, folder / 'report.html', study.title)}")
+    return rows
+
+
+def _gathered(study: Study, folder: Path) -> list[dict[str, Any]]:
+    """The rows that lie in a folder, in the study's order, by seed."""
+    rows: list[dict[str, Any]] = []
+    for run in study.runs:
+        found = [json.loads(path.read_text()) for path in folder.glob(f"{_safe(run.name)}-seed*.json")]
+        rows += sorted((row for row in found if row["name"] == run.name), key=lambda row: int(row["seed"]))
     return rows
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from softdefend.errors import SettingError
 
 
@@ -35,7 +37,8 @@ def side_by_side(jobs: Sequence[Job], at_once: int, *, say: Callable[[str], None
 
     The cores of the CPU are divided among them, unless OMP_NUM_THREADS or a job's ``runtime.threads`` says
     otherwise: threads of several processes that wait for each other on one core make every step many times
-    slower. A job that fails leaves the others alone. Interrupted, all of them are stopped.
+    slower. Where several GPUs are visible, each job sees one of them, the one with the fewest jobs, unless a
+    job names its device. A job that fails leaves the others alone. Interrupted, all of them are stopped.
 
     Raises:
         SettingError: ``at_once`` below 1; or, when all have ended, the last words of the first that failed.
@@ -50,11 +53,17 @@ def side_by_side(jobs: Sequence[Job], at_once: int, *, say: Callable[[str], None
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     waiting, failed = list(jobs), list[Job]()
     running: dict[Job, subprocess.Popen[bytes]] = {}
+    gpus = _gpus() if not any("runtime.device" in word for job in jobs for word in job.words) else []
+    taken: dict[Job, str] = {}
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.pop(0)
                 say(f"{job.name}: its output goes to {job.log}")
+                if len(gpus) > 1:
+                    busy = [taken[other] for other in running]
+                    taken[job] = min(gpus, key=busy.count)
+                    environment["CUDA_VISIBLE_DEVICES"] = taken[job]
                 running[job] = _start(job, environment)
             time.sleep(0.05)
             for job, process in list(running.items()):
@@ -76,6 +85,12 @@ def side_by_side(jobs: Sequence[Job], at_once: int, *, say: Callable[[str], None
         text = failed[0].log.read_text(errors="replace").strip()
         last = text.splitlines()[-1] if text else "no output"
         raise SettingError(failed[0].name, last, f"a run that ends well; its output is in {failed[0].log}")
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them. Starts nothing on any of them."""
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [name.strip() for name in named.split(",")][:count] if named else [*map(str, range(count))]
 
 
 def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
