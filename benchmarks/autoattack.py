@@ -455,7 +455,7 @@ def main() -> int:
         if args.reference:
             row = {**compared(case, args, found, flags), **row}
         networks[name] = {**row, **found}
-        # After each network: a lease may end before the last one.
+        # After each network, so that what is interrupted leaves what it has.
         write(networks, args, device)
     return 0
 
