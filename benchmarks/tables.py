@@ -8,6 +8,7 @@ A test compares them with what the documents show.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ def read(name: str) -> dict[str, Any]:
     return content
 
 
+def table(head: str, rows: Iterable[str]) -> str:
+    """A table from its header line and its other lines."""
+    return "\n".join([head, "| --- " * (head.count("|") - 1) + "|", *rows])
+
+
 def short_schedule() -> str:
     """ResNet-18 on 36 epochs: clean and PGD-20 at best and last, and what a prototype reached."""
-    lines = [
-        "| recipe | clean best | clean last | PGD-20 best | PGD-20 last | difference | prototype, last |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = "| recipe | clean best | clean last | PGD-20 best | PGD-20 last | difference | prototype, last |"
+    lines = []
     for run in read("short_schedule")["runs"]:
         best, last, expected = run["best"], run["last"], run["expected_last"]
         lines.append(
@@ -33,15 +37,13 @@ def short_schedule() -> str:
             f"| {last['pgd-20']:.1f} | {best['pgd-20'] - last['pgd-20']:+.1f} "
             f"| {expected['clean']:.1f} / {expected['pgd-20']:.1f} |"
         )
-    return "\n".join(lines)
+    return table(head, lines)
 
 
 def sixty_epochs() -> str:
     """ResNet-18 on 60 epochs, on given and on human wrong labels: clean and PGD-20 at best and last."""
-    lines = [
-        "| recipe | training labels | clean best | clean last | PGD-20 best | PGD-20 last | difference |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = "| recipe | training labels | clean best | clean last | PGD-20 best | PGD-20 last | difference |"
+    lines = []
     for run in read("analysis_runs")["runs"]:
         if run["attack"] == "none" or run["epochs"] < 60:
             continue
@@ -51,15 +53,13 @@ def sixty_epochs() -> str:
             f"| {run['recipe']} | {labels} | {best['clean']:.1f} | {last['clean']:.1f} "
             f"| {best['pgd-20']:.1f} | {last['pgd-20']:.1f} | {best['pgd-20'] - last['pgd-20']:+.1f} |"
         )
-    return "\n".join(lines)
+    return table(head, lines)
 
 
 def audits() -> str:
     """How well wrong labels are found, by run, for the default ranking and cleanlab's."""
-    lines = [
-        "| run | wrong labels | ranking | AUROC | average precision | precision at 1,000 |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    head = "| run | wrong labels | ranking | AUROC | average precision | precision at 1,000 |"
+    lines = []
     for run in read("analysis_runs")["runs"]:
         audit = run.get("audit", {"comparison": []})
         for row in audit["comparison"]:
@@ -70,16 +70,16 @@ def audits() -> str:
                 f"| {row['auroc']:.4f} | {row['average_precision']:.4f} "
                 f"| {row['precision_at']['1000']:.3f} |"
             )
-    return "\n".join(lines)
+    return table(head, lines)
 
 
 def demo(name: str = "demo_seeds") -> str:
     """Digits: PGD-20 at best and last for every seed and recipe."""
     results = read(name)
-    lines = [
-        "| seed | PGD-AT best | last | difference | SGLR best | last | difference | SGLR − PGD-AT at last |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = (
+        "| seed | PGD-AT best | last | difference | SGLR best | last | difference | SGLR − PGD-AT at last |"
+    )
+    lines = []
     for run in results["runs"]:
         cells = [str(run["seed"])]
         for preset in ("pgd-at", "sglr-reference"):
@@ -93,33 +93,33 @@ def demo(name: str = "demo_seeds") -> str:
         f"| mean | | {at:.1f} | {drop['pgd-at']:+.1f} | | {sglr:.1f} | {drop['sglr-reference']:+.1f} "
         f"| {results['mean_last_gain_pgd-20']:+.1f} |"
     )
-    return "\n".join(lines)
+    return table(head, lines)
 
 
 def train_step() -> str:
     """Milliseconds of a training step, against the reference code's and the machine's ceiling."""
     results = read("train_step")
-    lines = [
+    head = (
         "| network | recipe | batch | times the reference | ms a step | reference, ms | s an epoch | "
-        f"share of {results['ceiling_tflops']:.0f} TFLOP/s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+        f"share of {results['ceiling_tflops']:.0f} TFLOP/s |"
+    )
+    lines = []
     for row in results["rows"]:
         ratio, theirs = (f"{row['ratio']:.2f}", f"{row['reference_ms']:.1f}") if "ratio" in row else ("", "")
         lines.append(
             f"| {row['net']} | {row['recipe']} | {row['batch_size']} | {ratio} | {row['ms']:.2f} | {theirs} "
             f"| {row['seconds_per_epoch']:.2f} | {100 * row['ceiling_share']:.0f}% |"
         )
-    return "\n".join(lines)
+    return table(head, lines)
 
 
 def autoattack() -> str:
     """Seconds of AutoAttack standard, ours and the authors', and on how many images verdicts differ."""
-    lines = [
+    head = (
         "| network | mode | times the reference | seconds (set-up) | reference, s "
-        "| robust, ours / reference | left robust what it broke |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+        "| robust, ours / reference | left robust what it broke |"
+    )
+    lines = []
     for name, network in read("autoattack")["networks"].items():
         reference = network["reference"]
         for mode in ("exact", "fast"):
@@ -130,36 +130,34 @@ def autoattack() -> str:
                 f"| {own['robust']} / {reference['robust']} "
                 f"| {network['images_of_other_verdict'][mode]['left_robust']} |"
             )
-    return "\n".join(lines)
+    return table(head, lines)
 
 
 def label_memory() -> str:
     """The label memory at ImageNet-1k's size, by storage: megabytes, microseconds, errors."""
-    lines = [
+    head = (
         "| storage | MB | read and write of 256 rows, µs | largest error of an entry "
-        "| mean distance of a row |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+        "| mean distance of a row |"
+    )
+    lines = []
     for row in read("label_memory")["rows"]:
         lines.append(
             f"| {row['storage']} | {row['megabytes']:.0f} | {row['update_us']:.0f} "
             f"| {row['largest_error']:.4f} | {row['mean_row_distance']:.4f} |"
         )
-    return "\n".join(lines)
+    return table(head, lines)
 
 
 def cpu_epoch() -> str:
     """Seconds of an epoch of the demo on a CPU."""
-    lines = [
-        "| threads | precision | channels_last | s an epoch | without validation |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    head = "| threads | precision | channels_last | s an epoch | without validation |"
+    lines = []
     for row in read("cpu_epoch")["rows"]:
         lines.append(
             f"| {row['threads']} | {row['precision']} | {'yes' if row['channels_last'] else 'no'} "
             f"| {row['seconds']:.2f} | {row['seconds_without_validation']:.2f} |"
         )
-    return "\n".join(lines)
+    return table(head, lines)
 
 
 if __name__ == "__main__":
