@@ -26,7 +26,7 @@ from statistics import median
 from typing import Any
 
 from collect import environment, figures
-from pool import Job, Pool
+from pool import Job, Pool, softdefend
 
 HUMAN = {"worst": "worse_label", "aggregate": "aggre_label", "random1": "random_label1"}
 """CIFAR-10N's sets of labels, by the names of their arrays."""
@@ -52,11 +52,6 @@ QUICK += ["--evaluate.curve_size", "0", "--evaluate.examples", "0"]
 # A Hessian product or a point of the surface is a pass over the probe in fp32: these are most of the time.
 PROBE = ["--probe", "512", "--points", "9", "--eigen_steps", "30"]
 _SMALL = ("probe 40", "whole 8", "test 40", "steps 2", "points 3", "eigen_steps 5", "contrast_steps 20")
-
-
-def softdefend(*words: str) -> list[str]:
-    """A command of the package."""
-    return [sys.executable, "-m", "softdefend", *words]
 
 
 def train(name: str, device: str, args: argparse.Namespace) -> list[str]:

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ENVIRONMENT = ("softdefend", "commit", "torch", "python", "device", "started")
 
 
@@ -45,7 +47,9 @@ def main() -> None:
     def lines(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (args.run / name).read_text().splitlines()]
 
-    content = figures(args.run) | {
+    config = yaml.safe_load((args.run / "config.yaml").read_text())
+    content = {"recipe": config["name"], "seed": config["seed"], "data": config["data"]["name"]}
+    content |= figures(args.run) | {
         "environment": environment(args.run),
         "seconds_of_epochs": [round(row["seconds"], 3) for row in lines("timing.jsonl")],
         "curve": lines("metrics.jsonl"),

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from collect import environment, figures
+from pool import compare
 
 PATHS = {
     "captured": [],
@@ -40,14 +40,7 @@ def train(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     words += ["--presets", args.preset, "--together", str(len(args.seeds))]
     words += ["--seeds", *map(str, args.seeds)]
     folder = args.folder / path
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".log"), "wb") as log:
-        subprocess.run(
-            [sys.executable, "-m", "softdefend", "compare", *words, "--folder", str(folder)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            check=True,
-        )
+    compare(folder, words)
     places = [folder / f"{args.preset}-seed{seed}" for seed in args.seeds]
     return [
         {"path": path, "seed": seed, **figures(place)["last"], "environment": environment(place)}

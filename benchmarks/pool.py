@@ -13,6 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+def softdefend(*words: str) -> list[str]:
+    """A command of the package."""
+    return [sys.executable, "-m", "softdefend", *words]
+
+
+def compare(folder: Path, words: Sequence[str]) -> None:
+    """``softdefend compare`` into a folder, its output beside it.
+
+    Raises:
+        subprocess.CalledProcessError: it did not end well.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".log"), "wb") as log:
+        command = softdefend("compare", *words, "--folder", str(folder))
+        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+
+
 @dataclass(frozen=True)
 class Job:
     """One command.

@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from collect import environment, figures
-from pool import Job, Pool
+from pool import Job, Pool, softdefend
 from softdefend.config import packaged
 
 EPOCHS = 30
@@ -44,8 +44,8 @@ def command(preset: str, device: str, args: argparse.Namespace) -> list[str]:
         place = teachers[0].parents[1] if teachers else None
         known = [f"--{role}={place / role}" for role in ("standard", "robust")] if place else []
         own = ["--preset", preset, "--folder", str(folder), *known]
-        return [sys.executable, "-m", "softdefend", "distil", *words, *own]
-    return [sys.executable, "-m", "softdefend", "train", *words, "--preset", preset, "--folder", str(folder)]
+        return softdefend("distil", *words, *own)
+    return softdefend("train", *words, "--preset", preset, "--folder", str(folder))
 
 
 def measured(preset: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 
+from pool import compare
 from softdefend.training.engine import resolve_device
 from softdefend.training.folder import environment
 
 QUICK = ["--config", "digits_demo", "--data.train_size", "64", "--evaluate.size", "64"]
 
 
-def compare(folder: Path, seeds: list[int], together: int, args: argparse.Namespace) -> float:
+def timed(folder: Path, seeds: list[int], together: int, args: argparse.Namespace) -> float:
     """Wall seconds of training all seeds."""
     words = [*QUICK] if args.quick else ["--config", "cifar10_resnet18_short"]
     if args.data:
@@ -42,17 +43,10 @@ def compare(folder: Path, seeds: list[int], together: int, args: argparse.Namesp
         "--evaluate.precision",
         "fast",
     ]
-    words += ["--presets", args.preset, "--folder", str(folder), "--together", str(together)]
+    words += ["--presets", args.preset, "--together", str(together), "--seeds", *map(str, seeds)]
     shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    with open(folder.with_suffix(".log"), "wb") as log:
-        subprocess.run(
-            [sys.executable, "-m", "softdefend", "compare", *words, "--seeds", *map(str, seeds)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            check=True,
-        )
+    compare(folder, words)
     return time.perf_counter() - started
 
 
@@ -94,11 +88,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/together.json"))
     args = parser.parse_args()
-    compare(args.folder / "warm-up", [0], 1, args)
+    timed(args.folder / "warm-up", [0], 1, args)
     rows = []
     for together in args.together:
         folder = args.folder / f"together-{together}"
-        seconds = compare(folder, list(range(args.runs)), together, args)
+        seconds = timed(folder, list(range(args.runs)), together, args)
         rows.append(measured(folder, together, seconds, args.runs, args.epochs))
         print(json.dumps(rows[-1]))
     content = {
