@@ -39,15 +39,17 @@ class Found:
     @property
     def at(self) -> str:
         """The weights in words."""
-        named = self.weights in ("best", "last")
-        return f"{self.weights} (epoch {self.epoch})" if named and self.epoch is not None else self.short
+        return self.short if self.epoch is None or self.kept else f"{self.weights} (epoch {self.epoch})"
 
     @property
     def short(self) -> str:
         """The weights in a word: best, last, or a checkpoint's epoch."""
-        return (
-            self.weights if self.weights in ("best", "last") or self.epoch is None else f"epoch {self.epoch}"
-        )
+        return f"epoch {self.epoch}" if self.kept and self.epoch is not None else self.weights
+
+    @property
+    def kept(self) -> bool:
+        """Whether they are those of a checkpoint."""
+        return self.weights not in ("best", "last")
 
 
 @dataclass(frozen=True)
@@ -479,7 +481,7 @@ def _geometry(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
                 number(result["linearity_gap"]["mean"]),
             ]
         )
-        ends = one.weights in ("best", "last") or one in final  # more of a run's networks would be a tangle
+        ends = not one.kept or one in final  # more of a run's networks would be a tangle
         if ends and (grid := result["surface"]) is not None:
             middle = len(grid["axis"]) // 2
             slices.append(Curve(one.run, one.short, grid["axis"], [line[middle] for line in grid["loss"]]))
