@@ -25,9 +25,9 @@ lint: install
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 
-# Tests marked gpu skip themselves where there is no CUDA device.
+# Tests marked gpu skip themselves where there is no CUDA device. A file's tests stay in one process.
 test: lint
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --cov --cov-report=term --cov-fail-under=90
 
 format: install
 	$(BIN)/ruff check --fix src tests benchmarks

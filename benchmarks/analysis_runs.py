@@ -4,10 +4,12 @@
         --votes DIR/cifar10n.npz --test-votes DIR/cifar10h.npz --devices cuda:0 cuda:1
 
 Trains by protocol cifar10_resnet18_short with 60 epochs: PGD-AT and SGLR on the given labels and on those
-of CIFAR-10N ('worst', 40% wrong). For 30 epochs: SGLR on the other two sets of CIFAR-10N, and the same label
-rule in training without an attack ('plain') on all three. Then audits the labels of every run that has both
-a memory and wrong labels, and analyses the first four runs. Killed at any moment, or ended by ``--seconds``,
-the same command continues where the run folders still exist. ``--quick`` does it in miniature on digits.
+of CIFAR-10N ('worst', 40% wrong). With ``--table1 FOLDER`` the two on given labels are instead the first
+rows of ``softdefend reproduce table1``: 200 epochs, and AutoAttack at the end. For 30 epochs: SGLR on the
+other two sets of CIFAR-10N, and the same label rule in training without an attack ('plain') on all three.
+Then audits the labels of every run that has both a memory and wrong labels, and analyses the first four runs.
+Killed at any moment, or ended by ``--seconds``, the same command continues where the run folders still exist.
+``--quick`` does it in miniature on digits.
 
 Writes best and last accuracy, learning curves and the audits' tables to ``--output``, as far as they go;
 ``FOLDER/analysis`` holds the analysis and its page.
@@ -27,6 +29,7 @@ from typing import Any
 
 from collect import environment, figures
 from pool import Job, Pool, softdefend
+from softdefend import reproduce
 
 HUMAN = {"worst": "worse_label", "aggregate": "aggre_label", "random1": "random_label1"}
 """CIFAR-10N's sets of labels, by the names of their arrays."""
@@ -43,10 +46,12 @@ RUNS = {
     "plain-random1": ("sglr-reference", "random1", 30),
 }
 """Preset, set of labels and epochs of each run."""
+ROWS = ("pgd-at", "sglr")
+"""Runs that can be rows of table 1."""
 AUDITED = tuple(name for name, (preset, labels, _) in RUNS.items() if labels and preset != "pgd-at")
 # Searches in bf16; what counts is what an fp32 forward confirms.
-PROTOCOL = ["--config", "cifar10_resnet18_short", "--validate.precision", "fast"]
-PROTOCOL += ["--evaluate.precision", "fast", "--evaluate.curve_size", "0", "--evaluate.examples", "0"]
+PROTOCOL = ["--validate.precision", "fast", "--evaluate.precision", "fast"]
+PROTOCOL += ["--evaluate.curve_size", "0", "--evaluate.examples", "0"]
 QUICK = ["--config", "digits_demo", "--data.train_size", "128", "--evaluate.size", "64", "--net.width", "8"]
 QUICK += ["--evaluate.curve_size", "0", "--evaluate.examples", "0"]
 # A Hessian product or a point of the surface is a pass over the probe in fp32: these are most of the time.
@@ -54,14 +59,49 @@ PROBE = ["--probe", "512", "--points", "9", "--eigen_steps", "30"]
 _SMALL = ("probe 40", "whole 8", "test 40", "steps 2", "points 3", "eigen_steps 5", "contrast_steps 20")
 
 
+def place(name: str, args: argparse.Namespace) -> Path:
+    """The folder of a run."""
+    if args.table1 and name in ROWS:
+        return Path(args.table1 / f"{RUNS[name][0]}-seed{args.seed}")
+    return Path(args.folder / name)
+
+
+def row_words(device: str, args: argparse.Namespace) -> list[str]:
+    """What the rows of table 1 have beside the words of ``softdefend reproduce table1``."""
+    words = ["--data.source", str(args.data), "--data.name", args.data_name] if args.data else []
+    words += ["--runtime.device", device]
+    if args.quick:
+        return [*words, "--save.archive", "1"]
+    words += ["--validate.every", "2", "--validate.test_size", "1000", "--validate.batch_size", "1000"]
+    return [*words, *PROTOCOL, "--save.archive", "50"]
+
+
+def row(name: str, device: str, args: argparse.Namespace) -> list[str]:
+    """The words that train a row of table 1 and leave AutoAttack to ``reproduce``."""
+    preset = RUNS[name][0]
+    words = [*(reproduce.QUICK if args.quick else ("--config", "cifar10_resnet18")), "--preset", preset]
+    words += ["--name", preset, "--seed", str(args.seed), "--evaluate.attacks", '["pgd-20"]']
+    return softdefend("train", *words, *row_words(device, args), "--folder", str(place(name, args)))
+
+
+def reproduced(names: tuple[str, ...], device: str, args: argparse.Namespace) -> list[str]:
+    """The words that evaluate rows of table 1 and write the table."""
+    words = ["--only", *(RUNS[name][0] for name in names), "--seeds", str(args.seed)]
+    words += ["--folder", str(args.table1), *(["--quick"] if args.quick else [])]
+    return softdefend("reproduce", "table1", *words, *row_words(device, args))
+
+
 def train(name: str, device: str, args: argparse.Namespace) -> list[str]:
     """The words that train one run."""
+    if args.table1 and name in ROWS:
+        return row(name, device, args)
     preset, labels, epochs = RUNS[name]
-    words = [*(QUICK if args.quick else PROTOCOL), "--preset", preset, "--name", name]
-    words += ["--seed", str(args.seed), "--runtime.device", device, "--folder", str(args.folder / name)]
+    words = QUICK if args.quick else ["--config", "cifar10_resnet18_short", *PROTOCOL]
+    words = [*words, "--preset", preset, "--name", name]
+    words += ["--seed", str(args.seed), "--runtime.device", device, "--folder", str(place(name, args))]
     words += ["--optim.epochs", str(4 if args.quick else epochs)]
     if name in ANALYSED:
-        every, archive = ("1", "1") if args.quick else ("5", "15")
+        every, archive = ("1", "1") if args.quick else ("5", "20")
         words += ["--validate.every", every, "--save.archive", archive]
         words += ["--validate.test_size", "64" if args.quick else "1000"]
     else:
@@ -82,7 +122,7 @@ def train(name: str, device: str, args: argparse.Namespace) -> list[str]:
 def audit(name: str, device: str, args: argparse.Namespace) -> list[str]:
     """The words that audit one run's labels."""
     output = str(args.folder / f"audit-{name}")
-    return softdefend("labels", "audit", str(args.folder / name), "--output", output, "--device", device)
+    return softdefend("labels", "audit", str(place(name, args)), "--output", output, "--device", device)
 
 
 def analyse(names: tuple[str, ...], output: str, device: str, args: argparse.Namespace) -> list[str]:
@@ -93,8 +133,8 @@ def analyse(names: tuple[str, ...], output: str, device: str, args: argparse.Nam
     folder.mkdir(exist_ok=True)
     if not (folder / "results").is_symlink():
         os.symlink("../results", folder / "results")
-    words = [str(args.folder / name) for name in names] + ["--output", str(folder), "--device", device]
-    words += ["--which", "best", "checkpoints", "--reference", str(args.folder / "sglr")]
+    words = [str(place(name, args)) for name in names] + ["--output", str(folder), "--device", device]
+    words += ["--which", "best", "archived", "--reference", str(place("sglr", args))]
     words += ["--progress", "false"]
     if args.votes:
         words += ["--train_votes", str(args.votes)]
@@ -117,12 +157,16 @@ def jobs(args: argparse.Namespace) -> list[Job]:
         for name in ANALYSED
     ]
     together = job("analyse", analyse, ANALYSED, "analysis", after=tuple(one.name for one in alone))
-    return [*made, *alone, together]
+    rows: list[Job] = []
+    if args.table1:
+        rows = [job(f"row-{name}", reproduced, (name,), after=(name,)) for name in ROWS]
+        rows.append(job("table1", reproduced, ROWS, after=tuple(one.name for one in rows)))
+    return [*made, *rows, *alone, together]
 
 
 def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Figures of one finished run, and of its audit where that is finished too."""
-    folder = args.folder / name
+    folder = place(name, args)
     timing = map(json.loads, (folder / "timing.jsonl").read_text().splitlines())
     seconds = {row["epoch"]: row["seconds"] for row in timing}
     curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -156,6 +200,7 @@ def main() -> int:
     parser.add_argument("--votes", type=Path, help="cifar10n.npz")
     parser.add_argument("--test-votes", type=Path, help="cifar10h.npz")
     parser.add_argument("--folder", type=Path, default=Path("runs/analysis"))
+    parser.add_argument("--table1", type=Path, help="folder of the first two rows of table 1")
     parser.add_argument("--devices", nargs="+", default=["auto"], help="one named twice takes two jobs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -167,14 +212,22 @@ def main() -> int:
     args = parser.parse_args()
     if not args.quick and args.votes is None and not args.collect_only:
         parser.error("--votes is needed: CIFAR-10N's labels")
-    # A finished command is quickly done again, so nothing is kept of what was done before.
-    pool = Pool(args.devices, args.folder / "logs", args.seconds)
+    pool = Pool(args.devices, args.folder / "logs", args.seconds, remember=True)
     left = [] if args.collect_only else pool(jobs(args), finished=lambda name: print(name, flush=True))
-    runs = [measured(name, args) for name in RUNS if (args.folder / name / "evaluation/last.json").is_file()]
+    # Rows of table 1 are results of that study; what an earlier call has measured stays.
+    runs = (
+        {row["run"]: row for row in json.loads(args.output.read_text())["runs"]}
+        if args.output.exists()
+        else {}
+    )
+    for name in RUNS:
+        of_study = args.table1 and name in ROWS
+        if not of_study and (place(name, args) / "evaluation/last.json").is_file():
+            runs[name] = measured(name, args)
     content = {
         "data": "digits" if args.quick else args.data_name,
         "protocol": "digits_demo, 4 epochs" if args.quick else "cifar10_resnet18_short, PGD-20 in fast",
-        "runs": runs,
+        "runs": [runs[name] for name in RUNS if name in runs],
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(content, indent=1) + "\n")

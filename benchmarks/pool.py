@@ -52,10 +52,14 @@ class Pool:
         devices: one place each; a device named twice takes two jobs at once.
         logs: folder of the jobs' outputs.
         seconds: after which what still runs is stopped.
+        remember: note in ``logs`` which jobs ended well; a later pool does not start these again.
     """
 
-    def __init__(self, devices: Sequence[str], logs: Path, seconds: float = float("inf")) -> None:
+    def __init__(
+        self, devices: Sequence[str], logs: Path, seconds: float = float("inf"), *, remember: bool = False
+    ) -> None:
         self._free, self._logs, self._deadline = list(devices), logs, time.monotonic() + seconds
+        self._remember = remember
         self._running: dict[str, tuple[Job, str, subprocess.Popen[bytes]]] = {}
         self.failed: list[str] = []
 
@@ -70,7 +74,8 @@ class Pool:
             finished: told of each job that ended well.
         """
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the jobs are stopped too
-        over, waiting = set(done), [job for job in jobs if job.name not in done]
+        over = {*done, *(mark.stem for mark in self._logs.glob("*.done"))}
+        waiting = [job for job in jobs if job.name not in over]
         try:
             while time.monotonic() < self._deadline:
                 for job in [job for job in waiting if over.issuperset(job.after)][: len(self._free)]:
@@ -110,6 +115,8 @@ class Pool:
                 print(f"{name} ended with code {process.returncode}:", file=sys.stderr)
                 print((self._logs / f"{name}.log").read_text()[-1500:], file=sys.stderr)
             else:
+                if self._remember:
+                    (self._logs / f"{name}.done").touch()
                 well.append(name)
         return well
 

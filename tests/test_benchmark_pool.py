@@ -66,3 +66,12 @@ def test_at_the_deadline_a_job_is_stopped_with_all_that_it_started(pool, tmp_pat
     assert made([job(pool, "long", code), job(pool, "waiting", "")]) == ["long", "waiting"]
     time.sleep(1.6)
     assert not late.exists()
+
+
+def test_what_ended_well_is_not_started_again_where_it_is_remembered(pool, tmp_path):
+    seen = tmp_path / "seen"
+    jobs = [job(pool, "good", appends(seen, "good")), job(pool, "bad", "raise SystemExit(1)")]
+    for remember, lines in ((False, 1), (True, 2), (True, 2)):
+        made = pool.Pool(["d0"], tmp_path / "logs", remember=remember)
+        assert made(jobs) == ["bad"]
+        assert len(seen.read_text().splitlines()) == lines

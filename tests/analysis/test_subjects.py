@@ -67,6 +67,19 @@ def test_kept_checkpoints_are_all_found(refined):
         subjects.weights_of(refined, ["newest"])
 
 
+def test_archived_checkpoints_are_those_of_every_nth_epoch(tiny_run):
+    run = tiny_run("--optim.epochs 5 --save.archive 2")
+    steps = [line["step"] for line in subjects.open_runs([str(run)], torch.device("cpu"))[0].record.metrics]
+    kept = [one.name for one in subjects.weights_of(run, ["checkpoints"])]
+    assert kept == [f"step-{steps[epoch - 1]:09d}" for epoch in (2, 4, 5)]
+    assert [one.name for one in subjects.weights_of(run, ["archived"])] == kept[:2]
+
+
+def test_archived_needs_an_archive(refined):
+    with pytest.raises(SettingError, match=r"--which: got 'archived' with .*save\.archive"):
+        subjects.weights_of(refined, ["archived"])
+
+
 def test_a_memory_of_another_scale_is_normalised_and_empty_rows_are_the_given_label(opened):
     rows = torch.full((96, 10), 0.05)
     rows[0] = 0

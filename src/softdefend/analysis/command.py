@@ -115,7 +115,7 @@ def analyse_parser() -> ArgumentParser:
         nargs="+",
         type=str,
         default=["best", "last"],
-        help="best, last, and checkpoints: those that the run has kept",
+        help="best, last; checkpoints: all that the run has kept; archived: those of save.archive",
     )
     parser.add_argument(
         "--reference",

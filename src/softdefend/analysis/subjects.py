@@ -30,7 +30,7 @@ from softdefend.rule import RunInfo
 from softdefend.threat import ThreatModel
 from softdefend.training import checkpoint
 
-WHICH = ("best", "last", "checkpoints")
+WHICH = ("best", "last", "checkpoints", "archived")
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,23 +168,36 @@ def names(records: Sequence[RunRecord]) -> list[str]:
 def weights_of(folder: Path, which: Sequence[str]) -> list[Weights]:
     """The weights that a run folder holds now, in the order of ``which``.
 
-    ``last`` of a run that is still going is its newest checkpoint; ``checkpoints`` are all that are kept.
+    ``last`` of a run that is still going is its newest checkpoint; ``checkpoints`` are all that are kept,
+    ``archived`` those of every ``save.archive``-th epoch.
 
     Raises:
-        SettingError: an unknown name in ``which``.
+        SettingError: an unknown name in ``which``, or ``archived`` of a run without ``save.archive``.
     """
     kept = sorted((folder / "checkpoints").glob("step-*.ckpt"))
     found: list[tuple[str, Path]] = []
     for name in which:
         if name not in WHICH:
             raise SettingError("--which", repr(name), " or ".join(WHICH))
-        if name == "checkpoints":
-            found += [(path.stem, path) for path in kept]
+        if name in ("checkpoints", "archived"):
+            stride = _archived_every(folder) if name == "archived" else 1
+            found += [(path.stem, path) for path in kept if checkpoint.step_of(path) % stride == 0]
         elif (path := folder / f"{name}.safetensors").is_file():
             found.append((name, path))
         elif name == "last" and kept:
             found.append((name, kept[-1]))
     return [weights for name, path in found if (weights := _hashed(name, path))]
+
+
+def _archived_every(folder: Path) -> int:
+    """Steps between the checkpoints that a run keeps for good."""
+    epochs = open_run(folder).save.archive
+    if epochs is None:
+        raise SettingError(
+            "--which", f"'archived' with {folder}", "runs trained with save.archive, or checkpoints"
+        )
+    rows = read_run(folder).metrics
+    return int(epochs * rows[0]["step"] / rows[0]["epoch"]) if rows else 1
 
 
 def _hashed(name: str, path: Path) -> Weights | None:

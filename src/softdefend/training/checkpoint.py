@@ -78,6 +78,11 @@ def snapshot(value: Any) -> Any:
     return value
 
 
+def step_of(path: Path) -> int:
+    """The step that a checkpoint is named after."""
+    return int(path.stem.removeprefix("step-"))
+
+
 class CheckpointFolder:
     """The newest few checkpoints of one run, named by how many steps had been made.
 
@@ -115,7 +120,7 @@ class CheckpointFolder:
         def write() -> None:
             save(path, copied)
             for old in self._paths()[: -self.keep]:
-                if self.stride is None or int(old.stem.removeprefix("step-")) % self.stride:
+                if self.stride is None or step_of(old) % self.stride:
                     old.unlink()
 
         self.writer(write)
