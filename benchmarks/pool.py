@@ -49,7 +49,8 @@ class Pool:
     """Keeps every device busy until the jobs or the seconds are used up.
 
     Args:
-        devices: one place each; a device named twice takes two jobs at once.
+        devices: one place each; a device named twice takes two jobs at once. A job on ``cuda:N`` sees that
+            GPU alone, as ``cuda``.
         logs: folder of the jobs' outputs.
         seconds: after which what still runs is stopped.
         remember: note in ``logs`` which jobs ended well; a later pool does not start these again.
@@ -93,12 +94,20 @@ class Pool:
         return [job.name for job in jobs if job.name not in over]
 
     def _start(self, job: Job) -> None:
-        device = self._free.pop(0)
+        device, environment = self._free.pop(0), dict(os.environ)
+        kind, _, number = device.partition(":")
+        if kind == "cuda" and number:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = visible[int(number)] if visible != [""] else number
         self._logs.mkdir(parents=True, exist_ok=True)
         with open(self._logs / f"{job.name}.log", "ab") as log:
             # A group of its own: what a command has started is stopped with it.
             process = subprocess.Popen(
-                job.command(device), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                job.command(kind),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=environment,
             )
         self._running[job.name] = job, device, process
 

@@ -75,3 +75,14 @@ def test_what_ended_well_is_not_started_again_where_it_is_remembered(pool, tmp_p
         made = pool.Pool(["d0"], tmp_path / "logs", remember=remember)
         assert made(jobs) == ["bad"]
         assert len(seen.read_text().splitlines()) == lines
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, ["0", "1"]), ("3,5", ["3", "5"])])
+def test_a_job_sees_its_own_gpu_alone(pool, tmp_path, monkeypatch, visible, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.chdir(tmp_path)
+    code = "import os, sys; open(sys.argv[1] + os.environ['CUDA_VISIBLE_DEVICES'], 'w').close()"
+    pool.Pool(["cuda:0", "cuda:1"], tmp_path / "logs")([job(pool, name, code) for name in "ab"])
+    assert sorted(path.name for path in tmp_path.glob("cuda*")) == [f"cuda{number}" for number in expected]

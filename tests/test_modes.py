@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from softdefend.modes import attacked, set_mode, tf32
+from softdefend.modes import attacked, set_mode, tf32, untried_kernels
 
 
 def make() -> nn.Sequential:
@@ -55,3 +55,11 @@ def test_tf32_is_put_back():
     with tf32(not before):
         assert torch.backends.cudnn.allow_tf32 is not before
     assert torch.backends.cudnn.allow_tf32 is before
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_kernels_are_tried_again_only_where_they_were(monkeypatch, before):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+    with untried_kernels():
+        assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark is before

@@ -154,7 +154,7 @@ def forward_flops(net: str) -> int:
 def _net(name: str) -> nn.Module:
     from softdefend.models import NetSettings
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # the network is drawn on the CPU
         torch.manual_seed(0)
         return build(
             NetSettings(name=name), num_classes=CLASSES, in_channels=3, mean=(0.5,) * 3, std=(0.25,) * 3

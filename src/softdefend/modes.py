@@ -53,6 +53,24 @@ def attacked(net: nn.Module, mode: BNMode) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Make a GPU the current one: streams and graphs are of the current one unless they are told. No effect
+    for a CPU."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def untried_kernels() -> Iterator[None]:
+    """cuDNN chooses by rule, not by trial: a trial for every size of batch costs seconds where sizes vary."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@contextlib.contextmanager
 def tf32(allowed: bool, *, products: bool | None = None) -> Iterator[None]:
     """Allow or forbid TF32 in convolutions and matrix products; no effect on a CPU.
 

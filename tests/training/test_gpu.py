@@ -54,6 +54,19 @@ def test_captured_steps_equal_eager_steps(make_trainer, label, objective):
     torch.testing.assert_close(runs["captured"][0], runs["eager"][0], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_captured_steps_run_on_a_device_that_is_not_the_current_one(make_trainer):
+    runs = []
+    for device in ("cuda:0", "cuda:1"):
+        own = RuntimeSettings(device=device, deterministic=True, capture=True)
+        trainer = make_trainer(SGLR(), PGDAT(), folder=device.replace(":", ""), runtime=own)
+        trainer.fit()
+        assert str(next(trainer.net.parameters()).device) == device
+        runs.append(weights(trainer).cpu())
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(runs[0], runs[1], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("label", "augment"),
     [

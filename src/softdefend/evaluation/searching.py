@@ -24,7 +24,7 @@ from softdefend.attacks.oracle import Oracle
 from softdefend.attacks.replay import LEAST, CudaTape, Recorder, filled, size
 from softdefend.errors import SettingError
 from softdefend.fused import FusedNet, agree, fused
-from softdefend.modes import attacked, tf32
+from softdefend.modes import attacked, on_device, tf32, untried_kernels
 
 Precision = Literal["exact", "strict", "fast"]
 WORTHWHILE = 256
@@ -76,8 +76,9 @@ class Searching:
 
     @contextlib.contextmanager
     def standing(self) -> Iterator[None]:
-        """Modes, gradients and TF32 as searches want them, put back after."""
-        with attacked(self.net, "eval"), tf32(self._tf32, products=False):
+        """Device, modes, gradients, choice of kernels and TF32 as searches want them, put back after."""
+        steady = on_device(self.device), untried_kernels()
+        with steady[0], steady[1], attacked(self.net, "eval"), tf32(self._tf32, products=False):
             self._refresh()
             yield
 

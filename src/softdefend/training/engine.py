@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from softdefend.errors import SettingError
-from softdefend.modes import tf32
+from softdefend.modes import on_device, tf32
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ class Engine:
 
     @contextlib.contextmanager
     def training_numerics(self) -> Iterator[None]:
-        """Kernel choice and TF32 for the duration of training, restored afterwards."""
-        with tf32(self.settings.precision != "fp32"):
+        """Current device, kernel choice and TF32 for the duration of training, restored afterwards."""
+        with on_device(self.device), tf32(self.settings.precision != "fp32"):
             cudnn = torch.backends.cudnn
             before = cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
             exact = self.settings.deterministic
