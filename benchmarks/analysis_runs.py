@@ -11,8 +11,8 @@ Then audits the labels of every run that has both a memory and wrong labels, and
 Killed at any moment, or ended by ``--seconds``, the same command continues where the run folders still exist.
 ``--quick`` does it in miniature on digits.
 
-Writes best and last accuracy, learning curves and the audits' tables to ``--output``, as far as they go;
-``FOLDER/analysis`` holds the analysis and its page.
+Writes best and last accuracy, learning curves and the audits' tables to ``--output``, as far as they go, and
+the analysis beside it as ``analysis.json``; ``FOLDER/analysis`` holds its page.
 """
 
 from __future__ import annotations
@@ -190,6 +190,33 @@ def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return row | {"curve": curve}
 
 
+def rounded(value: Any) -> Any:
+    """The same content with numbers of five digits."""
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def analysis(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What ``softdefend analyse`` found of the four runs, by name in place of folder; None before it has."""
+    path = args.folder / "analysis/analysis.json"
+    if not path.is_file():
+        return None
+    content = rounded(json.loads(path.read_text()))
+    settings = content["settings"]
+    for name in ("reference", "train_votes", "test_votes"):
+        settings[name] = settings[name] and Path(settings[name]).name
+    for found in content["gradients"]:
+        found["result"]["judged_by"] = found["result"]["judged_by"].replace(str(place("sglr", args)), "sglr")
+    content["runs"] = {
+        name: {"data": content["runs"][name]["data"], "environment": environment(place(folder, args))}
+        for name, folder in zip(content["runs"], ANALYSED, strict=True)
+    }
+    return dict(content)
+
+
 def main() -> int:
     """Train, audit, analyse; then gather what is there."""
     parser = argparse.ArgumentParser(
@@ -231,6 +258,8 @@ def main() -> int:
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(content, indent=1) + "\n")
+    if (found := analysis(args)) is not None:
+        args.output.with_name("analysis.json").write_text(json.dumps(found) + "\n")
     if left:
         print(f"not finished: {' '.join(left)}", file=sys.stderr)
     return 1 if pool.failed else 0

@@ -69,6 +69,15 @@ def test_both_label_estimates_find_the_information_of_a_mixture(mu):
     assert information.label_information_bound(t, y, seed=0) == pytest.approx(exact, abs=0.04)
 
 
+def test_the_label_bound_bears_more_features_than_samples():
+    t, y, exact = mixture(400, 1.5)
+    noise = np.random.default_rng(1).standard_normal((400, 500))
+    found = information.label_information_bound(np.hstack([t, noise]), y, seed=0)
+    assert 0 < found < exact + 0.04
+    nothing = information.label_information_bound(noise, y, seed=0)
+    assert -0.1 < nothing < 0.05
+
+
 def test_the_label_bound_stays_below_where_the_classifier_is_too_simple():
     rng = np.random.default_rng(0)
     t = rng.uniform(-1, 1, (2000, 1))

@@ -38,7 +38,7 @@ from softdefend.training.engine import resolve_device
 
 PARTS = ("overfitting", "gradients", "labels", "information", "geometry")
 
-REVISION = 1
+REVISION = 2
 """Raised when a part changes what it computes: results kept by an older one no longer count."""
 
 

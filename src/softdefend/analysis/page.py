@@ -355,7 +355,7 @@ def _labels(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
     if people:
         head = ["run", "weights", "what", "KL(people ‖ ours), nats", "total variation", "top-1 agreement, %"]
         head += ["entropy rank correlation"]
-        parts.insert(0, _table("Distance to human labels", head, people))
+        parts.append(_folded("Distance to human labels", head, people))
     reliability = line_plot(
         "Reliability",
         curves,
@@ -443,10 +443,8 @@ def _information(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
 
 
 def _information_by_epoch(found: Sequence[Found], colour: Mapping[str, str]) -> list[Plot | None]:
-    def stored(result: Mapping[str, Any]) -> float | None:
-        (first, *_) = result["weights"].values()
-        value = first["empirical"]
-        return None if value is None else float(value)
+    def stored(kind: str) -> Callable[[Mapping[str, Any]], float | None]:
+        return lambda result: result["weights"].get(kind, {}).get("empirical")
 
     images = next(name for name in found[0].result["representation"] if name.endswith("adversarial"))
 
@@ -457,8 +455,10 @@ def _information_by_epoch(found: Sequence[Found], colour: Mapping[str, str]) -> 
         kinds = {_ESTIMATES[name].partition(", ")[2]: estimate(name) for name in which}
         return _course(found, colour, f"{symbol} by epoch, {images}", "nats", kinds)
 
+    # Training was on adversarial images; their Fisher matrix need not rank runs as that of clean ones does.
+    kinds = {f"{kind} training images": stored(kind) for kind in found[0].result["weights"]}
     return [
-        _course(found, colour, "Information in the weights by epoch", "nats, empirical Fisher", {"": stored}),
+        _course(found, colour, "Information in the weights by epoch", "nats, empirical Fisher", kinds),
         plot("I(T; Y)", ("label_bound", "label_neighbours")),
         plot("I(X; T)", ("input_bound", "input_neighbours")),
     ]

@@ -331,7 +331,8 @@ class TrainStep:
         self.optimiser.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph):
+        # Without a stream torch takes one for the whole process, on the device of the first capture.
+        with torch.cuda.graph(graph, stream=side):
             self._body(static_plan, phase)
         with torch.no_grad():
             for tensor, value in zip(self._state(), before, strict=True):
