@@ -1,4 +1,4 @@
-"""The Markdown tables of README and docs/results.md, from the JSON files beside this script.
+"""The Markdown tables of README and docs, from the JSON files beside this script.
 
     python benchmarks/tables.py
 
@@ -57,20 +57,94 @@ def sixty_epochs() -> str:
 
 
 def audits() -> str:
-    """How well wrong labels are found, by run, for the default ranking and cleanlab's."""
-    head = "| run | wrong labels | ranking | AUROC | average precision | precision at 1,000 |"
+    """How well wrong labels are found, by run: the default ranking on the memory against cleanlab's."""
+    head = (
+        "| run | wrong labels | AUROC: memory, default | memory, cleanlab self-confidence "
+        "| prediction, cleanlab margin | prediction, cleanlab self-confidence "
+        "| average precision, memory | precision at 1,000 |"
+    )
     lines = []
     for run in read("analysis_runs")["runs"]:
-        audit = run.get("audit", {"comparison": []})
-        for row in audit["comparison"]:
-            if not row["name"].startswith(("balanced-margin", "cleanlab")):
-                continue
-            lines.append(
-                f"| {run['run']} | {audit['wrong']:,} of {audit['samples']:,} | {row['name']} "
-                f"| {row['auroc']:.4f} | {row['average_precision']:.4f} "
-                f"| {row['precision_at']['1000']:.3f} |"
+        if "audit" not in run:
+            continue
+        audit = run["audit"]
+        rows = {row["name"]: row for row in audit["comparison"]}
+        own = rows["balanced-margin (memory)"]
+        theirs = [
+            rows[f"cleanlab {kind}, adjusted ({source})"]["auroc"]
+            for kind, source in (
+                ("self confidence", "memory"),
+                ("normalized margin", "prediction"),
+                ("self confidence", "prediction"),
             )
+        ]
+        cells = [run["run"], f"{audit['wrong']:,} of {audit['samples']:,}", f"{own['auroc']:.4f}"]
+        cells += [f"{auroc:.4f}" for auroc in theirs]
+        cells += [f"{own['average_precision']:.4f}", f"{own['precision_at']['1000']:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return table(head, lines)
+
+
+def analysis() -> str:
+    """What each measure says of the four runs at epochs 20 and 60."""
+    content = read("analysis")
+    runs, epochs = list(content["runs"]), (20, 60)
+
+    def values(part: str, *path: str, factor: float = 1.0, digits: int = 2) -> list[str]:
+        """One cell for each run: both epochs, a dash where there is nothing."""
+        cells = []
+        for run in runs:
+            texts = []
+            for epoch in epochs:
+                one = next(
+                    found["result"]
+                    for found in content[part]
+                    if (found["run"], found["epoch"]) == (run, epoch) and found["weights"] != "best"
+                )
+                for key in path:
+                    one = one.get(key) if one else None
+                texts.append("–" if one is None else f"{factor * one:.{digits}f}")
+            cells.append(" → ".join(texts) if set(texts) != {"–"} else "–")
+        return cells
+
+    layer, whole = ("last_layer", "adversarial"), ("whole_network", "adversarial")
+    share, per_cent = "share_of_wrong", {"factor": 100.0, "digits": 1}
+    predicted, people = ("predictions", "adversarial"), "people"
+    rows = {
+        "gradient norm, given labels": values("gradients", *layer, "given", "mean"),
+        "… of wrong labels": values("gradients", *layer, "given", "wrong_mean"),
+        "… of right labels": values("gradients", *layer, "given", "right_mean"),
+        "gradient norm, refined labels": values("gradients", *layer, "refined", "mean"),
+        "share of wrong labels in it, %": values("gradients", *layer, "given", share, **per_cent),
+        "… whole network, %": values("gradients", *whole, "given", share, **per_cent),
+        "… last layer, refined labels, %": values("gradients", *layer, "refined", share, **per_cent),
+        "wrong labels fitted, %": values("gradients", "memorisation", "clean", "fitted", **per_cent),
+        "wrong labels recovered, %": values("gradients", "memorisation", "clean", "recovered", **per_cent),
+        "ECE, clean test images, %": values("labels", "predictions", "clean", "ece", **per_cent),
+        "ECE, adversarial, %": values("labels", *predicted, "ece", **per_cent),
+        "NLL, adversarial": values("labels", *predicted, "nll"),
+        "KL(people, prediction), clean": values("labels", people, "clean predictions, test", "kl"),
+        "KL(people, given label)": values("labels", people, "given labels, training", "kl"),
+        "KL(people, refined label)": values("labels", people, "targets, training", "kl"),
+        "information in weights, adversarial, Mnat": values(
+            "information", "weights", "adversarial", "empirical", factor=1e-6, digits=0
+        ),
+        "… its standard error": values(
+            "information", "weights", "adversarial", "empirical_error", factor=1e-6, digits=0
+        ),
+        "… clean, Mnat": values("information", "weights", "clean", "empirical", factor=1e-6, digits=0),
+        "I(T; Y) neighbours, train, adversarial": values(
+            "information", "representation", "train, adversarial", "label_neighbours"
+        ),
+        "… test, adversarial": values(
+            "information", "representation", "test, adversarial", "label_neighbours"
+        ),
+        "largest Hessian eigenvalue": values("geometry", "eigenvalue", "value", digits=0),
+        "input gradient, l1": values("geometry", "input_gradient", "l1", "mean", digits=1),
+        "linearity gap": values("geometry", "linearity_gap", "mean", digits=3),
+    }
+    head = "| measure, epoch 20 → 60 | " + " | ".join(runs) + " |"
+    return table(head, ("| " + " | ".join([name, *cells]) + " |" for name, cells in rows.items()))
 
 
 def demo(name: str = "demo_seeds") -> str:
@@ -161,5 +235,5 @@ def cpu_epoch() -> str:
 
 
 if __name__ == "__main__":
-    training = (short_schedule(), sixty_epochs(), audits(), demo(), demo("demo_seeds_clean"))
+    training = (short_schedule(), sixty_epochs(), analysis(), audits(), demo(), demo("demo_seeds_clean"))
     print(*training, train_step(), autoattack(), label_memory(), cpu_epoch(), sep="\n\n")
