@@ -39,7 +39,8 @@ def test_the_central_table_has_four_rows_with_best_last_and_their_difference(mad
     cells = [cell.strip() for cell in table[2].strip("|").split("|")]
     best, last = 100 * rows[0]["best"]["clean"], 100 * rows[0]["last"]["clean"]
     assert cells[2:5] == [f"{best:.1f}", f"{last:.1f}", f"{best - last:+.1f}"]
-    assert "<svg" in (folder / "curves.svg").read_text()
+    for name in ("curves", "figure"):
+        assert "<svg" in (folder / f"{name}.svg").read_text()
     assert (folder / "report.html").is_file()
 
 

@@ -11,10 +11,8 @@ from typing import Any, Literal
 from softdefend import pipeline
 from softdefend.errors import SettingError
 from softdefend.files import write_atomic
-from softdefend.report import read_run, write_report
+from softdefend.report import read_run, studies, write_report
 from softdefend.report.embed import svg
-from softdefend.report.figures import Series, colours, epoch_plot
-from softdefend.report.runs import group_runs
 
 QUICK = (
     *("--config", "digits_demo", "--data.train_size", "128", "--data.validation", "64", "--net.width", "8"),
@@ -150,9 +148,10 @@ def reproduce(
 ) -> list[dict[str, Any]]:
     """Make a study's runs, each in a folder of its own, and gather them.
 
-    Finished runs are kept and unfinished ones continued, whatever stopped them. Writes ``NAME.json`` per run,
-    ``table.json``, ``table.md``, ``curves.svg`` and ``report.html`` into ``folder``. The table also has the
-    rows of this study whose ``NAME.json`` lies there from an earlier call, made on another machine perhaps.
+    Finished runs are kept and unfinished ones continued, whatever stopped them. Writes into ``folder``:
+    ``NAME.json`` per run, ``table.json``, ``table.md``, ``figure.svg`` (best and last of each row),
+    ``curves.svg`` and ``report.html``. Table and figures also have the rows of this study whose ``NAME.json``
+    lies there from an earlier call, made on another machine perhaps.
 
     Args:
         study: what to run.
@@ -191,11 +190,13 @@ def reproduce(
     _write_json(folder / "table.json", {"study": study.name, "title": study.title, "rows": brief})
     write_atomic(folder / "table.md", markdown(study, brief).encode())
     runs = [read_run(place) for place in places]
-    groups = group_runs(runs)
-    series = [Series("test_robust", "test"), Series("train_robust", "train")]
-    plot = epoch_plot("robust accuracy", groups, colours(groups), series, "%")
-    if plot is not None:
-        write_atomic(folder / "curves.svg", svg(plot.figure).encode())
+    drawn = {
+        "curves": studies.curves(rows),
+        "figure": studies.best_and_last(rows, tuple(study.runs[0].factors), study.measures),
+    }
+    for name, plot in drawn.items():
+        if plot is not None:
+            write_atomic(folder / f"{name}.svg", svg(plot.figure).encode())
     say(markdown(study, brief))
     say(f"report: {write_report(runs, folder / 'report.html', study.title)}")
     return rows

@@ -63,14 +63,16 @@ class Series:
     label: str
 
 
+def shades(count: int) -> list[str]:
+    """So many colours, none twice."""
+    if count <= len(_PALETTE):
+        return list(_PALETTE[:count])
+    return [to_hex(matplotlib.colormaps["turbo"]((i + 0.5) / count)) for i in range(count)]
+
+
 def colours(groups: Sequence[Group]) -> dict[str, str]:
     """One colour for each recipe, by label."""
-    spread = len(groups) > len(_PALETTE)
-    spectrum = matplotlib.colormaps["turbo"]
-    return {
-        group.label: to_hex(spectrum((i + 0.5) / len(groups))) if spread else _PALETTE[i]
-        for i, group in enumerate(groups)
-    }
+    return dict(zip((group.label for group in groups), shades(len(groups)), strict=True))
 
 
 def norm_label(norm: object) -> str:
@@ -258,6 +260,12 @@ def class_means(group: Group, which: str) -> dict[str, tuple[float, float]]:
 def _canvas(ylabel: str, xlabel: str, height: float = 3.2) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.2, height), layout="constrained")
     axes = figure.add_subplot()
+    dress(axes, ylabel, xlabel)
+    return figure, axes
+
+
+def dress(axes: Axes, ylabel: str, xlabel: str) -> None:
+    """Ink, grid and spines as all figures have them."""
     axes.set_xlabel(xlabel, color=INK)
     axes.set_ylabel(ylabel, color=INK)
     axes.tick_params(colors=INK)
@@ -265,7 +273,6 @@ def _canvas(ylabel: str, xlabel: str, height: float = 3.2) -> tuple[Figure, Axes
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(INK)
-    return figure, axes
 
 
 def _draw(axes: Axes, line: Line, colour: str, dash: str, label: str) -> None:
