@@ -1,0 +1,168 @@
+"""Beyond the paper: SGLR + AWP + EMA, settings chosen on validation images in short runs, then a full run.
+
+    python benchmarks/beyond.py --data DIR --data-name 'CIFAR-10 (JPEG mirror)' --devices cuda:0 cuda:1
+    python benchmarks/beyond.py --quick     # digits, on a CPU: shows that it runs
+
+1. Every candidate trains on the short schedule with 5,000 images held out. Of their last epochs the one of
+   highest robust validation accuracy is chosen, and the choice is written to ``--output``. Test images take
+   no part: a candidate's evaluation is of one image.
+2. The chosen settings train by the full protocol (200 epochs, 1,000 images held out), one run for each seed,
+   and the last checkpoint meets PGD-20 and AutoAttack on all test images.
+
+Killed at any moment, or ended by ``--seconds``, the same command continues where the run folders still exist;
+a choice that is written stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from collect import environment
+from pool import Job, Pool, softdefend
+
+CANDIDATES: dict[str, tuple[str, ...]] = {
+    "reference": ("--preset", "sglr-awp-ema"),
+    "gamma 0.005": ("--preset", "sglr-awp-ema", "--weight.gamma", "0.005"),
+    "clean weight 0.5": ("--preset", "sglr-awp-ema", "--label.clean_weight", "0.5"),
+    "r 0.8": ("--preset", "sglr-awp-ema", "--label.r", "0.8"),
+    "TRADES": ("--preset", "trades-sglr-awp-ema"),
+}
+"""One departure each from the preset, which joins the published settings of its three parts."""
+QUICK = ["--config", "digits_demo", "--data.train_size", "64", "--net.width", "8", "--optim.epochs", "2"]
+FAST = ["--validate.precision", "fast", "--evaluate.precision", "fast"]
+NOTHING = ["--evaluate.curve_size", "0", "--evaluate.examples", "0"]
+
+
+def common(device: str, args: argparse.Namespace) -> list[str]:
+    """Words of every run."""
+    words = ["--runtime.device", device, *NOTHING]
+    if args.data:
+        words += ["--data.source", str(args.data), "--data.name", args.data_name]
+    return words
+
+
+def short(name: str, device: str, args: argparse.Namespace) -> list[str]:
+    """The words that train one candidate."""
+    own = ["--optim.epochs", str(args.epochs), "--data.validation", "5000", "--validate.size", "5000", *FAST]
+    protocol = QUICK if args.quick else ["--config", "cifar10_resnet18_short", "--validate.every", "10", *own]
+    place = ["--name", name, "--folder", str(folder(name, args)), "--evaluate.size", "1"]
+    return softdefend("train", *protocol, *CANDIDATES[name], *common(device, args), *place)
+
+
+def full(seed: int, device: str, args: argparse.Namespace) -> list[str]:
+    """The words that train one full run of the chosen settings."""
+    choice = json.loads(args.output.read_text())["choice"]
+    own = ["--config", "cifar10_resnet18", "--validate.every", "2", "--validate.test_size", "1000", *FAST]
+    place = [
+        "--name",
+        f"chosen: {choice}",
+        "--folder",
+        str(folder(f"full {seed}", args)),
+        "--seed",
+        str(seed),
+    ]
+    protocol = [*QUICK, "--evaluate.size", "64"] if args.quick else own
+    return softdefend("train", *protocol, *CANDIDATES[choice], *common(device, args), *place)
+
+
+def attacked(seed: int, device: str, args: argparse.Namespace) -> list[str]:
+    """The words that evaluate the last checkpoint of a full run."""
+    words = [str(folder(f"full {seed}", args)), "--which", "last", "--device", device]
+    return softdefend("evaluate", *words, "--attacks", *attacks(args))
+
+
+def attacks(args: argparse.Namespace) -> tuple[str, str]:
+    """Of the final evaluation."""
+    return "pgd-20", "apgd-ce-5" if args.quick else "autoattack"
+
+
+def folder(name: str, args: argparse.Namespace) -> Path:
+    """Of a run."""
+    return Path(args.folder / name.replace(" ", "-").replace(".", "_"))
+
+
+def curve(place: Path) -> list[dict[str, Any]]:
+    """A run's metrics by epoch."""
+    return [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+
+
+def candidate(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What a finished candidate reached at its last epoch."""
+    place = folder(name, args)
+    last, config = curve(place)[-1], yaml.safe_load((place / "config.yaml").read_text())
+    row = {"name": name, "words": list(CANDIDATES[name]), "epochs": last["epoch"], "seed": config["seed"]}
+    row |= {key: round(100 * last[key], 2) for key in ("val_clean", "val_robust")}
+    return row | {"environment": environment(place)}
+
+
+def finished(seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What a full run reached at its last epoch."""
+    place = folder(f"full {seed}", args)
+    result = json.loads((place / "evaluation/last.json").read_text())
+    seconds = {
+        row["epoch"]: row["seconds"]
+        for row in map(json.loads, (place / "timing.jsonl").read_text().splitlines())
+    }
+    figures = {name: round(100 * result["attacks"][name]["rate"], 2) for name in attacks(args)}
+    row = {"seed": seed, "epoch": result["epoch"], "n": result["n"]}
+    row |= {"clean": round(100 * result["clean"]["rate"], 2), **figures}
+    row["hours"] = round(sum(seconds.values()) / 3600, 3)
+    return row | {"environment": environment(place), "curve": curve(place)}
+
+
+def main() -> int:
+    """Choose, write the choice down, then train and evaluate."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="Parquet folder of CIFAR-10 in hub layout")
+    parser.add_argument("--data-name", default="", help="what to call the data in the results")
+    parser.add_argument("--epochs", type=int, default=30, help="of a candidate")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the full runs")
+    parser.add_argument("--folder", type=Path, default=Path("runs/beyond"))
+    parser.add_argument("--devices", nargs="+", default=["auto"], help="one named twice takes two jobs")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop what still runs after these"
+    )
+    parser.add_argument("--quick", action="store_true", help="digits, two epochs")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/beyond.json"))
+    args = parser.parse_args()
+    content: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
+    content["data"] = "digits" if args.quick else args.data_name
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
+        args.output.write_text(json.dumps(content, indent=1) + "\n")
+
+    pool = Pool(args.devices, args.folder / "logs", args.seconds, remember=True)
+    if "choice" not in content:
+        left = pool([Job(name, partial(short, name, args=args)) for name in CANDIDATES])
+        if left:
+            print(f"not finished: {' '.join(left)}", file=sys.stderr)
+            return 1 if pool.failed else 0
+        content["candidates"] = [candidate(name, args) for name in CANDIDATES]
+        content["choice"] = max(content["candidates"], key=lambda row: row["val_robust"])["name"]
+        write()
+    print(f"chosen: {content['choice']}", flush=True)
+    jobs = []
+    for seed in args.seeds:
+        jobs.append(Job(f"full {seed}", partial(full, seed, args=args)))
+        jobs.append(Job(f"attacked {seed}", partial(attacked, seed, args=args), (f"full {seed}",)))
+    left = pool(jobs)
+    done = [seed for seed in args.seeds if f"attacked {seed}" not in left]
+    content["full"] = [finished(seed, args) for seed in done]
+    write()
+    if left:
+        print(f"not finished: {' '.join(left)}", file=sys.stderr)
+    return 1 if pool.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
