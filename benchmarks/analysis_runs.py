@@ -5,8 +5,8 @@
 
 Trains by protocol cifar10_resnet18_short with 60 epochs: PGD-AT and SGLR on the given labels and on those
 of CIFAR-10N ('worst', 40% wrong). With ``--table1 FOLDER`` the two on given labels are instead the first
-rows of ``softdefend reproduce table1``: 200 epochs, and AutoAttack at the end. For 30 epochs: SGLR on the
-other two sets of CIFAR-10N, and the same label rule in training without an attack ('plain') on all three.
+rows of ``softdefend reproduce table1``: 200 epochs, and AutoAttack at the end. For 30 epochs: SGLR on two
+other sets of CIFAR-10N, and the same label rule in training without an attack ('plain') on all three.
 Then audits the labels of every run that has both a memory and wrong labels, and analyses the first four runs.
 Killed at any moment, or ended by ``--seconds``, the same command continues where the run folders still exist.
 ``--quick`` does it in miniature on digits.
@@ -28,7 +28,7 @@ from statistics import median
 from typing import Any
 
 from collect import environment, figures
-from pool import Job, Pool, softdefend
+from pool import Job, Pool, earlier, softdefend
 from softdefend import reproduce
 
 HUMAN = {"worst": "worse_label", "aggregate": "aggre_label", "random1": "random_label1"}
@@ -205,14 +205,19 @@ def analysis(args: argparse.Namespace) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     content = rounded(json.loads(path.read_text()))
+    named = dict(zip(content["runs"], ANALYSED, strict=True))  # rows of table 1 have names of their own there
+    for part in ("gradients", "labels", "information", "geometry"):
+        for found in content[part]:
+            found["run"] = named[found["run"]]
+    content["overfitting"] = {named[run]: one for run, one in content["overfitting"].items()}
     settings = content["settings"]
     for name in ("reference", "train_votes", "test_votes"):
         settings[name] = settings[name] and Path(settings[name]).name
     for found in content["gradients"]:
         found["result"]["judged_by"] = found["result"]["judged_by"].replace(str(place("sglr", args)), "sglr")
     content["runs"] = {
-        name: {"data": content["runs"][name]["data"], "environment": environment(place(folder, args))}
-        for name, folder in zip(content["runs"], ANALYSED, strict=True)
+        ours: {"data": content["runs"][theirs]["data"], "environment": environment(place(ours, args))}
+        for theirs, ours in named.items()
     }
     return dict(content)
 
@@ -226,7 +231,7 @@ def main() -> int:
     parser.add_argument("--data-name", default="", help="what to call the data in the results")
     parser.add_argument("--votes", type=Path, help="cifar10n.npz")
     parser.add_argument("--test-votes", type=Path, help="cifar10h.npz")
-    parser.add_argument("--folder", type=Path, default=Path("runs/analysis"))
+    parser.add_argument("--folder", type=Path, help="runs/analysis, or runs/analysis-quick")
     parser.add_argument("--table1", type=Path, help="folder of the first two rows of table 1")
     parser.add_argument("--devices", nargs="+", default=["auto"], help="one named twice takes two jobs")
     parser.add_argument("--seed", type=int, default=0)
@@ -235,24 +240,26 @@ def main() -> int:
     )
     parser.add_argument("--collect-only", action="store_true", help="start nothing")
     parser.add_argument("--quick", action="store_true", help="digits, four epochs")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/analysis_runs.json"))
+    parser.add_argument("--output", type=Path, help="benchmarks/results/analysis_runs.json, or in the folder")
     args = parser.parse_args()
+    args.folder = args.folder or Path("runs/analysis-quick" if args.quick else "runs/analysis")
+    results = args.folder if args.quick else Path("benchmarks/results")
+    args.output = args.output or results / "analysis_runs.json"
+    data = "digits" if args.quick else args.data_name
+    # What an earlier call has measured stays.
+    content = earlier(args.output, data, args.seed)
     if not args.quick and args.votes is None and not args.collect_only:
         parser.error("--votes is needed: CIFAR-10N's labels")
     pool = Pool(args.devices, args.folder / "logs", args.seconds, remember=True)
     left = [] if args.collect_only else pool(jobs(args), finished=lambda name: print(name, flush=True))
-    # Rows of table 1 are results of that study; what an earlier call has measured stays.
-    runs = (
-        {row["run"]: row for row in json.loads(args.output.read_text())["runs"]}
-        if args.output.exists()
-        else {}
-    )
+    runs = {row["run"]: row for row in content.get("runs", [])}
     for name in RUNS:
-        of_study = args.table1 and name in ROWS
+        of_study = args.table1 and name in ROWS  # its results are rows of that study
         if not of_study and (place(name, args) / "evaluation/last.json").is_file():
             runs[name] = measured(name, args)
     content = {
-        "data": "digits" if args.quick else args.data_name,
+        "data": data,
+        "seed": args.seed,
         "protocol": "digits_demo, 4 epochs" if args.quick else "cifar10_resnet18_short, PGD-20 in fast",
         "runs": [runs[name] for name in RUNS if name in runs],
     }

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from collect import environment
-from pool import Job, Pool, softdefend
+from pool import Job, Pool, earlier, softdefend
 
 CANDIDATES: dict[str, tuple[str, ...]] = {
     "reference": ("--preset", "sglr-awp-ema"),
@@ -126,16 +126,18 @@ def main() -> int:
     parser.add_argument("--data-name", default="", help="what to call the data in the results")
     parser.add_argument("--epochs", type=int, default=30, help="of a candidate")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the full runs")
-    parser.add_argument("--folder", type=Path, default=Path("runs/beyond"))
+    parser.add_argument("--folder", type=Path, help="runs/beyond, or runs/beyond-quick")
     parser.add_argument("--devices", nargs="+", default=["auto"], help="one named twice takes two jobs")
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="stop what still runs after these"
     )
     parser.add_argument("--quick", action="store_true", help="digits, two epochs")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/beyond.json"))
+    parser.add_argument("--output", type=Path, help="benchmarks/results/beyond.json, or in the folder")
     args = parser.parse_args()
-    content: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
-    content["data"] = "digits" if args.quick else args.data_name
+    args.folder = args.folder or Path("runs/beyond-quick" if args.quick else "runs/beyond")
+    args.output = args.output or (args.folder if args.quick else Path("benchmarks/results")) / "beyond.json"
+    data = "digits" if args.quick else args.data_name
+    content = {"data": data} | earlier(args.output, data)
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
     def write() -> None:

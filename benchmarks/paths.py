@@ -48,17 +48,18 @@ def train(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def compared(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def compared(rows: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """For each measure: mean of captured minus eager, the standard error of that difference from the spread
     of the seeds, and the larger spread."""
-    found = {}
+    found: dict[str, dict[str, float | None]] = {}
     for measure in MEASURES:
         captured, eager = ([row[measure] for row in rows if row["path"] == path] for path in PATHS)
         spread = [stdev(values) if len(values) > 1 else 0.0 for values in (captured, eager)]
-        error = sum(one**2 / len(captured) for one in spread) ** 0.5
+        # Of one seed nothing is known.
+        error = sum(one**2 / len(captured) for one in spread) ** 0.5 if len(captured) > 1 else None
         found[measure] = {
             "captured_minus_eager": round(mean(captured) - mean(eager), 3),
-            "standard_error": round(error, 3),
+            "standard_error": None if error is None else round(error, 3),
             "spread_of_seeds": round(max(spread), 3),
         }
     return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 def softdefend(*words: str) -> list[str]:
@@ -28,6 +31,21 @@ def compare(folder: Path, words: Sequence[str]) -> None:
     with open(folder.with_suffix(".log"), "wb") as log:
         command = softdefend("compare", *words, "--folder", str(folder))
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+
+
+def earlier(path: Path, data: str, seed: int | None = None) -> dict[str, Any]:
+    """What a result file holds already; empty without one.
+
+    Raises:
+        SystemExit: it holds results on other data or of another seed, which new ones must not join.
+    """
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for name, given in (("data", data), ("seed", seed)):
+        if name in content and given is not None and content[name] != given:
+            sys.exit(
+                f"{path}: holds results with {name} {content[name]!r}, not {given!r}; name another --output"
+            )
+    return content
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,8 @@ class Pool:
             GPU alone, as ``cuda``.
         logs: folder of the jobs' outputs.
         seconds: after which what still runs is stopped.
-        remember: note in ``logs`` which jobs ended well; a later pool does not start these again.
+        remember: note in ``logs`` which jobs ended well; a later pool does not start these again, unless
+            their words have changed.
     """
 
     def __init__(
@@ -61,7 +80,7 @@ class Pool:
     ) -> None:
         self._free, self._logs, self._deadline = list(devices), logs, time.monotonic() + seconds
         self._remember = remember
-        self._running: dict[str, tuple[Job, str, subprocess.Popen[bytes]]] = {}
+        self._running: dict[str, tuple[Sequence[str], str, subprocess.Popen[bytes]]] = {}
         self.failed: list[str] = []
 
     def __call__(
@@ -75,16 +94,18 @@ class Pool:
             finished: told of each job that ended well.
         """
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the jobs are stopped too
-        over = {*done, *(mark.stem for mark in self._logs.glob("*.done"))}
-        waiting = [job for job in jobs if job.name not in over]
+        over, waiting = set(done), [job for job in jobs if job.name not in done]
         try:
             while time.monotonic() < self._deadline:
-                for job in [job for job in waiting if over.issuperset(job.after)][: len(self._free)]:
+                ready = [job for job in waiting if over.issuperset(job.after)][: len(self._free)]
+                for job in ready:
                     waiting.remove(job)
-                    self._start(job)
-                if not self._running:
+                    if self._start(job):
+                        over.add(job.name)
+                if not self._running and not ready:
                     break
-                time.sleep(0.2)
+                if self._running:
+                    time.sleep(0.2)
                 for name in self._ended():
                     over.add(name)
                     if finished is not None:
@@ -93,9 +114,14 @@ class Pool:
             self._stop()
         return [job.name for job in jobs if job.name not in over]
 
-    def _start(self, job: Job) -> None:
-        device, environment = self._free.pop(0), dict(os.environ)
+    def _start(self, job: Job) -> bool:
+        """Start it in the first free place, unless it is known to have ended well before."""
+        device, environment = self._free[0], dict(os.environ)
         kind, _, number = device.partition(":")
+        words = job.command(kind)
+        if self._remember and self._mark(job.name, words).exists():
+            return True
+        self._free.pop(0)
         if kind == "cuda" and number:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             environment["CUDA_VISIBLE_DEVICES"] = visible[int(number)] if visible != [""] else number
@@ -103,18 +129,23 @@ class Pool:
         with open(self._logs / f"{job.name}.log", "ab") as log:
             # A group of its own: what a command has started is stopped with it.
             process = subprocess.Popen(
-                job.command(kind),
+                words,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 env=environment,
             )
-        self._running[job.name] = job, device, process
+        self._running[job.name] = words, device, process
+        return False
+
+    def _mark(self, name: str, words: Sequence[str]) -> Path:
+        """The file that says that these words ended well."""
+        return self._logs / f"{name}-{hashlib.sha256(repr(words).encode()).hexdigest()[:12]}.done"
 
     def _ended(self) -> list[str]:
         """Names of jobs that have ended well since."""
         well = []
-        for name, (_, device, process) in list(self._running.items()):
+        for name, (words, device, process) in list(self._running.items()):
             if process.poll() is None:
                 continue
             del self._running[name]
@@ -125,7 +156,7 @@ class Pool:
                 print((self._logs / f"{name}.log").read_text()[-1500:], file=sys.stderr)
             else:
                 if self._remember:
-                    (self._logs / f"{name}.done").touch()
+                    self._mark(name, words).touch()
                 well.append(name)
         return well
 

@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from collect import environment, figures
-from pool import Job, Pool, softdefend
+from pool import Job, Pool, earlier, softdefend
 from softdefend.config import packaged
 
 EPOCHS = 30
@@ -70,9 +70,10 @@ def measured(preset: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(args: argparse.Namespace) -> dict[str, Any]:
     """What earlier calls have finished, by preset."""
-    return {run["recipe"]: run for run in json.loads(path.read_text())["runs"]} if path.exists() else {}
+    content = earlier(args.output, "digits" if args.quick else args.data_name, args.seed)
+    return {run["recipe"]: run for run in content.get("runs", [])}
 
 
 def write(path: Path, done: dict[str, Any], args: argparse.Namespace) -> None:
@@ -80,6 +81,7 @@ def write(path: Path, done: dict[str, Any], args: argparse.Namespace) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "data": "digits" if args.quick else args.data_name,
+        "seed": args.seed,
         "protocol": f"cifar10_resnet18_short, {EPOCHS} epochs, PGD-20 in precision fast"
         if not args.quick
         else "digits_demo, 2 epochs",
@@ -95,7 +97,7 @@ def main() -> int:
     )
     parser.add_argument("--data", type=Path, help="Parquet folder of CIFAR-10 in hub layout")
     parser.add_argument("--data-name", default="", help="what to call the data in the results")
-    parser.add_argument("--folder", type=Path, default=Path("runs/recipes"))
+    parser.add_argument("--folder", type=Path, help="runs/recipes, or runs/recipes-quick")
     parser.add_argument("--presets", nargs="+", default=sorted(packaged("preset")))
     parser.add_argument("--devices", nargs="+", default=["auto"])
     parser.add_argument("--seed", type=int, default=0)
@@ -103,9 +105,11 @@ def main() -> int:
         "--seconds", type=float, default=float("inf"), help="stop what still runs after these"
     )
     parser.add_argument("--quick", action="store_true", help="digits, two epochs")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/recipes.json"))
+    parser.add_argument("--output", type=Path, help="benchmarks/results/recipes.json, or in the folder")
     args = parser.parse_args()
-    done = read(args.output)
+    args.folder = args.folder or Path("runs/recipes-quick" if args.quick else "runs/recipes")
+    args.output = args.output or (args.folder if args.quick else Path("benchmarks/results")) / "recipes.json"
+    done = read(args)
 
     def finished(preset: str) -> None:
         done[preset] = measured(preset, args)

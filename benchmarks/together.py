@@ -99,6 +99,7 @@ def main() -> int:
         "times_as_fast_as_one_at_a_time": {
             str(row["together"]): round(rows[0]["wall_seconds"] / row["wall_seconds"], 3) for row in rows
         },
+        "data": "digits" if args.quick else args.data_name,
         "preset": args.preset,
         "mps": torch.cuda.is_available() and shared(),
         "environment": environment(resolve_device(args.device)),

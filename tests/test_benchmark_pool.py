@@ -75,6 +75,19 @@ def test_what_ended_well_is_not_started_again_where_it_is_remembered(pool, tmp_p
         made = pool.Pool(["d0"], tmp_path / "logs", remember=remember)
         assert made(jobs) == ["bad"]
         assert len(seen.read_text().splitlines()) == lines
+    jobs[0] = job(pool, "good", appends(seen, "other words"))
+    pool.Pool(["d0"], tmp_path / "logs", remember=True)(jobs)
+    assert seen.read_text().splitlines()[2:] == ["other words@d0"]
+
+
+def test_results_of_other_data_or_another_seed_are_not_joined(pool, tmp_path):
+    path = tmp_path / "results.json"
+    assert pool.earlier(path, "digits", 0) == {}
+    path.write_text('{"data": "digits", "seed": 0}')
+    assert pool.earlier(path, "digits", 0) == {"data": "digits", "seed": 0}
+    for data, seed, named in (("CIFAR-10", 0, "data 'digits'"), ("digits", 1, "seed 0")):
+        with pytest.raises(SystemExit, match=named):
+            pool.earlier(path, data, seed)
 
 
 @pytest.mark.parametrize(("visible", "expected"), [(None, ["0", "1"]), ("3,5", ["3", "5"])])

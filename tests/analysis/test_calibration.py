@@ -59,6 +59,19 @@ def test_a_network_that_is_as_right_as_it_is_sure_is_calibrated():
     assert calibration.adaptive_calibration_error(probability, label, 2) == pytest.approx(0, abs=1e-7)
 
 
+@pytest.mark.parametrize("top", [1.0, 0.6, 1 + 1e-6])
+def test_bars_and_error_have_the_same_bins_on_their_edges(top):
+    """Confidences on an edge of a bin, or above one by rounding."""
+    confidence = torch.tensor([top] * 5 + [0.97] * 5 + [0.4] * 2)
+    probability = torch.stack([confidence, 1 - confidence], dim=1)
+    probability[-2:] = torch.tensor([0.2, 0.8])
+    label = torch.tensor([0, 0, 0, 0, 1, 0, 1, 1, 1, 1, 1, 1])
+    bars = calibration.reliability(probability, label, 5)
+    assert sum(bar["count"] for bar in bars) == 12
+    again = sum(bar["count"] * abs(bar["confidence"] - bar["accuracy"]) for bar in bars) / 12
+    assert calibration.expected_calibration_error(probability, label, 5) == pytest.approx(again, abs=2e-6)
+
+
 def test_nll_is_sklearns_and_brier_its_two_class_value_for_both_classes(rows):
     probability, label = rows
     ours = calibration.negative_log_likelihood(probability, label)

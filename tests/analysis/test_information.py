@@ -78,6 +78,12 @@ def test_the_label_bound_bears_more_features_than_samples():
     assert -0.1 < nothing < 0.05
 
 
+def test_the_label_bound_says_nothing_of_many_classes_that_have_nothing_to_do_with_it():
+    rng = np.random.default_rng(0)
+    t, y = rng.standard_normal((600, 2)), rng.integers(0, 400, 600)  # most are not seen in the half that fits
+    assert information.label_information_bound(t, y, seed=0) < 0
+
+
 def test_the_label_bound_stays_below_where_the_classifier_is_too_simple():
     rng = np.random.default_rng(0)
     t = rng.uniform(-1, 1, (2000, 1))

@@ -72,6 +72,12 @@ def test_without_wrong_labels_there_is_nothing_to_detect():
     assert audit.curve(score, wrong) is None
 
 
+def test_precision_at_low_recall_is_that_of_the_first_samples():
+    wrong = np.array([False, False, True, True])
+    curve = audit.curve(np.array([0.1, 0.2, 0.3, 0.4]), wrong)
+    assert curve["precision"][0] == 0.5  # not one: the first two are right
+
+
 def test_a_set_is_judged_by_its_hits():
     flagged, wrong = np.array([True, True, False, False]), np.array([True, False, True, False])
     assert audit.found_set(flagged, wrong) == {"size": 2, "precision": 0.5, "recall": 0.5, "f1": 0.5}

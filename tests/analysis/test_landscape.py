@@ -118,3 +118,16 @@ def test_a_linear_loss_has_no_gap_and_a_parabola_its_second_order_term():
     # 2 |d|^2 is largest in the corners of the cube, and anywhere on the sphere
     torch.testing.assert_close(gap(parabola, "linf", "0.1", image), torch.full((2,), 2 * 6 * 0.01))
     torch.testing.assert_close(gap(parabola, "l2", "0.1", image), torch.full((2,), 2 * 0.01))
+
+
+def test_a_parameter_that_is_not_used_has_no_curvature():
+    net = nn.Linear(3, 2).requires_grad_(False)
+    net.unused = nn.Parameter(torch.ones(2), requires_grad=False)
+    image, label = torch.rand(4, 3, 1, 1), torch.tensor([0, 1, 0, 1])
+    flat = nn.Sequential(nn.Flatten(), net)
+    product, size = landscape.hessian_product(flat, image, label, 2)
+    v = torch.arange(1.0, size + 1)
+    place = [name for name, _ in flat.named_parameters()].index("1.unused")
+    parts = torch.split(product(v), [p.numel() for p in flat.parameters()])
+    assert torch.equal(parts[place], torch.zeros(2))
+    assert all(part.abs().sum() > 0 for i, part in enumerate(parts) if i != place)

@@ -21,6 +21,8 @@ from softdefend.attacks import PGD
 from softdefend.errors import SettingError
 
 _SMALL = 1e-12
+_BELOW_ONE = 1 - 2**-24
+"""The largest number below one in float32."""
 
 
 def expected_calibration_error(probability: Tensor, label: Tensor, bins: int) -> float:
@@ -32,8 +34,10 @@ def expected_calibration_error(probability: Tensor, label: Tensor, bins: int) ->
         label: [n] int64.
     """
     k = probability.shape[1]
-    value = multiclass_calibration_error(probability.float(), label, num_classes=k, n_bins=bins, norm="l1")
-    return float(value)
+    # A confidence of one would fall into a bin of its own beyond the last, and anything above one would make
+    # torchmetrics take the rows for logits.
+    below_one = probability.float().clamp(0, _BELOW_ONE)
+    return float(multiclass_calibration_error(below_one, label, num_classes=k, n_bins=bins, norm="l1"))
 
 
 def adaptive_calibration_error(probability: Tensor, label: Tensor, bins: int) -> float:
@@ -66,8 +70,9 @@ def reliability(probability: Tensor, label: Tensor, bins: int) -> list[dict[str,
     """The bars of a reliability diagram: for each bin of equal width that is not empty its edges, how many
     samples it holds, their mean confidence and accuracy."""
     confidence, right = _confidence(probability, label)
-    # half-open from above, (0, 1/bins], as torchmetrics has them
-    number = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    # [0, 1/bins) and so on, the last one closed: the bins of the calibration error above
+    edges = torch.linspace(0, 1, bins + 1)
+    number = torch.bucketize(confidence.float().clamp(0, _BELOW_ONE), edges, right=True) - 1
     rows: list[dict[str, float | int]] = []
     for b in sorted(set(number.tolist())):
         members = number == b
@@ -111,7 +116,11 @@ def entropy(probability: Tensor) -> Tensor:
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of each row, [n], in nats; entries of q below 1e-12 count as that."""
+    """KL(p || q) of each row, [n], in nats; entries of q below 1e-12 count as that.
+
+    For a one-hot q the floor decides: what p has elsewhere costs log 1e12 = 27.6 nats a unit. Compare soft
+    rows with one-hot ones by their total variation.
+    """
     p, q = p.double(), q.double().clamp_min(_SMALL)
     rows: Tensor = (torch.special.xlogy(p, p) - torch.special.xlogy(p, q)).sum(dim=1)
     return rows

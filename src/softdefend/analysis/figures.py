@@ -88,7 +88,14 @@ def _ends(curve: Curve) -> str:
     name = f"{curve.run}, {curve.kind}" if curve.kind else curve.run
     if not len(curve.x):
         return f"{name}: nothing"
-    return f"{name}: {curve.y[0]:.3g} at {curve.x[0]:.3g} to {curve.y[-1]:.3g} at {curve.x[-1]:.3g}"
+    return (
+        f"{name}: {_said(curve.y[0])} at {_said(curve.x[0])} to {_said(curve.y[-1])} at {_said(curve.x[-1])}"
+    )
+
+
+def _said(value: float | None) -> str:
+    """Three digits; results hold None for what is not finite."""
+    return "not finite" if value is None else f"{value:.3g}"
 
 
 def dot_plot(

@@ -192,7 +192,7 @@ def measure(
 
     Args:
         probe: training images.
-        whole: how many of them, from the first on, get the whole network's norm; 0 for none.
+        whole: how many of them, evenly spread, get the whole network's norm; 0 for none.
         chunk: samples at once there.
     """
     run, net = subject.run, subject.net
@@ -222,7 +222,8 @@ def measure(
             said = seen.logits.argmax(dim=1).cpu()
             result["memorisation"][kind] = memorisation(said, batch.label.cpu(), wrong, truth)
     if whole:
-        few = slice(0, whole)
+        # Spread over the probe set, which is in the order of the data: that may be one class after another.
+        few = torch.arange(min(whole, len(index))) * len(index) // min(whole, len(index))
         result["whole_network"]["adversarial"] = {
             name: spread(
                 whole_network_norms(net, adversarial[few], target[few], chunk).cpu(),

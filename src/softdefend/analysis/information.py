@@ -6,6 +6,7 @@ Every estimate is in nats. None of them is exact, and each says in its docstring
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.func import functional_call, jvp
 from softdefend.analysis.gradients import last_layer
 from softdefend.analysis.landscape import Parameters, parameters_of
 from softdefend.analysis.subjects import Subject, attack_images, draw, initial
+from softdefend.errors import SettingError
 from softdefend.modes import tf32
 from softdefend.rng import key, stream
 
@@ -125,15 +127,22 @@ _PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 def _log_likelihood(
     x: Matrix, label: NDArray[np.int64], fit: NDArray[np.int64], measure: NDArray[np.int64], c: float
 ) -> float:
-    """Mean log probability of the labels at ``measure`` under a classifier fitted at ``fit``; NaN where that
-    has not seen two classes, or none of those to be measured."""
-    known = np.unique(label[fit])
-    measure = measure[np.isin(label[measure], known)]
+    """Mean log probability of the labels at ``measure`` under a classifier fitted at ``fit``; NaN where it
+    has not seen two classes, or there is none to be measured.
+
+    One sample's worth of the distribution is even over all classes, so that one that was not seen has a
+    probability too: without it the cross-entropy would be that of another distribution than the entropy.
+    """
+    known, classes = np.unique(label[fit]), np.unique(label)
     if len(known) < 2 or not len(measure):
         return math.nan
-    fitted = LogisticRegression(C=c, max_iter=1000).fit(x[fit], label[fit])
-    rows = np.arange(len(measure)), np.searchsorted(known, label[measure])
-    return float(np.maximum(fitted.predict_log_proba(x[measure])[rows], math.log(1e-12)).mean())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The number of unique classes", category=UserWarning)
+        fitted = LogisticRegression(C=c, max_iter=1000).fit(x[fit], label[fit])
+    place = np.searchsorted(known, label[measure]).clip(max=len(known) - 1)
+    said = fitted.predict_proba(x[measure])[np.arange(len(measure)), place]
+    said = np.where(known[place] == label[measure], said, 0.0)
+    return float(np.log((len(fit) * said + 1 / len(classes)) / (len(fit) + 1)).mean())
 
 
 def label_information_neighbours(features: Matrix, label: NDArray[np.int64], neighbours: int = 3) -> float:
@@ -306,8 +315,7 @@ def measure(
     """Information in the weights, and of the last hidden representation, clean and as attacked in training.
 
     Args:
-        probe: training images.
-        test: test images.
+        probe, test: training and test images, at most; as many of one as of the other.
         components: principal components of image and representation for the neighbour-based estimators and
             the contrastive bound.
         neighbours: k of the neighbour-based estimators.
@@ -316,7 +324,11 @@ def measure(
     run, net = subject.run, subject.net
     before = parameters_of(initial(run))
     result: dict[str, Any] = {"weights": {}, "representation": {}, "training_images": run.train.n}
-    for split, data, count, name in (("train", run.train, probe, "probe"), ("test", run.test, test, "test")):
+    # As many of both: what neighbours find depends on how many there are.
+    count = min(probe, test, run.train.n, run.test.n)
+    if neighbours >= count:
+        raise SettingError("--neighbours", neighbours, f"fewer than the {count} images that are measured")
+    for split, data, name in (("train", run.train, "probe"), ("test", run.test, "test")):
         index = draw(data.n, count, seed, name)
         batch = data.take(index.to(run.device))
         adversarial = attack_images(

@@ -109,7 +109,8 @@ def curve(score: Scores, wrong: Flags, points: int = 101) -> dict[str, list[floa
     """
     if not wrong.any() or wrong.all():
         return None
-    precision, recall, _ = precision_recall_curve(wrong, -score)
+    # The last point of scikit-learn's, precision one at recall zero, is of no ranking.
+    precision, recall = (values[:-1] for values in precision_recall_curve(wrong, -score)[:2])
     at = np.linspace(0, 1, points)
     best = [float(precision[recall >= r - 1e-12].max()) for r in at]
     return {"recall": at.tolist(), "precision": best}

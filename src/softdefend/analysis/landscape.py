@@ -178,7 +178,9 @@ def hessian_product(
             for x, t in zip(torch.split(image, batch_size), torch.split(target, batch_size), strict=True):
                 logits: Tensor = functional_call(net, parameters, (x,))
                 loss = per_sample_loss(logits, t).sum() / len(image)
-                gradient = torch.autograd.grad(loss, leaves, create_graph=True)
+                gradient = torch.autograd.grad(
+                    loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True
+                )
                 along = sum(((g * d).sum() for g, d in zip(gradient, parts, strict=True)), loss.new_zeros(()))
                 if not along.requires_grad:  # a loss that is linear in the weights
                     continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -81,7 +81,12 @@ def learning_rate_drops(run: RunRecord) -> list[int]:
     A smooth schedule has none, but for the very end, where it falls by half many times; these are left out
     by asking that the rate was level before the drop.
     """
-    rates = [(row["epoch"], row["lr"]) for row in run.metrics if is_number(row.get("lr"))]
+    return drops(run.metrics)
+
+
+def drops(metrics: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The same from the rows of a run's metrics."""
+    rates = [(row["epoch"], row["lr"]) for row in metrics if is_number(row.get("lr"))]
     triples = zip(rates, rates[1:], rates[2:], strict=False)
     return [epoch for (_, a), (epoch, b), (_, c) in triples if a == b and 2 * c <= b]
 

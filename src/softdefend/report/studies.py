@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from softdefend.report.curves import drops
 from softdefend.report.embed import INK
 from softdefend.report.figures import Plot, dress, shades
 
@@ -37,7 +37,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Plot | None:
         for column, dash in ((key, "-"), ("train_robust", "--")):
             if points := _points(row, column):
                 axes.plot(*zip(*points, strict=True), dash, color=colour[row["name"]], lw=1.5)
-    for epoch in sorted({epoch for row in rows for epoch in _drops(row)}):
+    for epoch in sorted({epoch for row in rows for epoch in drops(row["curve"])}):
         axes.axvline(epoch, color=INK, lw=0.9, ls=":")
     dress(axes, "robust accuracy (%)", "epoch (dotted: learning-rate drops)")
     handles = [Line2D([], [], color=colour[name], lw=3, label=_plain(name)) for name in names]
@@ -100,12 +100,6 @@ def best_and_last(
 
 def _points(row: Mapping[str, Any], column: str) -> list[tuple[int, float]]:
     return [(one["epoch"], 100 * one[column]) for one in row["curve"] if one.get(column) is not None]
-
-
-def _drops(row: Mapping[str, Any]) -> list[int]:
-    """Epochs after which the learning rate fell by half or more."""
-    pairs = itertools.pairwise(row["curve"])
-    return [before["epoch"] for before, after in pairs if after["lr"] <= 0.5 * before["lr"]]
 
 
 def _label(row: Mapping[str, Any], factors: Sequence[str]) -> str:
