@@ -66,6 +66,32 @@ def test_rows_of_an_earlier_call_join_those_made_now(made, tmp_path):
     assert (tmp_path / "table.md").read_text().count("\n") == 2 + 4
 
 
+@pytest.mark.slow
+def test_a_row_made_under_another_protocol_stays_out_of_the_table(made, tmp_path):
+    folder, rows = made
+    for row, epochs in zip(rows, (2, 4), strict=False):
+        content = json.loads((folder / f"{row['name']}-seed0.json").read_text())
+        content["protocol"]["epochs"] = epochs
+        (tmp_path / f"{row['name']}-seed0.json").write_text(json.dumps(content))
+    (tmp_path / "trades-seed0.json").write_text(
+        json.dumps({"name": "trades", "seed": 0})
+    )  # of an older version
+    said = []
+    again = reproduce(miniature(table1()), tmp_path, FAST, only=["pgd-at"], say=said.append)
+    assert [row["name"] for row in again] == ["pgd-at"]
+    left_out = [line for line in said if "another protocol" in line]
+    assert [line.split(",")[0] for line in left_out] == ["sglr-reference", "trades"]
+
+
+@pytest.mark.parametrize(
+    "override", ["--seed=5", "--name", "--folder=x", "--resume=y", "--evaluate.attacks", "--preset=trades"]
+)
+def test_what_a_study_sets_itself_is_no_override(tmp_path, override):
+    with pytest.raises(SettingError, match=override.partition("=")[0]):
+        reproduce(miniature(table1()), tmp_path, [override, "5"], say=lambda _: None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_row_that_is_not_in_the_study_is_refused(tmp_path):
     with pytest.raises(SettingError, match=r"--only: got 'mart'.*trades-sglr"):
         reproduce(table1(), tmp_path, only=["mart"])

@@ -86,7 +86,7 @@ def test_jobs_that_name_their_device_see_all_gpus(job, monkeypatch):
     monkeypatch.setattr(together.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     made = job("a")
-    side_by_side([Job("a", (*made.words, "--runtime.device", "cuda:1"), made.log)], 2, say=lambda _: None)
+    side_by_side([Job("a", made.words, made.log, pinned=True)], 2, say=lambda _: None)
     assert "gpus 0,1\n" in made.log.read_text()
 
 

@@ -89,7 +89,7 @@ def _reproduce_parser() -> argparse.ArgumentParser:
         "runs are kept, unfinished ones continued." + PASSES_ON,
     )
     parser.add_argument("study", help=", ".join(STUDIES))
-    parser.add_argument("--folder", type=Path, help="where runs, table, curves and report go (runs/STUDY)")
+    parser.add_argument("--folder", type=Path, help="where runs, table, figures and report go (runs/STUDY)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--together", type=int, default=1, help=TOGETHER)
     parser.add_argument("--only", nargs="+", default=[], help="names of the runs to make, such as pgd-at")
@@ -112,7 +112,7 @@ def reproduce(arguments: Sequence[str]) -> None:
     study = studies.noise(given.human) if given.study == "noise" else getattr(studies, given.study)()
     if given.quick:
         study = studies.miniature(study)
-    folder = given.folder or Path("runs") / study.name
+    folder = given.folder or Path("runs") / (f"{study.name}-quick" if given.quick else study.name)
     studies.reproduce(study, folder, rest, seeds=given.seeds, together=given.together, only=given.only)
 
 

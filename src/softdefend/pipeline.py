@@ -366,7 +366,10 @@ def train_all(
             train(experiment, say=say)
         return experiments
     logs = [experiment.folder.with_name(f"{experiment.folder.name}.log") for experiment in experiments]
-    jobs = [Job(name, ("train", *words), log) for (name, words), log in zip(runs.items(), logs, strict=True)]
+    jobs = [
+        Job(name, ("train", *words), log, pinned=experiment.runtime.device != "auto")
+        for (name, words), log, experiment in zip(runs.items(), logs, experiments, strict=True)
+    ]
     side_by_side(jobs, together, say=say)
     return experiments
 

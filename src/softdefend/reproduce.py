@@ -136,6 +136,17 @@ def miniature(study: Study) -> Study:
     return replace(study, protocol=QUICK, attacks=attacks, runs=runs)
 
 
+_CHOSEN = {
+    "--seed": ": --seeds",
+    "--name": "",
+    "--folder": ": one for each run",
+    "--resume": "",
+    "--evaluate.attacks": "",
+    "--preset": "",
+}
+"""Words of ``softdefend train`` that a study gives every run, and what stands for them."""
+
+
 def reproduce(
     study: Study,
     folder: Path,
@@ -166,8 +177,11 @@ def reproduce(
         The rows of the table.
 
     Raises:
-        SettingError: a name in ``only`` that the study does not have.
+        SettingError: a name in ``only`` that the study does not have, or an override of what the study sets.
     """
+    for word in overrides:
+        if (name := word.partition("=")[0]) in _CHOSEN:
+            raise SettingError(name, "a value for all runs", f"what the study sets itself{_CHOSEN[name]}")
     names = [run.name for run in study.runs]
     for name in only:
         if name not in names:
@@ -183,9 +197,10 @@ def reproduce(
     rows = [_row(study, *pair, place) for pair, place in zip(made, places, strict=True)]
     for row, place in zip(rows, places, strict=True):
         _write_json(folder / f"{place.name}.json", row)
-    rows = _gathered(study, folder)
+    rows = _gathered(study, folder, rows[0]["protocol"], say)
     brief = [
-        {key: value for key, value in row.items() if key not in ("curve", "environment")} for row in rows
+        {key: value for key, value in row.items() if key not in ("curve", "environment", "protocol")}
+        for row in rows
     ]
     _write_json(folder / "table.json", {"study": study.name, "title": study.title, "rows": brief})
     write_atomic(folder / "table.md", markdown(study, brief).encode())
@@ -202,13 +217,32 @@ def reproduce(
     return rows
 
 
-def _gathered(study: Study, folder: Path) -> list[dict[str, Any]]:
-    """The rows that lie in a folder, in the study's order, by seed."""
+def _gathered(
+    study: Study, folder: Path, protocol: dict[str, Any], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The rows of one protocol that lie in a folder, in the study's order, by seed."""
     rows: list[dict[str, Any]] = []
     for run in study.runs:
         found = [json.loads(path.read_text()) for path in folder.glob(f"{_safe(run.name)}-seed*.json")]
-        rows += sorted((row for row in found if row["name"] == run.name), key=lambda row: int(row["seed"]))
+        own = sorted((row for row in found if row["name"] == run.name), key=lambda row: int(row["seed"]))
+        for row in own:
+            if row.get("protocol") == protocol:
+                rows.append(row)
+            else:
+                say(f"{row['name']}, seed {row['seed']}: made under another protocol, left out of the table")
     return rows
+
+
+def _protocol(config: dict[str, Any]) -> dict[str, Any]:
+    """What rows of one table have in common, whichever machine made them."""
+    return {
+        "data": {name: config["data"][name] for name in ("name", "train_size", "validation")},
+        "net": config["net"],
+        "threat": config["threat"],
+        "epochs": config["optim"]["epochs"],
+        "batch_size": config["optim"]["batch_size"],
+        "evaluate": {name: config["evaluate"][name] for name in ("attacks", "size", "precision")},
+    }
 
 
 def _words(study: Study, run: Planned, seed: int, place: Path, overrides: Sequence[str]) -> list[str]:
@@ -229,6 +263,7 @@ def _row(study: Study, run: Planned, seed: int, place: Path) -> dict[str, Any]:
         row[which] = figures
         epoch = next(line for line in record.metrics if line["epoch"] == result["epoch"])
         row[which] |= {"val_clean": epoch["val_clean"], "val_robust": epoch["val_robust"]}
+    row["protocol"] = _protocol(record.config)
     row["hours"] = sum({line["epoch"]: line["seconds"] for line in record.timing}.values()) / 3600
     return {**row, "environment": record.environment, "curve": record.metrics}
 

@@ -24,12 +24,14 @@ class Job:
     Attributes:
         name: what messages call it.
         words: of the command line, without the program's name.
+        pinned: whether it names its device itself.
         log: file that takes its output; appended to.
     """
 
     name: str
     words: tuple[str, ...]
     log: Path
+    pinned: bool = False
 
 
 def side_by_side(jobs: Sequence[Job], at_once: int, *, say: Callable[[str], None] = print) -> None:
@@ -53,7 +55,7 @@ def side_by_side(jobs: Sequence[Job], at_once: int, *, say: Callable[[str], None
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     waiting, failed = list(jobs), list[Job]()
     running: dict[Job, subprocess.Popen[bytes]] = {}
-    gpus = _gpus() if not any("runtime.device" in word for job in jobs for word in job.words) else []
+    gpus = _gpus() if not any(job.pinned for job in jobs) else []
     taken: dict[Job, str] = {}
     try:
         while waiting or running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -50,8 +51,12 @@ def test_captured_steps_equal_eager_steps(make_trainer, label, objective):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         trainer.fit()
-        runs[name] = weights(trainer), (trainer.folder.path / "metrics.jsonl").read_text()
+        runs[name] = weights(trainer), (trainer.folder.path / "metrics.jsonl").read_text().splitlines()
     torch.testing.assert_close(runs["captured"][0], runs["eager"][0], atol=1e-5, rtol=1e-4)
+    for captured, eager in zip(runs["captured"][1], runs["eager"][1], strict=True):
+        captured, eager = json.loads(captured), json.loads(eager)
+        assert captured["loss"] == pytest.approx(eager["loss"], rel=1e-3)
+        assert captured["train_robust"] == pytest.approx(eager["train_robust"], abs=1 / 48 + 1e-9)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

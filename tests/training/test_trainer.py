@@ -215,11 +215,12 @@ def test_a_weight_that_is_not_finite_stops_before_it_is_saved(make_trainer):
 
     def spoil(plan, phase):
         step(plan, phase)
-        with torch.no_grad():
-            trainer.net[0].weight[0, 0, 0, 0] = float("inf")
+        if trainer.done == trainer.steps_per_epoch - 1:  # no loss of this epoch has seen it
+            with torch.no_grad():
+                trainer.net[0].weight[0, 0, 0, 0] = float("inf")
 
     trainer.step._body = spoil
-    with pytest.raises(DivergenceError, match=r"a weight is not finite|the loss is"):
+    with pytest.raises(DivergenceError, match="a weight is not finite"):
         trainer.fit()
     assert trainer.folder.checkpoints.paths() == []
     assert not (trainer.folder.path / "best.safetensors").exists()

@@ -102,7 +102,9 @@ class ADR(LabelRule):
         self.teacher = copy.deepcopy(run.net).eval().requires_grad_(False)
         self._forward = run.forward(self.teacher)
         # Everything in a network changes in place, so its tensors can be looked up once.
-        pairs = list(zip(self.teacher.state_dict().values(), run.net.state_dict().values(), strict=True))
+        # A tensor that stands under two names is averaged once.
+        named = zip(self.teacher.state_dict().values(), run.net.state_dict().values(), strict=True)
+        pairs = list({(ours.data_ptr(), ours.shape): (ours, live) for ours, live in named}.values())
         self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
         # On the device: a captured step reads what the host writes between steps.

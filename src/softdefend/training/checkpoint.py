@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from softdefend.errors import SettingError
-from softdefend.files import Writer, write_atomic
+from softdefend.files import Writer, move, write_atomic
 
 _MAGIC = b"softdefend-checkpoint-1\n"
 _HEADER = len(_MAGIC) + 32 + 8
@@ -121,10 +121,17 @@ class CheckpointFolder:
             save(path, copied)
             for old in self._paths()[: -self.keep]:
                 if self.stride is None or step_of(old) % self.stride:
-                    old.unlink()
+                    old.unlink(missing_ok=True)
 
         self.writer(write)
         return path
+
+    def abandon(self, step: int) -> None:
+        """Put the checkpoints of later steps aside, into ``abandoned/``: the run goes on from ``step``, and
+        they must neither count as the newest nor crowd out new ones."""
+        for path in self.paths():
+            if step_of(path) > step:
+                move(path, self.folder / "abandoned" / path.name)
 
     def load(self, chosen: Path | None = None, device: torch.device | str = "cpu") -> dict[str, Any] | None:
         """The chosen checkpoint, else the newest; None where there is none.

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from softdefend.errors import SettingError
 from softdefend.evaluation.records import versions
-from softdefend.files import Writer, write_atomic
+from softdefend.files import Writer, move, write_atomic
 from softdefend.training.checkpoint import CheckpointFolder, snapshot
 
 # What may change between a run and its continuation without changing a result.
@@ -104,6 +105,7 @@ class RunFolder:
         """
         path, before = self.path / name, None
         try:
+            _whole_lines(path)
             with open(path, "ab") as file:
                 before = file.tell()
                 file.write(json.dumps(row).encode() + b"\n")
@@ -135,19 +137,67 @@ class RunFolder:
         if present > size:
             os.truncate(path, size)
 
-    def save_model(self, name: str, net: nn.Module, metadata: Mapping[str, Any]) -> None:
+    def save_model(
+        self, name: str, net: nn.Module, metadata: Mapping[str, Any], *, pending: bool = False
+    ) -> None:
         """Weights as safetensors, with ``metadata`` as JSON under one key: the format keeps no order of keys,
         and equal runs have equal bytes. A file that already holds them keeps its date: what was evaluated
-        from it stays valid. Written before any checkpoint that is saved later."""
+        from it stays valid.
+
+        Args:
+            pending: put them beside the file of that name, until :meth:`settle` puts them in its place: not
+                before a checkpoint knows of them, since a kill would leave the older checkpoint with them.
+        """
         tensors, path = snapshot(dict(net.state_dict())), self.path / f"{name}.safetensors"
 
         def write() -> None:
             contiguous = {key: value.contiguous() for key, value in tensors.items()}
             content = to_safetensors(contiguous, metadata={"softdefend": json.dumps(metadata)})
             if not (path.is_file() and path.read_bytes() == content):
-                write_atomic(path, content)
+                write_atomic(self._pending(name) if pending else path, content)
 
         self.writer(write)
+
+    def settle(self, name: str) -> None:
+        """Put pending weights in their place, once all that was given to be written before is."""
+
+        def replace() -> None:
+            if self._pending(name).is_file():
+                move(self._pending(name), self.path / f"{name}.safetensors")
+
+        self.writer(replace)
+
+    def recall(self, name: str, epoch: int | None) -> bool:
+        """After a kill: settle pending weights of ``epoch``, drop others; is the file now of that epoch?"""
+        pending, path = self._pending(name), self.path / f"{name}.safetensors"
+        if pending.is_file():
+            if _epoch_of(pending) == epoch:
+                move(pending, path)
+            else:
+                pending.unlink()
+        return (_epoch_of(path) if path.is_file() else None) == epoch
+
+    def _pending(self, name: str) -> Path:
+        return self.path / f".{name}.pending.safetensors"
+
+
+def _whole_lines(path: Path) -> None:
+    """Cut off half a line that a failing disk or power cut left at the end: it would spoil the next one."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    content = path.read_bytes()
+    if not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _epoch_of(path: Path) -> int | None:
+    """The epoch that a file of weights was saved at."""
+    try:
+        with safe_open(path, "pt") as file:
+            epoch = json.loads(file.metadata()["softdefend"])["epoch"]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+    return int(epoch)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,6 +18,7 @@ class Schedule:
             ``cosine`` falls from 1 to 0; ``cyclic`` rises linearly from 0 to 1 at ``peak`` and falls
             linearly to 0. The last two change at every step.
         milestones: fractions of the run, increasing, in (0, 1); 0.5 of 200 epochs drops after 100 epochs.
+            Rounded to whole epochs, halves to the even one.
         gamma: factor at a milestone, in (0, 1].
         one_based: count epochs from one when comparing with milestones, as the published SGLS code does:
             every drop comes one epoch earlier (after 99 epochs of 200).

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from softdefend import rng
 from softdefend.attacks import PGD, Forward
 from softdefend.data import Batch, Resident
 from softdefend.errors import SettingError
@@ -74,13 +75,22 @@ class OptimSettings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The three independent answers, and the threat and attack they are trained against."""
+    """The three independent answers, and the threat and attack they are trained against.
+
+    Raises:
+        SettingError: an attack with a loss of its own: in training the objective says what it climbs.
+    """
 
     threat: ThreatModel
     attack: PGD
     label: LabelRule
     objective: Objective
     attack_bn: BNMode = "eval"
+
+    def __post_init__(self) -> None:
+        if self.attack.loss != "ce":
+            accepted = "ce, the default: in training the objective says what the attack climbs"
+            raise SettingError("attack.loss", repr(self.attack.loss), accepted)
 
 
 class Phase(NamedTuple):
@@ -161,6 +171,11 @@ def _fused(net: nn.Module, data: Resident, recipe: Recipe, engine: Engine) -> Fu
     return None
 
 
+def _dropout(key: int) -> int:
+    """The seed of what a network with dropout draws, apart from that of the attack's starts."""
+    return rng.key(key, "dropout")
+
+
 class TrainStep:
     """Runs steps, eagerly or from captured graphs.
 
@@ -210,7 +225,7 @@ class TrainStep:
             key: seed of every random draw in this step.
         """
         self.generator.manual_seed(key)
-        torch.manual_seed(key)  # what a network with dropout draws from
+        torch.manual_seed(_dropout(key))
         if not self.engine.settings.capture:
             self._body(plan, phase)
             return
@@ -338,6 +353,6 @@ class TrainStep:
             for tensor, value in zip(self._state(), before, strict=True):
                 tensor.copy_(value)
         self.generator.manual_seed(key)
-        torch.manual_seed(key)
+        torch.manual_seed(_dropout(key))
         self._graphs[phase, len(plan)] = graph, static_plan
         return graph, static_plan

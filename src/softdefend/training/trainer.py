@@ -93,7 +93,7 @@ class SaveSettings:
             )
 
 
-# A mean loss this many times that of guessing has nothing left to learn from.
+# A mean loss this many times that of guessing, or of the first step, has nothing left to learn from.
 _DIVERGED = 20.0
 _CHECK_EVERY = 50
 
@@ -170,6 +170,7 @@ class Trainer:
         self.warned = False
         self.epoch = self.done = 0  # epochs finished; steps finished in the current one
         self.best: dict[str, Any] = {}
+        self.first_loss: float | None = None
         self.metrics_bytes = 0
         self._evaluators: dict[str, Evaluator] = {}
         self.folder = RunFolder(folder, self.save.keep, background=device.type == "cuda")
@@ -208,14 +209,20 @@ class Trainer:
                     if on_epoch is not None:
                         on_epoch(row)
             self._release("last", {"epoch": self.epoch})
-        finally:
-            self.folder.writer.wait()
+        except BaseException as error:
+            # Whatever ended training comes through; what could not be written besides is said.
+            try:
+                self.folder.writer.wait()
+            except SettingError as unwritten:
+                if unwritten is not error:
+                    tqdm.write(f"warning: {unwritten}", file=sys.stderr)
+            raise
+        self.folder.writer.wait()
 
-    def _release(self, which: str, metadata: Mapping[str, Any]) -> None:
+    def _release(self, which: str, metadata: Mapping[str, Any], *, pending: bool = False) -> None:
         """Weights that predict, with the test images they are to be measured on."""
-        self.folder.save_model(
-            which, self.weight.prediction, {**metadata, "test_data": self.test_fingerprint}
-        )
+        metadata = {**metadata, "test_data": self.test_fingerprint}
+        self.folder.save_model(which, self.weight.prediction, metadata, pending=pending)
 
     def _train_epoch(self) -> dict[str, Any]:
         phase = Phase(*(rule.phase(self.epoch) for rule in self.rules))
@@ -239,6 +246,8 @@ class Trainer:
                     rule.after_step()
                 self.done += 1
                 bar.update()
+                if self.first_loss is None:
+                    self._check()
                 if self.done % _CHECK_EVERY == 0:
                     bar.set_postfix(loss=f"{self._check()['loss']:.3f}", refresh=False)
                 if self.save.every_steps and self.done % self.save.every_steps == 0:
@@ -249,6 +258,7 @@ class Trainer:
         if row.get("catastrophic_overfitting"):
             self._alarm(row)
         self._save()
+        self.folder.settle("best")
         return row
 
     def _training_images(self) -> Iterator[Tensor]:
@@ -267,20 +277,27 @@ class Trainer:
         """Means of the epoch so far.
 
         Raises:
-            DivergenceError: the loss or a weight is not finite, or the loss far above that of guessing.
+            DivergenceError: the loss or a weight is not finite, or the loss far above that of guessing and of
+                the first step, which knows how much a recipe charges for it.
         """
         sums = dict(zip(METERS, self.step.meters.tolist(), strict=True))
         means = {name: value / max(sums["samples"], 1) for name, value in sums.items()}
         loss = means["loss"]
-        if not math.isfinite(loss) or loss > _DIVERGED * math.log(max(self.k, 2)):
+        if self.first_loss is None and math.isfinite(loss):
+            self.first_loss = loss
+        limit = _DIVERGED * max(self.first_loss or 0.0, math.log(max(self.k, 2)))
+        if not math.isfinite(loss) or loss > limit:
             self._diverged(f"the loss is {loss:g}")
         if not torch.stack([p.detach().isfinite().all() for p in self.net.parameters()]).all():
             self._diverged("a weight is not finite")
         return means
 
     def _diverged(self, what: str) -> None:
-        paths = self.folder.checkpoints.paths()
-        last = f"the last good checkpoint is {paths[-1]}" if paths else "no checkpoint had been written"
+        try:
+            paths = self.folder.checkpoints.paths()
+            last = f"the last good checkpoint is {paths[-1]}" if paths else "no checkpoint had been written"
+        except SettingError as error:
+            last = f"the last checkpoint could not be written ({error.setting}: {error.given})"
         raise DivergenceError(
             f"training diverged in epoch {self.epoch + 1}, step {self.done}: {what}; {last}; "
             "a lower optim.lr or fp32 precision may help"
@@ -317,7 +334,7 @@ class Trainer:
             row["catastrophic_overfitting"] = collapsed(row["val_fgsm"], row["val_robust"])
         if row["val_robust"] is not None and row["val_robust"] > self.best.get("val_robust", -1.0):
             self.best = {"epoch": self.epoch, "val_robust": row["val_robust"]}
-            self._release("best", self.best)
+            self._release("best", self.best, pending=True)
         self.metrics_bytes = self.folder.append("metrics.jsonl", row)
         self._tensorboard(row)
         return row
@@ -391,6 +408,7 @@ class Trainer:
             "objective": self.recipe.objective.state_dict(),
             "meters": self.step.meters,
             "best": json.dumps(self.best),
+            "first_loss": self.first_loss,
             "metrics_bytes": self.metrics_bytes,
         }
         self.folder.checkpoints.save(self.epoch * self.steps_per_epoch + self.done, state)
@@ -424,5 +442,14 @@ class Trainer:
                 "the settings it was written with",
             ) from error
         self.epoch, self.done, self.metrics_bytes = state["epoch"], state["done"], state["metrics_bytes"]
-        self.best = json.loads(state["best"])
+        self.best, self.first_loss = json.loads(state["best"]), state.get("first_loss")
         self.folder.truncate("metrics.jsonl", self.metrics_bytes)
+        if resume is not None:
+            self.folder.checkpoints.abandon(self.epoch * self.steps_per_epoch + self.done)
+        if not self.folder.recall("best", self.best.get("epoch")) and self.best:
+            tqdm.write(
+                f"warning: best.safetensors is not of epoch {self.best['epoch']}, the best so far; it is "
+                "chosen anew from the epochs to come",
+                file=sys.stderr,
+            )
+            self.best = {}
