@@ -390,7 +390,7 @@ def write(networks: dict[str, Any], args: argparse.Namespace, device: torch.devi
     """The file, as far as it goes."""
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     settings["runs"] = [folder.name for folder in args.runs]
-    settings["data"] = None if args.data is None else Path(args.data).name
+    settings["data"] = args.data_name or (None if args.data is None else Path(args.data).name)
     settings["reference"] = "fra31/auto-attack" if args.reference else None
     settings["output"] = args.output.name
     settings["eps"] = None if args.eps is None else str(args.eps)
@@ -415,6 +415,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--which", default="last", choices=pipeline.WHICH)
     parser.add_argument("--train", nargs="*", default=[], help="networks to train here: plain-resnet18, ...")
     parser.add_argument("--data", default=None, help="source of the data to train on; digits by default")
+    parser.add_argument("--data-name", default="", help="what to call the data in the results")
     parser.add_argument("--epochs", type=int, default=15, help="of training here")
     parser.add_argument("--n", type=int, default=1000, help="test images")
     parser.add_argument("--norm", default=None, choices=("linf", "l2"), help="the trained one, else linf")

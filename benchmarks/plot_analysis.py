@@ -33,7 +33,7 @@ def norm(targets: str, key: str) -> Value:
 
 
 def fitted(result: dict[str, Any]) -> float:
-    """Per cent of wrong labels that the network repeats on clean images."""
+    """Per cent of wrong or doubted labels that the network repeats on clean images."""
     return 100 * float(result["memorisation"]["clean"]["fitted"])
 
 
@@ -68,12 +68,12 @@ def main() -> None:
         (
             "gradient norm towards given labels",
             "… towards refined labels",
-            "wrong labels fitted",
+            "wrong or doubted labels repeated",
             "information in the weights",
             "largest Hessian eigenvalue",
             "reliability, adversarial test images",
         ),
-        ("last layer", "last layer", "repeated (%)", "million nats", "", "accuracy"),
+        ("last layer", "last layer", "clean images, %", "million nats", "", "accuracy"),
         strict=True,
     ):
         axes.set(title=title, ylabel=ylabel, xlabel="epoch")
@@ -93,8 +93,8 @@ def main() -> None:
     for run, colour in COLOURS.items():
         axes[2].plot([], [], color=colour, label=run)
     for place, words in (
-        (0, ("right labels", "wrong labels")),
-        (1, ("right labels", "wrong labels")),
+        (0, ("the others", "wrong or doubted")),
+        (1, ("the others", "wrong or doubted")),
         (3, ("adversarial images", "clean images")),
     ):
         for style, label in zip(("-", "--"), words, strict=True):
