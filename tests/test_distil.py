@@ -134,6 +134,13 @@ def test_standard_training_makes_no_adversarial_image(here, made):
 def test_teachers_that_exist_already_are_not_trained(here, monkeypatch):
     experiments = []
     monkeypatch.setattr("softdefend.pipeline.train", lambda made, say: experiments.append(made))
+    with pytest.raises(SettingError, match=r"--robust: got elsewhere/last\.safetensors, no such file"):
+        kd_swa(SMALL, Path("runs"), robust="elsewhere/last.safetensors", say=silent)
+    assert experiments == []  # before anything is trained for it
+    Path("elsewhere").mkdir()
+    with pytest.raises(SettingError, match=r"--standard: got elsewhere, without best\.safetensors"):
+        kd_swa(SMALL, Path("runs"), standard="elsewhere", say=silent)
+    Path("elsewhere/last.safetensors").touch()
     kd_swa(SMALL, Path("runs"), robust="elsewhere/last.safetensors", say=silent)
     assert [e.folder.name for e in experiments] == ["standard", "student"]
     assert experiments[1].recipe.label.robust == "elsewhere/last.safetensors"

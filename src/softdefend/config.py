@@ -206,6 +206,8 @@ def resolve(arguments: Sequence[str] | dict[str, Any]) -> Experiment:
         made = parser.instantiate(parsed)
     except SettingError as error:
         raise _located(error, config) from error
+    if not -(2**63) <= made.seed < 2**63:
+        raise SettingError("seed", made.seed, "a whole number from -2^63 to 2^63 - 1")
     return Experiment(
         config=config,
         name=made.name,

@@ -10,6 +10,7 @@ from softdefend import pipeline
 from softdefend.config import Experiment, resolve
 from softdefend.errors import SettingError
 from softdefend.labels import KD
+from softdefend.teachers import check_place
 
 _CLEAN = {"class_path": "PGD", "init_args": {"steps": 0, "start": "none"}}
 """The attack that leaves images as they are: it makes PGD-AT standard training, and clean accuracy what the
@@ -53,6 +54,9 @@ def kd_swa(
         if word.partition("=")[0] in _CHOSEN:
             accepted = "settings that all stages share; this one differs from stage to stage"
             raise SettingError(word.partition("=")[0], "a value for all stages", accepted)
+    for role, given in (("--standard", standard), ("--robust", robust)):
+        if given is not None:
+            check_place(given, role)
     taught = [
         f"--label.standard={standard or folder / 'standard'}",
         f"--label.robust={robust or folder / 'robust'}",

@@ -171,6 +171,10 @@ def evaluate(
         say: is given every line of progress.
     """
     chosen = resolve_device(device)
+    for name in which[1:]:  # before hours go into the first
+        if not (path := experiment.folder / f"{name}.safetensors").is_file():
+            accepted = "a finished run (the same train command goes on), or --which best"
+            raise SettingError(str(path), "no such file", accepted)
     bundle = load(experiment.data)
     net = make_net(experiment, bundle)
     extras = replace(extras or Extras(), surrogates=surrogates(transfer, net, bundle))

@@ -40,6 +40,19 @@ class Loaded:
     """[c, h, w] of the images it was trained on, where its run folder shows some."""
 
 
+def check_place(given: str, setting: str) -> None:
+    """Refuse a place where no teacher lies, before anything is trained for it.
+
+    Raises:
+        SettingError: nothing there, or a run folder without weights.
+    """
+    path = Path(given).expanduser()
+    if not path.exists():
+        raise SettingError(setting, f"{path}, no such file or folder", _ACCEPTED)
+    if path.is_dir() and not (path / "best.safetensors").is_file():
+        raise SettingError(setting, f"{path}, without best.safetensors", _ACCEPTED)
+
+
 def load_teacher(given: object, k: int, channels: int) -> Loaded:
     """A teacher for images of ``channels`` channels and ``k`` classes.
 

@@ -92,8 +92,18 @@ def test_unknown_modules_are_refused(path: str) -> None:
 
 
 def test_a_mistake_inside_the_factory_keeps_its_own_error(nets: str) -> None:
-    with pytest.raises(KeyError, match="the user's own mistake"):
+    with pytest.raises(
+        SettingError, match=r"KeyError: .the user's own mistake.* \(.*\.py, line \d+\)"
+    ) as caught:
         from_user(f"{nets}:broken", 5, 2)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_module_that_cannot_be_read_is_one_line(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "no_python_at_all.py").write_text("def (:")
+    with pytest.raises(SettingError, match=r"whose import raised SyntaxError: .*line 1"):
+        from_user("no_python_at_all:make", 5, 2)
 
 
 def test_timm_gets_fresh_weights_and_both_numbers(monkeypatch) -> None:

@@ -36,8 +36,6 @@ def decode(count: int, read: Callable[[int], bytes], name: Callable[[int], str],
         SettingError: naming the first image that cannot be decoded or has another size than the first.
     """
     first = _open(read(0), name(0))
-    if first.mode.startswith(("I", "F")):
-        raise SettingError("data.source", f"{name(0)} of mode {first.mode}", "images of 8 bits per channel")
     mode = "L" if first.mode in ("1", "L", "LA") else "RGB"
     width, height = first.size
     out = np.empty((count, len(mode), height, width), dtype=np.uint8)
@@ -46,6 +44,10 @@ def decode(count: int, read: Callable[[int], bytes], name: Callable[[int], str],
         stop = min(start + _CHUNK, count)
         for i in range(start, stop):
             image = _open(read(i), name(i))
+            if image.mode.startswith(("I", "F")):  # Pillow would clip them to 8 bits
+                raise SettingError(
+                    "data.source", f"{name(i)} of mode {image.mode}", "images of 8 bits per channel"
+                )
             if image.size != first.size:  # before decoding: a huge image is refused unread
                 raise SettingError(
                     "data.source",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -192,7 +193,7 @@ class _Examination:
 
     def _attacked(self) -> dict[str, Any]:
         subject = self.subject
-        result = self._existing(".json", self.identity)
+        result = self._existing(".json", self.identity) or self._covering()
         if result is None:
             _ = self.epoch  # loads and checks the network
             if self.extras.audit and self._deterministic:
@@ -211,6 +212,7 @@ class _Examination:
                 network=self.network,
                 progress=subject.progress,
                 say=self.say,
+                before_writing=self._put_aside,
             )
         else:
             for line in cost_lines(result):
@@ -308,6 +310,12 @@ class _Examination:
 
     def _existing(self, ending: str, identity: dict[str, Any]) -> dict[str, Any] | None:
         """A result about the weights, the data and the network as they now are, or None."""
+        content = self._of_these_weights(ending)
+        same = content is not None and telling(content["settings"]) == telling(identity)
+        return content if same else None
+
+    def _of_these_weights(self, ending: str) -> dict[str, Any] | None:
+        """A result about weights, data and network as they now are, whatever was asked; or None."""
         try:
             content = json.loads(self.subject.file(ending).read_text())
         except (OSError, ValueError):
@@ -316,7 +324,38 @@ class _Examination:
         if not known or self.about["weights"] is None:
             return None
         same = all(content.get(name) == value for name, value in self.about.items())
-        return content if same and telling(content["settings"]) == telling(identity) else None
+        return content if same else None
+
+    def _covering(self) -> dict[str, Any] | None:
+        """A result that has all that is asked for and more: further attacks, or more images."""
+        content = self._of_these_weights(".json")
+        if content is None:
+            return None
+        free = ("attacks", "size", "curve_size")
+        known, asked = ({**telling(settings)} for settings in (content["settings"], self.identity))
+        same = all(known.get(name) == value for name, value in asked.items() if name not in free)
+        wanted = min(self.settings.size or len(self.subject.bundle.test), len(self.subject.bundle.test))
+        most = content.get("n", 0) >= wanted and known.get("curve_size", 0) >= asked.get("curve_size", 0)
+        more = set(asked["attacks"]) <= set(content.get("attacks", {}))
+        return content if same and more and most else None
+
+    def _put_aside(self) -> None:
+        """Keep an evaluation of these very weights whose place this one will take: it may have cost hours."""
+        if self._of_these_weights(".json") is None:
+            return
+        subject = self.subject
+        content, earlier = subject.file(".json").read_bytes(), subject.folder / "evaluation" / "earlier"
+        for number in itertools.count(1):
+            place = earlier / f"{subject.name}-{number}.json"
+            if not place.exists():
+                break
+            if place.read_bytes() == content:  # kept by a call that was killed
+                return
+        earlier.mkdir(exist_ok=True)
+        if subject.file(".parquet").is_file():
+            write_atomic(place.with_suffix(".parquet"), subject.file(".parquet").read_bytes())
+        write_atomic(place, content)
+        self.say(f"{subject.name}: what was evaluated before is kept as {place}")
 
     def _pictures(self) -> None:
         """Gallery and examples as they are asked for, where they are not there already: another number of

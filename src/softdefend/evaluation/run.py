@@ -114,12 +114,14 @@ def evaluate_checkpoint(
     network: dict[str, str] | None = None,
     progress: bool = False,
     say: Callable[[str], None] | None = None,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Evaluate ``which`` (``best`` or ``last``) of a run folder on the test images.
 
     ``identity`` is written with the result under ``settings``, beside the sha256 of the weights and of the
     test data; all but :data:`HARMLESS` of it tells evaluations apart. ``network`` is written likewise: what
-    else tells the network from others of the same weights. ``say`` is told what each attack found and cost.
+    else tells the network from others of the same weights. ``say`` is told what each attack found and cost;
+    ``before_writing`` is called when everything is measured and nothing written.
 
     Writes ``evaluation/{name}.json``, one row a sample in ``evaluation/{name}.parquet`` and, for the name
     ``last``, the report's example images. Killed at any moment, the same call continues from
@@ -165,6 +167,7 @@ def evaluate_checkpoint(
         "per_class": _per_class(result, bundle.classes),
         "eps_curve": _curve(evaluator, settings.curve_size, result) if settings.curve_size else [],
     }
+    before_writing()
     # Killed between these, no file is left that speaks of another evaluation than the others.
     pictures = [f"{name}-gallery.safetensors", *(["examples.safetensors"] if name == "last" else [])]
     for stale in (f"{name}.json", *pictures):

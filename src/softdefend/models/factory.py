@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -43,15 +44,30 @@ def from_user(path: str, num_classes: int, in_channels: int) -> nn.Module:
 
     Raises:
         SettingError: no such module or function, a function that asks for other arguments, or a result that
-            is not an ``nn.Module``. An error inside the user's code is passed on as it is.
+            is not an ``nn.Module``; an error inside the user's code, with its file and line.
     """
     factory = _find(path)
     offered = {"num_classes": num_classes, "in_channels": in_channels}
-    net = factory(**_accepted(path, factory, offered))
+    accepted = _accepted(path, factory, offered)
+    try:
+        net = factory(**accepted)
+    except Exception as error:
+        raise SettingError(
+            "net.name", f"{path}, which raised {_said(error)}", "a function that runs"
+        ) from error
     if not isinstance(net, nn.Module):
         given = f"{path}, which returned {type(net).__name__}"
         raise SettingError("net.name", given, "a function that returns a torch.nn.Module")
     return net
+
+
+def _said(error: Exception) -> str:
+    """What was raised, and where."""
+    text = " ".join(str(error).split())
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {text}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({last.filename}, line {last.lineno})"
 
 
 def _find(path: str) -> Callable[..., Any]:
@@ -65,6 +81,10 @@ def _find(path: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise SettingError("net.name", f"{path} ({error})", accepted) from error
+    except Exception as error:
+        raise SettingError(
+            "net.name", f"{path}, whose import raised {_said(error)}", "a module that can be imported"
+        ) from error
     finally:
         sys.path.remove("")
     function: Callable[..., Any] | None = getattr(module, function_name, None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softdefend.report.details import is_number
-from softdefend.report.runs import RunRecord, group_runs
+from softdefend.report.runs import CHECKPOINTS, RunRecord, group_runs
 
 DEFAULT_ATTACK = "pgd-20"
 
@@ -109,7 +109,13 @@ def cell(values: Sequence[float], interval: tuple[float, float] | None = None) -
 
 def _triple(runs: Sequence[RunRecord], measure: str) -> Triple:
     pairs = [(result(run, "best", measure), result(run, "last", measure)) for run in runs]
-    both = [best["rate"] - last["rate"] for best, last in pairs if best and last]
+    # Figures on other images are not subtracted from each other.
+    alike = [len({run.evaluations.get(which, {}).get("n") for which in CHECKPOINTS}) == 1 for run in runs]
+    both = [
+        best["rate"] - last["rate"]
+        for (best, last), same in zip(pairs, alike, strict=True)
+        if best and last and same
+    ]
     return Triple(_cell([best for best, _ in pairs]), _cell([last for _, last in pairs]), cell(both))
 
 

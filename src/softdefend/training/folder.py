@@ -73,6 +73,16 @@ class RunFolder:
         """
         path = self.path / "config.yaml"
         if not path.exists():
+            if any((self.path / "checkpoints").glob("step-*.ckpt")):
+                raise SettingError(
+                    str(path),
+                    "no such file beside checkpoints",
+                    "the settings that the run began with, or another --folder",
+                )
+            write_atomic(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
+            return
+        if not self._begun():
+            # An earlier start did not get anywhere: its settings bind nobody.
             write_atomic(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
             return
         before, now = flatten(read_yaml(path)), flatten(json.loads(json.dumps(config)))
@@ -90,6 +100,13 @@ class RunFolder:
                 "the settings it began with, or another --folder",
             )
         write_atomic(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
+
+    def _begun(self) -> bool:
+        """Whether there is something of a run, or of an evaluation, to be continued or lost."""
+        metrics = self.path / "metrics.jsonl"
+        rows = metrics.is_file() and metrics.stat().st_size > 0
+        kept = any((self.path / "checkpoints").glob("step-*.ckpt")) or any(self.path.glob("*.safetensors"))
+        return rows or kept or (self.path / "evaluation").exists()
 
     def write_environment(self, device: torch.device, seed: int) -> None:
         """Versions, machine and commit, for whoever wants to repeat the run."""

@@ -91,6 +91,10 @@ class Recipe:
         if self.attack.loss != "ce":
             accepted = "ce, the default: in training the objective says what the attack climbs"
             raise SettingError("attack.loss", repr(self.attack.loss), accepted)
+        step = float(self.attack.step_size or 0)
+        if self.threat.norm == "linf" and step > 1:
+            accepted = "at most 1: pixel values lie in [0, 1], so 2 levels of 255 are 2/255"
+            raise SettingError("attack.step_size", self.attack.step_size, accepted)
 
 
 class Phase(NamedTuple):

@@ -413,9 +413,20 @@ class Trainer:
         }
         self.folder.checkpoints.save(self.epoch * self.steps_per_epoch + self.done, state)
 
+    def _refuse_without_checkpoints(self) -> None:
+        """Weights are in place only once a checkpoint knows of them, so the checkpoints have been removed."""
+        for name in ("last", "best"):
+            if (path := self.folder.path / f"{name}.safetensors").exists():
+                raise CheckpointError(
+                    str(self.folder.path / "checkpoints"),
+                    f"no checkpoint beside {path.name}",
+                    "the run's checkpoints, or another --folder; softdefend evaluate needs none",
+                )
+
     def _restore(self, resume: Path | None) -> None:
         state = self.folder.checkpoints.load(resume, self.engine.device)
         if state is None:
+            self._refuse_without_checkpoints()
             self.folder.truncate("metrics.jsonl", 0)
             return
         if (state.get("fingerprint"), state.get("seed")) != (self.bundle.fingerprint, self.seed):
