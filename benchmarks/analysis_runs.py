@@ -27,8 +27,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from collect import environment, figures
-from pool import Job, Pool, earlier, softdefend
+from collect import environment, figures, lines, seconds
+from pool import Job, Pool, earlier, softdefend, study_arguments, study_parser
 from softdefend import reproduce
 
 HUMAN = {"worst": "worse_label", "aggregate": "aggre_label", "random1": "random_label1"}
@@ -167,9 +167,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
 def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Figures of one finished run, and of its audit where that is finished too."""
     folder = place(name, args)
-    timing = map(json.loads, (folder / "timing.jsonl").read_text().splitlines())
-    seconds = {row["epoch"]: row["seconds"] for row in timing}
-    curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    curve = lines(folder, "metrics.jsonl")
     preset, labels, _ = RUNS[name]
     row: dict[str, Any] = {
         "run": name,
@@ -178,7 +176,7 @@ def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "attack": "none" if name.startswith("plain") else "pgd-10",
         "epochs": len(curve),
         # Runs that share a device share its time.
-        "seconds_per_epoch": round(median(seconds.values()), 2),
+        "seconds_per_epoch": round(median(seconds(folder)), 2),
         "runs_per_device": len(args.devices) // len(set(args.devices)),
         **figures(folder),
         "environment": environment(folder),
@@ -224,30 +222,15 @@ def analysis(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def main() -> int:
     """Train, audit, analyse; then gather what is there."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, help="Parquet folder of CIFAR-10 in hub layout")
-    parser.add_argument("--data-name", default="", help="what to call the data in the results")
+    parser = study_parser(__doc__, "analysis")
     parser.add_argument("--votes", type=Path, help="cifar10n.npz")
     parser.add_argument("--test-votes", type=Path, help="cifar10h.npz")
-    parser.add_argument("--folder", type=Path, help="runs/analysis, or runs/analysis-quick")
     parser.add_argument("--table1", type=Path, help="folder of the first two rows of table 1")
-    parser.add_argument("--devices", nargs="+", default=["auto"], help="one named twice takes two jobs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="stop what still runs after these"
-    )
     parser.add_argument("--collect-only", action="store_true", help="start nothing")
-    parser.add_argument("--quick", action="store_true", help="digits, four epochs")
-    parser.add_argument("--output", type=Path, help="benchmarks/results/analysis_runs.json, or in the folder")
-    args = parser.parse_args()
-    args.folder = args.folder or Path("runs/analysis-quick" if args.quick else "runs/analysis")
-    results = args.folder if args.quick else Path("benchmarks/results")
-    args.output = args.output or results / "analysis_runs.json"
-    data = "digits" if args.quick else args.data_name
+    args = study_arguments(parser, "analysis", "analysis_runs.json")
     # What an earlier call has measured stays.
-    content = earlier(args.output, data, args.seed)
+    content = earlier(args.output, args.named, args.seed)
     if not args.quick and args.votes is None and not args.collect_only:
         parser.error("--votes is needed: CIFAR-10N's labels")
     pool = Pool(args.devices, args.folder / "logs", args.seconds, remember=True)
@@ -258,7 +241,7 @@ def main() -> int:
         if not of_study and (place(name, args) / "evaluation/last.json").is_file():
             runs[name] = measured(name, args)
     content = {
-        "data": data,
+        "data": args.named,
         "seed": args.seed,
         "protocol": "digits_demo, 4 epochs" if args.quick else "cifar10_resnet18_short, PGD-20 in fast",
         "runs": [runs[name] for name in RUNS if name in runs],

@@ -24,8 +24,8 @@ from typing import Any
 
 import yaml
 
-from collect import environment
-from pool import Job, Pool, earlier, softdefend
+from collect import environment, lines, seconds
+from pool import Job, Pool, earlier, softdefend, study_arguments, study_parser
 
 CANDIDATES: dict[str, tuple[str, ...]] = {
     "reference": ("--preset", "sglr-awp-ema"),
@@ -88,15 +88,10 @@ def folder(name: str, args: argparse.Namespace) -> Path:
     return Path(args.folder / name.replace(" ", "-").replace(".", "_"))
 
 
-def curve(place: Path) -> list[dict[str, Any]]:
-    """A run's metrics by epoch."""
-    return [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
-
-
 def candidate(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """What a finished candidate reached at its last epoch."""
     place = folder(name, args)
-    last, config = curve(place)[-1], yaml.safe_load((place / "config.yaml").read_text())
+    last, config = lines(place, "metrics.jsonl")[-1], yaml.safe_load((place / "config.yaml").read_text())
     row = {"name": name, "words": list(CANDIDATES[name]), "epochs": last["epoch"], "seed": config["seed"]}
     row |= {key: round(100 * last[key], 2) for key in ("val_clean", "val_robust")}
     return row | {"environment": environment(place)}
@@ -106,38 +101,20 @@ def finished(seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """What a full run reached at its last epoch."""
     place = folder(f"full {seed}", args)
     result = json.loads((place / "evaluation/last.json").read_text())
-    seconds = {
-        row["epoch"]: row["seconds"]
-        for row in map(json.loads, (place / "timing.jsonl").read_text().splitlines())
-    }
     figures = {name: round(100 * result["attacks"][name]["rate"], 2) for name in attacks(args)}
     row = {"seed": seed, "epoch": result["epoch"], "n": result["n"]}
     row |= {"clean": round(100 * result["clean"]["rate"], 2), **figures}
-    row["hours"] = round(sum(seconds.values()) / 3600, 3)
-    return row | {"environment": environment(place), "curve": curve(place)}
+    row["hours"] = round(sum(seconds(place)) / 3600, 3)
+    return row | {"environment": environment(place), "curve": lines(place, "metrics.jsonl")}
 
 
 def main() -> int:
     """Choose, write the choice down, then train and evaluate."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, help="Parquet folder of CIFAR-10 in hub layout")
-    parser.add_argument("--data-name", default="", help="what to call the data in the results")
+    parser = study_parser(__doc__, "beyond")
     parser.add_argument("--epochs", type=int, default=30, help="of a candidate")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the full runs")
-    parser.add_argument("--folder", type=Path, help="runs/beyond, or runs/beyond-quick")
-    parser.add_argument("--devices", nargs="+", default=["auto"], help="one named twice takes two jobs")
-    parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="stop what still runs after these"
-    )
-    parser.add_argument("--quick", action="store_true", help="digits, two epochs")
-    parser.add_argument("--output", type=Path, help="benchmarks/results/beyond.json, or in the folder")
-    args = parser.parse_args()
-    args.folder = args.folder or Path("runs/beyond-quick" if args.quick else "runs/beyond")
-    args.output = args.output or (args.folder if args.quick else Path("benchmarks/results")) / "beyond.json"
-    data = "digits" if args.quick else args.data_name
-    content = {"data": data} | earlier(args.output, data)
+    args = study_arguments(parser, "beyond", "beyond.json")
+    content = {"data": args.named} | earlier(args.output, args.named)
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
     def write() -> None:

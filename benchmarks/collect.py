@@ -15,6 +15,16 @@ import yaml
 ENVIRONMENT = ("softdefend", "commit", "torch", "python", "device", "started")
 
 
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Rows of a JSON Lines file of a run."""
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def seconds(folder: Path) -> list[float]:
+    """Of every epoch; one that was begun twice counts as it ended."""
+    return list({row["epoch"]: row["seconds"] for row in lines(folder, "timing.jsonl")}.values())
+
+
 def figures(folder: Path) -> dict[str, Any]:
     """Clean and PGD-20 accuracy in percent at ``best`` and ``last``."""
     row: dict[str, Any] = {}
@@ -44,15 +54,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
 
-    def lines(name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (args.run / name).read_text().splitlines()]
-
     config = yaml.safe_load((args.run / "config.yaml").read_text())
     content = {"recipe": config["name"], "seed": config["seed"], "data": config["data"]["name"]}
     content |= figures(args.run) | {
         "environment": environment(args.run),
-        "seconds_of_epochs": [round(row["seconds"], 3) for row in lines("timing.jsonl")],
-        "curve": lines("metrics.jsonl"),
+        "seconds_of_epochs": [round(row["seconds"], 3) for row in lines(args.run, "timing.jsonl")],
+        "curve": lines(args.run, "metrics.jsonl"),
     }
     args.output.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -31,6 +32,37 @@ def compare(folder: Path, words: Sequence[str]) -> None:
     with open(folder.with_suffix(".log"), "wb") as log:
         command = softdefend("compare", *words, "--folder", str(folder))
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+
+
+def study_parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    """The arguments that studies of many runs share.
+
+    Args:
+        description: of the script.
+        name: of the study's folder below ``runs``.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="Parquet folder of CIFAR-10 in hub layout")
+    parser.add_argument("--data-name", default="", help="what to call the data in the results")
+    parser.add_argument("--folder", type=Path, help=f"runs/{name}, or runs/{name}-quick")
+    parser.add_argument("--devices", nargs="+", default=["auto"], help="one named twice takes two jobs")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop what still runs after these"
+    )
+    parser.add_argument("--quick", action="store_true", help="in miniature, on digits")
+    parser.add_argument("--output", type=Path, help="below benchmarks/results; with --quick, in the folder")
+    return parser
+
+
+def study_arguments(parser: argparse.ArgumentParser, name: str, output: str) -> argparse.Namespace:
+    """What was given, with folder and output filled in, and ``named``: what results call the data."""
+    args = parser.parse_args()
+    args.folder = args.folder or Path("runs", f"{name}-quick" if args.quick else name)
+    args.output = args.output or (args.folder if args.quick else Path("benchmarks/results")) / output
+    args.named = "digits" if args.quick else args.data_name
+    return args
 
 
 def earlier(path: Path, data: str, seed: int | None = None) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from collect import environment, figures
-from pool import Job, Pool, earlier, softdefend
+from collect import environment, figures, lines, seconds
+from pool import Job, Pool, earlier, softdefend, study_arguments, study_parser
 from softdefend.config import packaged
 
 EPOCHS = 30
@@ -52,17 +52,13 @@ def measured(preset: str, args: argparse.Namespace) -> dict[str, Any]:
     """Figures of one finished run."""
     folder = args.folder / f"{preset}-seed{args.seed}"
     folder = folder / "student" if preset in DISTILLED else folder
-    seconds = {
-        row["epoch"]: row["seconds"]
-        for row in map(json.loads, (folder / "timing.jsonl").read_text().splitlines())
-    }
-    curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    curve = lines(folder, "metrics.jsonl")
     return {
         "recipe": preset,
         "seed": args.seed,
         "epochs": len(curve),
         # The median leaves out the first epoch, which compiles; runs that share a device share its time.
-        "seconds_per_epoch": round(median(seconds.values()), 2),
+        "seconds_per_epoch": round(median(seconds(folder)), 2),
         "runs_per_device": len(args.devices) // len(set(args.devices)),
         **figures(folder),
         "environment": environment(folder),
@@ -72,7 +68,7 @@ def measured(preset: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def read(args: argparse.Namespace) -> dict[str, Any]:
     """What earlier calls have finished, by preset."""
-    content = earlier(args.output, "digits" if args.quick else args.data_name, args.seed)
+    content = earlier(args.output, args.named, args.seed)
     return {run["recipe"]: run for run in content.get("runs", [])}
 
 
@@ -80,7 +76,7 @@ def write(path: Path, done: dict[str, Any], args: argparse.Namespace) -> None:
     """The output file, presets in the order of their names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "data": "digits" if args.quick else args.data_name,
+        "data": args.named,
         "seed": args.seed,
         "protocol": f"cifar10_resnet18_short, {EPOCHS} epochs, PGD-20 in precision fast"
         if not args.quick
@@ -92,23 +88,10 @@ def write(path: Path, done: dict[str, Any], args: argparse.Namespace) -> None:
 
 def main() -> int:
     """Keep every device busy until the presets or the seconds are used up."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, help="Parquet folder of CIFAR-10 in hub layout")
-    parser.add_argument("--data-name", default="", help="what to call the data in the results")
-    parser.add_argument("--folder", type=Path, help="runs/recipes, or runs/recipes-quick")
+    parser = study_parser(__doc__, "recipes")
     parser.add_argument("--presets", nargs="+", default=sorted(packaged("preset")))
-    parser.add_argument("--devices", nargs="+", default=["auto"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="stop what still runs after these"
-    )
-    parser.add_argument("--quick", action="store_true", help="digits, two epochs")
-    parser.add_argument("--output", type=Path, help="benchmarks/results/recipes.json, or in the folder")
-    args = parser.parse_args()
-    args.folder = args.folder or Path("runs/recipes-quick" if args.quick else "runs/recipes")
-    args.output = args.output or (args.folder if args.quick else Path("benchmarks/results")) / "recipes.json"
+    args = study_arguments(parser, "recipes", "recipes.json")
     done = read(args)
 
     def finished(preset: str) -> None:

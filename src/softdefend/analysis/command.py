@@ -32,7 +32,6 @@ from softdefend.analysis.subjects import (
 )
 from softdefend.complaints import parse
 from softdefend.errors import SettingError
-from softdefend.evaluation.resume import fingerprint
 from softdefend.files import write_atomic
 from softdefend.training.checkpoint import CheckpointError
 from softdefend.training.engine import resolve_device
@@ -335,7 +334,7 @@ class _Measure:
             "revision": REVISION,
             "weights": weights.sha256,
             "memory": memory if weights.name != "best" else None,
-            "data": [run.bundle.fingerprint, fingerprint(run.bundle.test), _clean_labels(run)],
+            "data": run.identity,
             "threat": [run.threat.norm, str(run.threat.eps)],
             "attack": repr(run.training_attack),
             "device": self.device.type,
@@ -418,12 +417,6 @@ def _judge(folder: str, runs: Sequence[Opened], device: torch.device) -> tuple[O
 def _newest(folder: Path) -> str | None:
     paths = sorted((folder / "checkpoints").glob("step-*.ckpt"))
     return str(paths[-1]) if paths else None
-
-
-def _clean_labels(run: Opened) -> str | None:
-    """sha256 of the training labels before noise, which say what is wrong; None where there was none."""
-    clean = run.bundle.train.clean_labels
-    return None if clean is None else hashlib.sha256(clean.numpy().tobytes()).hexdigest()
 
 
 def _digest(path: str | None) -> str | None:

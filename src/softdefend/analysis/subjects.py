@@ -20,6 +20,7 @@ from softdefend.data.holdout import complement, draw_by_class
 from softdefend.data.sources import read
 from softdefend.errors import SettingError
 from softdefend.evaluation import load_weights
+from softdefend.evaluation.resume import fingerprint
 from softdefend.labels.memory import LabelMemory
 from softdefend.modes import attacked, tf32
 from softdefend.pipeline import make_net, open_run
@@ -73,6 +74,14 @@ class Opened:
         configured = self.experiment.recipe.attack
         start = "uniform" if configured.start == "auto" else configured.start
         return replace(configured, loss="ce", start=start)
+
+    @cached_property
+    def identity(self) -> list[str | None]:
+        """What tells the run's data from others: training and validation, test, and the labels before noise,
+        which say what is wrong (None where there was none)."""
+        clean = self.bundle.train.clean_labels
+        digest = None if clean is None else hashlib.sha256(clean.numpy().tobytes()).hexdigest()
+        return [self.bundle.fingerprint, fingerprint(self.bundle.test), digest]
 
     @cached_property
     def train(self) -> Resident:

@@ -72,20 +72,20 @@ class RunFolder:
             SettingError: the folder holds a run with other settings; the line names them.
         """
         path = self.path / "config.yaml"
-        if not path.exists():
-            if any((self.path / "checkpoints").glob("step-*.ckpt")):
-                raise SettingError(
-                    str(path),
-                    "no such file beside checkpoints",
-                    "the settings that the run began with, or another --folder",
-                )
-            write_atomic(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
-            return
-        if not self._begun():
-            # An earlier start did not get anywhere: its settings bind nobody.
-            write_atomic(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
-            return
-        before, now = flatten(read_yaml(path)), flatten(json.loads(json.dumps(config)))
+        if not path.exists() and any((self.path / "checkpoints").glob("step-*.ckpt")):
+            raise SettingError(
+                str(path),
+                "no such file beside checkpoints",
+                "the settings that the run began with, or another --folder",
+            )
+        # The settings of an earlier start that did not get anywhere bind nobody.
+        if path.exists() and self._begun():
+            self._compare(read_yaml(path), config)
+        write_atomic(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
+
+    def _compare(self, began: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Refuse settings that a run did not begin with."""
+        before, now = flatten(began), flatten(json.loads(json.dumps(config)))
         changed = sorted(
             key
             for key in before.keys() | now.keys()
@@ -99,7 +99,6 @@ class RunFolder:
                 f"{values[0]} where the run in {self.path} began with {values[1]}",
                 "the settings it began with, or another --folder",
             )
-        write_atomic(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
 
     def _begun(self) -> bool:
         """Whether there is something of a run, or of an evaluation, to be continued or lost."""
@@ -202,9 +201,11 @@ def _whole_lines(path: Path) -> None:
     """Cut off half a line that a failing disk or power cut left at the end: it would spoil the next one."""
     if not path.exists() or not path.stat().st_size:
         return
-    content = path.read_bytes()
-    if not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        whole = file.read() == b"\n"
+    if not whole:
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def _epoch_of(path: Path) -> int | None:
