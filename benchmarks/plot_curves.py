@@ -1,4 +1,4 @@
-"""Draw the learning curves of benchmarks/results/short_schedule.json and analysis_runs.json.
+"""Draw the learning curves of benchmarks/results/table1.json, short_schedule.json and analysis_runs.json.
 
 python benchmarks/plot_curves.py
 """
@@ -14,41 +14,54 @@ from typing import Any
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-COLOURS = {"pgd-at": "#0072B2", "sglr-reference": "#D55E00"}
+COLOURS = {"plain": "#0072B2", "sglr": "#D55E00", "r": "#009E73"}
 
 
-def draw(name: str, title: str, runs: Sequence[dict[str, Any]], held_out: tuple[str, str]) -> None:
+def colour(recipe: str) -> str:
+    """One for SGLR, one for SGLR that keeps a share of the given label, one for everything else."""
+    if recipe.endswith("-paper"):
+        return COLOURS["r"]
+    return COLOURS["sglr" if "sglr" in recipe else "plain"]
+
+
+def draw(
+    name: str, title: str, panels: Sequence[Sequence[dict[str, Any]]], held_out: tuple[str, str]
+) -> None:
     """Robust accuracy by epoch on training and held-out images, and the test figures at best and last.
 
     Args:
         name: of the file in docs/figures.
         title: of the figure.
-        runs: with ``recipe``, ``curve``, ``best`` and ``last``.
+        panels: runs drawn together, each with ``recipe``, ``curve``, ``best`` and ``last``.
         held_out: key of the curve on held-out images, and what they are.
     """
-    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
-    axes = figure.add_subplot()
-    for run in runs:
-        recipe, rows = run["recipe"], run["curve"]
-        for key, style in (("train_robust", "--"), (held_out[0], "-")):
-            points = [(row["epoch"], 100 * row[key]) for row in rows if row[key] is not None]
-            axes.plot(*zip(*points, strict=True), style, color=COLOURS[recipe], lw=1.6)
-        for which, marker, aside in (("best", "o", 0.0), ("last", "s", 0.6)):  # aside: beside the line's end
-            at = run[which]["epoch"] + aside
-            axes.plot(at, run[which]["pgd-20"], marker, color=COLOURS[recipe], ms=5, mec="white", mew=0.5)
-        axes.plot([], [], color=COLOURS[recipe], label=recipe)
-    for label, style in (("training batches, PGD-10", "--"), (held_out[1], "-")):
-        axes.plot([], [], style, color="#555555", label=label)
-    for label, marker in (("10,000 test images, PGD-20, best", "o"), ("… last", "s")):
-        axes.plot([], [], marker, color="#555555", label=label)
-    rates = [row["lr"] for row in runs[0]["curve"]]
-    for epoch, (before, after) in enumerate(itertools.pairwise(rates), 1):
-        if after < 0.5 * before:
-            axes.axvline(epoch + 0.5, color="#bbbbbb", lw=0.8)
-    axes.set(xlabel="epoch (grey: learning-rate drops)", ylabel="robust accuracy (%)", title=title)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure = Figure(figsize=(7.2 if len(panels) == 1 else 10.2, 3.8), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, runs in zip(every, panels, strict=True):
+        for run in runs:
+            recipe, rows = run["recipe"], run["curve"]
+            for key, style in (("train_robust", "--"), (held_out[0], "-")):
+                points = [(row["epoch"], 100 * row[key]) for row in rows if row[key] is not None]
+                axes.plot(*zip(*points, strict=True), style, color=colour(recipe), lw=1.4)
+            aside = 0.01 * len(rows)  # the last one's mark stands beside the line's end
+            for which, marker, shift in (("best", "o", 0.0), ("last", "s", aside)):
+                at = run[which]["epoch"] + shift
+                axes.plot(at, run[which]["pgd-20"], marker, color=colour(recipe), ms=5, mec="white", mew=0.5)
+            axes.plot([], [], color=colour(recipe), label=recipe)
+        for label, style in (("training batches, the training attack", "--"), (held_out[1], "-")):
+            axes.plot([], [], style, color="#555555", label=label)
+        for label, marker in (("10,000 test images, PGD-20, best", "o"), ("… last", "s")):
+            axes.plot([], [], marker, color="#555555", label=label)
+        rates = [row["lr"] for row in runs[0]["curve"]]
+        for epoch, (before, after) in enumerate(itertools.pairwise(rates), 1):
+            if after < 0.5 * before:
+                axes.axvline(epoch + 0.5, color="#bbbbbb", lw=0.8)
+        axes.set_xlabel("epoch (grey: learning-rate drops)")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7.5, loc="upper left" if len(panels) > 1 else "best")
+    every[0].set_ylabel("robust accuracy (%)")
     path = ROOT / f"docs/figures/{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -61,12 +74,18 @@ def read(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Both figures."""
-    short, long = read("short_schedule"), read("analysis_runs")
-    held_out = ("val_robust", "1,000 validation images, PGD-10")
-    draw("short_schedule", short["data"], short["runs"], held_out)
+    """All three figures."""
+    paper, short, long = read("table1"), read("short_schedule"), read("analysis_runs")
+    held_out, curve = (
+        ("val_robust", "1,000 validation images, PGD-10"),
+        ("test_robust", "1,000 test images, PGD-10"),
+    )
+    rows = [row | {"recipe": row["name"]} for row in paper["rows"]]
+    panels = [[row for row in rows if ("trades" in row["name"]) == trades] for trades in (False, True)]
+    draw("table1", f"ResNet-18, {paper['data']}", panels, curve)
+    draw("short_schedule", short["data"], [short["runs"]], held_out)
     given = [run for run in long["runs"] if run["run"] in ("pgd-at", "sglr")]
-    draw("sixty_epochs", long["data"], given, ("test_robust", "1,000 test images, PGD-10"))
+    draw("sixty_epochs", long["data"], [given], curve)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ PUBLISHED: dict[tuple[str, str, str], str] = {
 }
 """Combinations of (label rule, objective, weight rule) that were published, and by whom; those we know of."""
 
-OURS = ("pgd-at-cutmix-ema", "sglr-paper", "mart-awp")
+OURS = ("pgd-at-cutmix-ema", "sglr-paper", "trades-sglr-paper", "mart-awp")
 """Presets of a published combination with a value that is our own choice."""
 
 

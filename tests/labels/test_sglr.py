@@ -227,3 +227,20 @@ class _DoubleStep(TrainStep):
 
     def forward(self, image):
         return self.net(image.double()).float()
+
+
+@pytest.mark.parametrize("clean_weight", [0.0, 0.2])
+@pytest.mark.parametrize("r", [0.5, 0.7, 1.0])
+def test_where_the_clean_prediction_follows_the_label_only_the_given_labels_share_keeps_it_up(
+    r, clean_weight
+):
+    """As in TRADES: p fits the last target, the attack leaves a share q of what is above 1/k. The fixed point
+    is (1 - r) / (1 - r (lambda + (1 - lambda) q)); with r = 1 that is the uniform label."""
+    q, rule = 0.7, started(r=r, clean_weight=clean_weight)
+    every, target = batch(torch.arange(N)), nn.functional.one_hot(LABELS, K).float()
+    for _ in range(400):
+        attacked = 1 / K + q * (target - 1 / K)
+        target = rule.target(every, Predictions(attacked.log(), target.log()), "refined")
+    above = (target[torch.arange(N), LABELS] - 1 / K) / (1 - 1 / K)
+    expected = (1 - r) / (1 - r * (clean_weight + (1 - clean_weight) * q))
+    assert above.numpy() == pytest.approx(expected, abs=1e-3)

@@ -34,6 +34,17 @@ def test_cosine_and_cyclic_against_their_closed_forms():
             assert cyclic.factor(epoch, fraction, 10) == pytest.approx(min(t / 0.4, (1 - t) / 0.6))
 
 
+@pytest.mark.parametrize("kind", ["step", "cosine", "cyclic"])
+def test_a_warm_up_rises_linearly_to_what_the_schedule_says_and_leaves_the_rest(kind):
+    plain, warm = Schedule(kind), Schedule(kind, warmup=0.2)
+    for epoch in range(10):
+        for fraction in (0.0, 0.25, 0.9):
+            share = min(1.0, (epoch + fraction) / 2)
+            assert warm.factor(epoch, fraction, 10) == pytest.approx(
+                share * plain.factor(epoch, fraction, 10)
+            )
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -44,6 +55,8 @@ def test_cosine_and_cyclic_against_their_closed_forms():
         {"gamma": 0.0},
         {"gamma": 2.0},
         {"peak": 1.0},
+        {"warmup": -0.1},
+        {"warmup": 1.0},
     ],
 )
 def test_impossible_schedules_are_refused(wrong):

@@ -23,6 +23,9 @@ class Schedule:
         one_based: count epochs from one when comparing with milestones, as the published SGLS code does:
             every drop comes one epoch earlier (after 99 epochs of 200).
         peak: fraction of the run at which ``cyclic`` peaks, in (0, 1).
+        warmup: fraction of the run, in [0, 1), over which the rate rises linearly from 0 to what ``kind``
+            says. 0, as in the published protocols, starts at the full rate; a network may then stay at the
+            accuracy of guessing for some epochs.
 
     Raises:
         SettingError: a value outside these ranges.
@@ -38,6 +41,8 @@ class Schedule:
     """step: drop one epoch earlier, as the published SGLS code does."""
     peak: float = 0.5
     """cyclic: fraction of the run at which the rate peaks."""
+    warmup: float = 0.0
+    """Fraction of the run over which the rate rises from 0; none in the published protocols."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
@@ -50,6 +55,8 @@ class Schedule:
             raise SettingError("schedule.gamma", self.gamma, "a number in (0, 1]")
         if not 0 < self.peak < 1:
             raise SettingError("schedule.peak", self.peak, "a number in (0, 1)")
+        if not 0 <= self.warmup < 1:
+            raise SettingError("schedule.warmup", self.warmup, "a number in [0, 1)")
 
     def drops(self, epochs: int) -> list[int]:
         """Zero-based epochs at which a step schedule has just dropped."""
@@ -58,9 +65,10 @@ class Schedule:
 
     def factor(self, epoch: int, fraction: float, epochs: int) -> float:
         """The factor at ``fraction`` in [0, 1) of zero-based ``epoch`` in a run of ``epochs``."""
-        if self.kind == "step":
-            return self.gamma ** sum(epoch >= drop for drop in self.drops(epochs))
         progress = (epoch + fraction) / epochs
+        risen = progress / self.warmup if progress < self.warmup else 1.0
+        if self.kind == "step":
+            return risen * self.gamma ** sum(epoch >= drop for drop in self.drops(epochs))
         if self.kind == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * progress))
-        return progress / self.peak if progress < self.peak else (1 - progress) / (1 - self.peak)
+            return risen * 0.5 * (1 + math.cos(math.pi * progress))
+        return risen * (progress / self.peak if progress < self.peak else (1 - progress) / (1 - self.peak))
