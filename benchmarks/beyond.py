@@ -7,7 +7,8 @@
    highest robust validation accuracy is chosen, and the choice is written to ``--output``. Test images take
    no part: a candidate's evaluation is of one image.
 2. The chosen settings train by the full protocol (200 epochs, 1,000 images held out), one run for each seed,
-   and the last checkpoint meets PGD-20 and AutoAttack on all test images.
+   and the last checkpoint meets PGD-20 and AutoAttack on all test images. ``--full`` names other settings;
+   all that ran stay in the file.
 
 Killed at any moment, or ended by ``--seconds``, the same command continues where the run folders still exist;
 a choice that is written stands.
@@ -32,9 +33,11 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "gamma 0.005": ("--preset", "sglr-awp-ema", "--weight.gamma", "0.005"),
     "clean weight 0.5": ("--preset", "sglr-awp-ema", "--label.clean_weight", "0.5"),
     "r 0.8": ("--preset", "sglr-awp-ema", "--label.r", "0.8"),
-    "TRADES": ("--preset", "trades-sglr-awp-ema"),
+    "TRADES": ("--preset", "trades-sglr-awp-ema", "--label.r", "1.0"),
 }
 """One departure each from the preset, which joins the published settings of its three parts."""
+SETTINGS = CANDIDATES | {"TRADES, r 0.7": ("--preset", "trades-sglr-awp-ema")}
+"""What a full run may have; all but the candidates were tried in no short run."""
 QUICK = ["--config", "digits_demo", "--data.train_size", "64", "--net.width", "8", "--optim.epochs", "2"]
 FAST = ["--validate.precision", "fast", "--evaluate.precision", "fast"]
 NOTHING = ["--evaluate.curve_size", "0", "--evaluate.examples", "0"]
@@ -56,25 +59,17 @@ def short(name: str, device: str, args: argparse.Namespace) -> list[str]:
     return softdefend("train", *protocol, *CANDIDATES[name], *common(device, args), *place)
 
 
-def full(seed: int, device: str, args: argparse.Namespace) -> list[str]:
-    """The words that train one full run of the chosen settings."""
-    choice = json.loads(args.output.read_text())["choice"]
+def full(name: str, seed: int, device: str, args: argparse.Namespace) -> list[str]:
+    """The words that train one full run."""
     own = ["--config", "cifar10_resnet18", "--validate.every", "2", "--validate.test_size", "1000", *FAST]
-    place = [
-        "--name",
-        f"chosen: {choice}",
-        "--folder",
-        str(folder(f"full {seed}", args)),
-        "--seed",
-        str(seed),
-    ]
     protocol = [*QUICK, "--evaluate.size", "64"] if args.quick else own
-    return softdefend("train", *protocol, *CANDIDATES[choice], *common(device, args), *place)
+    place = ["--name", name, "--folder", str(folder(f"full {name} {seed}", args)), "--seed", str(seed)]
+    return softdefend("train", *protocol, *SETTINGS[name], *common(device, args), *place)
 
 
-def attacked(seed: int, device: str, args: argparse.Namespace) -> list[str]:
+def attacked(name: str, seed: int, device: str, args: argparse.Namespace) -> list[str]:
     """The words that evaluate the last checkpoint of a full run."""
-    words = [str(folder(f"full {seed}", args)), "--which", "last", "--device", device]
+    words = [str(folder(f"full {name} {seed}", args)), "--which", "last", "--device", device]
     return softdefend("evaluate", *words, "--attacks", *attacks(args))
 
 
@@ -85,7 +80,7 @@ def attacks(args: argparse.Namespace) -> tuple[str, str]:
 
 def folder(name: str, args: argparse.Namespace) -> Path:
     """Of a run."""
-    return Path(args.folder / name.replace(" ", "-").replace(".", "_"))
+    return Path(args.folder / name.replace(" ", "-").replace(".", "_").replace(",", ""))
 
 
 def candidate(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -94,15 +89,16 @@ def candidate(name: str, args: argparse.Namespace) -> dict[str, Any]:
     last, config = lines(place, "metrics.jsonl")[-1], yaml.safe_load((place / "config.yaml").read_text())
     row = {"name": name, "words": list(CANDIDATES[name]), "epochs": last["epoch"], "seed": config["seed"]}
     row |= {key: round(100 * last[key], 2) for key in ("val_clean", "val_robust")}
-    return row | {"environment": environment(place)}
+    return row | {"environment": environment(place), "curve": lines(place, "metrics.jsonl")}
 
 
-def finished(seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def finished(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """What a full run reached at its last epoch."""
-    place = folder(f"full {seed}", args)
+    place = folder(f"full {name} {seed}", args)
     result = json.loads((place / "evaluation/last.json").read_text())
-    figures = {name: round(100 * result["attacks"][name]["rate"], 2) for name in attacks(args)}
-    row = {"seed": seed, "epoch": result["epoch"], "n": result["n"]}
+    figures = {attack: round(100 * result["attacks"][attack]["rate"], 2) for attack in attacks(args)}
+    row: dict[str, Any] = {"settings": name, "words": list(SETTINGS[name]), "seed": seed}
+    row |= {"epoch": result["epoch"], "n": result["n"]}
     row |= {"clean": round(100 * result["clean"]["rate"], 2), **figures}
     row["hours"] = round(sum(seconds(place)) / 3600, 3)
     return row | {"environment": environment(place), "curve": lines(place, "metrics.jsonl")}
@@ -113,6 +109,9 @@ def main() -> int:
     parser = study_parser(__doc__, "beyond")
     parser.add_argument("--epochs", type=int, default=30, help="of a candidate")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the full runs")
+    parser.add_argument(
+        "--full", nargs="+", choices=list(SETTINGS), help="settings of the full runs; the choice"
+    )
     args = study_arguments(parser, "beyond", "beyond.json")
     content = {"data": args.named} | earlier(args.output, args.named)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -130,13 +129,19 @@ def main() -> int:
         content["choice"] = max(content["candidates"], key=lambda row: row["val_robust"])["name"]
         write()
     print(f"chosen: {content['choice']}", flush=True)
+    made = {(row["settings"], row["seed"]): row for row in content.get("full", [])}
+    asked = [(name, seed) for name in args.full or [content["choice"]] for seed in args.seeds]
+    asked = [pair for pair in asked if pair not in made]
     jobs = []
-    for seed in args.seeds:
-        jobs.append(Job(f"full {seed}", partial(full, seed, args=args)))
-        jobs.append(Job(f"attacked {seed}", partial(attacked, seed, args=args), (f"full {seed}",)))
+    for name, seed in asked:
+        train, attack = f"full {name} {seed}", f"attacked {name} {seed}"
+        jobs.append(Job(train, partial(full, name, seed, args=args)))
+        jobs.append(Job(attack, partial(attacked, name, seed, args=args), (train,)))
     left = pool(jobs)
-    done = [seed for seed in args.seeds if f"attacked {seed}" not in left]
-    content["full"] = [finished(seed, args) for seed in done]
+    for name, seed in asked:
+        if f"attacked {name} {seed}" not in left:
+            made[name, seed] = finished(name, seed, args)
+    content["full"] = list(made.values())
     write()
     if left:
         print(f"not finished: {' '.join(left)}", file=sys.stderr)

@@ -64,6 +64,19 @@ def table1(wide: bool = True) -> str:
     return table(head, lines)
 
 
+def beyond() -> str:
+    """SGLR + AWP + EMA: what each candidate reached on validation images, and how long it stood at chance."""
+    head = "| settings | validation clean | robust, PGD-10 | epochs at chance | |"
+    content, lines = read("beyond"), []
+    for row in content["candidates"]:
+        chance = sum(epoch["train_robust"] < 0.13 for epoch in row["curve"])
+        chosen = "**chosen**" if row["name"] == content["choice"] else ""
+        lines.append(
+            f"| {row['name']} | {row['val_clean']:.1f} | {row['val_robust']:.1f} | {chance} | {chosen} |"
+        )
+    return table(head, lines)
+
+
 def sixty_epochs() -> str:
     """ResNet-18 on 60 epochs, on given and on human wrong labels: clean and PGD-20 at best and last."""
     head = "| recipe | training labels | clean best | clean last | PGD-20 best | PGD-20 last | difference |"
@@ -281,6 +294,7 @@ if __name__ == "__main__":
     training = (
         table1(),
         table1(wide=False),
+        beyond(),
         short_schedule(),
         sixty_epochs(),
         analysis(),

@@ -29,6 +29,7 @@ from softdefend.training.alarm import collapsed, describe, trains_on_one_step
 from softdefend.training.checkpoint import CheckpointError
 from softdefend.training.engine import Engine, RuntimeSettings
 from softdefend.training.folder import RunFolder
+from softdefend.training.hints import hints
 from softdefend.training.step import METERS, OptimSettings, Phase, Recipe, TrainStep, make_optimiser
 from softdefend.weights import Plain, WeightRule
 
@@ -167,7 +168,7 @@ class Trainer:
             rule.setup(run)
         self.step = TrainStep(self.net, self.train_data, recipe, self.optimiser, self.engine, self.weight)
         self.watched = self.validate.alarm != "off" and trains_on_one_step(recipe)
-        self.warned = False
+        self.warned: set[str] = set()
         self.epoch = self.done = 0  # epochs finished; steps finished in the current one
         self.best: dict[str, Any] = {}
         self.first_loss: float | None = None
@@ -257,6 +258,8 @@ class Trainer:
         row = self._end_epoch(phase.label)
         if row.get("catastrophic_overfitting"):
             self._alarm(row)
+        for name, what in hints(row, self.steps_per_epoch, self.k):
+            self._warn(name, what)
         self._save()
         self.folder.settle("best")
         return row
@@ -310,9 +313,13 @@ class Trainer:
                 f"{what}; the best checkpoint is of epoch {self.best['epoch']}, "
                 f"{100 * self.best['val_robust']:.1f}%"
             )
-        if not self.warned:
+        self._warn("catastrophic overfitting", what)
+
+    def _warn(self, name: str, what: str) -> None:
+        """Say something on stderr, each thing once."""
+        if name not in self.warned:
             tqdm.write(f"warning: {what}", file=sys.stderr)
-        self.warned = True
+        self.warned.add(name)
 
     def _end_epoch(self, phase: str) -> dict[str, Any]:
         means, lr = self._check(), self._lr_of_last_step()

@@ -1,0 +1,44 @@
+"""What an epoch's row says of a run that goes wrong quietly, and which setting may help."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+FIRST_STEPS = 1000
+"""After these a network has left the accuracy of guessing, or stands there: PGD-AT of a ResNet-18 on CIFAR-10
+reaches 25% within them."""
+NEAR_GUESSING = 0.03
+"""Accuracy above that of guessing that counts as none; 0.3 / k where that is less, for many classes."""
+UNIFORM = 0.9
+"""Share of ln k from which the mean entropy of the labels is called uniform. SGLR on PGD-AT ends at 0.70 on
+CIFAR-10 after 200 epochs; what passes 0.9 was seen to go on to 1."""
+
+
+def hints(row: Mapping[str, Any], steps_per_epoch: int, k: int) -> Iterator[tuple[str, str]]:
+    """Name and text, in one line, of everything to be said after this epoch.
+
+    Args:
+        row: of ``metrics.jsonl``: ``epoch``, ``step``, ``train_robust`` in [0, 1], ``target_entropy`` [nats].
+        steps_per_epoch: of training.
+        k: classes, at least 2 for anything to be said.
+    """
+    if k < 2:
+        return
+    robust, limit = row["train_robust"], 1 / k + min(NEAR_GUESSING, 0.3 / k)
+    just_passed = row["step"] - steps_per_epoch < FIRST_STEPS <= row["step"]
+    if just_passed and robust is not None and robust < limit:
+        yield (
+            "guessing",
+            f"after {row['step']} steps robust accuracy on training images is {100 * robust:.1f}%, that of "
+            "guessing; it may rise yet; a warm-up (optim.schedule.warmup) or a lower optim.lr may help",
+        )
+    entropy = row["target_entropy"]
+    if entropy is not None and entropy > UNIFORM * math.log(k):
+        yield (
+            "uniform",
+            f"the labels of epoch {row['epoch']} are nearly uniform: mean entropy {entropy:.2f} of at most "
+            f"{math.log(k):.2f}; a label rule that keeps a share of the given label (SGLR: label.r below 1) "
+            "may help",
+        )

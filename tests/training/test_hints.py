@@ -1,0 +1,105 @@
+"""Runs that go wrong quietly: what is said, when, and what is left alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from softdefend import PGDAT, SGLR, TRADES, Hard
+from softdefend.attacks import PGD
+from softdefend.data import AugmentSettings, from_tensors
+from softdefend.threat import ThreatModel
+from softdefend.training import OptimSettings, Recipe, RuntimeSettings, Trainer, ValidateSettings
+from softdefend.training.hints import hints
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "table1.json"
+
+
+def said(rows, steps_per_epoch, k=10):
+    return [
+        (row["epoch"], name)
+        for row in rows
+        for name, _ in hints(row, steps_per_epoch, k)
+        if name == "guessing" or row["epoch"] % 50 == 0
+    ]
+
+
+def test_of_the_runs_of_table_1_one_stood_at_guessing_and_one_ran_away():
+    """SGLR's first five epochs were at chance; the labels of TRADES + SGLR became uniform."""
+    found = {
+        row["name"]: said(row["curve"], row["curve"][0]["step"])
+        for row in json.loads(RESULTS.read_text())["rows"]
+        if row["name"] in ("pgd-at", "sglr-reference", "trades", "trades-sglr")
+    }
+    assert found == {
+        "pgd-at": [],
+        "sglr-reference": [(3, "guessing")],
+        "trades": [],
+        "trades-sglr": [(150, "uniform"), (200, "uniform")],
+    }
+
+
+@pytest.mark.parametrize(
+    ("k", "robust", "expected"),
+    [
+        (2, 0.52, True),
+        (2, 0.56, False),
+        (10, 0.12, True),
+        (10, 0.14, False),
+        (100, 0.012, True),
+        (100, 0.02, False),  # twice as good as guessing
+        (1, 1.0, False),
+    ],
+)
+def test_guessing_is_judged_by_the_number_of_classes(k, robust, expected):
+    row = {"epoch": 4, "step": 1200, "train_robust": robust, "target_entropy": 0.0}
+    assert bool(list(hints(row, 300, k))) is expected
+
+
+def test_guessing_is_judged_once_after_a_thousand_steps_whatever_the_length_of_an_epoch():
+    for steps in (13, 250, 999, 1000, 5000):
+        rows = [
+            {"epoch": e, "step": e * steps, "train_robust": 0.1, "target_entropy": None}
+            for e in range(1, 201)
+        ]
+        (only,) = [row["step"] for row in rows if list(hints(row, steps, 10))]
+        assert 1000 <= only < 1000 + steps
+
+
+def test_a_hint_names_what_was_seen_and_a_setting():
+    row = {"epoch": 9, "step": 90, "train_robust": 0.5, "target_entropy": 2.2}
+    ((name, text),) = hints(row, 10, 10)
+    assert name == "uniform"
+    assert "2.20 of at most 2.30" in text
+    assert "label.r" in text
+    assert "\n" not in text
+    assert not list(hints(row | {"target_entropy": 2.0}, 10, 10))
+
+
+@pytest.mark.parametrize(("label", "times"), [(SGLR(alpha=0.0, start=0.0), 1), (Hard(), 0)])
+def test_a_run_says_it_once_and_goes_on(tmp_path, capsys, label, times):
+    """An untrained network's own predictions are uniform; with no memory they are the labels."""
+    torch.manual_seed(0)
+    images, labels = torch.rand(40, 1, 4, 4), torch.arange(40) % 4
+    trainer = Trainer(
+        nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 4)),
+        from_tensors(images, labels, validation=8),
+        Recipe(ThreatModel("linf", "0.05"), PGD(steps=2), label, TRADES() if times else PGDAT()),
+        tmp_path / "run",
+        optim=OptimSettings(epochs=3, batch_size=8, lr=1e-4),
+        augment=AugmentSettings("none"),
+        validate=ValidateSettings(attack=PGD(steps=2)),
+        runtime=RuntimeSettings(device="cpu", threads=1),
+        progress=False,
+    )
+    trainer.fit()
+    trainer.folder.close()
+    assert trainer.epoch == 3
+    assert capsys.readouterr().err.count("nearly uniform") == times
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert (rows[-1]["target_entropy"] > 0.9 * math.log(4)) is bool(times)
