@@ -1,0 +1,106 @@
+"""Loss of the first training steps: what a start at learning rate 0.1 does, and what a warm-up does to it.
+
+    python benchmarks/first_steps.py published --data DIR --data-name 'CIFAR-10 (JPEG mirror)'
+    python benchmarks/first_steps.py warm-up --data DIR --data-name 'CIFAR-10 (JPEG mirror)'
+
+Steps of protocol cifar10_resnet18 with PGD-AT, on the plain path in fp32: nothing compiled, no kernels of ours.
+On a CPU a step of 64 images and PGD-3 takes some ten seconds; ``--batch-size`` and ``--attack-steps`` choose
+others. Rows of earlier calls with the same settings stay in the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softdefend import rng
+from softdefend.config import resolve
+from softdefend.data import load
+from softdefend.pipeline import make_net
+from softdefend.training import Trainer
+from softdefend.training.folder import environment
+from softdefend.training.step import Phase
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "published": (),
+    "attack in train mode": ("--attack_bn", "train"),
+    "warm-up": ("--optim.schedule.warmup", "0.01"),
+}
+"""Words of ``softdefend train`` beside the protocol's; the warm-up is of 2 of 200 epochs."""
+
+
+def losses(args: argparse.Namespace, folder: str) -> list[float]:
+    """Mean loss of each of the first steps."""
+    words = ["--config", "cifar10_resnet18", "--preset", "pgd-at", *VARIANTS[args.variant]]
+    words += ["--optim.batch_size", str(args.batch_size), "--attack.steps", str(args.attack_steps)]
+    words += ["--data.source", str(args.data), "--data.name", args.data_name, "--seed", str(args.seed)]
+    words += ["--runtime.precision", "fp32", "--runtime.device", args.device, "--folder", f"{folder}/run"]
+    words += [f"--runtime.{name}=false" for name in ("compile", "capture", "fused")]
+    experiment = resolve(words)
+    bundle = load(experiment.data)
+    trainer = Trainer(
+        make_net(experiment, bundle),
+        bundle,
+        experiment.recipe,
+        experiment.folder,
+        optim=experiment.optim,
+        augment=experiment.augment,
+        validate=experiment.validate,
+        runtime=experiment.runtime,
+        seed=experiment.seed,
+        progress=False,
+    )
+    plan = trainer.train_data.plan(seed=args.seed, epoch=0, views=1, begun=True)
+    phase, found = Phase(*(rule.phase(0) for rule in trainer.rules)), []
+    for number in range(args.steps):
+        factor = experiment.optim.schedule.factor(
+            0, number / trainer.steps_per_epoch, experiment.optim.epochs
+        )
+        trainer.step.set_lr(experiment.optim.lr * factor)
+        trainer.step.meters.zero_()
+        rows = plan[number * args.batch_size : (number + 1) * args.batch_size]
+        trainer.step(rows, phase, rng.key(args.seed, "step", 0, number))
+        samples, loss = trainer.step.meters[:2].tolist()
+        found.append(round(loss / samples, 3))
+        print(args.variant, number + 1, found[-1], flush=True)
+    trainer.folder.close()
+    return found
+
+
+def main() -> None:
+    """Measure one variant."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("variant", choices=list(VARIANTS))
+    parser.add_argument("--data", type=Path, required=True, help="Parquet folder of CIFAR-10 in hub layout")
+    parser.add_argument("--data-name", required=True, help="what to call the data in the results")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--attack-steps", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/first_steps.json"))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = losses(args, folder)
+    settings: dict[str, Any] = {
+        "data": args.data_name,
+        "batch_size": args.batch_size,
+        "attack_steps": args.attack_steps,
+        "seed": args.seed,
+    }
+    content = json.loads(args.output.read_text()) if args.output.exists() else {}
+    rows = content.get("losses", {}) if content.get("settings") == settings else {}
+    where = environment(torch.device(args.device))
+    content = {"settings": settings, "environment": where, "losses": rows | {args.variant: found}}
+    args.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
