@@ -3,7 +3,7 @@
     python benchmarks/first_steps.py published --data DIR --data-name 'CIFAR-10 (JPEG mirror)'
     python benchmarks/first_steps.py warm-up --data DIR --data-name 'CIFAR-10 (JPEG mirror)'
 
-Steps of protocol cifar10_resnet18 with PGD-AT, on the plain path in fp32: nothing compiled, no kernels of ours.
+Steps of protocol cifar10_resnet18 with PGD-AT on the plain path in fp32: nothing compiled, no own kernels.
 On a CPU a step of 64 images and PGD-3 takes some ten seconds; ``--batch-size`` and ``--attack-steps`` choose
 others. Rows of earlier calls with the same settings stay in the output.
 """
