@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from collect import ENVIRONMENT
 from softdefend import rng
 from softdefend.config import resolve
 from softdefend.data import load
@@ -98,6 +99,7 @@ def main() -> None:
     content = json.loads(args.output.read_text()) if args.output.exists() else {}
     rows = content.get("losses", {}) if content.get("settings") == settings else {}
     where = environment(torch.device(args.device))
+    where = {name: where[name] for name in ENVIRONMENT}
     content = {"settings": settings, "environment": where, "losses": rows | {args.variant: found}}
     args.output.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -77,6 +77,19 @@ def beyond() -> str:
     return table(head, lines)
 
 
+def first_steps() -> str:
+    """Loss of the first steps: its highest value, when, and the mean of the last ten."""
+    content, lines = read("first_steps"), []
+    head = "| start | first step | highest | at step | mean of the last ten |"
+    for variant, losses in content["losses"].items():
+        highest = max(losses)
+        lines.append(
+            f"| {variant} | {losses[0]:.2f} | {highest:.2f} | {losses.index(highest) + 1} of {len(losses)} "
+            f"| {sum(losses[-10:]) / 10:.2f} |"
+        )
+    return table(head, lines)
+
+
 def sixty_epochs() -> str:
     """ResNet-18 on 60 epochs, on given and on human wrong labels: clean and PGD-20 at best and last."""
     head = "| recipe | training labels | clean best | clean last | PGD-20 best | PGD-20 last | difference |"
@@ -295,6 +308,7 @@ if __name__ == "__main__":
         table1(),
         table1(wide=False),
         beyond(),
+        first_steps(),
         short_schedule(),
         sixty_epochs(),
         analysis(),
