@@ -187,3 +187,17 @@ def test_title_of_ones_own(full, tmp_path) -> None:
     page = read(full, tmp_path, title="My study")
     assert page.text["h1"] == ["My study"]
     assert re.match("My study: digits", page.text["title"][0])
+
+
+def test_what_training_noted_is_said_below_the_curves_and_of_no_other_run(make_run, tmp_path) -> None:
+    runs = [make_run(name, 0) for name in "ABC"]
+    first, *_, third, last = runs[0].metrics
+    first |= {"hints": ["guessing"], "catastrophic_overfitting": False}
+    third["hints"] = ["uniform"]
+    last |= {"hints": ["uniform"], "catastrophic_overfitting": True}
+    runs[2].metrics[0]["hints"] = "uniform"  # not a list: no mark
+    notes = [text for text in read(runs, tmp_path).text["p"] if text.startswith("Note: ")]
+    assert [note.split(",")[0] for note in notes] == ["Note: A"] * 3
+    assert "in epoch 1" in notes[0]
+    assert "2 of 4 epochs, first in epoch 3" in notes[1]
+    assert "after epoch 4: catastrophic overfitting" in notes[2]

@@ -103,3 +103,4 @@ def test_a_run_says_it_once_and_goes_on(tmp_path, capsys, label, times):
     assert capsys.readouterr().err.count("nearly uniform") == times
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert (rows[-1]["target_entropy"] > 0.9 * math.log(4)) is bool(times)
+    assert [row.get("hints") for row in rows] == [["uniform"] if times else None] * 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -124,7 +124,34 @@ def learning_curves(report: Report) -> Html:
         notes.append("Test images were monitored only; no checkpoint was selected on them.")
     if first_with(report.groups, ("train_robust",)):
         notes.append("Training accuracy is counted on the images of the training steps, as attacked there.")
-    return titled("Learning curves", figures(drawn), paragraph(" ".join(notes)))
+    return titled("Learning curves", figures(drawn), paragraph(" ".join(notes)), *_remarks(report))
+
+
+_REMARKS = {
+    "guessing": "stood at the accuracy of guessing in epoch {first}: the learning rate may start too high.",
+    "uniform": "trained towards nearly uniform labels in {count} of {epochs} epochs, first in epoch {first}: "
+    "little is left for them to teach.",
+    "catastrophic_overfitting": "withstood one attack step and not several after epoch {first}: catastrophic "
+    "overfitting.",
+}
+"""What to say of epochs that training has marked, by name of the mark."""
+
+
+def _remarks(report: Report) -> list[Html]:
+    """A line for everything that training noted of a run."""
+    found = []
+    for run in (run for group in report.groups for run in group.runs):
+        for name, text in _REMARKS.items():
+            marked = [line["epoch"] for line in run.metrics if _marked(line, name)]
+            if marked:
+                said = text.format(first=marked[0], count=len(marked), epochs=len(run.metrics))
+                found.append(paragraph(f"Note: {run.name}, seed {run.seed}, {said}"))
+    return found
+
+
+def _marked(line: Mapping[str, Any], name: str) -> bool:
+    hints = line.get("hints")
+    return line.get(name) is True or (isinstance(hints, list) and name in hints)
 
 
 def _accuracy(report: Report, title: str, columns: Sequence[str | None]) -> list[Plot | None]:

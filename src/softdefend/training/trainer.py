@@ -258,8 +258,6 @@ class Trainer:
         row = self._end_epoch(phase.label)
         if row.get("catastrophic_overfitting"):
             self._alarm(row)
-        for name, what in hints(row, self.steps_per_epoch, self.k):
-            self._warn(name, what)
         self._save()
         self.folder.settle("best")
         return row
@@ -339,6 +337,10 @@ class Trainer:
         row = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
         if row.get("val_fgsm") is not None:
             row["catastrophic_overfitting"] = collapsed(row["val_fgsm"], row["val_robust"])
+        if found := dict(hints(row, self.steps_per_epoch, self.k)):
+            row["hints"] = list(found)
+        for name, what in found.items():
+            self._warn(name, what)
         if row["val_robust"] is not None and row["val_robust"] > self.best.get("val_robust", -1.0):
             self.best = {"epoch": self.epoch, "val_robust": row["val_robust"]}
             self._release("best", self.best, pending=True)
