@@ -812,3 +812,20 @@ def test_python_refuses_a_changed_recipe(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"optim\.epochs: got 2 where the run in .* began with 1;"):
         softdefend.train(linear(), tensors(), optim=OptimSettings(epochs=2, batch_size=8), **settings)
     assert contents(tmp_path / "run") == before
+
+
+def test_a_run_that_began_before_a_setting_existed_continues_with_what_it_did_then(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def train(warmup: float) -> None:
+        schedule = softdefend.training.Schedule(warmup=warmup)
+        optim = OptimSettings(epochs=1, batch_size=8, schedule=schedule)
+        softdefend.train(linear(), tensors(), folder=folder, progress=False, optim=optim)
+
+    train(0.0)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    del config["optim"]["schedule"]["warmup"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SettingError, match=r"optim\.schedule\.warmup: got 0\.1 where .* began with 0\.0"):
+        train(0.1)
+    train(0.0)

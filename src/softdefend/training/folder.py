@@ -26,6 +26,8 @@ from softdefend.training.checkpoint import CheckpointFolder, snapshot
 
 # What may change between a run and its continuation without changing a result.
 RESUMABLE = ("folder", "resume", "progress", "save", "evaluate")
+ADDED = {"optim.schedule.warmup": 0.0}
+"""Settings that runs of older versions do not name, and what these did."""
 _SHOWN = 4  # changed settings that one message names
 
 
@@ -86,6 +88,7 @@ class RunFolder:
     def _compare(self, began: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Refuse settings that a run did not begin with."""
         before, now = flatten(began), flatten(json.loads(json.dumps(config)))
+        before = {key: value for key, value in ADDED.items() if key in now} | before
         changed = sorted(
             key
             for key in before.keys() | now.keys()
