@@ -35,7 +35,7 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "r 0.8": ("--preset", "sglr-awp-ema", "--label.r", "0.8"),
     "TRADES": ("--preset", "trades-sglr-awp-ema", "--label.r", "1.0"),
 }
-"""One departure each from the preset, which joins the published settings of its three parts."""
+"""The preset, which joins the published settings of its three parts, three departures in one, and TRADES."""
 SETTINGS = CANDIDATES | {"TRADES, r 0.7": ("--preset", "trades-sglr-awp-ema")}
 """What a full run may have; all but the candidates were tried in no short run."""
 QUICK = ["--config", "digits_demo", "--data.train_size", "64", "--net.width", "8", "--optim.epochs", "2"]
@@ -131,7 +131,7 @@ def main() -> int:
     print(f"chosen: {content['choice']}", flush=True)
     made = {(row["settings"], row["seed"]): row for row in content.get("full", [])}
     asked = [(name, seed) for name in args.full or [content["choice"]] for seed in args.seeds]
-    asked = [pair for pair in asked if pair not in made]
+    asked = [pair for pair in dict.fromkeys(asked) if pair not in made]
     jobs = []
     for name, seed in asked:
         train, attack = f"full {name} {seed}", f"attacked {name} {seed}"

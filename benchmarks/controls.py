@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from collect import environment, figures, lines
 from pool import Job, Pool, earlier, softdefend, study_arguments, study_parser
 
@@ -55,7 +57,8 @@ def command(name: str, device: str, args: argparse.Namespace) -> list[str]:
 def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Figures of one finished run."""
     folder = place(name, args)
-    row = {"name": name, "words": list(RUNS[name]), **figures(folder)}
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    row = {"name": name, "data": config["data"]["name"], "words": list(RUNS[name]), **figures(folder)}
     return row | {"environment": environment(folder), "curve": lines(folder, "metrics.jsonl")}
 
 
@@ -64,12 +67,16 @@ def main() -> int:
     parser = study_parser(__doc__, "controls")
     parser.add_argument("--original", type=Path, help="folder of the original images; without it no such run")
     args = study_arguments(parser, "controls", "controls.json")
-    done = {row["name"]: row for row in earlier(args.output, args.named).get("runs", [])}
+    if not args.quick and not (args.data and args.data_name):
+        parser.error("--data and --data-name are needed without --quick")
+    protocol = "digits_demo" if args.quick else "cifar10_resnet18_short"
+    kept = earlier(args.output, args.named, protocol=protocol).get("runs", [])
+    done = {row["name"]: row for row in kept if row["words"] == list(RUNS.get(row["name"], ()))}
     names = [name for name in RUNS if args.quick or args.original or name != "original images"]
 
     def finished(name: str) -> None:
         done[name] = measured(name, args)
-        content = {"data": args.named, "protocol": "digits_demo" if args.quick else "cifar10_resnet18_short"}
+        content = {"data": args.named, "protocol": protocol}
         content |= {"runs": [done[name] for name in RUNS if name in done]}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(content, indent=1) + "\n")

@@ -65,14 +65,14 @@ def study_arguments(parser: argparse.ArgumentParser, name: str, output: str) -> 
     return args
 
 
-def earlier(path: Path, data: str, seed: int | None = None) -> dict[str, Any]:
+def earlier(path: Path, data: str, seed: int | None = None, protocol: str | None = None) -> dict[str, Any]:
     """What a result file holds already; empty without one.
 
     Raises:
-        SystemExit: it holds results on other data or of another seed, which new ones must not join.
+        SystemExit: it holds results on other data, of another seed or protocol, which new ones must not join.
     """
     content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for name, given in (("data", data), ("seed", seed)):
+    for name, given in (("data", data), ("seed", seed), ("protocol", protocol)):
         if name in content and given is not None and content[name] != given:
             sys.exit(
                 f"{path}: holds results with {name} {content[name]!r}, not {given!r}; name another --output"

@@ -26,7 +26,7 @@ EPOCHS = 30
 DISTILLED = ("kd", "kd-swa")
 """Presets whose teachers are trained first, once for both where one has finished."""
 PROTOCOL = ["--config", "cifar10_resnet18_short", "--optim.epochs", str(EPOCHS), "--validate.every", "5"]
-# Without a warm-up some recipes stand at chance for up to a third of so short a run (results/beyond.json).
+# Without a warm-up some recipes stand at chance for over a third of so short a run (results/beyond.json).
 PROTOCOL += ["--optim.schedule.warmup", "0.05"]
 # Searches in bf16; what counts is what an fp32 forward confirms.
 PROTOCOL += ["--validate.precision", "fast", "--evaluate.precision", "fast"]
@@ -68,9 +68,16 @@ def measured(preset: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def protocol(args: argparse.Namespace) -> str:
+    """What all rows of the file have in common."""
+    if args.quick:
+        return "digits_demo, 2 epochs"
+    return f"cifar10_resnet18_short, {EPOCHS} epochs, warm-up of 0.05, PGD-20 in precision fast"
+
+
 def read(args: argparse.Namespace) -> dict[str, Any]:
     """What earlier calls have finished, by preset."""
-    content = earlier(args.output, args.named, args.seed)
+    content = earlier(args.output, args.named, args.seed, protocol(args))
     return {run["recipe"]: run for run in content.get("runs", [])}
 
 
@@ -80,9 +87,7 @@ def write(path: Path, done: dict[str, Any], args: argparse.Namespace) -> None:
     content = {
         "data": args.named,
         "seed": args.seed,
-        "protocol": f"cifar10_resnet18_short, {EPOCHS} epochs, warm-up of 0.05, PGD-20 in precision fast"
-        if not args.quick
-        else "digits_demo, 2 epochs",
+        "protocol": protocol(args),
         "runs": [done[preset] for preset in sorted(done)],
     }
     path.write_text(json.dumps(content, indent=1) + "\n")

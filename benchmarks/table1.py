@@ -1,11 +1,11 @@
 """Join the rows of ``softdefend reproduce table1`` into benchmarks/results/table1.json.
 
-    softdefend reproduce table1 --folder runs/table1 --data.source DIR --data.name 'CIFAR-10 (JPEG mirror)' \
+    softdefend reproduce table1 --folder runs/table1 --data.source DIR --data.name 'CIFAR-10 (JPEG mirror)' \\
         --validate.precision fast --evaluate.precision fast --validate.every 2 --validate.test_size 1000
     python benchmarks/table1.py runs/table1
 
-Rows may come from several calls and machines: give the folders that hold their ``NAME-seedN.json``
-and run folders. Where a
+Rows may come from several calls and machines: give the folders that hold their ``NAME-seedN.json`` and run
+folders. Rows of the same protocol that the output has already stay, unless they are given again. Where a
 checkpoint was audited for gradient masking (``softdefend evaluate RUN --which last --audit``) the row says
 what that found.
 """
@@ -38,7 +38,8 @@ def audited(folder: Path) -> dict[str, dict[str, Any]]:
         verdicts = [finding["verdict"] for finding in content["findings"]]
         found[content["which"]] = {
             "n": content["n"],
-            "checks": sum(verdict != "not measured" for verdict in verdicts),
+            "checks": len(verdicts),
+            "made": sum(verdict != "not measured" for verdict in verdicts),
             "verdict": content["verdict"],
         }
     return found
@@ -54,7 +55,9 @@ def joined(path: Path) -> dict[str, Any]:
             for name, value in content[which].items()
         }
         evaluation = json.loads((folder / "evaluation" / f"{which}.json").read_text())
-        row[which]["autoattack_seconds"] = round(evaluation["attacks"]["autoattack"]["seconds"], 1)
+        ensemble = evaluation["attacks"]["autoattack"]
+        row[which]["autoattack_seconds"] = round(ensemble["seconds"], 1)
+        row[which]["robust_after"] = {member["name"]: member["count"] for member in ensemble["members"]}
     row["hours"] = round(content["hours"], 3)
     row["seconds_per_epoch"] = round(median(seconds(folder)), 2)
     if audits := audited(folder):
@@ -73,12 +76,16 @@ def main() -> int:
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/table1.json"))
     args = parser.parse_args()
-    rows = [joined(path) for folder in args.folders for path in folder.glob("*-seed*.json")]
-    rows.sort(key=lambda row: (("trades" in row["name"]), ("sglr" in row["name"]), row["name"], row["seed"]))
-    protocols = [row.pop("protocol") for row in rows]
-    if not rows or any(protocol != protocols[0] for protocol in protocols):
-        print("no rows, or rows of different protocols", file=sys.stderr)
+    found = [joined(path) for folder in args.folders for path in sorted(folder.glob("*-seed*.json"))]
+    content = json.loads(args.output.read_text()) if args.output.exists() else {}
+    protocols = [content["protocol"]] if content else []
+    protocols += [row.pop("protocol") for row in found]
+    names = [(row["name"], row["seed"]) for row in found]
+    if not found or len(set(names)) < len(names) or any(one != protocols[0] for one in protocols):
+        print("no rows, a row twice, or rows of different protocols", file=sys.stderr)
         return 2
+    rows = found + [row for row in content.get("rows", []) if (row["name"], row["seed"]) not in names]
+    rows.sort(key=lambda row: (("trades" in row["name"]), ("sglr" in row["name"]), row["name"], row["seed"]))
     content = {"data": protocols[0]["data"]["name"], "protocol": protocols[0], "rows": rows}
     args.output.write_text(json.dumps(content, indent=1) + "\n")
     return 0

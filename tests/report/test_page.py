@@ -200,4 +200,4 @@ def test_what_training_noted_is_said_below_the_curves_and_of_no_other_run(make_r
     assert [note.split(",")[0] for note in notes] == ["Note: A"] * 3
     assert "in epoch 1" in notes[0]
     assert "2 of 4 epochs, first in epoch 3" in notes[1]
-    assert "after epoch 4: catastrophic overfitting" in notes[2]
+    assert "(catastrophic overfitting) after 1 of 4 epochs, first after epoch 4" in notes[2]

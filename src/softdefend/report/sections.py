@@ -131,8 +131,8 @@ _REMARKS = {
     "guessing": "stood at the accuracy of guessing in epoch {first}: the learning rate may start too high.",
     "uniform": "trained towards nearly uniform labels in {count} of {epochs} epochs, first in epoch {first}: "
     "little is left for them to teach.",
-    "catastrophic_overfitting": "withstood one attack step and not several after epoch {first}: catastrophic "
-    "overfitting.",
+    "catastrophic_overfitting": "withstood one attack step and not several (catastrophic overfitting) after "
+    "{count} of {epochs} epochs, first after epoch {first}.",
 }
 """What to say of epochs that training has marked, by name of the mark."""
 

@@ -23,9 +23,9 @@ class Schedule:
         one_based: count epochs from one when comparing with milestones, as the published SGLS code does:
             every drop comes one epoch earlier (after 99 epochs of 200).
         peak: fraction of the run at which ``cyclic`` peaks, in (0, 1).
-        warmup: fraction of the run, in [0, 1), over which the rate rises linearly from 0 to what ``kind``
-            says. 0, as in the published protocols, starts at the full rate; a network may then stay at the
-            accuracy of guessing for some epochs.
+        warmup: fraction of the run, in [0, 1), over which what ``kind`` says is multiplied by a share that
+            rises linearly from 0 to 1. 0, as in the published protocols, starts at the full rate; a network
+            may then stay at the accuracy of guessing for some epochs.
 
     Raises:
         SettingError: a value outside these ranges.
