@@ -22,8 +22,7 @@ from collect import ENVIRONMENT
 from softdefend import rng
 from softdefend.config import resolve
 from softdefend.data import load
-from softdefend.pipeline import make_net
-from softdefend.training import Trainer
+from softdefend.pipeline import make_trainer
 from softdefend.training.folder import environment
 from softdefend.training.step import Phase
 
@@ -43,19 +42,7 @@ def losses(args: argparse.Namespace, folder: str) -> list[float]:
     words += ["--runtime.precision", "fp32", "--runtime.device", args.device, "--folder", f"{folder}/run"]
     words += [f"--runtime.{name}=false" for name in ("compile", "capture", "fused")]
     experiment = resolve(words)
-    bundle = load(experiment.data)
-    trainer = Trainer(
-        make_net(experiment, bundle),
-        bundle,
-        experiment.recipe,
-        experiment.folder,
-        optim=experiment.optim,
-        augment=experiment.augment,
-        validate=experiment.validate,
-        runtime=experiment.runtime,
-        seed=experiment.seed,
-        progress=False,
-    )
+    trainer = make_trainer(experiment, load(experiment.data))
     plan = trainer.train_data.plan(seed=args.seed, epoch=0, views=1, begun=True)
     phase, found = Phase(*(rule.phase(0) for rule in trainer.rules)), []
     for number in range(args.steps):

@@ -44,15 +44,9 @@ def make_net(experiment: Experiment, bundle: DataBundle) -> nn.Module:
     return net
 
 
-def train(experiment: Experiment, *, say: Callable[[str], None] = print) -> Path:
-    """Train, evaluate best and last checkpoint on the test images, write the report; continue where the
-    folder holds an unfinished run.
-
-    Returns:
-        The run folder.
-    """
-    bundle = load(experiment.data)
-    trainer = Trainer(
+def make_trainer(experiment: Experiment, bundle: DataBundle) -> Trainer:
+    """What trains the experiment, in its folder: new, or to be continued."""
+    return Trainer(
         make_net(experiment, bundle),
         bundle,
         experiment.recipe,
@@ -67,6 +61,17 @@ def train(experiment: Experiment, *, say: Callable[[str], None] = print) -> Path
         config=experiment.config,
         progress=experiment.progress,
     )
+
+
+def train(experiment: Experiment, *, say: Callable[[str], None] = print) -> Path:
+    """Train, evaluate best and last checkpoint on the test images, write the report; continue where the
+    folder holds an unfinished run.
+
+    Returns:
+        The run folder.
+    """
+    bundle = load(experiment.data)
+    trainer = make_trainer(experiment, bundle)
     try:
         say(f"{experiment.name}, seed {experiment.seed}, on {trainer.engine.device}: {experiment.folder}")
         trainer.fit(experiment.resume, on_epoch=lambda row: say(epoch_line(row, experiment.optim.epochs)))

@@ -74,7 +74,7 @@ class RunFolder:
             SettingError: the folder holds a run with other settings; the line names them.
         """
         path = self.path / "config.yaml"
-        if not path.exists() and any((self.path / "checkpoints").glob("step-*.ckpt")):
+        if not path.exists() and self.checkpoints.paths():
             raise SettingError(
                 str(path),
                 "no such file beside checkpoints",
@@ -107,7 +107,7 @@ class RunFolder:
         """Whether there is something of a run, or of an evaluation, to be continued or lost."""
         metrics = self.path / "metrics.jsonl"
         rows = metrics.is_file() and metrics.stat().st_size > 0
-        kept = any((self.path / "checkpoints").glob("step-*.ckpt")) or any(self.path.glob("*.safetensors"))
+        kept = bool(self.checkpoints.paths()) or any(self.path.glob("*.safetensors"))
         return rows or kept or (self.path / "evaluation").exists()
 
     def write_environment(self, device: torch.device, seed: int) -> None:
