@@ -52,7 +52,11 @@ def timed(folder: Path, seeds: list[int], together: int, args: argparse.Namespac
 
 def shared() -> bool:
     """Whether an MPS server is there for processes of this user."""
-    return subprocess.run(["pgrep", "-f", "nvidia-cuda-mps-control"], capture_output=True).returncode == 0
+    control = shutil.which("nvidia-cuda-mps-control")
+    if control is None:
+        return False
+    asked = subprocess.run([control], input=b"get_server_list\n", capture_output=True)
+    return asked.returncode == 0 and bool(asked.stdout.strip())
 
 
 def measured(folder: Path, together: int, seconds: float, runs: int, epochs: int) -> dict[str, Any]:
