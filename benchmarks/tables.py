@@ -77,6 +77,29 @@ def beyond() -> str:
     return table(head, lines)
 
 
+def controls() -> str:
+    """PGD-AT on 36 epochs with one thing changed at a time: clean and PGD-20 at best and last."""
+    lines = [f"| {row['name']} | {row['data']} | {figures(row)} |" for row in read("controls")["runs"]]
+    return table("| what differs | data | clean best | last | PGD-20 best | last |", lines)
+
+
+def recipes() -> str:
+    """Every preset on 30 epochs, the strongest first, with how long an epoch took beside how many runs."""
+    runs = sorted(read("recipes")["runs"], key=lambda run: -run["last"]["pgd-20"])
+    lines = [
+        f"| {run['recipe']} | {figures(run)} | {run['seconds_per_epoch']:.1f} | {run['runs_per_device']} |"
+        for run in runs
+    ]
+    head = "| preset | clean best | last | PGD-20 best | last | seconds an epoch | runs on the GPU |"
+    return table(head, lines)
+
+
+def figures(run: dict[str, Any]) -> str:
+    """Cells of a run: clean and PGD-20, each at best and last."""
+    cells = (f"{run[which][attack]:.1f}" for attack in ("clean", "pgd-20") for which in ("best", "last"))
+    return " | ".join(cells)
+
+
 def first_steps() -> str:
     """Loss of the first steps: its highest value, when, and the mean of the last ten."""
     content, lines = read("first_steps"), []
@@ -307,6 +330,8 @@ if __name__ == "__main__":
     training = (
         table1(),
         table1(wide=False),
+        controls(),
+        recipes(),
         beyond(),
         first_steps(),
         short_schedule(),

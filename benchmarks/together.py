@@ -93,24 +93,25 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/together.json"))
     args = parser.parse_args()
     timed(args.folder / "warm-up", [0], 1, args)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     for together in args.together:
         folder = args.folder / f"together-{together}"
         seconds = timed(folder, list(range(args.runs)), together, args)
         rows.append(measured(folder, together, seconds, args.runs, args.epochs))
-        print(json.dumps(rows[-1]))
-    content = {
-        "times_as_fast_as_one_at_a_time": {
-            str(row["together"]): round(rows[0]["wall_seconds"] / row["wall_seconds"], 3) for row in rows
-        },
-        "data": "digits" if args.quick else args.data_name,
-        "preset": args.preset,
-        "mps": torch.cuda.is_available() and shared(),
-        "environment": environment(resolve_device(args.device)),
-        "rows": rows,
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
+        print(json.dumps(rows[-1]), flush=True)
+        content = {
+            "times_as_fast_as_the_first": {
+                str(row["together"]): round(rows[0]["wall_seconds"] / row["wall_seconds"], 3) for row in rows
+            },
+            "data": "digits" if args.quick else args.data_name,
+            "preset": args.preset,
+            "mps": torch.cuda.is_available() and shared(),
+            "environment": environment(resolve_device(args.device)),
+            "rows": rows,
+        }
+        # After each K: what was measured outlives a call that is cut short.
+        args.output.write_text(json.dumps(content, indent=1) + "\n")
     return 0
 
 
