@@ -86,10 +86,13 @@ def controls() -> str:
 def recipes() -> str:
     """Every preset on 30 epochs, the strongest first, with how long an epoch took beside how many runs."""
     runs = sorted(read("recipes")["runs"], key=lambda run: -run["last"]["pgd-20"])
-    lines = [
-        f"| {run['recipe']} | {figures(run)} | {run['seconds_per_epoch']:.1f} | {run['runs_per_device']} |"
-        for run in runs
-    ]
+    lines = []
+    for run in runs:
+        card = run["environment"]["device"].split()[1]
+        lines.append(
+            f"| {run['recipe']} | {figures(run)} | {run['seconds_per_epoch']:.1f} "
+            f"| {run['runs_per_device']}, {card} |"
+        )
     head = "| preset | clean best | last | PGD-20 best | last | seconds an epoch | runs on the GPU |"
     return table(head, lines)
 

@@ -67,6 +67,7 @@ class ADR(LabelRule):
 
     source = "Wu et al., ICLR 2024, arXiv 2305.12118"
     extra_units = 1.0
+    softens_all = True
 
     def __init__(
         self,

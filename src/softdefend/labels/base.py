@@ -104,6 +104,9 @@ class LabelRule(Rule, ABC):
     asks_clean: ClassVar[bool] = False
     """Whether :meth:`needs_clean` in some phase."""
 
+    softens_all: ClassVar[bool] = False
+    """Whether nearly uniform labels are what the rule as published comes to, not a run gone wrong."""
+
     k: int
 
     def setup(self, run: RunInfo) -> None:

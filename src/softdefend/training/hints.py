@@ -16,13 +16,16 @@ UNIFORM = 0.9
 CIFAR-10 after 200 epochs; what passes 0.9 was seen to go on to 1."""
 
 
-def hints(row: Mapping[str, Any], steps_per_epoch: int, k: int) -> Iterator[tuple[str, str]]:
+def hints(
+    row: Mapping[str, Any], steps_per_epoch: int, k: int, *, soft: bool = False
+) -> Iterator[tuple[str, str]]:
     """Name and text, in one line, of everything to be said after this epoch.
 
     Args:
         row: of ``metrics.jsonl``: ``epoch``, ``step``, ``train_robust`` in [0, 1], ``target_entropy`` [nats].
         steps_per_epoch: of training.
         k: classes, at least 2 for anything to be said.
+        soft: whether nearly uniform labels are as they should be; nothing is then said of them.
     """
     if k < 2:
         return
@@ -35,7 +38,7 @@ def hints(row: Mapping[str, Any], steps_per_epoch: int, k: int) -> Iterator[tupl
             "guessing; it may rise yet; a warm-up (optim.schedule.warmup) or a lower optim.lr may help",
         )
     entropy = row["target_entropy"]
-    if entropy is not None and entropy > UNIFORM * math.log(k):
+    if not soft and entropy is not None and entropy > UNIFORM * math.log(k):
         yield (
             "uniform",
             f"the labels of epoch {row['epoch']} are nearly uniform: mean entropy {entropy:.2f} of at most "

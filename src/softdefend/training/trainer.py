@@ -337,7 +337,8 @@ class Trainer:
         row = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
         if row.get("val_fgsm") is not None:
             row["catastrophic_overfitting"] = collapsed(row["val_fgsm"], row["val_robust"])
-        if found := dict(hints(row, self.steps_per_epoch, self.k)):
+        soft = self.recipe.label.softens_all
+        if found := dict(hints(row, self.steps_per_epoch, self.k, soft=soft)):
             row["hints"] = list(found)
         for name, what in found.items():
             self._warn(name, what)
