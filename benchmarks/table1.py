@@ -15,11 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from itertools import combinations
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from collect import ENVIRONMENT, seconds
+from softdefend.reproduce import same_protocol
 
 PUBLISHED = {
     "pgd-at": {"clean": 82.4, "robust": 41.4, "autoattack": 40.2},
@@ -81,12 +83,17 @@ def main() -> int:
     protocols = [content["protocol"]] if content else []
     protocols += [row.pop("protocol") for row in found]
     names = [(row["name"], row["seed"]) for row in found]
-    if not found or len(set(names)) < len(names) or any(one != protocols[0] for one in protocols):
+    if (
+        not found
+        or len(set(names)) < len(names)
+        or not all(same_protocol(one, other) for one, other in combinations(protocols, 2))
+    ):
         print("no rows, a row twice, or rows of different protocols", file=sys.stderr)
         return 2
     rows = found + [row for row in content.get("rows", []) if (row["name"], row["seed"]) not in names]
     rows.sort(key=lambda row: (("trades" in row["name"]), ("sglr" in row["name"]), row["name"], row["seed"]))
-    content = {"data": protocols[0]["data"]["name"], "protocol": protocols[0], "rows": rows}
+    fullest = max(protocols, key=len)
+    content = {"data": fullest["data"]["name"], "protocol": fullest, "rows": rows}
     args.output.write_text(json.dumps(content, indent=1) + "\n")
     return 0
 

@@ -10,7 +10,17 @@ from softdefend import pipeline
 from softdefend.config import resolve
 from softdefend.errors import SettingError
 from softdefend.labels import SGLR
-from softdefend.reproduce import ABLATED, ablation, markdown, miniature, noise, reproduce, robust_rate, table1
+from softdefend.reproduce import (
+    ABLATED,
+    ablation,
+    markdown,
+    miniature,
+    noise,
+    reproduce,
+    robust_rate,
+    same_protocol,
+    table1,
+)
 
 FAST = ["--runtime.threads", "1", "--progress", "false", "--optim.epochs", "2", "--data.train_size", "64"]
 
@@ -72,10 +82,16 @@ def test_rows_of_an_earlier_call_join_those_made_now(made, tmp_path):
 @pytest.mark.slow
 def test_a_row_made_under_another_protocol_stays_out_of_the_table(made, tmp_path):
     folder, rows = made
-    for row, epochs in zip(rows, (2, 4), strict=False):
-        content = json.loads((folder / f"{row['name']}-seed0.json").read_text())
-        content["protocol"]["epochs"] = epochs
-        (tmp_path / f"{row['name']}-seed0.json").write_text(json.dumps(content))
+    differing = {
+        "sglr-reference": ("epochs", 4),
+        "trades-sglr": ("optim", {"lr": 0.05}),
+        "trades-sglr-paper": ("attack", {"steps": 7}),
+    }
+    for name, (setting, value) in differing.items():
+        content = json.loads((folder / f"{name}-seed0.json").read_text())
+        assert setting in content["protocol"]
+        content["protocol"][setting] = value
+        (tmp_path / f"{name}-seed0.json").write_text(json.dumps(content))
     (tmp_path / "trades-seed0.json").write_text(
         json.dumps({"name": "trades", "seed": 0})
     )  # of an older version
@@ -83,7 +99,19 @@ def test_a_row_made_under_another_protocol_stays_out_of_the_table(made, tmp_path
     again = reproduce(miniature(table1()), tmp_path, FAST, only=["pgd-at"], say=said.append)
     assert [row["name"] for row in again] == ["pgd-at"]
     left_out = [line for line in said if "another protocol" in line]
-    assert [line.split(",")[0] for line in left_out] == ["sglr-reference", "trades"]
+    assert {line.split(",")[0] for line in left_out} == {*differing, "trades"}
+    assert {row["name"] for row in rows} == {*differing, "trades", "pgd-at"}
+
+
+def test_rows_are_compared_by_what_both_say_of_their_protocol():
+    protocol = {"epochs": 200, "optim": {"lr": 0.1, "schedule": {"warmup": 0.0}}, "attack": {"steps": 10}}
+    of_an_older_version = {"epochs": 200}
+    assert same_protocol(protocol, protocol)
+    assert same_protocol(protocol, of_an_older_version)
+    assert not same_protocol(protocol, {"epochs": 100})
+    assert not same_protocol(protocol, protocol | {"attack": {"steps": 7}})
+    assert not same_protocol(protocol, protocol | {"optim": {"lr": 0.1, "schedule": {"warmup": 0.05}}})
+    assert not same_protocol(protocol, {})
 
 
 @pytest.mark.parametrize(

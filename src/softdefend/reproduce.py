@@ -229,7 +229,7 @@ def _gathered(
         found = [json.loads(path.read_text()) for path in folder.glob(f"{_safe(run.name)}-seed*.json")]
         own = sorted((row for row in found if row["name"] == run.name), key=lambda row: int(row["seed"]))
         for row in own:
-            if row.get("protocol") == protocol:
+            if same_protocol(row.get("protocol", {}), protocol):
                 rows.append(row)
             else:
                 say(f"{row['name']}, seed {row['seed']}: made under another protocol, left out of the table")
@@ -244,8 +244,16 @@ def _protocol(config: dict[str, Any]) -> dict[str, Any]:
         "threat": config["threat"],
         "epochs": config["optim"]["epochs"],
         "batch_size": config["optim"]["batch_size"],
+        "optim": {name: config["optim"][name] for name in ("lr", "momentum", "weight_decay", "schedule")},
+        "attack": {name: config["attack"]["init_args"][name] for name in ("steps", "step_size")},
         "evaluate": {name: config["evaluate"][name] for name in ("attacks", "size", "precision")},
     }
+
+
+def same_protocol(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two rows belong in one table: what only one of them says, an older version did not write."""
+    shared = one.keys() & other.keys()
+    return bool(shared) and all(one[name] == other[name] for name in shared)
 
 
 def _words(study: Study, run: Planned, seed: int, place: Path, overrides: Sequence[str]) -> list[str]:
