@@ -28,7 +28,7 @@ from statistics import median
 from typing import Any
 
 from collect import environment, figures, lines, seconds
-from pool import Job, Pool, earlier, softdefend, study_arguments, study_parser
+from pool import Job, Pool, data_words, earlier, softdefend, study_arguments, study_parser
 from softdefend import reproduce
 
 HUMAN = {"worst": "worse_label", "aggregate": "aggre_label", "random1": "random_label1"}
@@ -68,8 +68,7 @@ def place(name: str, args: argparse.Namespace) -> Path:
 
 def row_words(device: str, args: argparse.Namespace) -> list[str]:
     """What the rows of table 1 have beside the words of ``softdefend reproduce table1``."""
-    words = ["--data.source", str(args.data), "--data.name", args.data_name] if args.data else []
-    words += ["--runtime.device", device]
+    words = [*data_words(args), "--runtime.device", device]
     if args.quick:
         return [*words, "--save.archive", "1"]
     words += ["--validate.every", "2", "--validate.test_size", "1000", "--validate.batch_size", "1000"]
@@ -106,8 +105,7 @@ def train(name: str, device: str, args: argparse.Namespace) -> list[str]:
         words += ["--validate.test_size", "64" if args.quick else "1000"]
     else:
         words += ["--validate.every", "2" if args.quick else "10"]
-    if args.data:
-        words += ["--data.source", str(args.data), "--data.name", args.data_name]
+    words += data_words(args)
     if args.quick:
         words += ["--data.noise", "symmetric" if labels else "none", "--data.noise_rate", "0.3"]
         words += [] if labels else ["--data.noise_rate", "0"]

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from collect import environment, lines, seconds
-from pool import Job, Pool, earlier, softdefend, study_arguments, study_parser
+from pool import Job, Pool, data_words, earlier, softdefend, study_arguments, study_parser
 
 CANDIDATES: dict[str, tuple[str, ...]] = {
     "reference": ("--preset", "sglr-awp-ema"),
@@ -45,10 +45,7 @@ NOTHING = ["--evaluate.curve_size", "0", "--evaluate.examples", "0"]
 
 def common(device: str, args: argparse.Namespace) -> list[str]:
     """Words of every run."""
-    words = ["--runtime.device", device, *NOTHING]
-    if args.data:
-        words += ["--data.source", str(args.data), "--data.name", args.data_name]
-    return words
+    return ["--runtime.device", device, *NOTHING, *data_words(args)]
 
 
 def short(name: str, device: str, args: argparse.Namespace) -> list[str]:

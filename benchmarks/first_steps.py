@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from collect import ENVIRONMENT
+from pool import data_words
 from softdefend import rng
 from softdefend.config import resolve
 from softdefend.data import load
@@ -38,7 +39,7 @@ def losses(args: argparse.Namespace, folder: str) -> list[float]:
     """Mean loss of each of the first steps."""
     words = ["--config", "cifar10_resnet18", "--preset", "pgd-at", *VARIANTS[args.variant]]
     words += ["--optim.batch_size", str(args.batch_size), "--attack.steps", str(args.attack_steps)]
-    words += ["--data.source", str(args.data), "--data.name", args.data_name, "--seed", str(args.seed)]
+    words += [*data_words(args), "--seed", str(args.seed)]
     words += ["--runtime.precision", "fp32", "--runtime.device", args.device, "--folder", f"{folder}/run"]
     words += [f"--runtime.{name}=false" for name in ("compile", "capture", "fused")]
     experiment = resolve(words)

@@ -19,7 +19,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from collect import environment, figures
-from pool import compare
+from pool import compare, data_words
 
 PATHS = {
     "captured": [],
@@ -35,8 +35,7 @@ def train(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     words = ["--config", "cifar10_resnet18_short", "--optim.epochs", str(args.epochs)]
     words += ["--data.train_size", str(args.train_size), "--evaluate.precision", "fast"]
     words = [*(QUICK if args.quick else words), *PATHS[path], "--runtime.device", args.device]
-    if args.data:
-        words += ["--data.source", str(args.data), "--data.name", args.data_name]
+    words += data_words(args)
     words += ["--presets", args.preset, "--together", str(len(args.seeds))]
     words += ["--seeds", *map(str, args.seeds)]
     folder = args.folder / path

@@ -65,6 +65,11 @@ def study_arguments(parser: argparse.ArgumentParser, name: str, output: str) -> 
     return args
 
 
+def data_words(args: argparse.Namespace) -> list[str]:
+    """The words of ``softdefend train`` for the data that were named; none where the protocol has its own."""
+    return ["--data.source", str(args.data), "--data.name", args.data_name] if args.data else []
+
+
 def earlier(path: Path, data: str, seed: int | None = None, protocol: str | None = None) -> dict[str, Any]:
     """What a result file holds already; empty without one.
 

@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from collect import environment, figures, lines, seconds
-from pool import Job, Pool, earlier, softdefend, study_arguments, study_parser
+from pool import Job, Pool, data_words, earlier, softdefend, study_arguments, study_parser
 from softdefend.config import packaged
 
 EPOCHS = 30
@@ -39,8 +39,7 @@ def command(preset: str, device: str, args: argparse.Namespace) -> list[str]:
     """The words that train one preset."""
     folder = args.folder / f"{preset}-seed{args.seed}"
     words = [*(QUICK if args.quick else PROTOCOL), "--seed", str(args.seed), "--runtime.device", device]
-    if args.data:
-        words += ["--data.source", str(args.data), "--data.name", args.data_name]
+    words += data_words(args)
     if preset in DISTILLED:
         teachers = sorted(args.folder.glob(f"kd*-seed{args.seed}/student/last.safetensors"))
         place = teachers[0].parents[1] if teachers else None

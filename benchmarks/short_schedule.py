@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from collect import environment, figures
+from pool import data_words
 
 EXPECTED = {"pgd-at": {"clean": 77.5, "pgd-20": 46.5}, "sglr-reference": {"clean": 74.9, "pgd-20": 47.8}}
 
@@ -28,7 +29,7 @@ def launch(preset: str, args: argparse.Namespace) -> subprocess.Popen[bytes]:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "softdefend", "train", "--config", "cifar10_resnet18_short"]
     command += ["--preset", preset, "--seed", str(args.seed), "--folder", str(folder)]
-    command += ["--data.source", str(args.data), "--data.name", args.data_name, *args.rest]
+    command += [*data_words(args), *args.rest]
     with open(folder / "log.txt", "ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from pool import compare
+from pool import compare, data_words
 from softdefend.training.engine import resolve_device
 from softdefend.training.folder import environment
 
@@ -33,8 +33,7 @@ QUICK = ["--config", "digits_demo", "--data.train_size", "64", "--evaluate.size"
 def timed(folder: Path, seeds: list[int], together: int, args: argparse.Namespace) -> float:
     """Wall seconds of training all seeds."""
     words = [*QUICK] if args.quick else ["--config", "cifar10_resnet18_short"]
-    if args.data:
-        words += ["--data.source", str(args.data), "--data.name", args.data_name]
+    words += data_words(args)
     words += [
         "--optim.epochs",
         str(args.epochs),
