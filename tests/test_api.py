@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import softdefend as sd
+from softdefend.api import plain
 from softdefend.attacks import Attack
 from softdefend.attacks.draws import Draws
 from softdefend.data import AugmentSettings
+from softdefend.labels import SoftTerm, Supervision
 from softdefend.rng import stream
 from softdefend.training import RuntimeSettings, ValidateSettings
 
@@ -130,6 +132,135 @@ def test_a_second_call_continues_the_run(tmp_path):
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == content
     ours, theirs = first.state_dict(), again.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"label": sd.SGLR}, r"label: got the class SGLR; accepted: an object of it, as SGLR\(\)"),
+        ({"label": "SGLR"}, r"label: got 'SGLR'; accepted: an object of LabelRule: ADR\(\), "),
+        ({"label": sd.TRADES()}, r"label: got a TRADES; accepted: an object of LabelRule"),
+        ({"objective": sd.EMA()}, r"objective: got a EMA; accepted: an object of Objective: .*PGDAT\(\)"),
+        ({"weight": sd.EMA}, r"weight: got the class EMA"),
+        ({"attack": "pgd-10"}, r"attack: got 'pgd-10'; accepted: an object of PGD$"),
+        ({"threat": "linf"}, r"threat: got 'linf'; accepted: an object of ThreatModel$"),
+        ({"optim": {"epochs": 3}}, r"optim: got a dict; accepted: an object of OptimSettings$"),
+        ({"net": nn.Identity}, r"net: got the class Identity"),
+        ({"data": torch.zeros(3, 1, 4, 4)}, r"data: got a Tensor; accepted: a DataBundle, or a pair"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_an_argument_of_another_kind_is_refused_by_name(tmp_path, given, named):
+    arguments = {"net": network(), "data": pictures(), "folder": tmp_path / "run", **QUICK, **given}
+    with pytest.raises(sd.SettingError, match=named) as refusal:
+        sd.train(**arguments)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "run").exists()
+
+
+class Mixed(sd.Smooth):
+    """A user's rule, with arguments of many kinds."""
+
+    def __init__(self, classes=(0, 1), shares=None, spread=None, **settings):
+        super().__init__(**settings)
+        self.classes, self.shares, self.spread = classes, shares, spread
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ({"classes": [0, 1]}, {"classes": [0, 2]}, r"label\.init_args\.classes: got \[0, 2\]"),
+        ({"classes": (0, 1)}, {"classes": (1, 0)}, r"label\.init_args\.classes"),
+        ({"shares": {0: 0.5, 1: [1]}}, {"shares": {0: 0.5, 1: [2]}}, r"label\.init_args\.shares\.1"),
+        ({"shares": {1, 2}}, {"shares": {1, 3}}, r"label\.init_args\.shares"),
+        ({"spread": torch.ones(2)}, {"spread": torch.zeros(2)}, r"label\.init_args\.spread"),
+        ({"spread": THREAT}, {"spread": sd.ThreatModel("l2", "0.5")}, r"label\.init_args\.spread\.eps"),
+        ({"smoothing": 0.1}, {"smoothing": 0.2}, r"label\.init_args\.smoothing: got 0\.2"),
+    ],
+    ids=str,
+)
+def test_a_rule_of_ones_own_is_not_continued_with_other_arguments(tmp_path, before, after, named):
+    data, settings = pictures(n=40), {**QUICK, "optim": sd.OptimSettings(epochs=1, batch_size=16)}
+    for _ in range(2):
+        sd.train(network(), data, folder=tmp_path / "run", label=Mixed(**before), **settings)
+    with pytest.raises(sd.SettingError, match=named):
+        sd.train(network(), data, folder=tmp_path / "run", label=Mixed(**after), **settings)
+
+
+def test_an_argument_that_a_rule_does_not_keep_is_refused(tmp_path):
+    class Forgetful(sd.Hard):
+        def __init__(self, strength: float = 1.0) -> None:
+            self.other = strength
+
+    class Computed(Forgetful):
+        @property
+        def strength(self) -> float:
+            return self.other
+
+    given = r"label\.strength: got an argument that Forgetful does not keep; accepted: .* under its own name"
+    with pytest.raises(sd.SettingError, match=given):
+        sd.train(network(), pictures(), folder=tmp_path / "run", label=Forgetful(), **QUICK)
+    assert not (tmp_path / "run").exists()
+    assert plain(Computed(2.0))["init_args"] == {"strength": 2.0}
+    averaged = plain(sd.AWP(average=sd.EMA(0.5)))["init_args"]["average"]
+    assert averaged == {"class_path": "softdefend.weights.averaging.EMA", "init_args": {"decay": 0.5}}
+
+
+def test_networks_among_a_rules_arguments_are_left_to_its_state(tmp_path):
+    recorded = plain(sd.KD(standard=network(), robust="there", temperature=3.0))["init_args"]
+    assert (recorded["robust"], recorded["temperature"]) == ("there", 3.0)
+    assert "standard" not in recorded
+
+
+class Returns(sd.Hard):
+    """A label rule that returns what it should not."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def target(self, batch, predictions, phase):
+        return self.change(self.one_hot(batch.label), batch.label)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda rows, label: label, r"a target \[16\] of int64; accepted: \[b, k\] = \[16, 3\] of floating"),
+        (lambda rows, label: rows.long(), r"a target \[16, 3\] of int64"),
+        (lambda rows, label: rows[:, :2], r"a target \[16, 2\] of float32"),
+        (lambda rows, label: 2 * rows, r"a target with a row that sums to 2; .* rows summing to one"),
+        (lambda rows, label: rows + 0.1, r"a target with a row that sums to 1\.3"),
+        (lambda rows, label: 1.5 * rows - 0.5 * rows.roll(1, 1), r"a target with an entry of -0\.5"),
+        (lambda rows, label: rows.log(), r"a target that is not finite"),
+    ],
+    ids=["labels", "integers", "fewer classes", "twice", "unnormalised", "negative", "logarithms"],
+)
+def test_targets_that_are_no_distributions_do_not_train(tmp_path, change, named):
+    with pytest.raises(sd.SettingError, match=r"label: got Returns, which returned " + named):
+        sd.train(network(), pictures(), folder=tmp_path / "run", label=Returns(change), **QUICK)
+
+
+def test_parts_of_the_label_loss_that_are_no_distributions_do_not_train(tmp_path):
+    class Terms(sd.Hard):
+        def supervise(self, batch, adversarial, predictions, phase):
+            hard = self.one_hot(batch.label)
+            return Supervision(
+                batch.label, hard, self.weight, (SoftTerm(hard, 0.5), SoftTerm(self.term, 0.5))
+            )
+
+    for weight, term, named in (
+        (None, torch.zeros(16), r"a term 1 with a target \[16\] of float32"),
+        (None, torch.zeros(16, K), r"a row that sums to 0"),
+        (
+            torch.ones(16, 1),
+            torch.full((16, K), 1 / K),
+            r"sample weights \[16, 1\]; accepted: \[b\] = \[16\]",
+        ),
+    ):
+        rule = Terms()
+        rule.weight, rule.term = weight, term
+        with pytest.raises(sd.SettingError, match=named):
+            sd.train(network(), pictures(), folder=tmp_path / "run", label=rule, **QUICK)
 
 
 # --- evaluate -----------------------------------------------------------------------------------------------
@@ -323,3 +454,74 @@ def test_attacks_may_be_named_and_autoattack_is_no_stronger_than_its_members(uns
     assert not (result.attacks["autoattack"].robust & ~alone.attacks["apgd-ce"].robust).any()
     with pytest.raises(sd.SettingError, match="pgd-x"):
         sd.evaluate(net, images, labels, attacks=["pgd-x"])
+
+
+class Changed(nn.Module):
+    """A network with something done to its images and its logits."""
+
+    def __init__(self, net, before=None, after=None):
+        super().__init__()
+        self.net, self.before, self.after = net, before or (lambda x: x), after or (lambda z: z)
+
+    def forward(self, x):
+        return self.after(self.net(self.before(x)))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "word"),
+    [
+        (lambda x: x.mul_(0.9), None, "writes into the images"),
+        (lambda x: nn.functional.dropout(x, 0.3, training=True), None, "equal forwards"),
+        (None, lambda z: (50 * z).sigmoid(), "lie in \\[0, 1\\]"),
+        (None, lambda z: z.softmax(1), "probabilities"),
+    ],
+)
+def test_what_no_attack_can_measure_is_refused_before_it_runs(unsure, before, after, word):
+    net, images, labels = unsure
+    net = Changed(net, before, after).train()
+    with pytest.raises(sd.SettingError, match=word):
+        sd.evaluate(net, images, labels, threat=THREAT, attacks=["square-1"])
+    assert net.training
+
+
+def test_a_network_that_draws_is_evaluated_by_an_attack_that_averages(unsure):
+    net, images, labels = unsure
+    drawing = Changed(net, lambda x: x + 0.01 * torch.randn_like(x))
+    result = sd.evaluate(drawing, images[:20], labels[:20], threat=THREAT, attacks=["apgd-ce-2-eot3"])
+    assert result.clean.n == 20
+
+
+class Failing(Changed):
+    """Answers ``value`` for some classes where the first pixel has moved a little from the middle."""
+
+    def __init__(self, net, value, classes):
+        super().__init__(net)
+        self.value, self.classes = value, classes
+
+    def forward(self, x):
+        moved = (x[:, 0, 0, 0] - 0.5).abs()
+        hit = ((moved > 0.005) & (moved < 0.02))[:, None] & self.classes
+        logits = self.net(x)
+        return torch.where(hit, torch.full_like(logits, self.value), logits)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_an_image_whose_logits_are_not_finite_is_no_robust_one(unsure, value, everywhere):
+    """Whichever class argmax finds: among NaN the first, of one infinite logit that one."""
+    net, images, labels = unsure
+    images = images.clone()
+    images[:, 0, 0, 0] = 0.5
+    with torch.no_grad():
+        logits = net(images)
+    labels = logits.argmax(1)
+    classes = torch.ones(logits.shape[1], dtype=torch.bool)
+    if not everywhere:
+        classes[1:] = False
+    step = sd.PGD(steps=1, step_size="0.0123", start="none")
+    result = sd.evaluate(Failing(net, value, classes), images, labels, threat=THREAT, attacks=[step])
+    assert result.clean.count == len(images)
+    moved = result.attacks[step.name].distance > 0.01
+    assert int(moved.sum()) == len(images)
+    assert result.robust(step.name).count == 0
+    assert int((labels == 0).sum()) > 0  # argmax would have found these right

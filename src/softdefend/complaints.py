@@ -68,6 +68,10 @@ def readable(error: Exception | str, parser: argparse.ArgumentParser) -> Setting
 
 
 def _unknown(text: str, setting: str, parser: argparse.ArgumentParser) -> SettingError | None:
+    # Beside class_path stands something else than init_args, so all of it is taken for the default's own.
+    if re.search(r"Problem with given class_path '[^']+': .*[Oo]ption 'class_path' is not", text):
+        accepted = "{class_path: NAME, init_args: {SETTING: VALUE}}, or NAME alone"
+        return SettingError(setting, "settings beside class_path", accepted)
     if rule := re.search(r"given class_path '([^']+)': (?:.* )?[Oo]ption '([^']+)' is not accepted", text):
         accepted = ", ".join(_arguments_of(rule[1])) or "none"
         rule_name = rule[1].rpartition(".")[2]
@@ -115,9 +119,11 @@ def _wrong_rule(text: str, setting: str) -> SettingError | None:
         or re.search(r"Not a valid subclass of \w+\. Got value: (.+?) Subclass types", text)
     )
     failed = re.search(r"Problem with given class_path '([^']+)': (?!Parser key)(.+)", text)
-    if setting not in RULES or not (given or failed):
+    # Python's own words for a class_path that is null.
+    null = re.search("argument of type 'NoneType' is not .*iterable$", text)
+    if setting not in RULES or not (given or failed or null):
         return None
-    what = given[1] if given else f"{failed[1]} ({failed[2]})" if failed else ""
+    what = given[1] if given else f"{failed[1]} ({failed[2]})" if failed else "null"
     own = f"the import path of your own subclass of {RULES[setting].__name__}"
     return SettingError(setting, what, " or ".join([*rules(setting), own]))
 
@@ -127,8 +133,8 @@ def _wrong_value(text: str, setting: str) -> SettingError | None:
         return SettingError(setting, nested[1], nested[2])
     if found := re.search(r"Unable to load config ['\"](.+?)['\"]", text):
         return SettingError(setting, repr(found[1]), f"its settings one by one, as --{setting}.NAME VALUE")
-    if found := re.search(r"Expected an? (.+?)\. Got value: (.+)$", text):
-        return SettingError(setting, found[2], _type(found[1]))
+    if found := re.search(r"Expected an? (.+?)\. Got value:(.*)$", text):
+        return SettingError(setting, found[2].strip() or "nothing", _type(found[1]))
     if found := re.search(r"Subtypes: \[(.+?)\] Errors: .* Given value: (.+)$", text):
         return SettingError(setting, found[2], _type(found[1]))
     return None

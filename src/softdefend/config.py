@@ -208,6 +208,8 @@ def resolve(arguments: Sequence[str] | dict[str, Any]) -> Experiment:
         raise _located(error, config) from error
     if not -(2**63) <= made.seed < 2**63:
         raise SettingError("seed", made.seed, "a whole number from -2^63 to 2^63 - 1")
+    if not made.folder and (made.name in ("", "..") or Path(made.name).name != made.name):
+        raise SettingError("name", repr(made.name), "a name without folders, or a --folder beside it")
     return Experiment(
         config=config,
         name=made.name,

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from softdefend.errors import SettingError
+
+_ABANDONED = 3600
+"""Seconds without a change after which nobody writes a temporary file any more."""
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -18,9 +23,11 @@ def write_atomic(path: Path, content: bytes) -> None:
     Raises:
         SettingError: the disk is full or the folder is not writable; what stood at ``path`` still does.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Of this process alone: another may be writing the same file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear(path)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -31,6 +38,14 @@ def write_atomic(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise _unwritable(path, error) from error
+
+
+def _clear(path: Path) -> None:
+    """Remove what processes that were killed while writing ``path`` have left; others still write theirs."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                left.unlink()
 
 
 def move(source: Path, target: Path) -> None:

@@ -405,8 +405,15 @@ def compare(
 
     Returns:
         The table as text, and the path of the report.
+
+    Raises:
+        SettingError: two presets of one file name.
     """
     words = {}
+    stems = [Path(preset).stem for preset in dict.fromkeys(presets)]
+    if len(set(stems)) < len(stems):
+        accepted = "presets of different file names, which name the run folders"
+        raise SettingError("--presets", " ".join(presets), accepted)
     for preset in presets:
         for seed in seeds:
             place = f"--folder={folder}/{Path(preset).stem}-seed{seed}"

@@ -56,7 +56,7 @@ class Budget(float):
 
 
 # Beyond these an l-inf ball covers the whole image range and an l2 ball most small images: a unit mistake.
-_LARGEST = {"linf": 1.0, "l2": 20.0}
+LARGEST = {"linf": 1.0, "l2": 20.0}
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,15 @@ class ThreatModel:
     """Radius in pixel units of [0, 1], such as 8/255."""
 
     def __post_init__(self) -> None:
-        if self.norm not in _LARGEST:
+        if self.norm not in LARGEST:
             raise SettingError("threat.norm", repr(self.norm), "linf or l2")
         eps = Budget(self.eps)
         object.__setattr__(self, "eps", eps)
-        if not 0 < eps <= _LARGEST[self.norm]:
+        if not 0 < eps <= LARGEST[self.norm]:
             raise SettingError(
                 "threat.eps",
                 eps,
-                f"a value in (0, {_LARGEST[self.norm]:g}] in pixel units of [0, 1], such as "
+                f"a value in (0, {LARGEST[self.norm]:g}] in pixel units of [0, 1], such as "
                 + ("8/255" if self.norm == "linf" else "128/255"),
             )
 

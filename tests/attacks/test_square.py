@@ -247,3 +247,25 @@ def test_names_round_trip(name):
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(SettingError, match=rf"attack\.{next(iter(wrong))}"):
         Square(**wrong)
+
+
+def test_a_tie_that_the_true_class_wins_is_no_reason_to_stop():
+    """Logits in steps: of two equal ones argmax takes the first, and for label 0 that is the right answer."""
+    net = rugged((1, 6, 6), k=3)
+    image = images(300, (1, 6, 6))
+
+    def stepped(x):
+        return (2 * net(x)).round() / 2
+
+    label = stepped(image).argmax(1)
+    threat = ThreatModel("linf", Budget("0.15"))
+
+    def reached(queries):
+        generator = stream(0, "square")
+        adversarial = Square(queries=queries)(stepped, image, label, threat, generator=generator)
+        return stepped(adversarial)
+
+    early, late = reached(10), reached(200)
+    tied = (margin(early, label) == 0) & (early.argmax(1) == label)
+    assert int(tied.sum()) > 5
+    assert bool((late.argmax(1) != label)[tied].any())

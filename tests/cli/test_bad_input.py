@@ -104,7 +104,8 @@ TRAIN = {
     "capture on a CPU": ("--runtime.capture true", "runtime.capture", "true on cpu", "CUDA"),
     "device": ("--runtime.device tpu", "runtime.device", "tpu", "auto, cpu, cuda"),
     "precision": ("--runtime.precision fp8", "runtime.precision", "fp8", "fp32", "bf16"),
-    "threads": ("--runtime.threads 0", "runtime.threads", "0", ">= 1"),
+    "threads": ("--runtime.threads 0", "runtime.threads", "0", "1 to 1024"),
+    "many threads": ("--runtime.threads 9999999", "runtime.threads", "9999999", "1 to 1024"),
     "unknown network": ("--net.name vgg99", "net.name", "vgg99", "small_cnn", "resnet18", "module:function"),
     "width": ("--net.width 0", "net.width", "0", "1 or more"),
     "width of a ResNet": ("--net.name resnet18", "net.width", "4 with net.name resnet18", "null"),
@@ -229,6 +230,12 @@ OTHER = {
     "report nothing": ("report", "run", "nothing", "softdefend report --help"),
     "report an empty folder": ("report EMPTY", "run folder", "EMPTY", "a run folder", "config.yaml"),
     "compare without presets": ("compare", "--presets", "nothing", "softdefend compare --help"),
+    "compare presets of one file name": (
+        "compare --presets a/x.yaml b/x.yaml",
+        "--presets",
+        "b/x.yaml",
+        "file names",
+    ),
     "compare no preset": ("compare --presets pgd-at nope", "--preset", "'nope'", "pgd-at", "trades"),
     "seeds": ("compare --presets pgd-at --seeds x", "--seeds", "'x'", "a whole number"),
     "compare an unknown key": ("compare --presets pgd-at --foo.bar 2", "foo.bar", "unknown", "optim"),
@@ -623,11 +630,17 @@ def test_the_offered_checkpoint_continues_the_run(run_folder: Path, finished: Pa
         assert (run_folder / name).read_bytes() == (finished / name).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["../../elsewhere", "a/b", "", "..", "/tmp"])
+def test_a_name_that_leads_elsewhere(name: str, refused: Refused, tmp_path: Path) -> None:
+    """The run's folder has it where no other is given."""
+    refused(["train", *SMALL, f"--name={name}"], "name", repr(name), "--folder")
+
+
 def test_a_missing_checkpoint(run_folder: Path, refused: Refused) -> None:
     newest = max((run_folder / "checkpoints").iterdir())
     words = ["train", *SMALL, "--folder", str(run_folder), "--resume", "/no/such.ckpt"]
-    refused(words, "/no/such.ckpt", "No such file", f"--resume {newest}")
-    refused([*words[:-1], str(run_folder)], str(run_folder), "Is a directory", f"--resume {newest}")
+    refused(words, "resume", "/no/such.ckpt (No such file", f"--resume {newest}")
+    refused([*words[:-1], str(run_folder)], "resume", f"{run_folder} (Is a directory", f"--resume {newest}")
 
 
 def test_metrics_that_were_cut(run_folder: Path, refused: Refused) -> None:

@@ -108,8 +108,11 @@ def test_what_does_not_change_a_result_may_change(
     run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--save.keep", "3", "--evaluate.attacks", "[fgsm]", "--progress", "true"]
+    words += ["--data.cache", str(run_folder / "cache")]
+    (run_folder / "environment.json").write_text("{")  # damaged: nothing can be read from it, nothing is lost
     out = done(["train", *SMALL, *words, "--folder", str(run_folder)], capsys)
     assert "fgsm" in out
+    assert "torch" in json.loads((run_folder / "environment.json").read_text())
     assert yaml.safe_load((run_folder / "config.yaml").read_text())["save"]["keep"] == 3
 
 
@@ -202,7 +205,8 @@ def test_other_attacks_replace_the_evaluation(run_folder: Path, capsys: pytest.C
     assert "FGSM" in (run_folder / "report.html").read_text()
     time = (run_folder / "evaluation/last.json").stat().st_mtime_ns
     first = [line for line in out.splitlines() if "evaluated before" not in line]
-    assert done(words, capsys).splitlines() == first  # what is there already is not done again
+    again = [first[0], "last: as evaluated before, on 20 images; nothing is attacked anew", *first[1:]]
+    assert done(words, capsys).splitlines() == again  # what is there already is not done again
     assert (run_folder / "evaluation/last.json").stat().st_mtime_ns == time
 
 
@@ -239,7 +243,8 @@ def test_several_runs_are_evaluated(
     half = len(lines) // 2
     assert [lines[0], lines[half]] == [str(run_folder), str(finished)]
     assert lines[1:half] == lines[half + 1 :]
-    assert "images attacked" in lines[1]  # what each attack cost
+    assert "as evaluated before" in lines[1]
+    assert "images attacked" in lines[2]  # what each attack cost
 
 
 # --- compare and report -------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -319,7 +321,9 @@ def test_a_network_from_outside_is_evaluated(
     assert info["architecture"] == "Sequential"
     assert "initial accuracy: 100.00%" in (tmp_path / "aa.log").read_text()
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
-    assert done(words, capsys) == out
+    again = done(words, capsys).splitlines(keepends=True)
+    (kept,) = (line for line in again if "as evaluated before, on 10 images" in line)
+    assert "".join(line for line in again if line != kept) == out
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")} == before
 
 
@@ -333,6 +337,64 @@ def test_the_same_weights_in_another_network_are_another_evaluation(
         assert attacked_again(again, capsys, monkeypatch), (number, name)
         assert not attacked_again(again, capsys, monkeypatch)
         assert result(tmp_path / "theirs", "last")["network"]["origin"] == f"nets_outside:{name}"
+
+
+SCALED = """
+import torch
+from torch import nn
+
+FACTOR, STRAIGHT = 1.0, True
+
+class Scaled(nn.Module):
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.__dict__["inner"] = net = nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, classes))
+        self.add_module("1", net[1])
+
+    def forward(self, x):
+        image = x if STRAIGHT else x.detach() + 1e-3 * x - 1e-3 * x.detach()
+        return FACTOR * self.inner(image)
+
+def make(num_classes, in_channels):
+    return Scaled(in_channels, num_classes)
+"""
+
+
+def test_code_that_changed_behind_the_same_weights_is_another_evaluation(
+    outside: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A constant of the module, or a gradient that is not the function's: no printed structure shows them."""
+    words = [*outside, "--attacks", "fgsm", "--curve_size", "0"]
+    for factor, straight in (("1.0", "True"), ("1e5", "True"), ("1.0", "False")):
+        text = SCALED.replace("FACTOR, STRAIGHT = 1.0, True", f"FACTOR, STRAIGHT = {factor}, {straight}")
+        (tmp_path / "nets_outside.py").write_text(text)
+        for again in (False, True):
+            monkeypatch.delitem(sys.modules, "nets_outside", raising=False)
+            importlib.invalidate_caches()
+            shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+            assert attacked_again(words, capsys, monkeypatch) is not again, (factor, straight)
+
+
+def test_a_result_without_what_is_read_of_it_is_made_anew(
+    outside: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*outside, "--attacks", "fgsm", "--curve_size", "0"]
+    done(words, capsys)
+    path = tmp_path / "theirs" / "evaluation" / "last.json"
+    content = json.loads(path.read_text())
+    for attacks in ({"fgsm": {"rate": "x"}}, {"fgsm": 3}, 7):
+        path.write_text(json.dumps(content | {"attacks": attacks}))
+        assert attacked_again(words, capsys, monkeypatch)
+        fgsm = json.loads(path.read_text())["attacks"]["fgsm"]
+        assert fgsm | {"seconds": 0} == content["attacks"]["fgsm"] | {"seconds": 0}
+
+
+def test_a_file_in_the_place_of_the_results_is_refused_before_anything_runs(
+    outside: list[str], refused: Refused, tmp_path: Path
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "evaluation").write_text("")
+    refused([*outside, "--attacks", "fgsm"], "evaluation", "below the file")
 
 
 @pytest.mark.parametrize("eps", [0.05, 0.11, 0.13])

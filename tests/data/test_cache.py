@@ -114,6 +114,14 @@ def test_the_key_follows_files_and_options(tmp_path: Path) -> None:
     assert len(keys) == 5
 
 
+def test_the_key_follows_the_way_of_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(b"123")
+    now = source_key([file])
+    monkeypatch.setattr("softdefend.data.cache._FORMAT", 1)  # of images that were not turned upright
+    assert source_key([file]) != now
+
+
 def test_the_checksum_sees_values_shapes_types_and_names() -> None:
     x = torch.arange(6, dtype=torch.int32)
     variants = [

@@ -158,7 +158,12 @@ def test_asymmetric_noise_is_refused_on_digits() -> None:
             DataSettings(validation=438, train_size=1001),
             "data.train_size: got 1001; accepted: at most the 1000",
         ),
-        (DataSettings(train_size=1), "data.train_size: got 1 images of one class"),
+        (DataSettings(train_size=1), "data.train_size: got 1, which leaves 1 image of one class"),
+        (DataSettings(validation=1437), "data.validation: got 1437, which leaves 1 image of one class"),
+        (
+            DataSettings(validation=1, test_fraction=0.9995),
+            r"data.test_fraction: got 0.9995, which leaves 1 image of one class .* of at least 2 classes",
+        ),
     ],
 )
 def test_splits_that_do_not_fit_are_refused(settings: DataSettings, message: str) -> None:
@@ -192,6 +197,13 @@ def test_splits_that_do_not_fit_are_refused(settings: DataSettings, message: str
         (
             {"test_images": torch.zeros(2, 3, 2, 2), "test_labels": torch.tensor([0, 1])},
             r"test images of shape \[3, 2, 2\]",
+        ),
+        (
+            {
+                "test_images": torch.zeros(3, 1, 2, 2),
+                "test_labels": torch.tensor([0, 1, 5]),
+            },
+            "test_labels: got label 5 at row 2 of the test data, which no training image has",
         ),
         ({"validation": 0}, "data.validation: got 0"),
         ({"validation": 6}, "data.validation: got 6; accepted: fewer than the 6 images"),

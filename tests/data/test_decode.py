@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 from picture_tools import encode, planes
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from softdefend.data.decode import decode
 from softdefend.errors import SettingError
@@ -77,3 +77,36 @@ def test_sizes_that_differ_are_refused_by_name(pictures: np.ndarray) -> None:
 def test_sixteen_bits_are_refused_rather_than_clipped() -> None:
     with pytest.raises(SettingError, match="picture 0 of mode I;16; accepted: images of 8 bits per channel"):
         decoded([encode(np.full((4, 4), 40_000, np.uint16))])
+
+
+def oriented(pixels: np.ndarray, orientation: int, kind: str) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return encode(pixels, kind, exif=exif)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_their_orientation_says(
+    pictures: np.ndarray, orientation: int, kind: str
+) -> None:
+    data = oriented(pictures[0], orientation, kind)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert (upright.shape[:2] == (7, 5)) == (orientation >= 5)
+    np.testing.assert_array_equal(decoded([data]), planes(upright[None]))
+    if kind != "JPEG":
+        turned = {1: pictures[0], 3: pictures[0][::-1, ::-1], 6: np.rot90(pictures[0], -1)}
+        np.testing.assert_array_equal(upright, turned.get(orientation, upright))
+
+
+def test_sizes_are_those_of_the_upright_images(pictures: np.ndarray) -> None:
+    sideways = [encode(pictures[0]), oriented(np.rot90(pictures[1]), 6, "PNG")]
+    np.testing.assert_array_equal(decoded(sideways), planes(pictures[:2]))
+    message = "picture 1 of 5x7 pixels; accepted: images of one size (7x5, as picture 0)"
+    with pytest.raises(SettingError, match=re.escape(message)):
+        decoded([encode(pictures[0]), oriented(pictures[1], 6, "PNG")])
+
+
+def test_damaged_tags_leave_an_image_as_it_is(pictures: np.ndarray) -> None:
+    data = encode(pictures[0], "PNG", exif=b"Exif\x00\x00no tags at all")
+    np.testing.assert_array_equal(decoded([data]), planes(pictures[:1]))

@@ -143,3 +143,8 @@ def test_a_single_array_file_is_no_archive(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"nowhere\.npz; accepted: an existing \.npz file"):
         from_file(str(tmp_path / "nowhere.npz"), None, CLEAN, 3)
+
+
+def test_a_name_that_is_too_long_for_a_file_is_refused_in_one_line() -> None:
+    with pytest.raises(SettingError, match=r"data\.noise_file: got x+ \(File name too long\); accepted"):
+        from_file("x" * 300, None, CLEAN, 3)

@@ -35,11 +35,16 @@ def test_test_images_of_another_shape_are_refused() -> None:
         Raw("toy", part(0, 1), part(0, 1, size=5), ("a", "b"))
 
 
-def test_classes_without_names_are_numbered_over_both_splits() -> None:
-    assert numbered(part(0, 1, 0), part(2)) == ("0", "1", "2")
+def test_classes_without_names_are_numbered_up_to_the_largest() -> None:
+    assert numbered(part(0, 1, 3), part(1)) == ("0", "1", "2", "3")
     assert numbered(part(0, 1, 0), None) == ("0", "1")
 
 
 def test_a_label_that_is_hardly_a_class_is_refused() -> None:
     with pytest.raises(SettingError, match="label 1000000000 among 2 images"):
         numbered(part(0, 1_000_000_000), None)
+
+
+def test_a_test_label_that_training_lacks_is_refused() -> None:
+    with pytest.raises(SettingError, match="label 2 at row 1 of the test data, which no training image has"):
+        numbered(part(0, 1, 3), part(1, 2))

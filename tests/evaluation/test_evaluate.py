@@ -346,6 +346,26 @@ def test_on_a_cpu_the_physical_batch_is_a_constant(case):
     assert images_at_once(net, data.images[:1]) == ON_CPU
 
 
+def test_the_curve_ends_where_a_threat_model_does(tmp_path):
+    """Twice an l2 radius of 11 would be beyond the largest, 20."""
+    images = torch.rand(4, 3, 32, 32, generator=stream(0, "x"))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
+    wishes = EvaluateSettings(attacks=("fgsm",), curve_size=4)
+    threat = ThreatModel("l2", Budget("11"))
+    found = evaluate_network(
+        net,
+        (images, torch.tensor([0, 1, 2, 0])),
+        tmp_path,
+        threat=threat,
+        settings=wishes,
+        device="cpu",
+        say=len,
+    )
+    radii = [point["value"] for point in found["eps_curve"]]
+    assert 11 in radii
+    assert max(radii) <= 20
+
+
 @pytest.mark.parametrize("k", [2, 10])
 def test_the_network_says_how_many_classes_tensors_have(tmp_path, k):
     """Three images may miss the highest of ten classes; a label beyond the classes is refused."""

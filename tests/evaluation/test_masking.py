@@ -316,9 +316,11 @@ def test_chance_is_allowed_for_and_a_limit_is_a_limit():
     for n in (1, 10, 100, 1000):
         for count in range(min(n, 40) + 1):
             less = sum(math.comb(n, i) * 0.01**i * 0.99 ** (n - i) for i in range(count))
-            verdict = "suspicious" if 1 - less < 0.01 - 1e-12 else "fine"
+            verdict = "suspicious" if 1 - less < 0.01 - 1e-12 else "fine" if n > 1 else "not measured"
             assert share.of_flags(torch.arange(n) < count).verdict == verdict, (count, n)
-    assert share.of_flags(torch.ones(1, dtype=torch.bool)).verdict == "fine"
+    alone = Check("c", 0.25, "above", "r", "m", share=True)
+    verdicts = [alone.of_flags(torch.ones(n, dtype=torch.bool)).verdict for n in (3, 4)]
+    assert verdicts == ["not measured", "suspicious"]  # 0.25^3 = 0.016, 0.25^4 = 0.004
     below = Check("b", 0.5, "below", "r", "m")
     assert [below.of(value).verdict for value in (0.4, 0.5, 0.6)] == ["suspicious", "fine", "fine"]
     broken = below.of(float("nan"))

@@ -148,6 +148,7 @@ def test_a_network_in_train_mode_is_named():
         (lambda z: z.softmax(1), "returns probabilities"),
         (lambda z: z.softmax(1).bfloat16(), "returns probabilities"),
         (lambda z: z.log_softmax(1), "returns log-probabilities"),
+        (lambda z: (20 * z).sigmoid(), "outputs all lie in [0, 1]"),
         (lambda z: z * torch.nan, "NaN or infinity"),
         (lambda z: z / 0.0, "NaN or infinity"),
         (lambda z: (z, z), "returns tuple"),

@@ -87,6 +87,19 @@ def test_markdown_names_cannot_break_the_table(make_run) -> None:
     assert line.startswith("| a\\|b &lt;i>c | 1 |")
 
 
+@pytest.mark.parametrize(
+    ("name", "other"), [("seed", 5), ("precision", "fast"), ("batch_size", 10), ("eps", "4/255")]
+)
+def test_figures_of_other_settings_are_not_subtracted(make_run, make_evaluation, name, other) -> None:
+    settings = {"norm": "linf", "eps": "8/255", "seed": 0, "precision": "exact", "batch_size": 500}
+    for changed in ({}, {name: other}):
+        best = make_evaluation(0.8, 0.6) | {"settings": settings | changed}
+        last = make_evaluation(0.9, 0.5) | {"settings": settings}
+        (row,) = comparison_rows([make_run("A", best=best, last=last)])
+        assert (row.clean.best, row.clean.last) != (None, None)
+        assert (row.clean.difference is None) is bool(changed)
+
+
 def test_a_seed_that_was_run_twice_is_shown(make_run) -> None:
     rows = comparison_rows([make_run("A", 0), make_run("A", 0), make_run("A", 1)])
     assert "2 (3 runs)" in text_table(rows)

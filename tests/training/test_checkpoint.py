@@ -3,7 +3,10 @@ import hashlib
 import io
 import os
 import pickle
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -182,3 +185,44 @@ def test_a_folder_that_is_a_file_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(SettingError, match=r"Not a directory|File exists"):
         write_atomic(tmp_path / "file" / "a.txt", b"new")
+
+
+def test_a_file_of_another_name_is_no_checkpoint(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    folder.save(3, {"epoch": 1})
+    (tmp_path / "step-final.ckpt").write_bytes(b"mine")
+    assert folder.load() == {"epoch": 1}
+
+
+def test_a_chosen_file_that_is_not_there_is_named_as_such(tmp_path):
+    for chosen in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(CheckpointError, match=r"^resume: got .*; accepted: a checkpoint file"):
+            CheckpointFolder(tmp_path).load(chosen)
+
+
+def test_several_processes_may_write_one_file(tmp_path):
+    """Each its own content at once; the file is whole at every moment and nothing is left beside it."""
+    path = tmp_path / "report.html"
+    script = (
+        "import sys; from pathlib import Path; from softdefend.files import write_atomic\n"
+        "for _ in range(100): write_atomic(Path(sys.argv[1]), sys.argv[2].encode() * 200_000)"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(path), letter]) for letter in "abc"]
+    seen = set()
+    while any(process.poll() is None for process in processes):
+        if path.exists():
+            content = path.read_bytes()
+            seen.add((content[:1], content == content[:1] * 200_000))
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert {whole for _, whole in seen} == {True}
+    assert [found.name for found in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_what_a_killed_process_left_is_removed_once_it_is_old(tmp_path):
+    old, new, other = (tmp_path / name for name in (".a.txt.17.tmp", ".a.txt.18.tmp", ".b.txt.17.tmp"))
+    for path in (old, new, other):
+        path.write_bytes(b"half")
+    for path in (old, other):
+        os.utime(path, (time.time() - 7200,) * 2)
+    write_atomic(tmp_path / "a.txt", b"whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, other.name, "a.txt"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softdefend.attacks.base import Attack, Forward, Randomness, value_and_gradient
 from softdefend.attacks.draws import Draws
-from softdefend.attacks.losses import AttackLoss, LossName, named
+from softdefend.attacks.losses import AttackLoss, LossName, hard_label, named
 from softdefend.attacks.oracle import Journal, Oracle, View
 from softdefend.errors import SettingError
 from softdefend.threat import Budget, ThreatModel
@@ -30,15 +30,15 @@ class PGD(Attack):
     Args:
         steps: gradient steps, >= 0 (0 returns the start).
         step_size: length of a step in pixel units; a quarter of ``eps`` when None (2/255 at 8/255).
-        restarts: independent starts, >= 1; each sample keeps its best.
+        restarts: independent starts, >= 1; each sample keeps one that the network gets wrong, and among
+            equals that of the largest loss.
         start: ``uniform`` draws in the ball and cuts to [0, 1]; ``uniform-unclipped`` leaves the start
             outside [0, 1] until the first step (TE's and SGLS's per-epoch evaluation); ``gaussian`` adds
             noise of 0.001 (TRADES, MART); ``none`` starts at the image; ``auto`` is ``uniform``, and in
             training the objective's own.
         loss: ``ce``, ``margin`` or ``kl``.
         keep: ``last`` returns the final iterate (what the field calls PGD-k); ``best`` the iterate of
-            largest loss, at the cost of one more forward. With restarts, samples always keep their best
-            restart.
+            largest loss, at the cost of one more forward.
 
     Raises:
         SettingError: a count, length or name outside these ranges.
@@ -91,11 +91,11 @@ class PGD(Attack):
         loss: AttackLoss | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """See :meth:`Attack.__call__`. Cost per restart: ``steps`` forwards and input gradients, and one
-        forward more where a best has to be kept."""
+        """See :meth:`Attack.__call__`. Cost per restart: ``steps`` forwards and input gradients, one
+        forward more where the best iterate is kept, and one where restarts are compared."""
         climb = loss or named(self.loss, forward, image, target)
         begin = partial(_begin, self.start, image, threat, generator)
-        return self._ascend(forward, climb, image, threat, begin)
+        return self._ascend(forward, climb, image, hard_label(target), threat, begin)
 
     def search(
         self,
@@ -119,6 +119,7 @@ class PGD(Attack):
                 forward,
                 step.climbs(given),
                 given.image,
+                given.label,
                 threat,
                 partial(_filled, oracle, begin),
                 partial(_advanced, forward, step, given, self.steps),
@@ -134,28 +135,62 @@ class PGD(Attack):
         forward: Forward,
         climb: AttackLoss,
         image: Tensor,
+        label: Tensor,
         threat: ThreatModel,
         begin: Callable[[int], Tensor],
         moved: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The search; ``begin`` gives the start of each restart, ``moved`` makes all its steps at once."""
-        best = best_value = None
+        chosen = None
         for restart in range(self.restarts):
-            adversarial = begin(restart)
-            if moved is not None and self.keep == "last":
-                adversarial = moved(adversarial)
-            else:
-                for _ in range(self.steps):
-                    value, grad = value_and_gradient(forward, climb, adversarial)
-                    if self.keep == "best":
-                        best, best_value = _better(adversarial, value, best, best_value)
-                    adversarial = threat.move(image, adversarial, grad, self._step_size(threat))
-            if self.keep == "best" or self.restarts > 1:
-                adversarial = threat.project(image, adversarial)
-                with torch.no_grad():
-                    value = climb(forward(adversarial))
-                best, best_value = _better(adversarial, value, best, best_value)
-        return threat.project(image, adversarial if best is None else best)
+            found = self._restart(forward, climb, image, threat, begin(restart), moved)
+            if self.restarts == 1:
+                return found
+            with torch.no_grad():
+                logits = forward(found)
+                reached = _Reached(found, logits.argmax(1) != label, climb(logits))
+            chosen = reached if chosen is None else _worse(reached, chosen)
+        assert chosen is not None
+        return chosen.image
+
+    def _restart(
+        self,
+        forward: Forward,
+        climb: AttackLoss,
+        image: Tensor,
+        threat: ThreatModel,
+        adversarial: Tensor,
+        moved: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        """Where the search from one start ends."""
+        if self.keep == "last":
+            if moved is not None:
+                return threat.project(image, moved(adversarial))
+            for _ in range(self.steps):
+                _, grad = value_and_gradient(forward, climb, adversarial)
+                adversarial = threat.move(image, adversarial, grad, self._step_size(threat))
+            return threat.project(image, adversarial)
+        best = best_value = None
+        for _ in range(self.steps):
+            value, grad = value_and_gradient(forward, climb, adversarial)
+            best, best_value = _better(adversarial, value, best, best_value)
+            adversarial = threat.move(image, adversarial, grad, self._step_size(threat))
+        adversarial = threat.project(image, adversarial)
+        with torch.no_grad():
+            value = climb(forward(adversarial))
+        best, _ = _better(adversarial, value, best, best_value)
+        return threat.project(image, best)
+
+
+class _Reached(NamedTuple):
+    """What a restart came to, for m samples."""
+
+    image: Tensor
+    """[m, c, h, w]."""
+    wrong: Tensor
+    """Whether the network gets it wrong, [m] bool."""
+    value: Tensor
+    """Its loss, [m]."""
 
 
 class _State(NamedTuple):
@@ -274,3 +309,11 @@ def _better(
         return candidate, value
     wins = value > best_value
     return torch.where(wins.view(-1, 1, 1, 1), candidate, best), torch.where(wins, value, best_value)
+
+
+def _worse(one: _Reached, other: _Reached) -> _Reached:
+    """Per sample, what is worse for the network: to be wrong before a loss, of whatever size; ``other`` on a
+    tie. A larger cross-entropy alone may well belong to a point that the network still gets right."""
+    wins = (one.wrong & ~other.wrong) | ((one.wrong == other.wrong) & (one.value > other.value))
+    image = torch.where(wins.view(-1, 1, 1, 1), one.image, other.image)
+    return _Reached(image, one.wrong | other.wrong, torch.where(wins, one.value, other.value))

@@ -224,8 +224,9 @@ class _Query:
     def look(self, forward: View, image: Tensor, label: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each image is wrong by now, and how bad it is, both [m]."""
         logits = forward(image)
-        gap = margin(logits, label)
-        return gap >= 0, gap if self.badness is None else self.badness(logits, rows)
+        # By argmax, as the verdict is: at a tie the true class may still be the answer.
+        wrong = logits.argmax(1) != label
+        return wrong, margin(logits, label) if self.badness is None else self.badness(logits, rows)
 
 
 class _Left(NamedTuple):

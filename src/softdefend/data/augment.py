@@ -34,7 +34,7 @@ class AugmentSettings:
     policy: Policy = "none"
     """Operations on colours and geometry: none, randaugment or autoaugment (its CIFAR-10 policy)."""
     randaugment_n: int = 2
-    """RandAugment's operations per image, >= 1."""
+    """RandAugment's operations per image, 1 to 100."""
     randaugment_m: int = 9
     """RandAugment's magnitude, 0 to 30."""
     cutout: float = 0
@@ -63,7 +63,7 @@ class AugmentSettings:
         cutouts = "0 or more pixels, or a share below 1"
         for name, good, accepted in (
             ("pad", self.pad >= 0, "0 or more pixels"),
-            ("randaugment_n", self.randaugment_n >= 1, "a whole number >= 1"),
+            ("randaugment_n", 1 <= self.randaugment_n <= 100, "a whole number from 1 to 100"),
             ("randaugment_m", 0 <= self.randaugment_m <= 30, "a whole number from 0 to 30"),
             ("cutout", self.cutout >= 0 and (self.cutout < 1 or self.cutout % 1 == 0), cutouts),
             ("start", 0 <= self.start < 1, "a number in [0, 1)"),

@@ -18,7 +18,9 @@ from softdefend.data.base import Split
 from softdefend.data.raw import Raw
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1
+_FORMAT = 2
+"""Part of every key: goes up where the same files are decoded or checked otherwise, so that nothing old is
+taken for it."""
 
 
 def default_folder() -> Path:

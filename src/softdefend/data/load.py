@@ -70,7 +70,7 @@ def from_tensors(
         test = split(test_images, test_labels, images_name="test_images", labels_name="test_labels")
     elif test_images is not None or test_labels is not None:
         raise SettingError("test_images", "only one of test_images and test_labels", "both or neither")
-    names = numbered(train, test) if classes is None else tuple(classes)
+    names = numbered(train, test, "test_labels") if classes is None else tuple(classes)
     settings = DataSettings(
         validation=max(1, min(1000, len(train) // 10)) if validation is None else validation,
         test_fraction=test_fraction,
@@ -89,6 +89,7 @@ def _bundle(raw: Raw, settings: DataSettings, notes: dict[str, object]) -> DataB
         held_out = draw_by_class(labels, count, stream(seed, "test"))
         test, pool = raw.train.subset(held_out), complement(held_out, n)
         notes["test_split"] = f"{count} images held out: the source has no test split"
+        _check_classes("data.test_fraction", settings.test_fraction, labels[pool])
     if settings.validation >= len(pool):
         raise SettingError(
             "data.validation",
@@ -97,6 +98,7 @@ def _bundle(raw: Raw, settings: DataSettings, notes: dict[str, object]) -> DataB
         )
     held_out = draw_by_class(labels[pool], settings.validation, stream(seed, "split"))
     validation_at, train_at = pool[held_out], pool[complement(held_out, len(pool))]
+    _check_classes("data.validation", settings.validation, labels[train_at])
     if settings.train_size is not None:
         if settings.train_size > len(train_at):
             raise SettingError(
@@ -105,6 +107,7 @@ def _bundle(raw: Raw, settings: DataSettings, notes: dict[str, object]) -> DataB
                 f"at most the {len(train_at)} images left for training",
             )
         train_at = train_at[draw_by_class(labels[train_at], settings.train_size, stream(seed, "subset"))]
+        _check_classes("data.train_size", settings.train_size, labels[train_at])
     train, validation = raw.train.subset(train_at), raw.train.subset(validation_at)
     if settings.noise != "none":
         train = _with_noise(train, train_at, raw, settings, "noise")
@@ -112,11 +115,17 @@ def _bundle(raw: Raw, settings: DataSettings, notes: dict[str, object]) -> DataB
             validation = _with_noise(validation, validation_at, raw, settings, "noise-validation")
         notes["noise"] = settings.noise
         notes["noise_measured"] = {"train": _noise(train), "validation": _noise(validation)}
-    if train.labels.min() == train.labels.max():
-        raise SettingError(
-            "data.train_size", f"{len(train)} images of one class", "images of at least 2 classes"
-        )
+        _check_classes("data.noise", settings.noise, train.labels)
     return DataBundle(raw.name, train, validation, test, raw.classes, _fingerprint(train, validation), notes)
+
+
+def _check_classes(setting: str, given: object, labels: Tensor) -> None:
+    """Refuses the setting that took all but one class from the training data."""
+    if labels.min() == labels.max():
+        count = f"{len(labels)} image{'s' if len(labels) > 1 else ''} of one class"
+        raise SettingError(
+            setting, f"{given}, which leaves {count} for training", "training images of at least 2 classes"
+        )
 
 
 def _with_noise(part: Split, at: Tensor, raw: Raw, settings: DataSettings, name: str) -> Split:

@@ -123,9 +123,9 @@ def from_file(path: str, key: str | None, clean: Tensor, classes: int) -> Tensor
 
 
 def _read_npz(path: str, key: str | None) -> dict[str, np.ndarray]:
-    if not Path(path).is_file():
-        raise SettingError("data.noise_file", path, "an existing .npz file")
     try:
+        if not Path(path).is_file():
+            raise SettingError("data.noise_file", path, "an existing .npz file")
         # Opened here, because NumPy leaves a file open that turns out not to be an archive.
         with open(path, "rb") as handle:
             file = np.lib.npyio.NpzFile(handle, allow_pickle=False)
@@ -141,8 +141,9 @@ def _read_npz(path: str, key: str | None) -> dict[str, np.ndarray]:
     except SettingError:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise SettingError(
-            "data.noise_file", f"{path} ({error})", "an .npz file of plain integer arrays"
+            "data.noise_file", f"{path} ({reason})", "an .npz file of plain integer arrays"
         ) from None
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from softdefend.data.base import Split
 from softdefend.errors import SettingError
 
@@ -58,16 +60,30 @@ class Raw:
             )
 
 
-def numbered(*splits: Split | None) -> tuple[str, ...]:
+def numbered(train: Split, test: Split | None, labels_name: str = "data.label_column") -> tuple[str, ...]:
     """Class names "0", "1", ... up to the largest label, for data that come without names.
 
+    Args:
+        train, test: a source's own splits.
+        labels_name: what the user knows the labels of the test split by.
+
     Raises:
-        SettingError: a label that is not below the number of images, so is hardly a class.
+        SettingError: a label that is not below the number of images, so is hardly a class; a test label that
+            no training image has.
     """
-    largest = max(int(split.labels.max()) for split in splits if split is not None)
-    n = sum(len(split) for split in splits if split is not None)
+    largest = max(int(split.labels.max()) for split in (train, test) if split is not None)
+    n = sum(len(split) for split in (train, test) if split is not None)
     if largest >= n:
         raise SettingError(
             "data.label_column", f"label {largest} among {n} images", "classes numbered from 0"
         )
+    if test is not None:
+        unknown = ~torch.isin(test.labels, train.labels)
+        if bool(unknown.any()):
+            row = int(unknown.nonzero()[0])
+            raise SettingError(
+                labels_name,
+                f"label {int(test.labels[row])} at row {row} of the test data, which no training image has",
+                "test labels that training has, or named classes",
+            )
     return tuple(str(i) for i in range(largest + 1))

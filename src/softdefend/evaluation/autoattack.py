@@ -6,6 +6,7 @@ a392200, ``set_version``, norms l-inf and l2). Each member sees only the images 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from softdefend.attacks import APGD, FAB, Attack, Square, TargetedAPGD
@@ -54,6 +55,11 @@ class Ensemble:
         """Refuse a threat model that a member is not made for; see :meth:`Attack.check`."""
         for member in self.members:
             member.check(threat)
+
+
+def averages_draws(names: Sequence[str]) -> bool:
+    """Whether an attack of these names averages over what a network draws: it may then be a random one."""
+    return any(name == "autoattack-rand" or "-eot" in name for name in names)
 
 
 def expand(name: str, k: int) -> list[Attack]:

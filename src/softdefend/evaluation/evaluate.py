@@ -129,7 +129,7 @@ class Evaluator:
                 everything = torch.arange(n, device=self._device)
                 logits = run.tensors["clean"] = run.fitting(partial(self._clean, everything)).cpu()
                 run.save()
-            clean = logits.argmax(1)
+            clean = answers(logits, label)
             result = Evaluation(self.threat, label, clean)
             for number, attack in enumerate(attacks):
                 ensemble = isinstance(attack, Ensemble)
@@ -221,10 +221,11 @@ class Evaluator:
         draws = Draws.seeded(batches, self.seed, attack.name, first)
         journal = _Notes(run, oracle, self._device)
         adversarial, image = self._perturb(attack, index, oracle, draws, journal)
-        with torch.no_grad():
-            prediction = oracle.exact_at()(adversarial).argmax(1)
-        forwards, backwards, loose = oracle.counts()
+        # Before the network sees them, which may write into what it is given.
         distance = self.threat.distance(image, adversarial)
+        with torch.no_grad():
+            prediction = answers(oracle.exact_at()(adversarial), self.data.labels[index.to(self._device)])
+        forwards, backwards, loose = oracle.counts()
         return prediction.cpu(), distance.cpu().to(torch.float32), forwards, backwards, loose
 
     def show(self, attack: Attack, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -338,6 +339,20 @@ class _Run:
             self._searching.forget()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def answers(logits: Tensor, label: Tensor) -> Tensor:
+    """The predicted classes, [m] int64; where the logits are not all finite, one that is not the label.
+
+    A network that answers NaN has not recognised the image, whichever index ``argmax`` then finds.
+
+    Args:
+        logits: [m, k].
+        label: [m] int64, on their device.
+    """
+    predicted = logits.argmax(1)
+    lucky = ~logits.isfinite().all(1) & (predicted == label)
+    return torch.where(lucky, (label + 1) % logits.shape[1], predicted)
 
 
 def cost_line(row: Mapping[str, Any]) -> str:

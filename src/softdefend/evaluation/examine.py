@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -15,19 +16,19 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from softdefend.attacks import PGD, Transfer
 from softdefend.data import Batch, DataBundle, Resident
 from softdefend.data.cache import checksum
 from softdefend.errors import SettingError
-from softdefend.evaluation.autoattack import parse
+from softdefend.evaluation.autoattack import averages_draws, parse
 from softdefend.evaluation.corruptions import CORRUPTIONS, evaluate_corruptions
 from softdefend.evaluation.evaluate import Evaluator
 from softdefend.evaluation.exchange import check_standard, log_lines, read_known, robustbench
 from softdefend.evaluation.gallery import write_gallery
 from softdefend.evaluation.masking import audit
-from softdefend.evaluation.preflight import preflight
+from softdefend.evaluation.preflight import own_random_numbers, preflight
 from softdefend.evaluation.resume import file_digest, fingerprint
 from softdefend.evaluation.run import (
     EvaluateSettings,
@@ -39,14 +40,15 @@ from softdefend.evaluation.run import (
 )
 from softdefend.evaluation.table import Table, read_table
 from softdefend.files import write_atomic
+from softdefend.modes import tf32
 from softdefend.threat import ThreatModel
 
 Say = Callable[[str], None]
 
 _LOOKED_AT = 1024
 """Images that preflight is shown: a whole test set in float32 may not fit the device."""
-
-_RANDOM = "autoattack-rand"
+_PROBED = 64
+"""Images by which a network from outside is known again; they need a gradient."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,50 @@ class Subject:
     def file(self, ending: str) -> Path:
         """``evaluation/NAME`` with an ending, such as ``-audit.json``."""
         return self.folder / "evaluation" / f"{self.name}{ending}"
+
+
+def behaviour(net: nn.Module, images: Tensor, labels: Tensor) -> str:
+    """What a network does: its code may have changed where weights and printed structure have not.
+
+    Classes of some images, the size of the logits, and that of their gradient; as coarse as the rounding of
+    another machine demands.
+
+    Args:
+        net: images [b, c, h, w] to logits [b, k], in eval mode, on their device.
+        images, labels: a few.
+    """
+    with own_random_numbers(images.device), tf32(False):
+        with torch.enable_grad():
+            point = images.clone().requires_grad_(True)
+            logits = net(point).float()
+            slope = "none"
+            if logits.requires_grad:
+                loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+                with contextlib.suppress(RuntimeError):  # of the network's own backward
+                    (grad,) = torch.autograd.grad(loss, point, allow_unused=True)
+                    slope = "none" if grad is None else f"{float(grad.double().norm()):.2g}"
+        size = f"{float(logits.detach().double().std()):.3g}"
+    classes = hashlib.sha256(bytes(logits.argmax(1).to(torch.uint8).cpu().tolist())).hexdigest()
+    return f"logits {size}, gradient {slope}, classes {classes[:16]}"
+
+
+def _alike(kept: object, now: object) -> bool:
+    """Equal; of a network, in what both say of it: older results know less."""
+    if isinstance(kept, dict) and isinstance(now, dict):
+        return all(kept[name] == now[name] for name in kept.keys() & now.keys())
+    return kept == now
+
+
+def _complete(ending: str, content: Mapping[str, Any]) -> bool:
+    """Whether an evaluation's file has what is read of it; of another's, the reader judges itself."""
+    if ending != ".json":
+        return True
+    try:
+        cost_lines(content)
+        rates = [content["clean"]["rate"], *(row["rate"] for row in content["attacks"].values())]
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return False
+    return all(isinstance(value, int | float) for value in (*rates, content.get("n"))) and "epoch" in content
 
 
 def check_wishes(settings: EvaluateSettings, extras: Extras, full: int) -> None:
@@ -170,6 +216,7 @@ class _Examination:
 
     def run(self) -> dict[str, Any]:
         check_wishes(self.settings, self.extras, len(self.subject.bundle.test))
+        _check_writable("evaluation", self.subject.file(".json"))
         for name in self.settings.attacks:
             parse(name, max(2, len(self.subject.bundle.classes))).check(self.subject.threat)
         extras = self.extras
@@ -215,6 +262,9 @@ class _Examination:
                 before_writing=self._put_aside,
             )
         else:
+            self.say(
+                f"{subject.name}: as evaluated before, on {result['n']} images; nothing is attacked anew"
+            )
             for line in cost_lines(result):
                 self.say(line)
         self._pictures()
@@ -237,7 +287,7 @@ class _Examination:
     @property
     def _deterministic(self) -> bool:
         """Whether no attack averages over a network's random draws."""
-        return not any(name == _RANDOM or "-eot" in name for name in self.settings.attacks)
+        return not averages_draws(self.settings.attacks)
 
     def _preflight(self, *, assumes_determinism: bool) -> None:
         subject, looked_at = self.subject, self._test_images(_LOOKED_AT)
@@ -260,10 +310,15 @@ class _Examination:
             return None
         # Addresses of functions change from process to process.
         structure = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.subject.net))
-        return {
+        known = {
             "origin": str((config["outside"] or {}).get("model", type(self.subject.net).__qualname__)),
             "structure": hashlib.sha256(structure.encode()).hexdigest(),
         }
+        if (self.subject.folder / f"{self.subject.which}.safetensors").is_file():
+            _ = self.epoch  # loads and checks the network
+            shown = self._test_images(_PROBED)
+            known["behaviour"] = behaviour(self.subject.net, shown.image, shown.label)
+        return known
 
     @cached_property
     def about(self) -> dict[str, Any]:
@@ -323,8 +378,8 @@ class _Examination:
         known = isinstance(content, dict) and isinstance(content.get("settings"), dict)
         if not known or self.about["weights"] is None:
             return None
-        same = all(content.get(name) == value for name, value in self.about.items())
-        return content if same else None
+        same = all(_alike(content.get(name), value) for name, value in self.about.items())
+        return content if same and _complete(ending, content) else None
 
     def _covering(self) -> dict[str, Any] | None:
         """A result that has all that is asked for and more: further attacks, or more images."""

@@ -18,6 +18,9 @@ LOOK = 256
 SAME = 1e-4
 """Largest relative difference of two outputs that still count as equal: the tolerance of AutoAttack's check,
 and far above what the order of sums does to float32."""
+NEARLY_ONE = 0.9
+"""What some output of a trained network with a sigmoid at its end reaches; the logits of an untrained one,
+which may by chance be positive throughout, do not."""
 SMALLEST_EPS = 0.1 / 255
 """A tenth of a grey level: below it eps has most likely been divided by 255 twice."""
 
@@ -54,7 +57,7 @@ def preflight(
     _check_device(net, images)
     _check_mode(net)
     shown = images[:LOOK].clone()
-    with torch.no_grad(), tf32(False), _own_random_numbers(images.device):
+    with torch.no_grad(), tf32(False), own_random_numbers(images.device):
         logits = _first_logits(net, shown)
         if not torch.equal(shown, images[:LOOK]):
             given = "a network that writes into the images it is given"
@@ -153,6 +156,9 @@ def _check_logits(logits: Tensor, labels: Tensor, classes: int | None) -> None:
     # Wide enough for a softmax taken in bfloat16.
     if bool(((logits >= 0) & (logits <= 1)).all() and ((logits.sum(1) - 1).abs() < 1e-2).all()):
         raise SettingError("net", "a network that returns probabilities", accepted)
+    if bool((logits >= 0).all() and (logits <= 1).all()) and float(logits.amax()) >= NEARLY_ONE:
+        accepted = "logits: leave out the network's last sigmoid, under which the attacks' gradients fade"
+        raise SettingError("net", "a network whose outputs all lie in [0, 1]", accepted)
     if bool((logits <= 0).all() and (logits.logsumexp(1).abs() < 1e-2).all()):
         raise SettingError("net", "a network that returns log-probabilities", accepted)
 
@@ -177,7 +183,7 @@ def difference(logits: Tensor, others: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _own_random_numbers(device: torch.device) -> Iterator[None]:
+def own_random_numbers(device: torch.device) -> Iterator[None]:
     """A random network draws from a stream of ours; torch's own generators are put back afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(rng.key(0, "preflight"))

@@ -23,7 +23,7 @@ from softdefend.evaluation.records import Evaluation, Rate, versions
 from softdefend.evaluation.resume import StateFile, file_digest, fingerprint
 from softdefend.evaluation.searching import Precision, check_precision
 from softdefend.files import write_atomic
-from softdefend.threat import Budget, ThreatModel
+from softdefend.threat import LARGEST, Budget, ThreatModel
 
 CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Multiples of the trained eps at which the robust-accuracy curve is measured."""
@@ -228,7 +228,7 @@ def _curve(evaluator: Evaluator, size: int, result: Evaluation) -> list[dict[str
     points = [{"eps": "0", "value": 0.0, **asdict(clean)}]
     for factor in CURVE:
         eps = scaled(threat.eps, factor)
-        if threat.norm == "linf" and eps > 1:
+        if eps > LARGEST[threat.norm]:
             break
         rate = evaluator.under(ThreatModel(threat.norm, eps))([PGD(steps=20)], limit=n).robust("pgd-20")
         points.append({"eps": str(eps), "value": float(eps), **asdict(rate)})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softdefend.report.details import is_number
-from softdefend.report.runs import CHECKPOINTS, RunRecord, group_runs
+from softdefend.report.runs import RunRecord, group_runs
 
 DEFAULT_ATTACK = "pgd-20"
 
@@ -109,14 +109,21 @@ def cell(values: Sequence[float], interval: tuple[float, float] | None = None) -
 
 def _triple(runs: Sequence[RunRecord], measure: str) -> Triple:
     pairs = [(result(run, "best", measure), result(run, "last", measure)) for run in runs]
-    # Figures on other images are not subtracted from each other.
-    alike = [len({run.evaluations.get(which, {}).get("n") for which in CHECKPOINTS}) == 1 for run in runs]
+    alike = [_asked(run, "best") == _asked(run, "last") for run in runs]
     both = [
         best["rate"] - last["rate"]
         for (best, last), same in zip(pairs, alike, strict=True)
         if best and last and same
     ]
     return Triple(_cell([best for best, _ in pairs]), _cell([last for _, last in pairs]), cell(both))
+
+
+def _asked(run: RunRecord, which: str) -> list[Any]:
+    """What figures must share to be subtracted from each other: the images, and how they were attacked."""
+    evaluation = run.evaluations.get(which, {})
+    settings = evaluation.get("settings") or {}
+    names = ("norm", "eps", "seed", "precision", "batch_size")
+    return [evaluation.get("n"), *(settings.get(name) for name in names)]
 
 
 def _cell(results: Sequence[dict[str, Any] | None]) -> Cell | None:

@@ -104,7 +104,7 @@ class CheckpointFolder:
         return self._paths()
 
     def _paths(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*.ckpt"))
+        return sorted(path for path in self.folder.glob("step-*.ckpt") if path.stem[5:].isdecimal())
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write the state after ``step`` updates, then let the oldest go.
@@ -145,12 +145,16 @@ class CheckpointFolder:
             return None
         try:
             return load(path, device)
-        except CheckpointError as error:
+        except CheckpointError as damaged:
+            error = damaged
+            if chosen is not None and not chosen.is_file():
+                given = f"{chosen} ({damaged.given})"
+                error = CheckpointError("resume", given, "a checkpoint file of this run")
             for other in reversed([p for p in paths if p != path]):
                 try:
                     load(other)
                 except CheckpointError:
                     continue
                 offer = f"; the previous good one is {other}: continue from it with --resume {other}"
-                raise CheckpointError(error.setting, error.given, error.accepted + offer) from error
-            raise
+                raise CheckpointError(error.setting, error.given, error.accepted + offer) from damaged
+            raise error from damaged

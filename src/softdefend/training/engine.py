@@ -16,6 +16,9 @@ import torch
 from softdefend.errors import SettingError
 from softdefend.modes import on_device, tf32
 
+_MOST_THREADS = 1024
+"""More than any machine has cores for; far more stop a process before its first step."""
+
 
 @dataclass(frozen=True)
 class RuntimeSettings:
@@ -47,8 +50,8 @@ class RuntimeSettings:
     def __post_init__(self) -> None:
         if self.precision not in ("auto", "fp32", "tf32", "bf16"):
             raise SettingError("runtime.precision", repr(self.precision), "auto, fp32, tf32 or bf16")
-        if self.threads is not None and self.threads < 1:
-            raise SettingError("runtime.threads", self.threads, "a whole number >= 1")
+        if self.threads is not None and not 1 <= self.threads <= _MOST_THREADS:
+            raise SettingError("runtime.threads", self.threads, f"a whole number from 1 to {_MOST_THREADS}")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -25,7 +25,7 @@ from softdefend.files import Writer, move, write_atomic
 from softdefend.training.checkpoint import CheckpointFolder, snapshot
 
 # What may change between a run and its continuation without changing a result.
-RESUMABLE = ("folder", "resume", "progress", "save", "evaluate")
+RESUMABLE = ("folder", "resume", "progress", "save", "evaluate", "data.cache")
 ADDED = {"optim.schedule.warmup": 0.0}
 """Settings that runs of older versions do not name, and what these did."""
 _SHOWN = 4  # changed settings that one message names
@@ -92,7 +92,7 @@ class RunFolder:
         changed = sorted(
             key
             for key in before.keys() | now.keys()
-            if before.get(key) != now.get(key) and key.split(".")[0] not in RESUMABLE
+            if before.get(key) != now.get(key) and not {key, key.split(".")[0]} & {*RESUMABLE}
         )
         if changed:
             shown, rest = changed[:_SHOWN], changed[_SHOWN:]
@@ -113,7 +113,11 @@ class RunFolder:
     def write_environment(self, device: torch.device, seed: int) -> None:
         """Versions, machine and commit, for whoever wants to repeat the run."""
         path = self.path / "environment.json"
-        if not path.exists():
+        try:
+            kept = isinstance(json.loads(path.read_bytes()), dict)
+        except (OSError, ValueError):
+            kept = False  # no file, or a damaged one that no report could read
+        if not kept:
             write_atomic(path, json.dumps({**environment(device), "seed": seed}, indent=1).encode())
 
     def append(self, name: str, row: Mapping[str, Any]) -> int:

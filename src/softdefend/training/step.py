@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -175,6 +175,54 @@ def _fused(net: nn.Module, data: Resident, recipe: Recipe, engine: Engine) -> Fu
     return None
 
 
+def _refuse(rule: LabelRule, what: str, size: int, k: int) -> NoReturn:
+    accepted = f"[b, k] = [{size}, {k}] of floating-point numbers >= 0, rows summing to one"
+    raise SettingError("label", f"{type(rule).__name__}, which returned {what}", accepted)
+
+
+def _check_form(rule: LabelRule, said: Supervision, size: int, k: int) -> None:
+    """Refuse what would train to nonsense by its shape or type; asks the host only.
+
+    Raises:
+        SettingError: targets that are not [size, k], or not floating-point numbers.
+    """
+    terms = {f"a term {n} with a target": term.target for n, term in enumerate(said.terms)}
+    for name, rows in {"a target": said.target, **terms}.items():
+        if tuple(rows.shape) != (size, k) or not rows.is_floating_point():
+            kind = str(rows.dtype).removeprefix("torch.")
+            _refuse(rule, f"{name} {list(rows.shape)} of {kind}", size, k)
+    weight = said.weight
+    if weight is not None and tuple(weight.shape) != (size,):
+        given = f"{type(rule).__name__}, which returned sample weights {list(weight.shape)}"
+        raise SettingError("label", given, f"[b] = [{size}], mean one, or None")
+
+
+_DRIFT = 0.05
+"""How far the sum of a row may lie from one: a float16 memory whose momentum is 0.99 comes to 0.02."""
+
+
+@torch.no_grad()
+def _check_rows(rule: LabelRule, said: Supervision, seen: Predictions) -> None:
+    """Refuse targets that are no distributions. Reads the device, so it must not be captured.
+
+    Raises:
+        SettingError: rows with a negative or an unbounded entry, or that do not sum to one.
+    """
+    logits = [seen.adversarial] if seen.clean is None else [seen.adversarial, seen.clean]
+    if not all(bool(rows.isfinite().all()) for rows in logits):
+        return  # a network that has diverged, which the trainer says in its own words
+    for rows in (said.target, *(term.target for term in said.terms)):
+        size, k = rows.shape
+        if not rows.isfinite().all():
+            _refuse(rule, "a target that is not finite", size, k)
+        least, sums = float(rows.min()), rows.float().sum(dim=1)
+        worst = float(sums[(sums - 1).abs().argmax()])
+        if least < 0:
+            _refuse(rule, f"a target with an entry of {least:.4g}", size, k)
+        if abs(worst - 1) > _DRIFT:
+            _refuse(rule, f"a target with a row that sums to {worst:.4g}", size, k)
+
+
 def _dropout(key: int) -> int:
     """The seed of what a network with dropout draws, apart from that of the attack's starts."""
     return rng.key(key, "dropout")
@@ -192,7 +240,8 @@ class TrainStep:
         weight: at which weights the gradient is taken; set up by the caller.
 
     Raises:
-        SettingError: a rule that cannot be trained on images that ``data`` mixes.
+        SettingError: a rule that cannot be trained on images that ``data`` mixes; in a step, a label rule
+            that returns no distributions.
     """
 
     def __init__(
@@ -216,6 +265,7 @@ class TrainStep:
         self._forward: Forward = _compiled(net) if engine.settings.compile else net
         self._fused = _fused(net, data, recipe, engine)
         self._agreed: dict[int, bool] = {}
+        self._checked: set[str] = set()
         threat = recipe.threat
         self._threat = threat if self._fused is None else FusedThreat(threat.norm, threat.eps)
         self._graphs: dict[tuple[Phase, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -275,6 +325,7 @@ class TrainStep:
         if seen.clean is None and label.needs_clean(phase.label):
             seen = Predictions(seen.adversarial, self._clean(first.batch.image, mode))
         supervision = first.supervise(label, adversarial[: len(index)], seen, phase.label)
+        self._check(supervision, seen, phase.label)
         total = objective.outer_loss(predictions, batch, supervision)
         if twice:
             with self.weight.perturbed(total):
@@ -306,6 +357,18 @@ class TrainStep:
         what = f"batches of {len(image)} images are attacked without fused kernels, which is slower: {why}"
         warnings.warn(what, RuntimeWarning, stacklevel=2)
         return False
+
+    def _check(self, said: Supervision, seen: Predictions, phase: str) -> None:
+        """Refuse what is no label.
+
+        Raises:
+            SettingError: it is none.
+        """
+        label, (size, k) = self.recipe.label, seen.adversarial.shape
+        _check_form(label, said, size, k)
+        if phase not in self._checked:  # in a rehearsal: never while a graph is recorded
+            _check_rows(label, said, seen)
+            self._checked.add(phase)
 
     def _update(self, total: Tensor) -> None:
         total.backward()  # type: ignore[no-untyped-call]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -94,3 +95,93 @@ def test_the_image_that_cannot_be_used_is_named(tmp_path: Path, pictures: np.nda
 def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="nowhere; accepted: digits, hf:owner/name, or the path"):
         raw(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("unreadable", ["pets", "dog", "deeper"])
+def test_a_folder_that_cannot_be_read_is_refused_by_name(
+    tmp_path: Path, pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch, unreadable: str
+) -> None:
+    root = write(tmp_path / "pets", pictures, ["cat/1.png", "owl/1.png", "dog/2.png", "dog/deeper/3.png"])
+    scan = os.scandir
+
+    def refuse(path: Path) -> object:
+        if os.path.basename(path) == unreadable:
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(
+        SettingError, match=rf"{unreadable} \(Permission denied\); accepted: folders and files"
+    ):
+        raw(root)
+
+
+def test_hidden_folders_are_passed_over(tmp_path: Path, pictures: np.ndarray) -> None:
+    names = ["a/1.png", "b/2.png", "b/.thumbnails/2.png", "b/deeper/.ipynb_checkpoints/x/3.png"]
+    assert len(raw(write(tmp_path, pictures, names)).train) == 2
+
+
+def test_linked_folders_are_followed_and_each_is_read_once(tmp_path: Path, pictures: np.ndarray) -> None:
+    root = write(tmp_path / "pets", pictures, ["cat/own/1.png", "dog/5.png"])
+    elsewhere = write(tmp_path / "elsewhere", pictures[2:], ["z/2.png", "z/inner/3.png"])
+    for link in ("a", "x"):
+        (root / "cat" / link).symlink_to(elsewhere / "z")
+    (root / "cat" / "again").symlink_to(root / "cat" / "own")
+    found = raw(root)
+    assert found.train.labels.tolist() == [0, 0, 0, 1]
+    # In the order of the paths by which they are reached: a/2, a/inner/3, own/1.
+    np.testing.assert_array_equal(found.train.images.numpy(), planes(pictures)[[2, 3, 0, 1]])
+
+
+def test_links_in_a_circle_bring_nothing(tmp_path: Path, pictures: np.ndarray) -> None:
+    root = write(tmp_path / "pets", pictures, ["cat/deep/1.png", "dog/2.png"])
+    (root / "cat" / "deep" / "up").symlink_to(root / "cat")
+    (root / "cat" / "top").symlink_to(root)
+    (root / "cat" / "itself").symlink_to(root / "cat" / "itself")
+    (root / "cat" / "nowhere.png").symlink_to(root / "gone.png")
+    (root / "whole").symlink_to(root)
+    found = raw(root)
+    assert found.classes == ("cat", "dog")
+    assert found.train.labels.tolist() == [0, 1]
+
+
+def test_files_are_in_the_order_of_their_paths(tmp_path: Path, pictures: np.ndarray) -> None:
+    names = ["a/b/1.png", "a/b-/2.png", "a/b.png", "a/B/3.png", "a/10.png", "a/9.png"]
+    root = write(tmp_path, pictures, [*names, "z/0.png"])
+    expected = [names.index(str(path.relative_to(root))) for path in sorted(root / name for name in names)]
+    np.testing.assert_array_equal(raw(root).train.images[:6].numpy(), planes(pictures)[expected])
+
+
+def test_split_folders_may_be_capitalised(tmp_path: Path, pictures: np.ndarray) -> None:
+    found = raw(write(tmp_path, pictures, ["Train/a/1.png", "Train/b/2.png", "TEST/b/3.png"]))
+    assert found.classes == ("a", "b")
+    assert found.test is not None
+    assert found.test.labels.tolist() == [1]
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path: Path, pictures: np.ndarray) -> None:
+    write(tmp_path, pictures, ["Train/a/1.png", "train/b/2.png"])
+    with pytest.raises(
+        SettingError, match=r"with (Train and train|train and Train), which are the same split"
+    ):
+        raw(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train", "Train"])
+def test_a_class_called_train_is_said_to_be_read_as_a_split(
+    tmp_path: Path, pictures: np.ndarray, name: str
+) -> None:
+    write(tmp_path, pictures, [f"{name}/1.png", "test/2.png", "walk/3.png"])
+    with pytest.raises(
+        SettingError, match=f"whose folder {name} was read as the training split.* a class called train needs"
+    ):
+        raw(tmp_path)
+
+
+def test_classes_beside_a_train_folder_are_not_left_out_unsaid(tmp_path: Path, pictures: np.ndarray) -> None:
+    write(tmp_path, pictures, ["Bus/1.png", "Car/2.png", "Train/steam/3.png", "Train/diesel/4.png"])
+    with pytest.raises(
+        SettingError, match="with images in Bus beside Train, which was read as the training split"
+    ):
+        raw(tmp_path)
+    assert raw(tmp_path / "Train").classes == ("diesel", "steam")

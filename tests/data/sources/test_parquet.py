@@ -270,6 +270,67 @@ def test_the_cache_follows_files_and_columns(
         raw(path, label_column="coarse_label")
 
 
+def named(*classes: str) -> str:
+    features = {"label": {"_type": "ClassLabel", "names": classes}}
+    return json.dumps({"info": {"features": features}})
+
+
+@pytest.mark.parametrize("shard", ["test-00000-of-00001", "train-00001-of-00002"])
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (("ant", "cow", "bee"), "whose class 1 is cow, not bee as in train-00000-of-00002.parquet"),
+        (("ant", "bee"), "with 2 classes, not 3 as in train-00000-of-00002.parquet"),
+    ],
+)
+def test_files_that_name_their_classes_otherwise_are_refused(
+    hub_folder: Path,
+    pictures: np.ndarray,
+    write_parquet: WriteParquet,
+    shard: str,
+    classes: tuple[str, ...],
+    message: str,
+) -> None:
+    images = [encode(picture) for picture in pictures[:2]]
+    write_parquet(hub_folder / "data" / f"{shard}.parquet", images, [0, 1], metadata=named(*classes))
+    with pytest.raises(
+        SettingError, match=rf"{shard}\.parquet {message}; accepted: files with the same class"
+    ):
+        raw(hub_folder)
+
+
+def test_files_without_class_names_take_those_of_the_others(
+    hub_folder: Path, pictures: np.ndarray, write_parquet: WriteParquet
+) -> None:
+    images = [encode(picture) for picture in pictures[:2]]
+    write_parquet(hub_folder / "data" / "train-00000-of-00002.parquet", images, [0, 1])
+    assert raw(hub_folder).classes == ("ant", "bee", "cow")
+
+
+def test_a_test_label_that_training_lacks_is_refused_where_classes_have_no_names(
+    tmp_path: Path, pictures: np.ndarray, write_parquet: WriteParquet
+) -> None:
+    images = [encode(picture) for picture in pictures]
+    write_parquet(tmp_path / "train.parquet", images, [0, 1] * 6)
+    write_parquet(tmp_path / "test.parquet", images[:3], [0, 1, 5])
+    with pytest.raises(SettingError, match=r"data\.label_column: got label 5 at row 2 of the test data"):
+        raw(tmp_path)
+
+
+def test_split_folders_may_be_capitalised_and_hidden_files_are_passed_over(
+    hub_folder: Path, pictures: np.ndarray
+) -> None:
+    data = hub_folder / "data"
+    for i, file in enumerate(sorted(data.iterdir())):
+        folder = data / file.name.split("-")[0].capitalize()
+        folder.mkdir(exist_ok=True)
+        file.rename(folder / f"{i:04}.parquet")
+    (data / "Train" / "._0001.parquet").write_bytes(b"not Parquet")
+    found = raw(hub_folder)
+    assert found.test is not None
+    assert (len(found.train), len(found.test)) == (9, 3)
+
+
 def test_real_files_have_the_published_labels(shared_data: Path) -> None:
     found = raw(shared_data / "cifar10-jpeg" / "test-00000-of-00001.parquet")
     assert found.train.images.shape == (10_000, 3, 32, 32)

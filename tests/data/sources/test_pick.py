@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -31,3 +32,85 @@ def test_the_user_folder_is_written_as_a_tilde(
     found = read(DataSettings(f"~/{hub_folder.name}", cache="~/own"))
     assert len(found.train) == 9
     assert len(list((tmp_path / "own").iterdir())) == 1
+
+
+def write_images(root: Path, pictures: np.ndarray, names: list[str]) -> None:
+    for picture, name in zip(pictures, names, strict=False):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(encode(picture))
+
+
+def test_a_parquet_file_somewhere_below_does_not_hide_the_images(
+    tmp_path: Path, pictures: np.ndarray, hub_folder: Path
+) -> None:
+    root = tmp_path / "photos"
+    write_images(root, pictures, ["ant/1.png", "bee/2.png"])
+    (root / "ant" / "notes").mkdir()
+    (hub_folder / "data" / "test-00000-of-00001.parquet").rename(root / "ant" / "notes" / "test.parquet")
+    assert read(DataSettings(str(root))).classes == ("ant", "bee")
+
+
+@pytest.mark.parametrize("images", [["ant/1.png", "bee/2.png"], ["train/ant/1.png", "train/bee/2.png"]])
+def test_parquet_files_beside_classes_of_images_are_refused(
+    hub_folder: Path, pictures: np.ndarray, images: list[str]
+) -> None:
+    write_images(hub_folder, pictures, images)
+    with pytest.raises(SettingError, match="hub with Parquet files and with images in ant and bee; accepted"):
+        read(DataSettings(str(hub_folder)))
+
+
+def test_one_folder_of_pictures_beside_parquet_files_is_no_data_set(
+    hub_folder: Path, pictures: np.ndarray
+) -> None:
+    write_images(hub_folder, pictures, ["assets/logo.png"])
+    assert len(read(DataSettings(str(hub_folder))).train) == 9
+
+
+@pytest.mark.parametrize("name", ["picture.png", "labels.npz"])
+def test_a_file_that_is_no_source_is_answered_with_the_kinds_of_source(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"no Parquet")
+    with pytest.raises(
+        SettingError, match="which is not a Parquet file; accepted: digits, hf:owner/name, a Par"
+    ):
+        read(DataSettings(str(tmp_path / name)))
+
+
+def test_a_parquet_file_may_have_any_name(hub_folder: Path) -> None:
+    file = hub_folder / "data" / "train-00000-of-00002.parquet"
+    assert len(read(DataSettings(str(file.rename(hub_folder / "some.data")))).train) == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            DataSettings("~nosuchuser/x"),
+            r"data\.source: got ~nosuchuser/x \(no such user\); accepted: a path",
+        ),
+        (DataSettings(cache="~nosuchuser/x"), r"data\.cache: got ~nosuchuser/x \(no such user\)"),
+        (DataSettings("x" * 300), r"data\.source: got x+ \(File name too long\); accepted"),
+        (DataSettings(os.devnull), "data.source: got /dev/null, which is neither file nor folder; accepted"),
+    ],
+)
+def test_paths_that_lead_nowhere_are_refused_in_one_line(settings: DataSettings, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        read(settings)
+
+
+@pytest.mark.parametrize("name", ["photos", "batches.meta"])
+def test_a_source_that_may_not_be_looked_at_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    stat = Path.stat
+    (tmp_path / "photos").mkdir()
+
+    def refuse(path: Path, **options: bool) -> os.stat_result:
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(
+        SettingError, match=rf"{name} \(Permission denied\); accepted: a path that can be read"
+    ):
+        read(DataSettings(str(tmp_path / "photos")))

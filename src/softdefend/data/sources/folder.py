@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from softdefend.data.base import Split, split
 from softdefend.data.cache import cached, source_key
 from softdefend.data.decode import decode
 from softdefend.data.raw import Raw
+from softdefend.data.sources.walk import files_below, listed
 from softdefend.errors import SettingError
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -20,22 +22,31 @@ def read(root: Path, cache: Path) -> Raw:
     """Images by folder. Classes and files are taken in the order of their names; files may lie deeper.
 
     If ``root`` has a ``train`` folder, the test split is ``test``, else ``validation``, ``valid`` or ``val``,
-    else there is none. Hidden files and files that are not images are passed over.
+    else there is none; upper and lower case are the same. Hidden files and folders, and files that are not
+    images, are passed over. Linked folders are followed.
 
     Raises:
-        SettingError: no images, a test class that training does not have, undecodable images.
+        SettingError: no images, a folder that cannot be read, a folder that may be a split or a class, a test
+            class that training does not have, undecodable images.
     """
-    has_train = (root / "train").is_dir()
-    train_files = _by_class(root / "train" if has_train else root)
+    splits = _splits(root)
+    train_folder = splits.get("train")
+    train_files = _by_class(train_folder or root)
     if not train_files:
+        accepted = "class/name.png or train/class/name.png, or Parquet files"
+        if train_folder is None:
+            raise SettingError("data.source", f"{root} without images", accepted)
         raise SettingError(
             "data.source",
-            f"{root} without images",
-            "class/name.png or train/class/name.png, or Parquet files",
+            f"{root}, whose folder {train_folder.name} was read as the training split, without images in "
+            "folders of classes there",
+            f"{accepted}; a class called train needs another name",
         )
     classes = tuple(train_files)
-    held_out = [name for name in _TEST_FOLDERS if has_train and (root / name).is_dir()]
-    test_files = _by_class(root / held_out[0]) if held_out else {}
+    held_out = next((splits[name] for name in _TEST_FOLDERS if train_folder and name in splits), None)
+    if train_folder and not held_out:
+        _without_classes_beside(train_folder)
+    test_files = _by_class(held_out) if held_out else {}
     unknown = [name for name in test_files if name not in classes]
     if unknown:
         raise SettingError(
@@ -50,14 +61,50 @@ def read(root: Path, cache: Path) -> Raw:
     return cached(cache, source_key(files, reader="folder", root=str(root.absolute())), build)
 
 
+def class_folders(root: Path) -> list[Path]:
+    """The folders of ``root``, or of its ``train`` folder, that hold images.
+
+    Raises:
+        SettingError: naming what cannot be read.
+    """
+    base = _splits(root).get("train", root)
+    return [folder for folder in listed(base)[0] if any(_images(folder, base))]
+
+
+def _splits(root: Path) -> dict[str, Path]:
+    """Name of a split, in lower case, to its folder."""
+    found: dict[str, Path] = {}
+    for folder in listed(root)[0]:
+        name = folder.name.lower()
+        if name in ("train", *_TEST_FOLDERS) and (other := found.setdefault(name, folder)) != folder:
+            raise SettingError(
+                "data.source",
+                f"{root} with {other.name} and {folder.name}, which are the same split",
+                f"one folder called {name}, in upper or lower case",
+            )
+    return found
+
+
+def _without_classes_beside(train: Path) -> None:
+    """Refuses images that would be left out because one class of many is called train."""
+    for folder in listed(train.parent)[0]:
+        if folder != train and any(_images(folder, train.parent)):
+            raise SettingError(
+                "data.source",
+                f"{train.parent} with images in {folder.name} beside {train.name}, which was read as the "
+                "training split",
+                f"a test folder beside it, or {train} alone; a class called train needs another name",
+            )
+
+
+def _images(folder: Path, root: Path) -> Iterator[Path]:
+    return (path for path in files_below(folder, root) if path.suffix.lower() in _SUFFIXES)
+
+
 def _by_class(root: Path) -> dict[str, list[Path]]:
     """Class name to its image files; classes without images are left out."""
-    found = {}
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        files = (path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
-        if images := sorted(path for path in files if path.is_file() and not path.name.startswith(".")):
-            found[folder.name] = images
-    return found
+    found = {folder.name: sorted(_images(folder, root)) for folder in listed(root)[0]}
+    return {name: images for name, images in found.items() if images}
 
 
 def _read_split(by_class: dict[str, list[Path]], classes: tuple[str, ...], root: Path) -> Split:

@@ -20,6 +20,7 @@ from softdefend.data.base import Split, split
 from softdefend.data.cache import cached, source_key
 from softdefend.data.decode import decode
 from softdefend.data.raw import Raw, numbered
+from softdefend.data.sources.walk import files_below, listed
 from softdefend.errors import SettingError
 
 _SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation"} | {
@@ -49,7 +50,8 @@ def read(path: Path, image_column: str | None, label_column: str | None, cache: 
         name: what tables call the data.
 
     Raises:
-        SettingError: files that are not Parquet, columns or labels that cannot be used, undecodable images.
+        SettingError: files that are not Parquet, columns or labels that cannot be used, files whose classes
+            have other names or another order, undecodable images.
     """
     shards = {"train": [path]} if path.is_file() else _shards(path)
     notes: dict[str, object] = {}
@@ -64,22 +66,46 @@ def read(path: Path, image_column: str | None, label_column: str | None, cache: 
     def build() -> Raw:
         schema = _schema(train[0])
         columns = _image_column(schema, image_column, train[0]), _label_column(schema, label_column, train[0])
+        names = _class_names([*train, *(test or ())], columns[1])
         parts = _read_split(train, *columns), None if test is None else _read_split(test, *columns)
-        names = _features(schema).get(columns[1], {}).get("names")
-        classes = tuple(str(n) for n in names) if names else numbered(*parts)
-        return Raw(name, *parts, classes, notes)
+        return Raw(name, *parts, names or numbered(*parts), notes)
 
     return cached(cache, key, build)
+
+
+def holds_files(root: Path) -> bool:
+    """Whether ``root`` has Parquet files where hub layout has them: in it, in its folders, and one deeper in
+    ``data`` and in folders named for a split. No other folder is listed, however many there are.
+
+    Raises:
+        SettingError: naming what cannot be read.
+    """
+    folders, files = listed(root)
+    if any(_is_parquet(path) for path in files):
+        return True
+    for folder in folders:
+        inner, files = listed(folder)
+        deeper = (f for f in inner if folder.name == "data" or f.name.lower() in _SPLITS)
+        if any(_is_parquet(path) for path in files) or any(
+            _is_parquet(path) for f in deeper for path in listed(f)[1]
+        ):
+            return True
+    return False
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix == ".parquet"
 
 
 def _shards(root: Path) -> dict[str, list[Path]]:
     """Split name to files, for the one configuration under ``root``."""
     configs: dict[Path, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
-    for file in sorted(root.rglob("*.parquet")):
+    found = files_below(root) if root.is_dir() else ()
+    for file in sorted(path for path in found if _is_parquet(path)):
         if (word := _SPLIT_WORD.search(file.stem.lower())) is not None:
             configs[file.parent][_SPLITS[word[1]]].append(file)
-        elif file.parent != root and file.parent.name in _SPLITS:
-            configs[file.parent.parent][_SPLITS[file.parent.name]].append(file)
+        elif file.parent != root and (folder := file.parent.name.lower()) in _SPLITS:
+            configs[file.parent.parent][_SPLITS[folder]].append(file)
         else:
             configs[file.parent]["train"].append(file)
     if not configs:
@@ -87,14 +113,14 @@ def _shards(root: Path) -> dict[str, list[Path]]:
     if len(configs) > 1:
         names = ", ".join(sorted(str(folder.relative_to(root)) for folder in configs))
         raise SettingError("data.source", f"{root} with several data sets", f"one of its folders: {names}")
-    (found,) = configs.values()
-    if "train" not in found:
+    (shards,) = configs.values()
+    if "train" not in shards:
         raise SettingError(
             "data.source",
-            f"{root} with only {', '.join(sorted(found))} files",
+            f"{root} with only {', '.join(sorted(shards))} files",
             "a folder with training files",
         )
-    return dict(found)
+    return dict(shards)
 
 
 @contextmanager
@@ -119,6 +145,31 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
         return {name: value for name, value in features.items() if isinstance(value, dict)}
     except (TypeError, KeyError, ValueError, AttributeError):
         return {}
+
+
+def _class_names(files: list[Path], column: str) -> tuple[str, ...] | None:
+    """The names that the files give the classes; None where none of them does."""
+    first: tuple[Path, tuple[str, ...]] | None = None
+    for path in files:
+        names = _features(_schema(path)).get(column, {}).get("names")
+        if not isinstance(names, list) or not names:
+            continue
+        own = tuple(str(name) for name in names)
+        first = first or (path, own)
+        if own != first[1]:
+            raise SettingError(
+                "data.source",
+                f"{path} {_difference(own, first[1], first[0].name)}",
+                f"files with the same class names of {column}, in the same order",
+            )
+    return first and first[1]
+
+
+def _difference(own: tuple[str, ...], other: tuple[str, ...], name: str) -> str:
+    for i, (one, two) in enumerate(zip(own, other, strict=False)):
+        if one != two:
+            return f"whose class {i} is {one}, not {two} as in {name}"
+    return f"with {len(own)} classes, not {len(other)} as in {name}"
 
 
 def _holds_images(kind: pa.DataType) -> bool:

@@ -11,7 +11,7 @@ from softdefend.attacks import APGD, FGSM, PGD, AttackLoss, Square, cross_entrop
 from softdefend.evaluation.masking.finding import Check, Finding
 from softdefend.evaluation.masking.probe import Probe
 from softdefend.evaluation.masking.surface import FOSC, convergence
-from softdefend.threat import Budget, ThreatModel
+from softdefend.threat import LARGEST, Budget, ThreatModel
 
 _ATHALYE = "Athalye et al. 2018, arXiv 1802.00420"
 _CARLINI = "Carlini et al. 2019, arXiv 1902.06705"
@@ -93,8 +93,6 @@ TRANSFER = Check(
 CHECKS = (TEMPERATURE, SINGLE, STEPS, RESTARTS, FOSC, WIDER, HUGE, NOISE, BLACK, TRANSFER)
 
 STEP_COUNT, QUERIES, NOISES = 20, 300, 50
-LARGEST = {"linf": 1.0, "l2": 20.0}
-"""The largest radius that a threat model takes."""
 
 
 def attempts(probe: Probe, surrogate: nn.Module | None = None) -> list[Finding]:

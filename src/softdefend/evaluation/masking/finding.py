@@ -12,6 +12,9 @@ from torch import Tensor
 
 Verdict = Literal["fine", "suspicious", "not measured"]
 
+SIGNIFICANT = 0.01
+"""How probable so large a share may at most be by chance where it is held against a network."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -131,10 +134,13 @@ class Check:
 
     def of_flags(self, flags: Tensor, detail: str = "") -> Finding:
         """The finding that goes with booleans [n], n >= 1: suspicious where so many would come up less
-        than once in a hundred if the true share were the limit (exact binomial test)."""
+        than once in a hundred if the true share were the limit (exact binomial test); not measured where
+        that could not come about with so few."""
         count, n = int(flags.sum()), len(flags)
+        if self.limit**n >= SIGNIFICANT:  # all of them would still be within chance
+            return self.skipped(f"{n} images are too few: even all of them would be within chance.")
         chance = binomtest(count, n, self.limit, alternative="greater").pvalue
-        return self._finding(count / n, chance < 0.01, f"{count} of {n} images. {detail}")
+        return self._finding(count / n, chance < SIGNIFICANT, f"{count} of {n} images. {detail}")
 
     def skipped(self, why: str) -> Finding:
         """Not measured."""

@@ -1,0 +1,76 @@
+"""What a source's folders hold. Nothing vanishes unsaid: a folder that cannot be read is refused."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from softdefend.errors import SettingError
+
+
+def listed(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The folders in a folder, by name, and its files, in no useful order; links count as what they lead to.
+    Hidden ones, and links that lead nowhere, are left out.
+
+    Raises:
+        SettingError: naming what cannot be read.
+    """
+    folders: list[Path] = []
+    files: list[Path] = []
+    here: str | Path = folder
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                here = entry.path
+                if not entry.name.startswith("."):
+                    _sort_in(entry, folders, files)
+    except OSError as error:
+        raise SettingError(
+            "data.source", f"{here} ({error.strerror})", "folders and files that can be read"
+        ) from None
+    return sorted(folders), files
+
+
+def files_below(folder: Path, inside: Path | None = None) -> Iterator[Path]:
+    """Files at any depth of ``folder``, in no useful order; hidden files and folders are passed over.
+
+    Linked folders are followed. Each real folder is read once, by its own name rather than a link's where it
+    has both, and none that holds ``folder`` or is or holds ``inside``: such a link would lead round in a
+    circle, and out of one class into the others.
+
+    Raises:
+        SettingError: naming what cannot be read.
+    """
+    seen = set(_above(folder)) | (set() if inside is None else {_real(inside), *_above(inside)})
+    pending, links = [folder], deque[Path]()
+    while pending or links:
+        here = pending.pop() if pending else links.popleft()
+        if (real := _real(here)) in seen:
+            continue
+        seen.add(real)
+        folders, files = listed(here)
+        yield from files
+        for path in folders:
+            (links if path.is_symlink() else pending).append(path)
+
+
+def _sort_in(entry: os.DirEntry[str], folders: list[Path], files: list[Path]) -> None:
+    try:
+        if entry.is_dir():
+            folders.append(Path(entry.path))
+        elif entry.is_file():
+            files.append(Path(entry.path))
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself leads nowhere
+            raise
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises on some loops, in some versions of Python
+
+
+def _above(path: Path) -> tuple[Path, ...]:
+    return tuple(_real(path).parents)
