@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -634,6 +635,20 @@ def test_the_offered_checkpoint_continues_the_run(run_folder: Path, finished: Pa
 def test_a_name_that_leads_elsewhere(name: str, refused: Refused, tmp_path: Path) -> None:
     """The run's folder has it where no other is given."""
     refused(["train", *SMALL, f"--name={name}"], "name", repr(name), "--folder")
+
+
+def test_a_best_that_is_lost_when_no_epoch_is_left(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "best.safetensors").unlink()
+    capsys.readouterr()
+    assert main(["train", *SMALL, "--folder", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert "no epoch is left to choose it from; evaluate --which last needs none" in said
+    assert "epochs to come" not in said
+    assert main(["evaluate", str(folder), "--which", "last"]) == 0
 
 
 def test_a_missing_checkpoint(run_folder: Path, refused: Refused) -> None:

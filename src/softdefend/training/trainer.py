@@ -468,9 +468,11 @@ class Trainer:
         if resume is not None:
             self.folder.checkpoints.abandon(self.epoch * self.steps_per_epoch + self.done)
         if not self.folder.recall("best", self.best.get("epoch")) and self.best:
+            rest = "it is chosen anew from the epochs to come"
+            if self.epoch >= self.optim.epochs:
+                rest = "no epoch is left to choose it from; evaluate --which last needs none"
             tqdm.write(
-                f"warning: best.safetensors is not of epoch {self.best['epoch']}, the best so far; it is "
-                "chosen anew from the epochs to come",
+                f"warning: best.safetensors is not of epoch {self.best['epoch']}, the best so far; {rest}",
                 file=sys.stderr,
             )
             self.best = {}
