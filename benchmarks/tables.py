@@ -33,8 +33,7 @@ def short_schedule() -> str:
     for run in read("short_schedule")["runs"]:
         best, last, expected = run["best"], run["last"], run["expected_last"]
         lines.append(
-            f"| {run['recipe']} | {best['clean']:.1f} | {last['clean']:.1f} | {best['pgd-20']:.1f} "
-            f"| {last['pgd-20']:.1f} | {best['pgd-20'] - last['pgd-20']:+.1f} "
+            f"| {run['recipe']} | {figures(run)} | {best['pgd-20'] - last['pgd-20']:+.1f} "
             f"| {expected['clean']:.1f} / {expected['pgd-20']:.1f} |"
         )
     return table(head, lines)
@@ -126,8 +125,7 @@ def sixty_epochs() -> str:
         best, last = run["best"], run["last"]
         labels = "given" if run["labels"] == "given" else f"CIFAR-10N, {run['labels']}"
         lines.append(
-            f"| {run['recipe']} | {labels} | {best['clean']:.1f} | {last['clean']:.1f} "
-            f"| {best['pgd-20']:.1f} | {last['pgd-20']:.1f} | {best['pgd-20'] - last['pgd-20']:+.1f} |"
+            f"| {run['recipe']} | {labels} | {figures(run)} | {best['pgd-20'] - last['pgd-20']:+.1f} |"
         )
     return table(head, lines)
 

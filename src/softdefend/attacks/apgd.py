@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from softdefend.attacks.base import Attack, Forward
+from softdefend.attacks.base import Attack, Forward, larger, pick
 from softdefend.attacks.draws import Draws
 from softdefend.attacks.losses import (
     AttackLoss,
@@ -321,8 +321,8 @@ class _Step:
             before=state.here,
             grad=grad,
             value=value,
-            best=_pick(better, moved, state.best),
-            best_grad=_pick(better, grad, state.best_grad),
+            best=pick(better, moved, state.best),
+            best_grad=pick(better, grad, state.best_grad),
             best_value=torch.where(better, value, state.best_value),
             rises=state.rises + (value > state.value),
         )
@@ -335,7 +335,7 @@ class _Step:
         wrong = logits.argmax(dim=1) != given.label
         fresh = wrong & (~state.claimed | (value > state.depth))
         return state._replace(
-            caught=_pick(fresh, state.here, state.caught),
+            caught=pick(fresh, state.here, state.caught),
             claimed=state.claimed | wrong,
             depth=torch.where(fresh, value if self.deepest else math.inf, state.depth),
         )
@@ -396,7 +396,7 @@ class _Search:
                 rows = left[part]
                 given = _Given(image[rows], label[rows], aims[number][rows])
                 found, reached = self.fooled(rows, given, noise[part])
-                kept, reached = _better(found, reached, best[rows], value[rows])
+                kept, reached = larger(found, reached, best[rows], value[rows])
                 best, value = best.index_copy(0, rows, kept), value.index_copy(0, rows, reached)
             journal.save(partial(self._note, best, value, number + 1))
         return best
@@ -414,7 +414,7 @@ class _Search:
             noise = self.draws.fresh(rows, image, normal=self.threat.norm == "l2")
             state = _begin(step, forward, given, noise)
             state = self.advance(step, forward, state, given, 0, self.steps)
-            best, value = _better(state.best, state.best_value, best, value)
+            best, value = larger(state.best, state.best_value, best, value)
         return best
 
     def fooled(self, rows: Tensor, given: _Given, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -431,9 +431,9 @@ class _Search:
             m, claimed, shown = len(rows), state.claimed, state.caught
             if done == self.steps and self.oracle.doubted:
                 # Rounding hides successes too: at the end every best image is looked at.
-                claimed, shown = torch.ones_like(claimed), _pick(claimed, shown, state.best)
+                claimed, shown = torch.ones_like(claimed), pick(claimed, shown, state.best)
             right = self.oracle.confirmed(claimed, shown, given.label, rows).logical_not()
-            found[place] = _pick(right, state.best[:m], shown[:m])
+            found[place] = pick(right, state.best[:m], shown[:m])
             reached[place] = state.best_value[:m].masked_fill(~right, math.inf).to(reached)
             left = right.nonzero().squeeze(1)
             if done == self.steps or len(left) == 0:
@@ -507,9 +507,9 @@ def _review(state: _State, enough: float) -> _State:
     stalled = ~state.halved & (state.checked_value >= state.best_value)
     halve = (state.rises <= enough) | stalled
     return state._replace(
-        here=_pick(halve, state.best, state.here),
-        grad=_pick(halve, state.best_grad, state.grad),
-        step_size=_pick(halve, state.step_size / 2, state.step_size),
+        here=pick(halve, state.best, state.here),
+        grad=pick(halve, state.best_grad, state.grad),
+        step_size=pick(halve, state.step_size / 2, state.step_size),
         rises=torch.zeros_like(state.rises),
         halved=halve,
         checked_value=state.best_value,
@@ -523,17 +523,6 @@ def _likeliest_wrong(clean: Tensor, label: Tensor, most: int) -> Sequence[Tensor
     # The true class first, whatever its logit, so that a tie with it cannot make it a target.
     ranked = clean.scatter(1, label[:, None], math.inf).topk(min(most + 1, k), dim=1).indices
     return ranked.unbind(dim=1)[1:]
-
-
-def _pick(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """Per sample, by a mask [b], of images [b, c, h, w]."""
-    return torch.where(mask.view(-1, 1, 1, 1), yes, no)
-
-
-def _better(found: Tensor, reached: Tensor, best: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Per sample, whichever image has the larger loss [b]; the earlier one on a tie."""
-    wins = reached > value
-    return _pick(wins, found, best), torch.where(wins, reached.to(value), value)
 
 
 def _unit(vector: Tensor) -> Tensor:

@@ -117,3 +117,15 @@ def value_and_gradient(forward: Forward, loss: AttackLoss, image: Tensor) -> tup
         value = loss(forward(image))
         grad = image_gradient(value, image)
     return value.detach(), grad.nan_to_num(0, 0, 0)
+
+
+def pick(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Per sample, by a mask [b], of images [b, c, h, w]."""
+    return torch.where(mask.view(-1, 1, 1, 1), yes, no)
+
+
+def larger(found: Tensor, reached: Tensor, best: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Per sample, whichever image [b, c, h, w] has the larger loss [b], and that loss; ``best``, the earlier
+    one, on a tie."""
+    wins = reached > value
+    return pick(wins, found, best), torch.where(wins, reached.to(value), value)

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from softdefend.attacks.base import Attack, Forward, Randomness, value_and_gradient
+from softdefend.attacks.base import Attack, Forward, Randomness, larger, pick, value_and_gradient
 from softdefend.attacks.draws import Draws
 from softdefend.attacks.losses import AttackLoss, LossName, hard_label, named
 from softdefend.attacks.oracle import Journal, Oracle, View
@@ -307,13 +307,13 @@ def _better(
     """Per sample, whichever of the two has the larger loss [b]; the earlier one on a tie."""
     if best is None or best_value is None:
         return candidate, value
-    wins = value > best_value
-    return torch.where(wins.view(-1, 1, 1, 1), candidate, best), torch.where(wins, value, best_value)
+    return larger(candidate, value, best, best_value)
 
 
 def _worse(one: _Reached, other: _Reached) -> _Reached:
     """Per sample, what is worse for the network: to be wrong before a loss, of whatever size; ``other`` on a
     tie. A larger cross-entropy alone may well belong to a point that the network still gets right."""
     wins = (one.wrong & ~other.wrong) | ((one.wrong == other.wrong) & (one.value > other.value))
-    image = torch.where(wins.view(-1, 1, 1, 1), one.image, other.image)
-    return _Reached(image, one.wrong | other.wrong, torch.where(wins, one.value, other.value))
+    return _Reached(
+        pick(wins, one.image, other.image), one.wrong | other.wrong, torch.where(wins, one.value, other.value)
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from softdefend.attacks.base import Attack, Forward
+from softdefend.attacks.base import Attack, Forward, larger
 from softdefend.attacks.losses import AttackLoss, hard_label, margin
 from softdefend.errors import SettingError
 from softdefend.modes import attacked
@@ -91,9 +91,7 @@ class Transfer(Attack):
                 )
             with torch.no_grad():
                 reached = margin(forward(made), label)
-            wins = reached > worst
-            best = torch.where(wins.view(-1, 1, 1, 1), made, best)
-            worst = torch.where(wins, reached, worst)
+            best, worst = larger(made, reached, best, worst)
         return best
 
 

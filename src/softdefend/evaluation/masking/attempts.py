@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softdefend.attacks import APGD, FGSM, PGD, Attack, AttackLoss, Square, cross_entropy
-from softdefend.attacks.base import Forward, Randomness
+from softdefend.attacks.base import Forward, Randomness, larger
 from softdefend.evaluation.masking.finding import Check, Finding
 from softdefend.evaluation.masking.probe import Probe
 from softdefend.evaluation.masking.surface import FOSC, convergence
@@ -179,14 +179,11 @@ class _Loudest(Attack):
         loss: AttackLoss | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        best, largest = image, torch.full_like(target, -torch.inf, dtype=torch.float32)
+        best, value = image, torch.full_like(target, -torch.inf, dtype=torch.float32)
         for _ in range(self.starts):
             found = self.attack(forward, image, target, threat, loss=loss, generator=generator)
             with torch.no_grad():
-                value = cross_entropy(forward(found), target)
-            larger = value > largest
-            best = torch.where(larger.view(-1, 1, 1, 1), found, best)
-            largest = torch.where(larger, value, largest)
+                best, value = larger(found, cross_entropy(forward(found), target), best, value)
         return best
 
 
