@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from softdefend.threat import ThreatModel
@@ -30,6 +29,8 @@ class Rate:
     @classmethod
     def of(cls, flags: Tensor) -> Rate:
         """From booleans [n], n >= 1."""
+        from scipy.stats import binomtest  # takes a second to import: only where it is used
+
         count, n = int(flags.sum()), len(flags)
         interval = binomtest(count, n).proportion_ci(method="wilson")
         return cls(count, n, count / n, float(interval.low), float(interval.high))

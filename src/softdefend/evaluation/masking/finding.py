@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from textwrap import fill
 from typing import Any, Literal
 
-from scipy.stats import binomtest
 from torch import Tensor
 
 Verdict = Literal["fine", "suspicious", "not measured"]
@@ -139,6 +138,8 @@ class Check:
         count, n = int(flags.sum()), len(flags)
         if self.limit**n >= SIGNIFICANT:  # all of them would still be within chance
             return self.skipped(f"{n} images are too few: even all of them would be within chance.")
+        from scipy.stats import binomtest  # takes a second to import: only where it is used
+
         chance = binomtest(count, n, self.limit, alternative="greater").pvalue
         return self._finding(count / n, chance < SIGNIFICANT, f"{count} of {n} images. {detail}")
 
