@@ -5,9 +5,11 @@
 
 For each K the runs (seeds of one preset) are trained by ``softdefend compare --together K`` in fresh folders.
 One run before them fills the caches of compiled code, so that all K find the same. What a run does besides
-training (loading, validation, evaluation, its report) is part of the time: side by side, one run's idle time
-is another's. Where an MPS server is running the processes share the device's multiprocessors, else they take
-turns; the file says which.
+training (loading, validation, evaluation, its report) is part of the wall time: side by side, one run's idle
+time is another's, but each run is a process that starts by itself, where one at a time they share one. Long
+runs are hardly touched by that: for them the epochs count, and these are compared by themselves too. Where an
+MPS server is running the processes share the device's multiprocessors, else they take turns; the file says
+which.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
+from collect import seconds as seconds_of
 from pool import compare, data_words
 from softdefend.training.engine import resolve_device
 from softdefend.training.folder import environment
@@ -60,18 +64,28 @@ def shared() -> bool:
 
 def measured(folder: Path, together: int, seconds: float, runs: int, epochs: int) -> dict[str, Any]:
     """One row: wall time of a run, and how long its epochs were beside others."""
-    rows = [
-        json.loads(line)["seconds"]
-        for path in sorted(folder.glob("*/timing.jsonl"))
-        for line in path.read_text().splitlines()[1:]
-    ]
+    later = [value for path in sorted(folder.glob("*/timing.jsonl")) for value in seconds_of(path.parent)[1:]]
     return {
         "together": together,
         "wall_seconds": round(seconds, 2),
         "wall_seconds_per_run": round(seconds / runs, 2),
-        "seconds_per_epoch_and_run": round(sum(rows) / max(len(rows), 1), 3),
+        # The median leaves out epochs beside which another run was starting or had ended.
+        "seconds_per_epoch": round(median(later), 3),
         "runs": runs,
         "epochs": epochs,
+    }
+
+
+def compared(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """How many times as fast as the first row: wall time of all runs, and their epochs alone."""
+    first = rows[0]
+    each = first["seconds_per_epoch"] / first["together"]
+    return {
+        str(row["together"]): {
+            "wall": round(first["wall_seconds"] / row["wall_seconds"], 3),
+            "epochs": round(each * row["together"] / row["seconds_per_epoch"], 3),
+        }
+        for row in rows
     }
 
 
@@ -100,9 +114,7 @@ def main() -> int:
         rows.append(measured(folder, together, seconds, args.runs, args.epochs))
         print(json.dumps(rows[-1]), flush=True)
         content = {
-            "times_as_fast_as_the_first": {
-                str(row["together"]): round(rows[0]["wall_seconds"] / row["wall_seconds"], 3) for row in rows
-            },
+            "times_as_fast": compared(rows),
             "data": "digits" if args.quick else args.data_name,
             "preset": args.preset,
             "mps": torch.cuda.is_available() and shared(),
