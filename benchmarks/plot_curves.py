@@ -1,4 +1,4 @@
-"""Draw the learning curves of benchmarks/results/table1.json, short_schedule.json and analysis_runs.json.
+"""Draw the learning curves of table1, beyond, short_schedule and analysis_runs in benchmarks/results.
 
 python benchmarks/plot_curves.py
 """
@@ -14,11 +14,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-COLOURS = {"plain": "#0072B2", "sglr": "#D55E00", "r": "#009E73"}
+COLOURS = {"plain": "#0072B2", "sglr": "#D55E00", "r": "#009E73", "awp": "#CC79A7"}
 
 
 def colour(recipe: str) -> str:
-    """One for SGLR, one for SGLR that keeps a share of the given label, one for everything else."""
+    """One for SGLR, one each for SGLR with a share of the given label and with AWP, one for all else."""
+    if "AWP" in recipe:
+        return COLOURS["awp"]
     if recipe.endswith("-paper"):
         return COLOURS["r"]
     return COLOURS["sglr" if "sglr" in recipe else "plain"]
@@ -32,7 +34,7 @@ def draw(
     Args:
         name: of the file in docs/figures.
         title: of the figure.
-        panels: runs drawn together, each with ``recipe``, ``curve``, ``best`` and ``last``.
+        panels: runs drawn together, each with ``recipe``, ``curve``, ``last`` and, if there is one, ``best``.
         held_out: key of the curve on held-out images, and what they are.
     """
     figure = Figure(figsize=(7.2 if len(panels) == 1 else 10.2, 3.8), layout="constrained")
@@ -46,6 +48,8 @@ def draw(
                 axes.plot(*zip(*points, strict=True), style, color=colour(recipe), lw=1.4)
             aside = 0.01 * len(rows)  # the last one's mark stands beside the line's end
             for which, marker, shift in (("best", "o", 0.0), ("last", "s", aside)):
+                if which not in run:
+                    continue
                 at = run[which]["epoch"] + shift
                 axes.plot(at, run[which]["pgd-20"], marker, color=colour(recipe), ms=5, mec="white", mew=0.5)
             axes.plot([], [], color=colour(recipe), label=recipe)
@@ -74,7 +78,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """All three figures."""
+    """All four figures."""
     paper, short, long = read("table1"), read("short_schedule"), read("analysis_runs")
     held_out, curve = (
         ("val_robust", "1,000 validation images, PGD-10"),
@@ -83,6 +87,11 @@ def main() -> None:
     rows = [row | {"recipe": row["name"]} for row in paper["rows"]]
     panels = [[row for row in rows if ("trades" in row["name"]) == trades] for trades in (False, True)]
     draw("table1", f"ResNet-18, {paper['data']}", panels, curve)
+    full = [
+        {"recipe": f"SGLR + AWP + EMA, {row['settings']}", "curve": row["curve"], "last": row}
+        for row in read("beyond")["full"]
+    ]
+    draw("beyond", f"ResNet-18, {paper['data']}", [[*panels[0], *full]], curve)
     draw("short_schedule", short["data"], [short["runs"]], held_out)
     given = [run for run in long["runs"] if run["run"] in ("pgd-at", "sglr")]
     draw("sixty_epochs", long["data"], [given], curve)

@@ -76,6 +76,19 @@ def beyond() -> str:
     return table(head, lines)
 
 
+def beyond_full() -> str:
+    """Last checkpoints of the full runs beyond the paper, beside those of table 1 on the same protocol."""
+    head = "| recipe, last checkpoint | clean | PGD-20 | AutoAttack | hours |"
+    known = {row["recipe"]: row["last"] | {"hours": row["hours"]} for row in read("table1")["rows"]}
+    rows = {name: known[name] for name in ("PGD-AT", "PGD-AT + SGLR")}
+    rows |= {f"SGLR + AWP + EMA, {row['settings']}": row for row in read("beyond")["full"]}
+    lines = []
+    for name, row in rows.items():
+        figures = " | ".join(f"{row[key]:.1f}" for key in ("clean", "pgd-20", "autoattack"))
+        lines.append(f"| {name} | {figures} | {row['hours']:.2f} |")
+    return table(head, lines)
+
+
 def controls() -> str:
     """PGD-AT on 36 epochs with one thing changed at a time: clean and PGD-20 at best and last."""
     lines = [f"| {row['name']} | {row['data']} | {figures(row)} |" for row in read("controls")["runs"]]
@@ -263,9 +276,9 @@ def demo(name: str = "demo_seeds") -> str:
     return table(head, lines)
 
 
-def train_step() -> str:
+def train_step(name: str = "train_step") -> str:
     """Milliseconds of a training step, against the reference code's and the machine's ceiling."""
-    results = read("train_step")
+    results = read(name)
     head = (
         "| network | recipe | batch | times the reference | ms a step | reference, ms | s an epoch | "
         f"share of {results['ceiling_tflops']:.0f} TFLOP/s |"
@@ -301,17 +314,49 @@ def autoattack() -> str:
 
 
 def label_memory() -> str:
-    """The label memory at ImageNet-1k's size, by storage: megabytes, microseconds, errors."""
+    """The label memory at ImageNet-1k's size, by storage: megabytes, microseconds on CPU and GPU, errors."""
     head = (
-        "| storage | MB | read and write of 256 rows, µs | largest error of an entry "
+        "| storage | MB | read and write of 256 rows, µs | on a GPU, µs | largest error of an entry "
         "| mean distance of a row |"
     )
+    on_gpu = {row["storage"]: row["update_us"] for row in read("label_memory_gpu")["rows"]}
     lines = []
     for row in read("label_memory")["rows"]:
         lines.append(
             f"| {row['storage']} | {row['megabytes']:.0f} | {row['update_us']:.0f} "
-            f"| {row['largest_error']:.4f} | {row['mean_row_distance']:.4f} |"
+            f"| {on_gpu[row['storage']]:.0f} | {row['largest_error']:.4f} | {row['mean_row_distance']:.4f} |"
         )
+    return table(head, lines)
+
+
+def together() -> str:
+    """Runs side by side on one GPU: wall time, epochs, and how many times as fast as one by one."""
+    content, lines = read("together"), []
+    for row in content["rows"]:
+        ratio = content["times_as_fast"][str(row["together"])]
+        lines.append(
+            f"| {row['together']} | {row['seconds_per_epoch']:.2f} | {ratio['epochs']:.2f} "
+            f"| {row['wall_seconds']:.0f} | {ratio['wall']:.2f} |"
+        )
+    head = "| runs at once | s an epoch of each | times the epochs "
+    head += "| four whole runs of 4 epochs, s | times as fast |"
+    return table(head, lines)
+
+
+def paths() -> str:
+    """The captured path against the eager one in bf16: means of the seeds, their difference and its error."""
+    content, lines = read("paths"), []
+    for measure, found in content["differences"].items():
+        each = {
+            path: [run[measure] for run in content["runs"] if run["path"] == path]
+            for path in ("captured", "eager")
+        }
+        cells = (" / ".join(f"{value:.1f}" for value in values) for values in each.values())
+        lines.append(
+            f"| {measure} | {' | '.join(cells)} | {found['captured_minus_eager']:+.1f} "
+            f"| {found['standard_error']:.1f} |"
+        )
+    head = "| accuracy | captured, seeds 0 / 1 / 2 | eager | mean difference | its standard error |"
     return table(head, lines)
 
 
@@ -334,6 +379,7 @@ if __name__ == "__main__":
         controls(),
         recipes(),
         beyond(),
+        beyond_full(),
         first_steps(),
         short_schedule(),
         sixty_epochs(),
@@ -342,4 +388,13 @@ if __name__ == "__main__":
         demo(),
         demo("demo_seeds_clean"),
     )
-    print(*training, train_step(), autoattack(), label_memory(), cpu_epoch(), sep="\n\n")
+    speed = (
+        train_step(),
+        train_step("train_step_128"),
+        paths(),
+        together(),
+        autoattack(),
+        label_memory(),
+        cpu_epoch(),
+    )
+    print(*training, *speed, sep="\n\n")
