@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from softdefend.errors import SettingError
+from softdefend.evaluation.weights import to_bytes
 from softdefend.models import NetSettings, build
 from softdefend.rng import stream
 from softdefend.teachers import Teacher, fingerprint, image_channels, load_teacher
@@ -122,6 +123,10 @@ def test_what_cannot_be_a_teacher_is_refused_in_one_line(run: Path, tmp_path: Pa
     refused(7, "a int", "a path")
     (run / "best.safetensors").write_bytes((run / "last.safetensors").read_bytes()[:900])
     refused(str(run), "best.safetensors", "damaged or foreign")
+    content = bytearray(to_bytes(dict(make().state_dict()), {}))
+    content[-9] ^= 1
+    (run / "best.safetensors").write_bytes(content)
+    refused(str(run), "best.safetensors", "an altered file")
     (run / "best.safetensors").unlink()
     refused(str(run), "best.safetensors", "no such file")
     (run / "config.yaml").write_text("name: mine\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -285,7 +284,7 @@ def evaluate_network(
         "threat": {"norm": threat.norm, "eps": str(threat.eps)},
         OUTSIDE: origin or {},
     }
-    save_weights(net, folder / "last.safetensors", json.dumps({"epoch": None}))
+    save_weights(net, folder / "last.safetensors", {"epoch": None})
     write_atomic(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
     subject = Subject(
         net,

@@ -664,7 +664,7 @@ def test_metrics_that_were_cut(run_folder: Path, refused: Refused) -> None:
     refused(["train", *SMALL, "--folder", str(run_folder)], str(path), "bytes", "the file this run wrote")
 
 
-WEIGHTS = ("truncated", "other network", "missing", "pickle")
+WEIGHTS = ("truncated", "flipped bit", "other network", "missing", "pickle")
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -675,6 +675,11 @@ def test_weights_that_cannot_be_evaluated(
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:-20])
         said = "a damaged or foreign file", "safetensors"
+    elif kind == "flipped bit":
+        content = bytearray(path.read_bytes())
+        content[-9] ^= 1  # of the last tensor: the file is as well-formed as before
+        path.write_bytes(content)
+        said = "an altered file (its checksum does not match)", "an intact one"
     elif kind == "other network":
         tensors = load_file(path)
         save_file({name: tensor[..., :1].clone() for name, tensor in tensors.items() if tensor.ndim}, path)

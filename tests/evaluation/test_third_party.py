@@ -222,13 +222,13 @@ def test_weights_are_written_once_and_tied_ones_too(tmp_path):
     net = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
     net[1].weight = net[0].weight
     path = tmp_path / "w.safetensors"
-    save_weights(net, path, "{}")
+    save_weights(net, path, {})
     os.utime(path, ns=(1, 1))
-    save_weights(net, path, "{}")
+    save_weights(net, path, {})
     assert path.stat().st_mtime_ns == 1
     other = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
     assert load_weights_file(other, path) == []
     assert equal(other, net)
     nn.init.zeros_(net[0].bias)
-    save_weights(net, path, "{}")
+    save_weights(net, path, {})
     assert path.stat().st_mtime_ns > 1

@@ -3,7 +3,8 @@
 from softdefend.evaluation.autoattack import Ensemble, expand
 from softdefend.evaluation.evaluate import Evaluator
 from softdefend.evaluation.records import AttackRecord, Evaluation, Rate, Trial
-from softdefend.evaluation.run import EvaluateSettings, evaluate_checkpoint, load_weights
+from softdefend.evaluation.run import EvaluateSettings, evaluate_checkpoint
+from softdefend.evaluation.weights import load_weights
 
 __all__ = [
     "AttackRecord",

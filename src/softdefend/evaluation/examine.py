@@ -34,11 +34,11 @@ from softdefend.evaluation.run import (
     EvaluateSettings,
     cost_lines,
     evaluate_checkpoint,
-    load_weights,
     telling,
     write_examples,
 )
 from softdefend.evaluation.table import Table, read_table
+from softdefend.evaluation.weights import load_weights
 from softdefend.files import write_atomic
 from softdefend.modes import tf32
 from softdefend.threat import ThreatModel

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from softdefend.evaluation.physical import images_at_once
 from softdefend.evaluation.records import Evaluation, Rate, versions
 from softdefend.evaluation.resume import StateFile, file_digest, fingerprint
 from softdefend.evaluation.searching import Precision, check_precision
+from softdefend.evaluation.weights import load_weights
 from softdefend.files import write_atomic
 from softdefend.threat import LARGEST, Budget, ThreatModel
 
@@ -74,29 +74,6 @@ class EvaluateSettings:
                 raise SettingError(f"evaluate.{name}", value, f"a whole number >= {least}")
         if not 0 <= self.seed < 2**63:
             raise SettingError("evaluate.seed", self.seed, "a whole number from 0 to 2^63 - 1")
-
-
-def load_weights(net: nn.Module, path: Path) -> dict[str, Any]:
-    """Put safetensors weights into ``net`` and return their metadata.
-
-    Raises:
-        SettingError: missing or damaged file, or weights of another network.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata: dict[str, Any] = json.loads((file.metadata() or {}).get("softdefend", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError as error:
-        raise SettingError(str(path), "no such file", "weights written by a training run") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise SettingError(str(path), "a damaged or foreign file", "safetensors weights") from error
-    try:
-        net.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise SettingError(
-            str(path), "weights of another network", f"weights of {type(net).__name__}"
-        ) from error
-    return metadata
 
 
 def evaluate_checkpoint(

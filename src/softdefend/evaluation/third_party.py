@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from softdefend.errors import SettingError
+from softdefend.evaluation.weights import read_safetensors, to_bytes
 from softdefend.files import write_atomic
 from softdefend.models.factory import from_user
 
@@ -89,12 +88,13 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     try:
         content: object
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            content, _ = read_safetensors(path, accepted)
         else:
             with warnings.catch_warnings():  # about formats that are refused below
                 warnings.simplefilter("ignore")
                 content = torch.load(path, map_location="cpu", weights_only=True)
+    except SettingError:
+        raise
     except FileNotFoundError as error:
         raise SettingError(str(path), "no such file", accepted) from error
     except pickle.UnpicklingError as error:
@@ -109,11 +109,11 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def save_weights(net: nn.Module, path: Path, metadata: str) -> None:
+def save_weights(net: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None:
     """Write the weights as safetensors, unless the file holds just these already."""
     # a copy of each: tied weights share memory, which safetensors does not store
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in net.state_dict().items()}
-    content = to_safetensors(tensors, metadata={"softdefend": metadata})
+    tensors = {name: value.detach().cpu().clone() for name, value in net.state_dict().items()}
+    content = to_bytes(tensors, metadata)
     if not path.is_file() or path.read_bytes() != content:
         write_atomic(path, content)
 

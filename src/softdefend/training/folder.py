@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from softdefend.errors import SettingError
 from softdefend.evaluation.records import versions
+from softdefend.evaluation.weights import to_bytes
 from softdefend.files import Writer, move, write_atomic
 from softdefend.training.checkpoint import CheckpointFolder, snapshot
 
@@ -163,9 +163,8 @@ class RunFolder:
     def save_model(
         self, name: str, net: nn.Module, metadata: Mapping[str, Any], *, pending: bool = False
     ) -> None:
-        """Weights as safetensors, with ``metadata`` as JSON under one key: the format keeps no order of keys,
-        and equal runs have equal bytes. A file that already holds them keeps its date: what was evaluated
-        from it stays valid.
+        """Weights as safetensors, with ``metadata``. A file that already holds them keeps its date: what was
+        evaluated from it stays valid.
 
         Args:
             pending: put them beside the file of that name, until :meth:`settle` puts them in its place: not
@@ -174,8 +173,7 @@ class RunFolder:
         tensors, path = snapshot(dict(net.state_dict())), self.path / f"{name}.safetensors"
 
         def write() -> None:
-            contiguous = {key: value.contiguous() for key, value in tensors.items()}
-            content = to_safetensors(contiguous, metadata={"softdefend": json.dumps(metadata)})
+            content = to_bytes(tensors, metadata)
             if not (path.is_file() and path.read_bytes() == content):
                 write_atomic(self._pending(name) if pending else path, content)
 
