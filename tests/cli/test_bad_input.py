@@ -511,6 +511,24 @@ def test_changed_data_do_not_continue_a_run(refused: Refused, tmp_path: Path) ->
     assert contents(folder) == before
 
 
+def test_the_same_data_continue_a_run_however_their_place_is_spelt(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, folder = tmp_path / "data.parquet", tmp_path / "run"
+    write_parquet(data, pictures(40), [0, 1] * 20)
+    small = ["train", *SMALL, "--data.train_size", "20", "--data.validation", "4", "--optim.epochs", "1"]
+    small += ["--folder", str(folder)]
+    assert main([*small, "--data.source", str(data)]) == 0
+    weights = (folder / "last.safetensors").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linked.parquet").symlink_to(data)
+    for spelling in ("data.parquet", "./data.parquet", "linked.parquet"):
+        assert main([*small, "--data.source", spelling]) == 0
+        assert (folder / "last.safetensors").read_bytes() == weights
+    (tmp_path / "copy.parquet").write_bytes(data.read_bytes())
+    refused([*small, "--data.source", "copy.parquet"], "data.source", "copy.parquet", "another --folder")
+
+
 def test_a_folder_in_use(run_folder: Path, refused: Refused) -> None:
     before = contents(run_folder)
     words = ["train", *SMALL, "--folder", str(run_folder)]

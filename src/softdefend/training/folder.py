@@ -28,6 +28,8 @@ from softdefend.training.checkpoint import CheckpointFolder, snapshot
 RESUMABLE = ("folder", "resume", "progress", "save", "evaluate", "data.cache")
 ADDED = {"optim.schedule.warmup": 0.0}
 """Settings that runs of older versions do not name, and what these did."""
+PATHS = ("data.source", "data.noise_file")
+"""Settings that may be spelt otherwise, as long as they lead to the same place."""
 _SHOWN = 4  # changed settings that one message names
 
 
@@ -92,7 +94,9 @@ class RunFolder:
         changed = sorted(
             key
             for key in before.keys() | now.keys()
-            if before.get(key) != now.get(key) and not {key, key.split(".")[0]} & {*RESUMABLE}
+            if before.get(key) != now.get(key)
+            and not {key, key.split(".")[0]} & {*RESUMABLE}
+            and not (key in PATHS and _same_place(before.get(key), now.get(key)))
         )
         if changed:
             shown, rest = changed[:_SHOWN], changed[_SHOWN:]
@@ -200,6 +204,12 @@ class RunFolder:
 
     def _pending(self, name: str) -> Path:
         return self.path / f".{name}.pending.safetensors"
+
+
+def _same_place(*paths: object) -> bool:
+    """Whether all are paths to one file or folder that is there."""
+    places = {os.path.realpath(Path(path).expanduser()) for path in paths if isinstance(path, str)}
+    return all(isinstance(path, str) for path in paths) and len(places) == 1 and os.path.exists(*places)
 
 
 def _whole_lines(path: Path) -> None:
