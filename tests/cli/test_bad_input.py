@@ -288,6 +288,13 @@ YAML = {
     "a list": ("- optim\n- lr", "FILE", "a list", "a YAML mapping"),
     "nothing": ("", "FILE", "NoneType", "a YAML mapping"),
     "bytes": ("\x00\x01", "FILE", "unreadable YAML", "YAML"),
+    "a section twice": (
+        "optim: {lr: 1}\nseed: 1\noptim: {epochs: 3}",
+        "FILE, line 3",
+        "'optim' a second time",
+    ),
+    "a setting twice": ("optim:\n  lr: 0.1\n  lr: 0.2", "FILE, line 3", "'lr' a second time", "once"),
+    "a list as a key": ("[a, b]: 1\n[a, b]: 2", "FILE", "unreadable YAML", "YAML"),
 }
 
 

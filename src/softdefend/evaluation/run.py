@@ -41,7 +41,7 @@ class EvaluateSettings:
     attacks: tuple[str, ...] = ("pgd-20",)
     """Names of attacks: fgsm, pgd-20, pgd-50x10, pgd-20-margin, autoattack."""
     size: int | None = None
-    """Test images used; all when null."""
+    """Test images used, at most; all when null."""
     curve_size: int = 1000
     """Test images for the curve of robust accuracy against eps; 0 leaves it out."""
     examples: int = 8

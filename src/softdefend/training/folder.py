@@ -244,14 +244,28 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class _Once(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                place = f"{self.name}, line {key.start_mark.line + 1}"
+                raise SettingError(place, f"{key.value!r} a second time", "each setting once")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping.
 
     Raises:
-        SettingError: missing, unreadable, or something else.
+        SettingError: missing, unreadable, a setting given twice, or something else.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        with open(path, encoding="utf-8") as file:
+            content = yaml.load(file, _Once)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingError(str(path), f"unreadable YAML ({error})", "a readable YAML file") from error
     if not isinstance(content, dict):

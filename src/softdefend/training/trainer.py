@@ -43,7 +43,7 @@ class ValidateSettings:
     every: int = 1
     """Epochs between validations, >= 1; the last epoch is always validated."""
     size: int | None = None
-    """Validation images used; all when null."""
+    """Validation images used, at most; all when null."""
     test_size: int = 0
     """Test images measured for the learning curve only, never for selection; 0 for none."""
     batch_size: int = 500
