@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import softdefend
 from softdefend.complaints import rules
 from softdefend.config import packaged, resolve
+from softdefend.errors import SettingError
 from softdefend.methods import PUBLISHED, STEPS, Method, catalogue, table, units
 from softdefend.rule import RunInfo
 from softdefend.training.step import Phase
@@ -23,6 +24,17 @@ DOC = Path(__file__).parent.parent / "docs" / "methods.md"
 @pytest.fixture(scope="module")
 def methods() -> list[Method]:
     return catalogue()
+
+
+def test_a_rule_without_defaults_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Demanding(softdefend.Hard):
+        def __init__(self, share: float) -> None:
+            self.share = share
+
+    monkeypatch.setattr(softdefend, "Demanding", Demanding, raising=False)
+    monkeypatch.setattr(softdefend, "__all__", [*softdefend.__all__, "Demanding"])
+    with pytest.raises(SettingError, match=r"^Demanding: got .*'share'.*; accepted: a default for every"):
+        catalogue()
 
 
 class Tolls(nn.Module):

@@ -6,12 +6,14 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from softdefend.complaints import RULES, rules
 from softdefend.config import Experiment, packaged, resolve
+from softdefend.errors import SettingError
 from softdefend.labels import LabelRule
 from softdefend.objectives import Objective
 from softdefend.training.step import mixing_refusal
@@ -108,17 +110,30 @@ def _clean(label: LabelRule, objective: Objective) -> int:
 
 
 def catalogue() -> list[Method]:
-    """Every public rule, in the order of their names, and every shipped preset."""
+    """Every public rule, in the order of their names, and every shipped preset.
+
+    Raises:
+        SettingError: a rule that cannot be made without arguments.
+    """
     import softdefend
 
     found = []
     for kind in ("label", "objective", "weight"):
         for name in rules(kind):
-            made = getattr(softdefend, name)()
+            made = _with_defaults(getattr(softdefend, name))
             refusal = mixing_refusal(made) or ""
             summary = _summary(RULES[kind], made)
             found.append(Method(kind, name, summary, made.source, _own_units(made), refusal))
     return [*found, *map(_preset, packaged("preset"))]
+
+
+def _with_defaults(rule: type) -> Any:
+    try:
+        return rule()
+    except TypeError as error:
+        raise SettingError(
+            rule.__name__, f"no object of it ({error})", "a default for every argument"
+        ) from error
 
 
 def _own_units(rule: LabelRule | Objective | WeightRule) -> float:

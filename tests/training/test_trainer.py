@@ -252,6 +252,22 @@ def test_a_checkpoint_of_another_network_is_refused(make_trainer):
         again.fit()
 
 
+def test_a_rule_that_does_not_take_its_own_state_back_is_named(make_trainer):
+    class Forgetful(Hard):
+        def state_dict(self):
+            return {"seen": torch.zeros(1)}
+
+        def load_state_dict(self, state):
+            self.seen = state["sene"]
+
+    trainer = make_trainer(Forgetful(), PGDAT())
+    trainer.fit()
+    trainer.folder.close()
+    said = r"state Forgetful does not take \(KeyError: 'sene'\).* load_state_dict"
+    with pytest.raises(SettingError, match=said):
+        make_trainer(Forgetful(), PGDAT()).fit()
+
+
 def test_cosine_changes_the_rate_at_every_step(make_trainer):
     optim = OptimSettings(epochs=3, batch_size=16, lr=0.1, schedule=Schedule("cosine"))
     trainer, rates = make_trainer(Hard(), PGDAT(), optim=optim), []

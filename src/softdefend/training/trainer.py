@@ -433,6 +433,19 @@ class Trainer:
                     "the run's checkpoints, or another --folder; softdefend evaluate needs none",
                 )
 
+    def _restore_rule(self, rule: Rule, values: dict[str, Any]) -> None:
+        try:
+            rule.load_state_dict(values)
+        except SettingError:
+            raise
+        except Exception as error:  # a rule of the user's own fails in any way
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            raise CheckpointError(
+                str(self.folder.path),
+                f"a checkpoint whose state {type(rule).__name__} does not take ({reason})",
+                "the settings it was written with, and a load_state_dict that takes what state_dict gave",
+            ) from error
+
     def _restore(self, resume: Path | None) -> None:
         state = self.folder.checkpoints.load(resume, self.engine.device)
         if state is None:
@@ -452,16 +465,15 @@ class Trainer:
                 for parameter, momentum in zip(params, state["momentum"], strict=bool(self.optim.momentum)):
                     self.optimiser.state[parameter]["momentum_buffer"].copy_(momentum)
                 self.step.meters.copy_(state["meters"])
-            for name, rule in zip(("label", "objective", "weight"), self.rules, strict=True):
-                rule.load_state_dict(state[name])
-        except SettingError:
-            raise
+            kept = [state[name] for name in ("label", "objective", "weight")]
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 str(self.folder.path),
                 "a checkpoint of another network or recipe",
                 "the settings it was written with",
             ) from error
+        for rule, values in zip(self.rules, kept, strict=True):
+            self._restore_rule(rule, values)
         self.epoch, self.done, self.metrics_bytes = state["epoch"], state["done"], state["metrics_bytes"]
         self.best, self.first_loss = json.loads(state["best"]), state.get("first_loss")
         self.folder.truncate("metrics.jsonl", self.metrics_bytes)
