@@ -61,13 +61,15 @@ def train(
 ) -> RunRecord:
     """Train ``net`` in place, robustly; continue where ``folder`` holds an unfinished run.
 
-    Afterwards ``net`` holds the last weights, and ``folder`` the best and last ones as safetensors.
+    Afterwards ``net`` is in train mode and holds the weights that were trained. The best and the last ones
+    that predict (with EMA or SWA: the average) are in ``folder`` as safetensors; see
+    :func:`softdefend.evaluation.load_weights`.
 
     Args:
         net: images [b, c, h, w] float32 in [0, 1] to logits [b, k]; normalisation belongs inside
             (see :func:`softdefend.normalised`).
         data: a bundle, or images [n, c, h, w] (uint8, or float in [0, 1]) and integer labels [n], of which a
-            tenth is held out for validation.
+            fifth is set aside as test set and a tenth of the rest (at most 1000) held out for validation.
         folder: the run folder.
         threat: l-inf at 8/255 when None.
         label, objective, weight: the recipe; plain PGD adversarial training when None.
@@ -76,7 +78,8 @@ def train(
 
     Raises:
         SettingError: something that does not fit; the line says what.
-        DivergenceError: the loss or a weight is no longer finite.
+        DivergenceError: the loss or a weight is no longer finite, the loss is far above that of guessing and
+            of the first step, or ``validate.alarm`` is ``stop`` and rings.
     """
     _check_kinds(
         {

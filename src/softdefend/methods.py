@@ -235,8 +235,8 @@ def _grid(markdown: bool) -> str:
     title = "Combinations: published with these weight rules, or possible"
     note = (
         "Every combination of a label rule, an objective and a weight rule trains. With augment.cutmix those "
-        "that hold a refused rule are refused: what is believed of a single image cannot be learned from a "
-        "part of it, and two views of one image would be mixtures of different labels."
+        "that hold a refused rule are refused: what these do for an image and its one label has no meaning "
+        "for a mixture of two, and two views of one image would be mixtures of different labels."
     )
     body = _lines(["", *objectives], rows, markdown)
     return f"{'## ' if markdown else ''}{title}\n" + ("\n" if markdown else "") + f"{body}\n\n{note}"

@@ -406,9 +406,12 @@ def compare(
         The table as text, and the path of the report.
 
     Raises:
-        SettingError: two presets of one file name.
+        SettingError: two presets of one file name; a seed or a preset among ``arguments``.
     """
     words = {}
+    for word in arguments:
+        if (flag := word.partition("=")[0]) in ("--seed", "--preset"):
+            raise SettingError(flag, f"one beside {flag}s", f"{flag}s alone")
     stems = [Path(preset).stem for preset in dict.fromkeys(presets)]
     if len(set(stems)) < len(stems):
         accepted = "presets of different file names, which name the run folders"

@@ -1,6 +1,6 @@
 """Counter-based randomness: a generator is a function of where we are, so there is no state to lose.
 
-Every draw in the package comes from a generator keyed by (seed, name, epoch, step, rank). A resumed run
+Every draw in the package comes from a generator keyed by (seed, name, epoch, step). A resumed run
 asks for the same key and gets the same numbers; nothing has to be saved.
 """
 
@@ -11,16 +11,17 @@ import hashlib
 import torch
 
 
-def key(seed: int, name: str, epoch: int = 0, step: int = 0, rank: int = 0) -> int:
+def key(seed: int, name: str, epoch: int = 0, step: int = 0) -> int:
     """A 63-bit generator seed from a position in the run, equal on every machine and Python version.
 
     Args:
         seed: the run's seed.
         name: what the numbers are for (``"order"``, ``"augment"``, ``"attack"``, ...); different names
             give unrelated streams.
-        epoch, step, rank: zero-based position.
+        epoch, step: zero-based position.
     """
-    text = f"{seed}/{name}/{epoch}/{step}/{rank}".encode()
+    # The last field is the number of a process, of which there is one: finished runs drew so.
+    text = f"{seed}/{name}/{epoch}/{step}/0".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
@@ -29,7 +30,6 @@ def stream(
     name: str,
     epoch: int = 0,
     step: int = 0,
-    rank: int = 0,
     *,
     device: torch.device | str = "cpu",
 ) -> torch.Generator:
@@ -37,4 +37,4 @@ def stream(
 
     The numbers depend on the kind of device: torch's CPU and CUDA generators are different functions.
     """
-    return torch.Generator(device=device).manual_seed(key(seed, name, epoch, step, rank))
+    return torch.Generator(device=device).manual_seed(key(seed, name, epoch, step))

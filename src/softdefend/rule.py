@@ -49,7 +49,7 @@ class Rule:
 
     mixes: ClassVar[bool] = True
     """Whether the rule makes sense where augmentation mixes the images of a batch (CutMix): not if it keeps
-    beliefs about single images."""
+    beliefs about single images, or treats an image by its one label."""
 
     def setup(self, run: RunInfo) -> None:
         """Called once before training, and before :meth:`load_state_dict` on a resume."""

@@ -65,7 +65,9 @@ class ThreatModel:
 
     Args:
         norm: ``linf`` (largest change of a pixel) or ``l2`` (Euclidean length of the change).
-        eps: radius in pixel units of [0, 1]: ``8/255``, not ``8``.
+        eps: radius in pixel units of [0, 1]: ``8/255``, not ``8``. Training and evaluation ask for less than
+            half the image's range (0.5 for l-inf, half the diagonal for l2), where all images can be made
+            the same grey one, and for a tenth of a grey level at least.
 
     Raises:
         SettingError: unknown norm; ``eps`` not in (0, 1] for l-inf or (0, 20] for l2.

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from softdefend import FGSMRS, NFGSM, PGD, PGDAT, TRADES, DataSettings, Hard, OptimSettings, load
@@ -80,7 +81,7 @@ def train_digits(digits, tmp_path):
     """A function that trains a small perceptron on 800 digits at an eps where one step is easily learnt."""
     made = []
 
-    def make(objective, *, start="none", alarm="warn", folder="run", watch=None) -> Trainer:
+    def make(objective, *, start="none", alarm="warn", folder="run", watch=None, every=1) -> Trainer:
         layers: list[nn.Module] = [nn.Flatten()]
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -96,7 +97,7 @@ def train_digits(digits, tmp_path):
                 epochs=12, batch_size=80, lr=0.2, weight_decay=0, schedule=Schedule(milestones=(0.9,))
             ),
             augment=AugmentSettings("none"),
-            validate=ValidateSettings(attack=PGD(steps=10), alarm=alarm),
+            validate=ValidateSettings(attack=PGD(steps=10), alarm=alarm, every=every),
             runtime=RuntimeSettings(device="cpu", threads=1),
             save=SaveSettings(),
             progress=False,
@@ -151,14 +152,24 @@ def test_stop_ends_like_a_divergence_at_the_same_epoch_also_when_started_again(t
         messages.append(str(error.value))
         rows = rows_of(trainer)
         assert [row["catastrophic_overfitting"] for row in rows] == [False] * (len(rows) - 1) + [True]
-        best = max(rows, key=lambda row: row["val_robust"])
+        best = max(rows[:-1], key=lambda row: row["val_robust"])
         assert f"epoch {best['epoch']}, {100 * best['val_robust']:.1f}%" in messages[-1]
-        assert (trainer.folder.path / "best.safetensors").is_file()
+        with safe_open(trainer.folder.path / "best.safetensors", "pt") as file:
+            assert json.loads(file.metadata()["softdefend"])["epoch"] == best["epoch"]
         assert not (trainer.folder.path / "last.safetensors").exists()
         kept = trainer.folder.checkpoints.load()
         assert kept is not None
         assert kept["epoch"] == len(rows) - 1  # the collapsed epoch is not in a checkpoint
     assert messages[0] == messages[1]
+
+
+def test_a_collapse_that_no_checkpoint_knows_of_is_not_called_the_best(train_digits):
+    trainer = train_digits(FGSMRS(alpha=1.0), alarm="stop", every=12)
+    with pytest.raises(DivergenceError, match="no epoch before it was validated"):
+        trainer.fit()
+    assert rows_of(trainer)[-1]["catastrophic_overfitting"]
+    assert not list(trainer.folder.path.glob("*.safetensors"))
+    assert not list(trainer.folder.path.glob(".*.safetensors"))
 
 
 def test_the_figure_is_that_of_an_evaluation_and_readers_of_metrics_know_the_row(make_trainer, bundle):

@@ -53,7 +53,7 @@ def preflight(
     """
     _check_images(images)
     _check_labels(labels, images)
-    _check_eps(threat, images)
+    check_eps(threat, images[0].numel())
     _check_device(net, images)
     _check_mode(net)
     shown = images[:LOOK].clone()
@@ -106,9 +106,17 @@ def _check_labels(labels: Tensor, images: Tensor) -> None:
         raise SettingError("labels", f"label {int(labels.amin())}", "class numbers from 0")
 
 
-def _check_eps(threat: ThreatModel, images: Tensor) -> None:
-    """Between a tenth of a grey level and where every image can be made the same grey one."""
-    side = 1.0 if threat.norm == "linf" else images[0].numel() ** 0.5
+def check_eps(threat: ThreatModel, values: int) -> None:
+    """Between a tenth of a grey level and where every image can be made the same grey one.
+
+    Args:
+        threat: the perturbations.
+        values: of an image, c h w.
+
+    Raises:
+        SettingError: outside.
+    """
+    side = 1.0 if threat.norm == "linf" else values**0.5
     example = "8/255" if threat.norm == "linf" else "128/255"
     if not SMALLEST_EPS <= threat.eps < side / 2:
         accepted = f"a value in [0.1/255, {side / 2:.4g}) in pixel units of [0, 1], such as {example}"

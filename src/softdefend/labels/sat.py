@@ -35,7 +35,7 @@ class SAT(RefinedRule):
         start: fraction of the run after which refinement begins, in [0, 1]: the first refined epoch, counted
             from one, is the ceiling of ``start * epochs`` (the code's 70 of 100).
         weighted: weigh the samples' label loss by certainty, as the authors do; other terms of an objective,
-            such as TRADES' divergence, never are.
+            such as TRADES' divergence, are not (but SCE's reverse one, which is a label loss too).
         clean_bn: batch normalisation of the clean forward where the objective makes none of its own (PGD-AT).
         storage: of the memory: ``float32``, ``float16``, or ``top-M``, which keeps the M largest entries of a
             row; see :mod:`softdefend.labels.memory` for bytes and errors.

@@ -48,7 +48,7 @@ class SGLR(RefinedRule):
         alpha: weight of the old memory row, in [0, 1].
         clean_weight: lambda, weight of the clean prediction against the adversarial one, in [0, 1].
         r: share of the memory in the target, in [0, 1]: 1 is the code, below 1 the paper's interpolation
-            with the hard label, 0 the hard rule.
+            with the hard label, 0 the hard label alone.
         temperature: of the predictions that enter the memory, > 0.
         start: fraction of the run after which refinement begins, in [0, 1]: the first refined epoch,
             counted from one, is the ceiling of ``start * epochs`` (the code's 90 of 200; 17 of 36); at 1

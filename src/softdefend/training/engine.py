@@ -32,7 +32,7 @@ class RuntimeSettings:
     """auto (a GPU where there is one), cpu, cuda, or cuda:N."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "fp32"
     """Inside the network during training; auto is bf16 on a GPU and fp32 on a CPU. Images, perturbations and
-    evaluations are always fp32."""
+    an evaluation's verdicts are always fp32."""
     channels_last: bool | None = False
     """Memory order of images and convolutions that GPUs prefer; null: on a GPU only."""
     compile: bool | None = False
@@ -41,7 +41,8 @@ class RuntimeSettings:
     """Capture the whole training step as a CUDA graph, once per phase; null: on a GPU."""
     fused: bool | None = None
     """Run the training attack in kernels that fuse all between two convolutions (bf16, evaluation-mode batch
-    normalisation, ResNet-18, Hopper GPUs); null: wherever they can. Same function, other rounding."""
+    normalisation, the built-in residual networks, Hopper GPUs); null: wherever they can. Same function, other
+    rounding."""
     deterministic: bool = False
     """Refuse GPU kernels whose results vary from run to run. The CPU path is always deterministic."""
     threads: int | None = None

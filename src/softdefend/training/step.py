@@ -137,7 +137,7 @@ def make_optimiser(net: nn.Module, settings: OptimSettings, device: torch.device
 def mixing_refusal(rule: Rule) -> str | None:
     """Why a rule cannot be trained on images that CutMix has mixed; None where it can."""
     if not rule.mixes:
-        return "what is believed of a single image cannot be learned from a part of it"
+        return "what it does for an image and its one label has no meaning for a mixture of two"
     if getattr(rule, "views", 1) > 1:
         return "views of one image would be mixtures of different labels"
     return None

@@ -22,6 +22,7 @@ from softdefend.data import Augmented, AugmentSettings, DataBundle, Resident
 from softdefend.errors import DivergenceError, SettingError
 from softdefend.evaluation.autoattack import Ensemble
 from softdefend.evaluation.evaluate import Evaluator
+from softdefend.evaluation.preflight import check_eps
 from softdefend.evaluation.resume import fingerprint
 from softdefend.evaluation.searching import Precision, check_precision
 from softdefend.rule import Rule, RunInfo
@@ -143,6 +144,7 @@ class Trainer:
         self.bundle, self.recipe, self.weight = bundle, recipe, weight or Plain()
         self.seed, self.progress = seed, progress
         self.k = len(bundle.classes)
+        check_eps(recipe.threat, bundle.train.images[0].numel())
         device, channels_last = self.engine.device, bool(self.engine.settings.channels_last)
         self.net = net.to(device)
         if channels_last:
@@ -195,8 +197,9 @@ class Trainer:
 
         Raises:
             CheckpointError: the checkpoint is damaged or belongs to another run.
-            DivergenceError: the loss or a weight is no longer finite, or catastrophic overfitting where
-                ``validate.alarm`` is ``stop``; the last good checkpoint is kept.
+            DivergenceError: the loss or a weight is no longer finite, the loss far above that of guessing and
+                of the first step, or catastrophic overfitting where ``validate.alarm`` is ``stop``; the last
+                good checkpoint is kept.
         """
         self._restore(resume)
         try:
@@ -307,10 +310,11 @@ class Trainer:
     def _alarm(self, row: dict[str, Any]) -> None:
         what = describe(row["epoch"], row["val_fgsm"], row["val_robust"], self.validate.attack.name)
         if self.validate.alarm == "stop":
-            raise DivergenceError(
-                f"{what}; the best checkpoint is of epoch {self.best['epoch']}, "
-                f"{100 * self.best['val_robust']:.1f}%"
-            )
+            kept = "no epoch before it was validated"
+            if self.best:
+                share = 100 * self.best["val_robust"]
+                kept = f"the best checkpoint is of epoch {self.best['epoch']}, {share:.1f}%"
+            raise DivergenceError(f"{what}; {kept}")
         self._warn("catastrophic overfitting", what)
 
     def _warn(self, name: str, what: str) -> None:
@@ -342,7 +346,9 @@ class Trainer:
             row["hints"] = list(found)
         for name, what in found.items():
             self._warn(name, what)
-        if row["val_robust"] is not None and row["val_robust"] > self.best.get("val_robust", -1.0):
+        stops = self.validate.alarm == "stop" and row.get("catastrophic_overfitting")
+        robust = None if stops else row["val_robust"]  # no checkpoint will know of this epoch
+        if robust is not None and robust > self.best.get("val_robust", -1.0):
             self.best = {"epoch": self.epoch, "val_robust": row["val_robust"]}
             self._release("best", self.best, pending=True)
         self.metrics_bytes = self.folder.append("metrics.jsonl", row)
