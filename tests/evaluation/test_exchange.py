@@ -156,6 +156,16 @@ def test_what_beats_the_ensemble_is_external():
     assert sort_key(content) == content["autoattack_acc"]
 
 
+def test_images_made_elsewhere_that_do_more_are_external():
+    table = make_table()
+    result = make_result(table)
+    worst = result["worst"]["count"]
+    content = robustbench(result, table, full=N, transferred=worst - 1)
+    assert content["external"] == round(100 * (worst - 1) / N, 2)
+    same = robustbench(result, table, full=N)
+    assert robustbench(result, table, full=N, transferred=N) == same
+
+
 def test_what_people_wrote_into_the_file_is_kept(tmp_path):
     path = tmp_path / "mine.json"
     assert read_known(path) == {}

@@ -244,3 +244,36 @@ def test_difference_is_the_relative_distance_of_rows():
     torch.testing.assert_close(
         difference(one, other), torch.tensor([0.0, 5**0.5 / 2, 0.0], dtype=torch.float64)
     )
+
+
+@pytest.mark.parametrize("hidden", ["by a constant", "by a class that is never meant"])
+def test_nothing_in_the_logits_hides_a_difference_that_softmax_sees(hidden):
+    """Beside 1e6 the distance of both is a millionth of their length."""
+    one = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0]])
+    other = torch.tensor([[3.0, 2.0, 0.0], [0.0, 2.0, 1.0]])
+    bare = difference(one, other)
+    assert bare[0] > 0.2
+    if hidden == "by a constant":
+        found = difference(one + 1e6, other + 1e6)
+    else:
+        found = difference(*(torch.cat([rows, torch.full((2, 1), -1e6)], 1) for rows in (one, other)))
+    assert found[0] > 0.03
+    assert found[1] == bare[1] == 0
+
+
+class Company(Net):
+    """Batch normalisation without running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3, track_running_stats=False).eval()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layers(self.norm(image))
+
+
+def test_a_network_that_looks_at_the_batch_is_refused_unless_announced():
+    darker = IMAGES * torch.linspace(0.1, 1, len(IMAGES)).view(-1, 1, 1, 1)
+    assert "in another batch" in refused(Company(), darker)
+    preflight(Company(), darker, LABELS, THREAT, assumes_determinism=False)
+    preflight(Net(), darker, LABELS, THREAT)

@@ -6,6 +6,7 @@ a392200, ``set_version``, norms l-inf and l2). Each member sees only the images 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -59,7 +60,8 @@ class Ensemble:
 
 def averages_draws(names: Sequence[str]) -> bool:
     """Whether an attack of these names averages over what a network draws: it may then be a random one."""
-    return any(name == "autoattack-rand" or "-eot" in name for name in names)
+    draws = (re.search(r"-eot(\d+)", name) for name in names)
+    return "autoattack-rand" in names or any(found and int(found[1]) > 1 for found in draws)
 
 
 def expand(name: str, k: int) -> list[Attack]:

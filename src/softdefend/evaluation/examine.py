@@ -18,6 +18,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from softdefend import rng
 from softdefend.attacks import PGD, Transfer
 from softdefend.data import Batch, DataBundle, Resident
 from softdefend.data.cache import checksum
@@ -109,26 +110,36 @@ class Subject:
 def behaviour(net: nn.Module, images: Tensor, labels: Tensor) -> str:
     """What a network does: its code may have changed where weights and printed structure have not.
 
-    Classes of some images, the size of the logits, and that of their gradient; as coarse as the rounding of
-    another machine demands.
+    Classes of some images; logits and their gradient there and a little way off, by their size and by a few
+    random projections, which know of signs and directions. As coarse as the rounding of another machine
+    demands.
 
     Args:
         net: images [b, c, h, w] to logits [b, k], in eval mode, on their device.
         images, labels: a few.
     """
-    with own_random_numbers(images.device), tf32(False):
-        with torch.enable_grad():
-            point = images.clone().requires_grad_(True)
-            logits = net(point).float()
-            slope = "none"
-            if logits.requires_grad:
-                loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-                with contextlib.suppress(RuntimeError):  # of the network's own backward
-                    (grad,) = torch.autograd.grad(loss, point, allow_unused=True)
-                    slope = "none" if grad is None else f"{float(grad.double().norm()):.2g}"
-        size = f"{float(logits.detach().double().std()):.3g}"
-    classes = hashlib.sha256(bytes(logits.argmax(1).to(torch.uint8).cpu().tolist())).hexdigest()
+    aside = 0.05 * torch.randn(images.shape, generator=rng.stream(0, "behaviour/aside")).to(images)
+    with own_random_numbers(images.device), tf32(False), torch.enable_grad():
+        point = torch.cat([images, (images + aside).clamp(0, 1)]).requires_grad_(True)
+        logits = net(point).float()
+        slope = "none"
+        if logits.requires_grad:
+            loss = torch.nn.functional.cross_entropy(logits, labels.repeat(2), reduction="sum")
+            with contextlib.suppress(RuntimeError):  # of the network's own backward
+                (grad,) = torch.autograd.grad(loss, point, allow_unused=True)
+                slope = "none" if grad is None else _sketch(grad)
+    classes = hashlib.sha256(str(logits.argmax(1).tolist()).encode()).hexdigest()
+    size = _sketch(logits.detach() - logits.detach().mean())
     return f"logits {size}, gradient {slope}, classes {classes[:16]}"
+
+
+def _sketch(values: Tensor) -> str:
+    """The length of a tensor, and its share along four random directions, each about one in size."""
+    flat = values.detach().double().cpu().flatten()
+    length = float(flat.norm())
+    draws = torch.randn(4, len(flat), generator=rng.stream(0, "behaviour/sketch"), dtype=torch.float64)
+    shares = (draws @ flat / max(length, 1e-300)).tolist()
+    return f"{length:.2g} along " + " ".join(f"{share:.1f}" for share in shares)
 
 
 def _alike(kept: object, now: object) -> bool:
@@ -226,12 +237,14 @@ class _Examination:
             found = self._kept("-audit.json", {"images": extras.audit, "surrogate": surrogate}, self._audit)
             suspicious = found["verdict"] == "suspicious"
         result = self._attacked()
+        transferred = None
         if extras.surrogates:
-            self._kept("-transfer.json", {"surrogates": self.surrogates}, self._transfer)
+            transferred = self._kept("-transfer.json", {"surrogates": self.surrogates}, self._transfer)
+            self._compare(result, transferred)
         if extras.corruptions:
             self._kept("-corruptions.json", {"corruptions": list(CORRUPTIONS)}, self._corruptions)
         if extras.robustbench:
-            self._robustbench(result, extras.robustbench, suspicious)
+            self._robustbench(result, extras.robustbench, suspicious, transferred)
         if extras.log:
             lines = log_lines(result, self._table())
             write_atomic(extras.log, ("\n".join(lines) + "\n").encode())
@@ -495,13 +508,29 @@ class _Examination:
             progress=self.subject.progress,
         )
 
-    def _robustbench(self, result: dict[str, Any], path: Path, suspicious: bool | None) -> None:
+    def _compare(self, result: dict[str, Any], transferred: dict[str, Any]) -> None:
+        """Say it where images made elsewhere do more than attacks on the network itself."""
+        own, other = result["worst"], transferred["worst"]
+        if other["count"] < own["count"]:
+            self.say(
+                f"images made against other networks leave {100 * other['rate']:.1f}% robust, all attacks on "
+                f"this one {100 * own['rate']:.1f}%: its gradients mislead, or the attacks were too weak"
+            )
+
+    def _robustbench(
+        self,
+        result: dict[str, Any],
+        path: Path,
+        suspicious: bool | None,
+        transferred: dict[str, Any] | None,
+    ) -> None:
         content = robustbench(
             result,
             self._table(),
             full=len(self.subject.bundle.test),
             architecture=self.subject.architecture,
             unreliable=suspicious,
+            transferred=None if transferred is None else transferred["worst"]["count"],
             known=read_known(path),
         )
         write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())

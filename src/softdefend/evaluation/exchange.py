@@ -70,6 +70,7 @@ def robustbench(
     full: int,
     architecture: str | None = None,
     unreliable: bool | None = None,
+    transferred: int | None = None,
     known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """An evaluation as RobustBench's ``model_info``, accuracies in per cent with two digits, as numbers.
@@ -83,11 +84,13 @@ def robustbench(
         full: images of the test set.
         architecture: of the network.
         unreliable: whether an audit found masked gradients; None without one.
+        transferred: images that stay robust under those made against other networks; None without any.
         known: what was written before: facts that no evaluation knows (authors, venue, ...) are kept.
             ``external`` and ``unreliable`` are kept while the figures and eps they were written for stand.
 
     Returns:
-        The fields. Where attacks beyond the ensemble lowered the worst case further, that is ``external``.
+        The fields. Where attacks beyond the ensemble lowered the worst case further, or images made against
+        other networks did more, that is ``external``.
 
     Raises:
         SettingError: the standard ensemble was not run on the full test set.
@@ -106,8 +109,9 @@ def robustbench(
     if known and not all(_equal(known.get(field), content[field]) for field in judged):
         for verdict in ("external", "unreliable"):
             content.pop(verdict, None)
-    if result["worst"]["count"] < robust:
-        content["external"] = round(100 * result["worst"]["rate"], 2)
+    least = min(result["worst"]["count"], robust if transferred is None else transferred)
+    if least < robust:
+        content["external"] = round(100 * least / n, 2)
     if unreliable is not None:
         content["unreliable"] = unreliable
     return content

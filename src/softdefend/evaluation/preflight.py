@@ -18,6 +18,8 @@ LOOK = 256
 SAME = 1e-4
 """Largest relative difference of two outputs that still count as equal: the tolerance of AutoAttack's check,
 and far above what the order of sums does to float32."""
+COMPANY = 0.05
+"""Largest relative difference that another batch may make: bfloat16 in other kernels makes a hundredth."""
 NEARLY_ONE = 0.9
 """What some output of a trained network with a sigmoid at its end reaches; the logits of an untrained one,
 which may by chance be positive throughout, do not."""
@@ -37,8 +39,9 @@ def preflight(
     """Refuse what no evaluation can use: wrong units, modes, shapes, probabilities for logits, a moving net.
 
     Whether the gradient can be trusted is asked by :func:`softdefend.evaluation.masking.audit` alone.
-    Cost: one forward of the first 256 images, three where determinism is assumed. The network, its statistics
-    and torch's random state are left as they were, and nothing is remembered from one call to the next.
+    Cost: one forward of the first 256 images, three and a bit where determinism is assumed. The network, its
+    statistics and torch's random state are left as they were, and nothing is remembered from one call to the
+    next.
 
     Args:
         net: images [b, c, h, w] in [0, 1] to logits [b, k], in eval mode, on the device of ``images``.
@@ -46,7 +49,8 @@ def preflight(
         labels: [n] int64 in [0, k).
         threat: the perturbations allowed.
         classes: k where it is known; the network decides when None.
-        assumes_determinism: refuse a network whose logits differ between two forwards of the same images.
+        assumes_determinism: refuse a network whose logits differ between two forwards of the same images, or
+            with the other images of their batch.
 
     Raises:
         SettingError: naming what does not fit (``images``, ``labels``, ``threat.eps``, ``net``, ``classes``).
@@ -65,6 +69,7 @@ def preflight(
         _check_logits(logits, labels, classes)
         if assumes_determinism:
             _check_repeats(net, shown, logits)
+            _check_company(net, shown, logits)
 
 
 def _check_images(images: Tensor) -> None:
@@ -165,7 +170,8 @@ def _check_logits(logits: Tensor, labels: Tensor, classes: int | None) -> None:
     if bool(((logits >= 0) & (logits <= 1)).all() and ((logits.sum(1) - 1).abs() < 1e-2).all()):
         raise SettingError("net", "a network that returns probabilities", accepted)
     if bool((logits >= 0).all() and (logits <= 1).all()) and float(logits.amax()) >= NEARLY_ONE:
-        accepted = "logits: leave out the network's last sigmoid, under which the attacks' gradients fade"
+        accepted = "logits: leave out the network's last sigmoid, under which the attacks' gradients fade; "
+        accepted += "cosines need a factor, such as the 10 they were trained with"
         raise SettingError("net", "a network whose outputs all lie in [0, 1]", accepted)
     if bool((logits <= 0).all() and (logits.logsumexp(1).abs() < 1e-2).all()):
         raise SettingError("net", "a network that returns log-probabilities", accepted)
@@ -182,10 +188,49 @@ def _check_repeats(net: nn.Module, images: Tensor, logits: Tensor) -> None:
         raise SettingError("net", given, accepted)
 
 
+def _check_company(net: nn.Module, images: Tensor, logits: Tensor) -> None:
+    few = min(8, (len(images) + 1) // 2)
+    apart = float(difference(logits[:few], net(images[:few]).float()).max())
+    if not apart <= COMPANY:
+        given = f"a network whose logits differ by {apart:.2g} of their size in another batch"
+        accepted = (
+            "one that sees each image by itself: batch normalisation by running statistics, for example"
+        )
+        raise SettingError("net", given, accepted)
+
+
+def leads(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """How far each class lies behind the first, and what is usual.
+
+    Softmax, margins and classes know no more of the logits than this: a constant in all of them, or in a
+    class that is never meant, hides nothing here.
+
+    Args:
+        logits: [b, k], k >= 2.
+
+    Returns:
+        Leads [b, k] float64, at most ten times the image's usual one; the usual one [b], the median over the
+        other classes.
+    """
+    values = logits.double()
+    behind = values.amax(1, keepdim=True) - values
+    usual = behind.sort(1).values[:, 1:].median(1).values
+    return torch.minimum(behind, 10 * usual[:, None]), usual
+
+
 def difference(logits: Tensor, others: Tensor) -> Tensor:
-    """Euclidean distance of two outputs [b, k] relative to the longer one, [b] in [0, 2]."""
-    one, other = logits.double(), others.double()
-    length = torch.maximum(one.norm(dim=1), other.norm(dim=1))
+    """Euclidean distance of two outputs [b, k] relative to the longer one, [b] in [0, 2]: of the logits or of
+    their :func:`leads`, whichever is more.
+
+    An image on a border has no leads to speak of: at least the batch's median length counts for these.
+    """
+    one, other = leads(logits)[0], leads(others)[0]
+    usual = torch.maximum(one.norm(dim=1), other.norm(dim=1)).median()
+    return torch.maximum(_apart(one, other, usual), _apart(logits.double(), others.double()))
+
+
+def _apart(one: Tensor, other: Tensor, least: Tensor | float = 0.0) -> Tensor:
+    length = torch.maximum(one.norm(dim=1), other.norm(dim=1)).clamp_min(least)
     apart: Tensor = torch.linalg.vector_norm(one - other, dim=1)
     return apart / length.clamp_min(torch.finfo(torch.float64).tiny)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from softdefend.attacks import cross_entropy, dlr, margin
 from softdefend.evaluation.masking.finding import Check, Finding
 from softdefend.evaluation.masking.probe import Loss, Probe
+from softdefend.evaluation.preflight import leads
 
 _ATHALYE = "Athalye et al. 2018, arXiv 1802.00420"
 
@@ -105,6 +106,8 @@ CHECKS = (PATH, CE, DLR, LARGE, SMALL, FINITE, NEARBY, JUMPS, FLAT, PINNED)
 
 DIRECTIONS = 16
 SEGMENTS = 64
+"""Lines that are searched for jumps, from images drawn at random."""
+EPSILON = torch.finfo(torch.float32).eps
 GRID, HALVINGS = 33, 12
 
 
@@ -160,14 +163,16 @@ def _inside(probe: Probe, room: float) -> Tensor:
 def _finite(probe: Probe) -> Finding:
     """Correlation over random directions of the measured slope with autograd's, per image.
 
-    The step is as long as changes the margin by a thousandth of the logits: rounding is a thousand times
-    smaller, and a ReLU network is still linear on it.
+    The step is as long as changes the margin by a thousandth of what classes lie apart: rounding is a
+    thousand times smaller, and a ReLU network is still linear on it. Where the logits themselves are much
+    larger than that, their rounding is what counts.
     """
     room = min(probe.reach / 4, 0.25)
     here = _inside(probe, room)
     grad = probe.gradient(margin, here).flatten(1)
-    size = probe.logits(here).abs().amax(1)
-    step = (1e-3 * size / grad.norm(dim=1)).nan_to_num(room, room, room).clamp(room / 1000, room)
+    logits = probe.logits(here)
+    size = torch.maximum(1e-3 * leads(logits)[1].float(), 100 * EPSILON * logits.topk(2).values.abs().amax(1))
+    step = (size / grad.norm(dim=1)).nan_to_num(room, room, room).clamp(room / 1000, room)
     step = step.view(-1, 1, 1, 1)
     measured, claimed = [], []
     for number in range(DIRECTIONS):
@@ -199,7 +204,8 @@ def _nearby(probe: Probe) -> Finding:
 
 def _jumps(probe: Probe) -> Finding:
     """Towards a corner of a ball of four times eps, and towards an image of another class."""
-    few = probe.only(torch.arange(min(SEGMENTS, len(probe)), device=probe.device))
+    drawn = torch.randperm(len(probe), generator=probe.generator("jumps-images"), device=probe.device)
+    few = probe.only(drawn[:SEGMENTS].sort().values)
     corner = (few.images + 4 * few.reach * few.signs("jumps")).clamp(0, 1)
     found = [jump(few, few.images, corner)]
     other = _of_another_class(few.labels)
@@ -238,7 +244,15 @@ def jump(probe: Probe, start: Tensor, end: Tensor) -> Tensor:
 
     marks = torch.linspace(0, 1, GRID, dtype=torch.float64, device=start.device)
     values = torch.stack([at(mark.expand(n)) for mark in marks])  # [grid, n, k]
-    steepest = (values[1:] - values[:-1]).abs().amax(2).argmax(0)  # [n]
+    usual = leads(values.flatten(0, 1))[1].view(len(marks), n).amax(0).float()
+    rounding = torch.maximum(1e-5 * usual[:, None], 4 * EPSILON * values.abs().amax(0))  # [n, k]
+
+    def change(one: Tensor, other: Tensor) -> Tensor:
+        """Largest over the classes, [..., n]; rounding is none."""
+        apart = (one - other).abs()
+        return torch.where(apart > rounding, apart, 0).amax(-1)
+
+    steepest = change(values[1:], values[:-1]).argmax(0)  # [n]
     rows = torch.arange(n, device=start.device)
     low, high = marks[steepest], marks[steepest + 1]
     below, above = values[steepest, rows], values[steepest + 1, rows]
@@ -246,12 +260,11 @@ def jump(probe: Probe, start: Tensor, end: Tensor) -> Tensor:
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         value = at(middle)
-        first = ((value - below).abs().amax(1) >= (above - value).abs().amax(1))[:, None]
+        first = (change(value, below) >= change(above, value))[:, None]
         low, high = torch.where(first[:, 0], low, middle), torch.where(first[:, 0], middle, high)
         below, above = torch.where(first, below, value), torch.where(first, value, above)
-        changes.append((above - below).abs().amax(1))
-    rounding = 1e-5 * values.abs().amax((0, 2))
-    return torch.where(changes[-1] > rounding, changes[-1] / changes[-6], 0).clamp_max(1)
+        changes.append(change(above, below))
+    return torch.where(changes[-1] > 0, changes[-1] / changes[-6], 0).clamp_max(1)
 
 
 def _flat(probe: Probe) -> Finding:
