@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from softdefend.analysis import command
+from softdefend.analysis.figures import surface_plot
+from softdefend.analysis.label_audit import DEFAULT_SCORE, SCORES
+from softdefend.analysis.label_audit import predictions as all_predictions
 from softdefend.errors import SettingError
 
 _QUICK = """
@@ -250,6 +253,46 @@ def test_a_run_without_a_memory_is_one_line(plain, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_predictions_rank_the_labels_of_a_run_without_a_memory(plain, tmp_path):
+    words = ["audit", str(plain), "--output", str(tmp_path), "--device", "cpu", "--source", "prediction"]
+    command.audit_labels(words)
+    found = command.audit_run(str(plain), source="prediction")
+    believed = all_predictions(found.subject, 500)
+    expected = SCORES[DEFAULT_SCORE](believed, found.subject.run.bundle.train.labels).numpy()
+    with open(tmp_path / "labels.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert float(row["score"]) == pytest.approx(expected[int(row["index"])], abs=1e-4)
+    assert "network's predictions" in (tmp_path / "audit.html").read_text().replace("&#x27;", "'")
+    assert json.loads((tmp_path / "audit.json").read_text())["source"] == "prediction"
+
+
+def test_a_memory_that_has_not_moved_is_refused(tiny_run):
+    run = tiny_run("--label SGLR --label.start 1")
+    for path in sorted((run / "checkpoints").glob("step-*.ckpt"))[-1:]:
+        path.unlink()  # the last epoch refines
+    (run / "last.safetensors").unlink()
+    with pytest.raises(SettingError, match="label memory still is the given labels"):
+        command.audit_run(str(run))
+
+
+def test_votes_that_are_not_there_are_refused_also_beside_kept_results(refined, tmp_path):
+    words = ["--parts", "labels", "--which", "last"]
+    words = [str(refined), "--output", str(tmp_path / "out"), *QUICK, *words]
+    command.analyse(words)
+    for flag in ("--train_votes", "--test_votes"):
+        with pytest.raises(SettingError, match=f"{flag}: got /nowhere.npz"):
+            command.analyse([*words, flag, "/nowhere.npz"])
+
+
+def test_a_surface_with_holes_is_drawn_and_said():
+    axis = [-1.0, 0.0, 1.0]
+    plot = surface_plot("Loss", axis, [[1.0, 2.0, None], [1.0, None, 2.0], [3.0, 2.0, 1.0]], "#000000")
+    assert "Loss not finite at the network, 1 at the lowest, 3 at the highest point" in plot.alt
+    nothing = surface_plot("Loss", axis, [[None] * 3] * 3, "#000000")
+    assert "nowhere finite" in nothing.alt
+
+
 def test_without_cleanlab_the_baseline_is_left_out_or_refused(refined, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cleanlab.rank", None)
     monkeypatch.setattr(command, "installed", lambda: False)
@@ -264,6 +307,7 @@ def test_without_cleanlab_the_baseline_is_left_out_or_refused(refined, tmp_path,
     [
         ("repair RUN", "labels: got 'repair'"),
         ("audit RUN --score luck", "--score: got 'luck'"),
+        ("audit RUN --source luck", "--source: got 'luck'"),
         ("audit RUN --top 0", "--top: got 0"),
         ("audit RUN --output RUN", "inside the run"),
         ("audit", "run: got nothing"),

@@ -59,6 +59,13 @@ def test_a_network_that_is_as_right_as_it_is_sure_is_calibrated():
     assert calibration.adaptive_calibration_error(probability, label, 2) == pytest.approx(0, abs=1e-7)
 
 
+def test_the_order_of_equal_confidences_changes_nothing():
+    """A constant prediction that is right as often as it says, images in the order of their classes."""
+    probability = torch.tensor([[0.55, 0.45]] * 1000)
+    label = (torch.arange(1000) >= 550).long()
+    assert calibration.adaptive_calibration_error(probability, label, 15) == pytest.approx(0, abs=1e-7)
+
+
 @pytest.mark.parametrize("top", [1.0, 0.6, 1 + 1e-6])
 def test_bars_and_error_have_the_same_bins_on_their_edges(top):
     """Confidences on an edge of a bin, or above one by rounding."""

@@ -102,6 +102,16 @@ def test_one_feature_gives_what_scikit_learn_gives():
     assert information.neighbour_information(*scaled, 3) == pytest.approx(theirs, abs=2e-2)
 
 
+def test_points_that_coincide_count_as_scikit_learn_counts_them():
+    """As features of dead ReLUs do: every class in one place knows its label."""
+    y = np.arange(500) % 5
+    places = y[:, None].astype(float)
+    theirs = mutual_info_classif(places, y, n_neighbors=3, discrete_features=False, random_state=0)[0]
+    assert theirs == pytest.approx(math.log(5), abs=0.02)
+    assert information.label_information_neighbours(places, y, 3) == pytest.approx(theirs, abs=0.02)
+    assert information.neighbour_information(places, places, 3) == pytest.approx(math.log(5), abs=0.1)
+
+
 def test_the_entropy_of_labels_is_that_of_their_shares():
     assert information.label_entropy(np.array([0, 0, 2, 2])) == pytest.approx(math.log(2))
 
@@ -110,6 +120,26 @@ def test_principal_components_have_unit_variance_and_no_more_than_there_are():
     values = np.random.default_rng(0).standard_normal((50, 3)) * [1, 10, 100]
     found = information.reduced(values, 8)
     np.testing.assert_allclose(found.T @ found / 49, np.eye(3), atol=1e-9)
+
+
+def test_rounding_is_no_component():
+    """Rank two in float32: whitening would make six more of the digits that are lost."""
+    draws = np.random.default_rng(0)
+    values = (draws.standard_normal((200, 2)) @ draws.standard_normal((2, 20))).astype(np.float32)
+    assert information.reduced(values.astype(np.float64), 8).shape == (200, 2)
+    assert information.reduced(np.ones((20, 3)), 8).shape == (20, 1)
+
+
+def test_the_error_of_the_weights_information_is_that_of_drawing_without_replacement():
+    """Against the spread over many draws of 30 of 40 values."""
+    values = torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for draw in range(4000):
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(draw))[:30]
+        found.append(information._half(values[order], 40))
+    means, errors = zip(*found, strict=True)
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.05)
+    assert information._half(values, 40)[1] == 0
 
 
 def test_information_in_weights_is_the_quadratic_form_of_the_fisher_matrix():

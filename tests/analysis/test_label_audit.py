@@ -48,6 +48,13 @@ def test_scores_rank_as_cleanlabs_do(ours, theirs, adjusted):
     np.testing.assert_array_equal(audit.SCORES[ours](belief, given).argsort(), np.argsort(score))
 
 
+def test_a_class_without_samples_does_not_stand_above_the_others():
+    belief = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.45, 0.55], [0.4, 0.6]])
+    given = torch.tensor([0, 0, 1, 1])
+    wider = torch.cat([belief - 0.005, torch.full((4, 1), 0.01)], dim=1)
+    torch.testing.assert_close(audit.balanced_margin(wider, given), audit.balanced_margin(belief, given))
+
+
 def test_the_most_suspicious_come_first_and_ties_keep_their_order():
     assert audit.ranking(torch.tensor([0.5, 0.1, 0.5, 0.1])).tolist() == [1, 3, 0, 2]
 

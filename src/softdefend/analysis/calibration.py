@@ -44,9 +44,13 @@ def adaptive_calibration_error(probability: Tensor, label: Tensor, bins: int) ->
     """The same over bins that hold equally many samples (Nguyen and O'Connor, EMNLP 2015, arXiv 1508.05154),
     in [0, 1]: no bin is empty, and none decides by a handful of samples.
 
-    Sizes differ by one where n is no multiple of ``bins``; equal confidences are ordered by position.
+    Sizes differ by one where n is no multiple of ``bins``; equal confidences count with the accuracy they
+    have together, in whichever bin.
     """
     confidence, right = _confidence(probability, label)
+    _, group = torch.unique(confidence, return_inverse=True)
+    count = torch.bincount(group).double()
+    right = (torch.bincount(group, right.double()) / count)[group].to(right)
     order = confidence.argsort(stable=True)
     parts = torch.tensor_split(order, min(bins, len(order)))
     gaps = [len(part) * abs(float(confidence[part].mean() - right[part].mean())) for part in parts]

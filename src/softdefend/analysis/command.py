@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softdefend.analysis import calibration, gradients, information, landscape
-from softdefend.analysis.label_audit import DEFAULT_SCORE, SCORES, Audit, as_csv, audit
+from softdefend.analysis.label_audit import DEFAULT_SCORE, SCORES, SOURCES, Audit, as_csv, audit
 from softdefend.analysis.label_audit import predictions as all_predictions
 from softdefend.analysis.overfitting import overfitting
 from softdefend.analysis.page import Analysis, Found, analysis_page, audit_page
@@ -38,7 +38,7 @@ from softdefend.training.engine import resolve_device
 
 PARTS = ("overfitting", "gradients", "labels", "information", "geometry")
 
-REVISION = 2
+REVISION = 3
 """Raised when a part changes what it computes: results kept by an older one no longer count."""
 
 
@@ -74,7 +74,7 @@ class AnalyseSettings:
     span: float = 1.0
     """The surface reaches so far from the network, in units of its filters' norms."""
     eigen_steps: int = 50
-    """Hessian-vector products for the largest eigenvalue, at most; 0 for none."""
+    """Hessian-vector products for the largest eigenvalue, at most, in each of two rounds; 0 for none."""
     linearity_steps: int = 10
     """Steps of the search for the largest departure from linearity."""
     batch_size: int = 250
@@ -157,7 +157,7 @@ _HELP = {
     "contrast_steps": "of training the critic of the contrastive bound",
     "points": "of each axis of the loss surface, odd; 0 for none",
     "span": "of the loss surface, in filter norms",
-    "eigen_steps": "Hessian-vector products at most; 0 for none",
+    "eigen_steps": "Hessian-vector products at most in each of two rounds; 0 for none",
     "linearity_steps": "of the search for the largest departure from linearity",
     "batch_size": "images at once",
     "seed": "of all draws",
@@ -233,6 +233,9 @@ def analyse_runs(
         SettingError: an output folder inside a run, or runs or files that cannot be used.
     """
     _refuse_inside(output, folders)
+    for flag, path in (("--train_votes", wishes.train_votes), ("--test_votes", wishes.test_votes)):
+        if path is not None and not Path(path).is_file():
+            raise SettingError(flag, path, "an .npz file")
     runs = open_runs(folders, device)
     network_parts = tuple(part for part in wishes.parts if part != "overfitting")
     work = [(run, weights) for run in runs for weights in weights_of(run.folder, wishes.which)]
@@ -431,13 +434,20 @@ def audit_parser() -> ArgumentParser:
         prog="softdefend labels",
         exit_on_error=False,
         allow_abbrev=False,
-        description="'audit' ranks the training images of a run by how strongly its label memory distrusts "
-        "their labels: a CSV file, a page with the images, and figures where the truth is known.",
+        description="'audit' ranks the training images of a run by how strongly its label memory, or the "
+        "network itself, distrusts their labels: a CSV file, a page with the images, and figures where the "
+        "truth is known.",
     )
     parser.add_argument("action", type=str, help="audit")
     parser.add_argument("run", type=str, help="a run folder")
     parser.add_argument("--output", type=str, default="label-audit", help="folder of the results")
     parser.add_argument("--score", type=str, default=DEFAULT_SCORE, help=", ".join(SCORES))
+    parser.add_argument(
+        "--source",
+        type=str,
+        default="memory",
+        help="what is asked: memory, or prediction (of the newest weights on the clean training images)",
+    )
     parser.add_argument("--top", type=int, default=120, help="images on the page")
     parser.add_argument(
         "--baseline",
@@ -457,13 +467,15 @@ def audit_labels(arguments: Sequence[str]) -> None:
     Writes ``labels.csv``, ``audit.json`` and ``audit.html`` into the output folder.
 
     Raises:
-        SettingError: arguments that cannot be used, or a run without a label memory.
+        SettingError: arguments that cannot be used, or a run without what is asked for.
     """
     given = parse(audit_parser(), arguments)
     if given.action != "audit":
         raise SettingError("labels", repr(given.action), "audit")
     if given.score not in SCORES:
         raise SettingError("--score", repr(given.score), ", ".join(SCORES))
+    if given.source not in SOURCES:
+        raise SettingError("--source", repr(given.source), " or ".join(SOURCES))
     for name, values in (("top", [given.top]), ("at", given.at), ("batch_size", [given.batch_size])):
         if min(values) < 1:
             raise SettingError(f"--{name}", min(values), "a whole number >= 1")
@@ -472,6 +484,7 @@ def audit_labels(arguments: Sequence[str]) -> None:
     found = audit_run(
         given.run,
         score=given.score,
+        source=given.source,
         baseline=given.baseline,
         at=given.at,
         batch_size=given.batch_size,
@@ -490,6 +503,7 @@ def audit_run(
     folder: str,
     *,
     score: str = DEFAULT_SCORE,
+    source: str = "memory",
     baseline: bool | None = None,
     at: Sequence[int] = (100, 1000),
     batch_size: int = 500,
@@ -498,10 +512,11 @@ def audit_run(
     """Audit the labels of a run with the newest weights and memory it has saved.
 
     Args:
+        source: what ranks, ``memory`` or ``prediction``.
         baseline: compare with cleanlab; None: where it is installed.
 
     Raises:
-        SettingError: no such run, or one without a label memory.
+        SettingError: no such run; asked for its memory, one without, or whose memory still is the labels.
     """
     (run,) = open_runs([folder], device or torch.device("cpu"))
     weights = weights_of(run.folder, ["last"])
@@ -510,7 +525,9 @@ def audit_run(
     subject = open_subject(run, weights[0])
     wanted = installed() if baseline is None else baseline
     positions = source_positions(run)
-    return audit(subject, positions, score=score, baseline=wanted, at=at, batch_size=batch_size)
+    return audit(
+        subject, positions, score=score, source=source, baseline=wanted, at=at, batch_size=batch_size
+    )
 
 
 def installed() -> bool:
@@ -527,6 +544,7 @@ def write_audit(found: Audit, output: Path, top: int) -> None:
         "weights": found.subject.weights.name,
         "epoch": found.subject.epoch,
         "score": found.score,
+        "source": found.source,
         "samples": len(found.rows),
         "wrong": found.wrong,
         "other_class_believed": found.flagged,

@@ -141,15 +141,19 @@ def dot_plot(
     return Plot(figure, title, f"Dot chart: {title}. {said}.")
 
 
-def surface_plot(title: str, axis: Sequence[float], loss: Sequence[Sequence[float]], colour: str) -> Plot:
+def surface_plot(
+    title: str, axis: Sequence[float], loss: Sequence[Sequence[float | None]], colour: str
+) -> Plot:
     """Contours of a loss surface on a square grid, with the network in the middle.
 
     Losses above ten times the range's lower half are cut, so that the valley stays visible.
     """
     figure, axes = canvas("second direction", "first direction", height=3.8)
-    grid = np.asarray(loss, dtype=float).T
-    lowest, middle = float(grid.min()), float(np.median(grid))
-    top = max(min(float(grid.max()), lowest + 10 * max(middle - lowest, 1e-9)), lowest + 1e-9)
+    grid = np.asarray(loss, dtype=float).T  # None is NaN: a loss that is not finite
+    if not np.isfinite(grid).any():
+        return Plot(figure, title, f"Contour lines: {title}. The loss is nowhere finite.")
+    lowest, middle = float(np.nanmin(grid)), float(np.nanmedian(grid))
+    top = max(min(float(np.nanmax(grid)), lowest + 10 * max(middle - lowest, 1e-9)), lowest + 1e-9)
     shown = np.minimum(grid, top)
     if len(axis) > 1:
         lines = axes.contour(axis, axis, shown, levels=10, colors=[colour], linewidths=1)
@@ -157,8 +161,8 @@ def surface_plot(title: str, axis: Sequence[float], loss: Sequence[Sequence[floa
     axes.plot([0], [0], "+", color=INK, ms=9, mew=1.5)
     axes.set_aspect("equal")
     centre = loss[len(axis) // 2][len(axis) // 2]
-    ends = f"{lowest:.3g} at the lowest, {float(grid.max()):.3g} at the highest point"
-    return Plot(figure, title, f"Contour lines: {title}. Loss {centre:.3g} at the network, {ends}.")
+    ends = f"{lowest:.3g} at the lowest, {float(np.nanmax(grid)):.3g} at the highest point"
+    return Plot(figure, title, f"Contour lines: {title}. Loss {_said(centre)} at the network, {ends}.")
 
 
 def canvas(ylabel: str, xlabel: str, height: float = 3.2) -> tuple[Figure, Axes]:

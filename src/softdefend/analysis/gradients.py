@@ -49,6 +49,8 @@ def last_layer(net: nn.Module, image: Tensor, batch_size: int) -> Features:
         logits = logits_of(net, image, batch_size)
     finally:
         hook.remove()
+    if not bool(logits.isfinite().all()):
+        raise SettingError("net", "a network whose logits are not finite on these images", "finite logits")
     features = torch.cat([part.flatten(1) for part in seen])
     with tf32(False):
         again = layers[-1](features) if features.shape == (len(logits), layers[-1].in_features) else None

@@ -30,6 +30,10 @@ from softdefend.rng import key, stream
 Matrix = NDArray[np.float64]
 
 
+_ROUNDING = 1e-5
+"""Of the largest standard deviation of a component, what may be rounding."""
+
+
 @dataclass(frozen=True)
 class WeightInformation:
     """Information in the weights by two Fisher matrices, with standard errors over the samples used."""
@@ -83,7 +87,9 @@ def information_in_weights(
 
 
 def _half(squares: Tensor, n: int) -> tuple[float, float]:
-    error = float(squares.std()) / math.sqrt(len(squares)) if len(squares) > 1 else math.nan
+    m = len(squares)
+    # Drawn without replacement: of the whole training set nothing is left to chance.
+    error = float(squares.std()) * math.sqrt(max(0.0, 1 - m / n) / m) if m > 1 else math.nan
     return 0.5 * n * float(squares.mean()), 0.5 * n * error
 
 
@@ -161,7 +167,7 @@ def label_information_neighbours(features: Matrix, label: NDArray[np.int64], nei
     """
     kinds, counts = np.unique(label, return_counts=True)
     keep = np.isin(label, kinds[counts > 1])
-    x, y = features[keep], label[keep]
+    x, y = _apart(features[keep]), label[keep]
     n = len(y)
     if n == 0:
         return math.nan
@@ -178,6 +184,17 @@ def label_information_neighbours(features: Matrix, label: NDArray[np.int64], nei
     return max(0.0, float(value))
 
 
+def _apart(values: Matrix, draw: int = 0) -> Matrix:
+    """Values [n, d] with noise far below their scale, as scikit-learn adds it: the estimators are made for
+    points that do not coincide. Two vectors need two draws, or would depend on each other by them."""
+    if not values.size:
+        return values
+    noise = torch.randn(
+        values.shape, generator=stream(0, "analyse/ties", step=draw), dtype=torch.float64
+    ).numpy()
+    return values + 1e-10 * max(1.0, float(np.abs(values).mean())) * noise
+
+
 def neighbour_information(a: Matrix, b: Matrix, neighbours: int = 3) -> float:
     """I(A; B) of two continuous vectors by nearest neighbours (Kraskov, Stögbauer and Grassberger, Phys. Rev.
     E 69, 2004, arXiv cond-mat/0305641, estimator 1), nats, >= 0; searches by scikit-learn.
@@ -190,6 +207,7 @@ def neighbour_information(a: Matrix, b: Matrix, neighbours: int = 3) -> float:
         a, b: [n, d] and [n, e].
         neighbours: k.
     """
+    a, b = _apart(a, 0), _apart(b, 1)
     joint = np.hstack([a, b])
     distance = NearestNeighbors(n_neighbors=neighbours, metric="chebyshev").fit(joint).kneighbors()[0][:, -1]
     radius = np.nextafter(distance, 0)
@@ -270,11 +288,18 @@ def _halves(n: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def reduced(values: Matrix, components: int) -> Matrix:
     """The first principal components of rows [n, d], each scaled to unit variance: [n, at most components].
 
-    A function of the vector, so it can only lose information (data processing inequality).
+    A function of the vector, so it can only lose information (data processing inequality). Left out are
+    components that float32 cannot tell from rounding, which unit variance would make as loud as the others.
     """
+    if not np.ptp(values, axis=0).any():
+        return np.zeros((len(values), 1))
     count = min(components, *values.shape)
     # the full solver draws no random numbers
-    return np.asarray(PCA(count, whiten=True, svd_solver="full").fit_transform(values), dtype=np.float64)
+    pca = PCA(count, svd_solver="full")
+    found = np.asarray(pca.fit_transform(values), dtype=np.float64)
+    spread = np.sqrt(pca.explained_variance_)
+    heard = spread > _ROUNDING * spread[0]
+    return found[:, heard] / spread[heard]
 
 
 def mutual_information(

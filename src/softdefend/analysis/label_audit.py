@@ -56,12 +56,15 @@ def balanced_margin(belief: Tensor, given: Tensor) -> Tensor:
     samples that carry its label, [n]: that a class is always believed hesitantly is then no sign of an error.
 
     The adjustment is that of confident learning (Northcutt et al., arXiv 1911.00068), and the ranking that of
-    cleanlab's class-adjusted normalised margin. From a class without samples nothing is taken.
+    cleanlab's class-adjusted normalised margin. From a class without samples the mean of the others is taken:
+    with nothing taken it would stand above all of them.
     """
     k = belief.shape[1]
-    count = torch.bincount(given, minlength=k).clamp_min(1)
+    count = torch.bincount(given, minlength=k)
     total = torch.zeros(k, dtype=torch.float64).index_add_(0, given, self_confidence(belief, given))
-    return margin(belief.double() - total / count, given)
+    threshold = total / count.clamp_min(1)
+    threshold[count == 0] = threshold[count > 0].mean()
+    return margin(belief.double() - threshold, given)
 
 
 SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -71,6 +74,8 @@ SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "balanced-margin": balanced_margin,
 }
 DEFAULT_SCORE = "balanced-margin"
+SOURCES = ("memory", "prediction")
+"""Whose rows are ranked."""
 
 
 def ranking(score: Tensor) -> Tensor:
@@ -265,6 +270,7 @@ class Audit:
     Attributes:
         subject: the network and the memory.
         score: name of the score that ranks.
+        source: of the rows that are ranked, one of :data:`SOURCES`.
         rows: of :func:`rows_of`.
         comparison: of :func:`table`, empty where the truth is not known.
         curves: precision-recall curves by name, likewise.
@@ -274,6 +280,7 @@ class Audit:
 
     subject: Subject
     score: str
+    source: str
     rows: list[dict[str, Any]]
     comparison: list[dict[str, Any]]
     curves: dict[str, dict[str, list[float]]]
@@ -286,44 +293,53 @@ def audit(
     positions: Tensor,
     *,
     score: str,
+    source: str,
     baseline: bool,
     at: Sequence[int],
     batch_size: int,
 ) -> Audit:
-    """Rank the training samples of a run by its memory, and compare where the truth is known.
+    """Rank the training samples of a run, and compare where the truth is known.
 
-    The comparison holds every score, of the memory and of the network's predictions on the clean training
-    images at these weights, and confident learning on both.
+    The comparison holds every score, of the memory (where there is one) and of the network's predictions on
+    the clean training images at these weights, and confident learning on both.
 
     Raises:
-        SettingError: no memory; cleanlab asked for and absent.
+        SettingError: asked for a memory, none, or one that still is the labels; cleanlab asked for and
+            absent.
     """
-    memory = require_memory(subject)
     train = subject.run.bundle.train
     given, truth = train.labels, train.clean_labels
-    function = SCORES[score]
-    values = function(memory, given)
-    rows = rows_of(memory, given, values, positions, subject.run.bundle.classes, truth)
+    believed: dict[str, Tensor] = {}
+    if source == "memory":
+        believed["memory"] = require_memory(subject)
+    elif subject.memory is not None:
+        believed["memory"] = subject.memory
+    if source == "prediction" or truth is not None:
+        believed["prediction"] = predictions(subject, batch_size)
+    ranks = believed[source]
+    values = SCORES[score](ranks, given)
+    rows = rows_of(ranks, given, values, positions, subject.run.bundle.classes, truth)
     comparison: list[dict[str, Any]] = []
     curves: dict[str, dict[str, list[float]]] = {}
     if truth is not None:
         wrong = (given != truth).numpy()
         ranked: list[Ranked] = []
-        for source, belief in (("memory", memory), ("prediction", predictions(subject, batch_size))):
-            ranked += ours(belief, given, source)
+        for name, belief in believed.items():
+            ranked += ours(belief, given, name)
             if baseline:
-                ranked += confident_learning(belief, given, source)
+                ranked += confident_learning(belief, given, name)
         comparison = table(ranked, wrong, at)
         found = ((one.name, curve(one.score, wrong)) for one in ranked)
         curves = {name: line for name, line in found if line is not None}
     return Audit(
         subject,
         score,
+        source,
         rows,
         comparison,
         curves,
         None if truth is None else int((given != truth).sum()),
-        int((memory.argmax(dim=1) != given).sum()),
+        int((ranks.argmax(dim=1) != given).sum()),
     )
 
 
@@ -331,7 +347,7 @@ def require_memory(subject: Subject) -> Tensor:
     """The memory of a subject.
 
     Raises:
-        SettingError: the run keeps none, or none lies beside these weights.
+        SettingError: the run keeps none, none lies beside these weights, or it still is the given labels.
     """
     if subject.memory is None:
         recipe = subject.run.experiment.recipe
@@ -339,7 +355,15 @@ def require_memory(subject: Subject) -> Tensor:
         raise SettingError(
             "run",
             f"{subject.run.folder}, whose newest checkpoint holds no label memory ({rules})",
-            "a run of a rule with a memory, such as SGLR, with its checkpoints",
+            "a run of a rule with a memory, such as SGLR, with its checkpoints; or --source prediction",
+        )
+    given = subject.run.bundle.train.labels
+    at_label = subject.memory.gather(1, given[:, None].to(subject.memory.device))
+    if bool((at_label == 1).all()):
+        raise SettingError(
+            "run",
+            f"{subject.run.folder}, whose label memory still is the given labels",
+            "a run whose refinement has begun; or --source prediction",
         )
     return subject.memory
 

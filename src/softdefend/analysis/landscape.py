@@ -263,7 +263,7 @@ def measure(
         probe: training images.
         points: of each axis of the surface; 0 leaves the surface out.
         span: of the surface.
-        eigen_steps: Hessian-vector products at most; 0 leaves the eigenvalue out.
+        eigen_steps: Hessian-vector products at most in each of two rounds; 0 leaves the eigenvalue out.
         linearity_steps: of the search for the largest gap.
     """
     run, net = subject.run, subject.net

@@ -156,13 +156,15 @@ def _overfitting(analysis: Analysis, colour: Mapping[str, str]) -> Html:
                 *(percent(one.get("val_robust")) for one in (best, last, lost)),
                 *(percent(one.get("test_robust")) for one in (best, last, lost)),
                 *(percent(one.get("gap_robust")) for one in (best, last)),
+                held_out[result["held_out"]],
             ]
         )
     head = ["run", "best epoch", *(f"{side} robust, {at}" for side in ("val", "test") for at in _TRIPLE)]
-    head += ["robust gap, best", "robust gap, last"]
+    head += ["robust gap, best", "robust gap, last", "gap to"]
     note = (
         "Accuracy in per cent. Best: the epoch of highest robust validation accuracy. Difference: best minus "
-        "last. Gap: training minus held-out accuracy; training accuracy is against the labels as given."
+        "last. Gap: training accuracy minus that on the images named. Accuracies on training and validation "
+        "images are against the labels as given."
     )
     return titled(
         "Robust overfitting", _drawn(*plots, gap), _table("Best and last epoch", head, rows), paragraph(note)
@@ -186,6 +188,10 @@ _FEW = 3
 """Epochs from which on a course over training is drawn."""
 
 
+def _knowledge(one: Found) -> int:
+    return {"best": 0, "last": 1}.get(one.weights, 2)
+
+
 def _course(
     found: Sequence[Found],
     colour: Mapping[str, str],
@@ -200,7 +206,9 @@ def _course(
     """
     curves = []
     for run in dict.fromkeys(one.run for one in found):
-        by_epoch = {one.epoch: one.result for one in found if one.run == run and one.epoch is not None}
+        # Of one epoch a checkpoint knows most, and the best weights come without a memory.
+        known = sorted((one for one in found if one.run == run), key=_knowledge)
+        by_epoch = {one.epoch: one.result for one in known if one.epoch is not None}
         for kind, value in kinds.items():
             points = [(epoch, y) for epoch in sorted(by_epoch) if (y := value(by_epoch[epoch])) is not None]
             if len(points) >= _FEW:
@@ -425,7 +433,8 @@ def _information(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
     note = (
         "All in nats. T is what enters the last linear layer. The classifier and InfoNCE bounds are lower "
         "bounds; the neighbour-based estimates err towards zero, and far so for I(X; T), which is unbounded "
-        "for a deterministic network. Compare runs, do not read single values."
+        "for a deterministic network. Compare runs, do not read single values. Y is the label as given on "
+        "training images, and the true one on test images."
     )
     weights = dot_plot(
         "Information in the weights", stored, colour, xlabel="n/2 (w − w₀)ᵀ F (w − w₀), nats", errors=errors
@@ -515,6 +524,9 @@ def _geometry(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
     return titled("Geometry", plots, _table("Geometry", head, rows), paragraph(note))
 
 
+_SOURCES = {"memory": "label memory", "prediction": "network's predictions"}
+
+
 def audit_page(audit: Audit, top: int) -> bytes:
     """The page of ``softdefend labels audit``: what was found, how well, and the ``top`` first images."""
     run = audit.subject.run
@@ -525,7 +537,7 @@ def audit_page(audit: Audit, top: int) -> bytes:
         else f" Of all labels {audit.wrong:,} are wrong ({100 * audit.wrong / n:.1f}%)."
     )
     summary = (
-        f"{n:,} training images, ranked by {audit.score} of the label memory at {weights}. "
+        f"{n:,} training images, ranked by {audit.score} of the {_SOURCES[audit.source]} at {weights}. "
         f"For {audit.flagged:,} of them another class than the given one is believed.{known}"
     )
     sections = [titled("What was found", tag("p", summary, class_="summary"))]
