@@ -3,13 +3,14 @@
     python benchmarks/analyse_digits.py --folder runs/analyse-digits
 
 Trains PGD-AT and SGLR with the protocol digits_demo for 40 epochs (30% of the training labels wrong), runs
-every part of ``softdefend analyse`` on both and ``softdefend labels audit`` on SGLR, and prints two Markdown
-tables. A few minutes on one core; finished runs and measured parts are kept.
+every part of ``softdefend analyse`` on both and ``softdefend labels audit`` on SGLR, and writes what the
+document shows as JSON. A few minutes on one core; finished runs and measured parts are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from softdefend.analysis.command import write_audit
 from softdefend.analysis.page import Found
 from softdefend.config import resolve
 from softdefend.pipeline import train
+from softdefend.training.folder import environment
 
 PRESETS = ("pgd-at", "sglr-reference")
 SETTINGS = AnalyseSettings(probe=300, whole=64, test=300, points=7, eigen_steps=30, batch_size=100)
@@ -34,57 +36,52 @@ def trained(folder: Path) -> list[str]:
     ]
 
 
-def lines(parts: dict[str, Found]) -> dict[str, str]:
-    """What the table says of one run's last network."""
+def values(parts: dict[str, Found]) -> dict[str, Any]:
+    """What the document's table says of one run's last network."""
     norms = parts["gradients"].result["last_layer"]["adversarial"]
     memory = parts["gradients"].result["memorisation"]["clean"]
     quality: dict[str, Any] = parts["labels"].result["predictions"]
     stored = parts["information"].result["weights"]["adversarial"]
     geometry = parts["geometry"].result
-    refined = norms.get("refined")
+    given, refined = norms["given"], norms.get("refined") or {}
     return {
-        "gradient from wrong labels, given labels": _percent(norms["given"]["share_of_wrong"]),
-        "the same, refined labels": _percent(refined["share_of_wrong"]) if refined else "–",
-        "mean gradient norm, given labels": f"{norms['given']['mean']:.2f}",
-        "mean gradient norm, refined labels": f"{refined['mean']:.2f}" if refined else "–",
-        "wrong labels fitted, clean images": _percent(memory["fitted"]),
-        "ECE, clean and PGD-20 test images": " and ".join(
-            _percent(quality[kind]["ece"]) for kind in ("clean", "adversarial")
-        ),
-        "information in the weights, nats": f"{stored['empirical']:,.0f} ± {stored['empirical_error']:,.0f}",
-        "largest Hessian eigenvalue": f"{geometry['eigenvalue']['value']:.1f}",
-        "linearity gap": f"{geometry['linearity_gap']['mean']:.3f}",
+        "share_of_wrong_given": given["share_of_wrong"],
+        "share_of_wrong_refined": refined.get("share_of_wrong"),
+        "norm_given": given["mean"],
+        "norm_refined": refined.get("mean"),
+        "fitted_clean": memory["fitted"],
+        "ece_clean": quality["clean"]["ece"],
+        "ece_adversarial": quality["adversarial"]["ece"],
+        "nats": stored["empirical"],
+        "nats_error": stored["empirical_error"],
+        "eigenvalue": geometry["eigenvalue"]["value"],
+        "linearity_gap": geometry["linearity_gap"]["mean"],
     }
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
-
-
 def main() -> None:
+    """Train, analyse, audit, write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/analyse-digits"))
-    folder = parser.parse_args().folder
-    runs = trained(folder)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/analyse_digits.json"))
+    args = parser.parse_args()
+    runs, device = trained(args.folder), torch.device("cpu")
     wishes = Wishes(which=("last",), settings=SETTINGS)
-    found = analyse_runs(runs, folder / "analysis", wishes, torch.device("cpu"), progress=True)
-    tables = {
-        run: lines(
-            {part: one for part, all_runs in found.parts.items() for one in all_runs if one.run == run}
-        )
-        for run in found.records
-    }
-    print("\n| | " + " | ".join(tables) + " |\n| --- |" + " --: |" * len(tables))
-    for name in next(iter(tables.values())):
-        print(f"| {name} | " + " | ".join(table[name] for table in tables.values()) + " |")
+    found = analyse_runs(runs, args.folder / "analysis", wishes, device, progress=True)
     audit = audit_run(runs[1], at=(100,), baseline=True)
-    write_audit(audit, folder / "audit", top=60)
-    print("\n| ranking | AUROC | average precision | precision at 100 |\n| --- | --: | --: | --: |")
-    for line in audit.comparison:
-        at = line["precision_at"]["100"]
-        print(f"| {line['name']} | {line['auroc']:.4f} | {line['average_precision']:.4f} | {at:.2f} |")
+    write_audit(audit, args.folder / "audit", top=60)
+    content = {
+        "runs": {
+            run: values({part: one for part, every in found.parts.items() for one in every if one.run == run})
+            for run in found.records
+        },
+        "audit": audit.comparison,
+        "environment": environment(device),
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ A test compares them with what the documents show.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +253,46 @@ def analysis() -> str:
     return table(head, ("| " + " | ".join([name, *cells]) + " |" for name, cells in rows.items()))
 
 
+def analyse_digits() -> str:
+    """The worked example of docs/analysis.md: what the commands say of two short runs."""
+    runs = read("analyse_digits")["runs"].values()
+
+    def cells(words: Callable[[dict[str, Any]], str]) -> str:
+        return " | ".join(map(words, runs))
+
+    def share(name: str) -> Callable[[dict[str, Any]], str]:
+        return lambda run: "–" if run[name] is None else f"{100 * run[name]:.1f}%"
+
+    def number(name: str, digits: int) -> Callable[[dict[str, Any]], str]:
+        return lambda run: "–" if run[name] is None else f"{run[name]:.{digits}f}"
+
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "gradient from wrong labels, given labels": share("share_of_wrong_given"),
+        "the same, refined labels": share("share_of_wrong_refined"),
+        "mean gradient norm, given labels": number("norm_given", 2),
+        "mean gradient norm, refined labels": number("norm_refined", 2),
+        "wrong labels fitted, clean images": share("fitted_clean"),
+        "ECE, clean and PGD-20 test images": lambda run: (
+            f"{share('ece_clean')(run)} and {share('ece_adversarial')(run)}"
+        ),
+        "information in the weights, nats": lambda run: f"{run['nats']:,.0f} ± {run['nats_error']:,.0f}",
+        "largest Hessian eigenvalue": number("eigenvalue", 1),
+        "linearity gap": number("linearity_gap", 3),
+    }
+    head = "| | " + " | ".join(read("analyse_digits")["runs"]) + " |"
+    return table(head, (f"| {name} | {cells(words)} |" for name, words in rows.items()))
+
+
+def digits_audit() -> str:
+    """The worked example's label audit: every ranking."""
+    lines = (
+        f"| {row['name']} | {row['auroc']:.4f} | {row['average_precision']:.4f} "
+        f"| {row['precision_at']['100']:.2f} |"
+        for row in read("analyse_digits")["audit"]
+    )
+    return table("| ranking | AUROC | average precision | precision at 100 |", lines)
+
+
 def demo(name: str = "demo_seeds") -> str:
     """Digits: PGD-20 at best and last for every seed and recipe."""
     results = read(name)
@@ -384,6 +424,8 @@ if __name__ == "__main__":
         short_schedule(),
         sixty_epochs(),
         analysis(),
+        analyse_digits(),
+        digits_audit(),
         audits(),
         demo(),
         demo("demo_seeds_clean"),

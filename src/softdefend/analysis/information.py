@@ -296,10 +296,10 @@ def reduced(values: Matrix, components: int) -> Matrix:
     count = min(components, *values.shape)
     # the full solver draws no random numbers
     pca = PCA(count, svd_solver="full")
-    found = np.asarray(pca.fit_transform(values), dtype=np.float64)
+    found = pca.fit_transform(values)
     spread = np.sqrt(pca.explained_variance_)
     heard = spread > _ROUNDING * spread[0]
-    return found[:, heard] / spread[heard]
+    return np.asarray(found[:, heard] / spread[heard], dtype=np.float64)
 
 
 def mutual_information(
