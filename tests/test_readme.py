@@ -67,7 +67,7 @@ def test_every_results_table_is_what_the_result_files_say():
     trained = [tables[name]() for name in (*studies, "short_schedule", "sixty_epochs")]
     for table in (*trained, *demos):
         assert table in results
-    for name in ("analysis", "audits"):
+    for name in ("analysis", "audits", "analyse_digits", "digits_audit"):
         assert tables[name]() in (ROOT / "docs" / "analysis.md").read_text()
     speed = (ROOT / "docs" / "speed.md").read_text()
     assert tables["train_step"]("train_step_128") in speed
