@@ -13,6 +13,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from tables import full_name
+
 ROOT = Path(__file__).parent.parent
 COLOURS = {"plain": "#0072B2", "sglr": "#D55E00", "r": "#009E73", "awp": "#CC79A7"}
 
@@ -88,7 +90,7 @@ def main() -> None:
     panels = [[row for row in rows if ("trades" in row["name"]) == trades] for trades in (False, True)]
     draw("table1", f"ResNet-18, {paper['data']}", panels, curve)
     full = [
-        {"recipe": f"SGLR + AWP + EMA, {row['settings']}", "curve": row["curve"], "last": row}
+        {"recipe": full_name(row["settings"]), "curve": row["curve"], "last": row}
         for row in read("beyond")["full"]
     ]
     draw("beyond", f"ResNet-18, {paper['data']}", [[*panels[0], *full]], curve)
