@@ -38,7 +38,7 @@ def test_a_run_ends_in_the_authors_weights_and_statistics(
         return image + torch.rand(image.shape, generator=stream(0, "start")) - 0.5
 
     monkeypatch.setattr(ThreatModel, "random_start", start)
-    trainer = ours(tmp_path / "run", Hard(), Consistency(weight, temperature), attack=ATTACK, eps="128/255")
+    trainer = ours(tmp_path / "run", Hard(), Consistency(weight, temperature), attack=ATTACK, eps="127/255")
     net = exact_network()
     optimiser = sgd(net, trainer)
     logged, shown = [], {"log": lambda *_: None}
