@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -51,6 +52,12 @@ def test_the_two_make_targets_exist():
 
 def test_ci_runs_readmes_test_command():
     assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("make test")
+
+
+def test_the_demo_takes_as_long_as_its_benchmark_found():
+    seconds = round(json.loads((ROOT / "benchmarks/results/demo_time.json").read_text())["seconds"])
+    said = f"takes {seconds // 60} min {seconds % 60} s on 2 cores"
+    assert said in (ROOT / "docs" / "speed.md").read_text()
 
 
 def test_every_linked_file_exists():
