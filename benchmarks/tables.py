@@ -84,8 +84,8 @@ def beyond_full() -> str:
     rows |= {full_name(row["settings"]): row for row in read("beyond")["full"]}
     lines = []
     for name, row in rows.items():
-        figures = " | ".join(f"{row[key]:.1f}" for key in ("clean", "pgd-20", "autoattack"))
-        lines.append(f"| {name} | {figures} | {row['hours']:.2f} |")
+        cells = " | ".join(f"{row[key]:.1f}" for key in ("clean", "pgd-20", "autoattack"))
+        lines.append(f"| {name} | {cells} | {row['hours']:.2f} |")
     return table(head, lines)
 
 

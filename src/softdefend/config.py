@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib import resources
@@ -104,6 +104,11 @@ def expand(arguments: Sequence[str]) -> list[str]:
         else:
             rest.append(word)
     return [*files["config"], *files["preset"], *rest]
+
+
+def first_given(words: Sequence[str], names: Container[str]) -> str | None:
+    """The first of some settings (``--seed``) that words give, as ``--seed 1`` or ``--seed=1``."""
+    return next((name for word in words if (name := word.partition("=")[0]) in names), None)
 
 
 def make_parser(prog: str = "softdefend train") -> ArgumentParser:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from softdefend import pipeline
-from softdefend.config import Experiment, resolve
+from softdefend.config import Experiment, first_given, resolve
 from softdefend.errors import SettingError
 from softdefend.labels import KD
 from softdefend.teachers import check_place
@@ -50,10 +50,9 @@ def kd_swa(
         SettingError: a setting that the stages choose themselves, a preset without KD, or whatever training
             refuses. Settings of all stages are looked at before the first one trains.
     """
-    for word in arguments:
-        if word.partition("=")[0] in _CHOSEN:
-            accepted = "settings that all stages share; this one differs from stage to stage"
-            raise SettingError(word.partition("=")[0], "a value for all stages", accepted)
+    if name := first_given(arguments, _CHOSEN):
+        accepted = "settings that all stages share; this one differs from stage to stage"
+        raise SettingError(name, "a value for all stages", accepted)
     for role, given in (("--standard", standard), ("--robust", robust)):
         if given is not None:
             check_place(given, role)

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor, nn
 
 from softdefend import rng
-from softdefend.config import Experiment, resolve
+from softdefend.config import Experiment, first_given, resolve
 from softdefend.data import DataBundle, DataSettings, channel_stats, load, split
 from softdefend.errors import SettingError
 from softdefend.evaluation import EvaluateSettings, load_weights
@@ -409,9 +409,8 @@ def compare(
         SettingError: two presets of one file name; a seed or a preset among ``arguments``.
     """
     words = {}
-    for word in arguments:
-        if (flag := word.partition("=")[0]) in ("--seed", "--preset"):
-            raise SettingError(flag, f"one beside {flag}s", f"{flag}s alone")
+    if flag := first_given(arguments, ("--seed", "--preset")):
+        raise SettingError(flag, f"one beside {flag}s", f"{flag}s alone")
     stems = [Path(preset).stem for preset in dict.fromkeys(presets)]
     if len(set(stems)) < len(stems):
         accepted = "presets of different file names, which name the run folders"

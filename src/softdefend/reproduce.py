@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from softdefend import pipeline
+from softdefend.config import first_given
 from softdefend.errors import SettingError
 from softdefend.files import write_atomic
 from softdefend.report import read_run, studies, write_report
@@ -182,9 +183,8 @@ def reproduce(
     Raises:
         SettingError: a name in ``only`` that the study does not have, or an override of what the study sets.
     """
-    for word in overrides:
-        if (name := word.partition("=")[0]) in _CHOSEN:
-            raise SettingError(name, "a value for all runs", f"what the study sets itself{_CHOSEN[name]}")
+    if chosen := first_given(overrides, _CHOSEN):
+        raise SettingError(chosen, "a value for all runs", f"what the study sets itself{_CHOSEN[chosen]}")
     names = [run.name for run in study.runs]
     for name in only:
         if name not in names:

@@ -79,12 +79,13 @@ def load_teacher(given: object, k: int, channels: int) -> Loaded:
     # Imported late: evaluation knows label rules.
     from softdefend.evaluation.third_party import load_weights_file, read_weights
 
-    normalises = any(name.endswith("normalise.mean") for name in _names(read_weights(path)))
+    content = read_weights(path)
+    normalises = any(name.endswith("normalise.mean") for name in _names(content))
     with torch.random.fork_rng(devices=[]):  # the network is drawn on the CPU
         net = build(
             settings, num_classes=k, in_channels=channels, mean=[0.0] * channels, std=[1.0] * channels
         )
-    load_weights_file(net if normalises else net.get_submodule("net"), path)
+    load_weights_file(net if normalises else net.get_submodule("net"), path, content)
     return Loaded(_frozen(net), _trained_shape(path.parent) if config.is_file() else None)
 
 

@@ -207,9 +207,18 @@ def distribution(labels: list[Tensor], k: int) -> Tensor:
     return torch.stack([nn.functional.one_hot(one, k).double() for one in labels]).mean(dim=0)
 
 
-def _arrays(flag: str, path: str, keys: tuple[str, ...]) -> dict[str, np.ndarray[Any, Any]]:
-    if not Path(path).is_file():
+def check_there(flag: str, path: str | None) -> None:
+    """Refuse a file of human labels that is named and not there.
+
+    Raises:
+        SettingError: it names the flag.
+    """
+    if path is not None and not Path(path).is_file():
         raise SettingError(flag, path, "an existing .npz file")
+
+
+def _arrays(flag: str, path: str, keys: tuple[str, ...]) -> dict[str, np.ndarray[Any, Any]]:
+    check_there(flag, path)
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [key for key in keys if key not in file.files]

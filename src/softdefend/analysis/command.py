@@ -233,9 +233,9 @@ def analyse_runs(
         SettingError: an output folder inside a run, or runs or files that cannot be used.
     """
     _refuse_inside(output, folders)
-    for flag, path in (("--train_votes", wishes.train_votes), ("--test_votes", wishes.test_votes)):
-        if path is not None and not Path(path).is_file():
-            raise SettingError(flag, path, "an .npz file")
+    # Kept results would answer for a file that is not there.
+    calibration.check_there("--train_votes", wishes.train_votes)
+    calibration.check_there("--test_votes", wishes.test_votes)
     runs = open_runs(folders, device)
     network_parts = tuple(part for part in wishes.parts if part != "overfitting")
     work = [(run, weights) for run in runs for weights in weights_of(run.folder, wishes.which)]

@@ -74,8 +74,8 @@ SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "balanced-margin": balanced_margin,
 }
 DEFAULT_SCORE = "balanced-margin"
-SOURCES = ("memory", "prediction")
-"""Whose rows are ranked."""
+SOURCES = {"memory": "label memory", "prediction": "network's predictions"}
+"""Whose rows are ranked, and what the page calls them."""
 
 
 def ranking(score: Tensor) -> Tensor:
@@ -309,11 +309,8 @@ def audit(
     """
     train = subject.run.bundle.train
     given, truth = train.labels, train.clean_labels
-    believed: dict[str, Tensor] = {}
-    if source == "memory":
-        believed["memory"] = require_memory(subject)
-    elif subject.memory is not None:
-        believed["memory"] = subject.memory
+    memory = require_memory(subject) if source == "memory" else subject.memory
+    believed = {} if memory is None else {"memory": memory}
     if source == "prediction" or truth is not None:
         believed["prediction"] = predictions(subject, batch_size)
     ranks = believed[source]
@@ -357,9 +354,7 @@ def require_memory(subject: Subject) -> Tensor:
             f"{subject.run.folder}, whose newest checkpoint holds no label memory ({rules})",
             "a run of a rule with a memory, such as SGLR, with its checkpoints; or --source prediction",
         )
-    given = subject.run.bundle.train.labels
-    at_label = subject.memory.gather(1, given[:, None].to(subject.memory.device))
-    if bool((at_label == 1).all()):
+    if bool((self_confidence(subject.memory, subject.run.bundle.train.labels) == 1).all()):
         raise SettingError(
             "run",
             f"{subject.run.folder}, whose label memory still is the given labels",

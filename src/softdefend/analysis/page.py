@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from softdefend.analysis.figures import Curve, dot_plot, line_plot, surface_plot
-from softdefend.analysis.label_audit import Audit
+from softdefend.analysis.label_audit import SOURCES, Audit
 from softdefend.report import RunRecord
 from softdefend.report.blocks import figures, paragraph, picture, titled
 from softdefend.report.figures import Plot, Series, colours, epoch_plot
@@ -524,9 +524,6 @@ def _geometry(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
     return titled("Geometry", plots, _table("Geometry", head, rows), paragraph(note))
 
 
-_SOURCES = {"memory": "label memory", "prediction": "network's predictions"}
-
-
 def audit_page(audit: Audit, top: int) -> bytes:
     """The page of ``softdefend labels audit``: what was found, how well, and the ``top`` first images."""
     run = audit.subject.run
@@ -537,7 +534,7 @@ def audit_page(audit: Audit, top: int) -> bytes:
         else f" Of all labels {audit.wrong:,} are wrong ({100 * audit.wrong / n:.1f}%)."
     )
     summary = (
-        f"{n:,} training images, ranked by {audit.score} of the {_SOURCES[audit.source]} at {weights}. "
+        f"{n:,} training images, ranked by {audit.score} of the {SOURCES[audit.source]} at {weights}. "
         f"For {audit.flagged:,} of them another class than the given one is believed.{known}"
     )
     sections = [titled("What was found", tag("p", summary, class_="summary"))]

@@ -199,32 +199,32 @@ def _check_company(net: nn.Module, images: Tensor, logits: Tensor) -> None:
         raise SettingError("net", given, accepted)
 
 
-def leads(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """How far each class lies behind the first, and what is usual.
+def usual_lead(logits: Tensor) -> Tensor:
+    """How far the other classes lie behind the first, [b] float64, of logits [b, k], k >= 2: the median."""
+    return _behind(logits).sort(1).values[:, 1:].median(1).values
+
+
+def _behind(logits: Tensor) -> Tensor:
+    values = logits.double()
+    return values.amax(1, keepdim=True) - values
+
+
+def _leads(logits: Tensor) -> Tensor:
+    """How far each class lies behind the first, [b, k] float64, at most ten times the :func:`usual_lead`.
 
     Softmax, margins and classes know no more of the logits than this: a constant in all of them, or in a
     class that is never meant, hides nothing here.
-
-    Args:
-        logits: [b, k], k >= 2.
-
-    Returns:
-        Leads [b, k] float64, at most ten times the image's usual one; the usual one [b], the median over the
-        other classes.
     """
-    values = logits.double()
-    behind = values.amax(1, keepdim=True) - values
-    usual = behind.sort(1).values[:, 1:].median(1).values
-    return torch.minimum(behind, 10 * usual[:, None]), usual
+    return torch.minimum(_behind(logits), 10 * usual_lead(logits)[:, None])
 
 
 def difference(logits: Tensor, others: Tensor) -> Tensor:
     """Euclidean distance of two outputs [b, k] relative to the longer one, [b] in [0, 2]: of the logits or of
-    their :func:`leads`, whichever is more.
+    their distances to the first class, whichever is more.
 
-    An image on a border has no leads to speak of: at least the batch's median length counts for these.
+    An image on a border has no distances to speak of: at least the batch's median length counts for these.
     """
-    one, other = leads(logits)[0], leads(others)[0]
+    one, other = _leads(logits), _leads(others)
     usual = torch.maximum(one.norm(dim=1), other.norm(dim=1)).median()
     return torch.maximum(_apart(one, other, usual), _apart(logits.double(), others.double()))
 

@@ -53,8 +53,13 @@ def load_network(
     return net.eval(), load_weights_file(net, weights)
 
 
-def load_weights_file(net: nn.Module, path: Path) -> list[str]:
+def load_weights_file(net: nn.Module, path: Path, content: Mapping[str, Any] | None = None) -> list[str]:
     """Put the weights of a file into ``net``, strictly: every name and shape must fit.
+
+    Args:
+        net: what takes them.
+        path: of the file.
+        content: of :func:`read_weights`, where the file has been read already.
 
     A dictionary of the weights nested in the file (:data:`NESTED`) is found, and :data:`PREFIXES` that the
     network does not have are removed.
@@ -65,7 +70,7 @@ def load_weights_file(net: nn.Module, path: Path) -> list[str]:
     Raises:
         SettingError: a file that cannot be read without executing it, or names or shapes that do not fit.
     """
-    state, notes = _unnested(path, read_weights(path))
+    state, notes = _unnested(path, read_weights(path) if content is None else content)
     wanted = net.state_dict()
     for prefix in _prefixes(state, wanted):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -85,16 +90,12 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         SettingError: no such file; a pickle that asks for more than tensors and plain values; damage.
     """
     accepted = "safetensors, or a state dict written by torch.save"
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, accepted)[0]
     try:
-        content: object
-        if path.suffix == ".safetensors":
-            content, _ = read_safetensors(path, accepted)
-        else:
-            with warnings.catch_warnings():  # about formats that are refused below
-                warnings.simplefilter("ignore")
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except SettingError:
-        raise
+        with warnings.catch_warnings():  # about formats that are refused below
+            warnings.simplefilter("ignore")
+            content: object = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise SettingError(str(path), "no such file", accepted) from error
     except pickle.UnpicklingError as error:
@@ -102,7 +103,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         # a truncated pickle names nothing
         given = f"a pickle that would run {name[1]}" if name else "a damaged or foreign file"
         raise SettingError(str(path), given, f"{accepted}: tensors and plain values only") from error
-    except Exception as error:  # foreign bytes make the two readers fail in any way
+    except Exception as error:  # foreign bytes make the reader fail in any way
         raise SettingError(str(path), "a damaged or foreign file", accepted) from error
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise SettingError(str(path), f"a file that holds a {type(content).__name__}", accepted)

@@ -25,6 +25,23 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> byte
     return to_safetensors(contiguous, metadata={_KEY: said})
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a file says of its weights; empty for one from elsewhere. The weights are not read.
+
+    Raises:
+        OSError, SafetensorError, ValueError: missing or damaged.
+    """
+    with safe_open(path, "pt") as file:
+        return _metadata(file)
+
+
+def _metadata(file: Any) -> dict[str, Any]:
+    metadata = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+    if not isinstance(metadata, dict):
+        raise ValueError(f"metadata that are a {type(metadata).__name__}")
+    return metadata
+
+
 def read_safetensors(path: Path, accepted: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of a file, which may be from elsewhere and then has no checksum.
 
@@ -37,9 +54,7 @@ def read_safetensors(path: Path, accepted: str) -> tuple[dict[str, Tensor], dict
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-            if not isinstance(metadata, dict):
-                raise ValueError(f"metadata that are a {type(metadata).__name__}")
+            metadata = _metadata(file)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError as error:
         raise SettingError(str(path), "no such file", accepted) from error

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from softdefend.errors import SettingError
 from softdefend.evaluation.records import versions
-from softdefend.evaluation.weights import to_bytes
+from softdefend.evaluation.weights import read_metadata, to_bytes
 from softdefend.files import Writer, move, write_atomic
 from softdefend.training.checkpoint import CheckpointFolder, snapshot
 
@@ -206,10 +206,12 @@ class RunFolder:
         return self.path / f".{name}.pending.safetensors"
 
 
-def _same_place(*paths: object) -> bool:
-    """Whether all are paths to one file or folder that is there."""
-    places = {os.path.realpath(Path(path).expanduser()) for path in paths if isinstance(path, str)}
-    return all(isinstance(path, str) for path in paths) and len(places) == 1 and os.path.exists(*places)
+def _same_place(one: object, other: object) -> bool:
+    """Whether both are paths to one file or folder that is there."""
+    if not (isinstance(one, str) and isinstance(other, str)):
+        return False
+    one, other = os.path.expanduser(one), os.path.expanduser(other)
+    return os.path.exists(one) and os.path.realpath(one) == os.path.realpath(other)
 
 
 def _whole_lines(path: Path) -> None:
@@ -226,11 +228,9 @@ def _whole_lines(path: Path) -> None:
 def _epoch_of(path: Path) -> int | None:
     """The epoch that a file of weights was saved at."""
     try:
-        with safe_open(path, "pt") as file:
-            epoch = json.loads(file.metadata()["softdefend"])["epoch"]
+        return int(read_metadata(path)["epoch"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
-    return int(epoch)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

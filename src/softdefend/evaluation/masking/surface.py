@@ -10,7 +10,7 @@ from torch import Tensor
 from softdefend.attacks import cross_entropy, dlr, margin
 from softdefend.evaluation.masking.finding import Check, Finding
 from softdefend.evaluation.masking.probe import Loss, Probe
-from softdefend.evaluation.preflight import leads
+from softdefend.evaluation.preflight import usual_lead
 
 _ATHALYE = "Athalye et al. 2018, arXiv 1802.00420"
 
@@ -171,7 +171,9 @@ def _finite(probe: Probe) -> Finding:
     here = _inside(probe, room)
     grad = probe.gradient(margin, here).flatten(1)
     logits = probe.logits(here)
-    size = torch.maximum(1e-3 * leads(logits)[1].float(), 100 * EPSILON * logits.topk(2).values.abs().amax(1))
+    size = torch.maximum(
+        1e-3 * usual_lead(logits).float(), 100 * EPSILON * logits.topk(2).values.abs().amax(1)
+    )
     step = (size / grad.norm(dim=1)).nan_to_num(room, room, room).clamp(room / 1000, room)
     step = step.view(-1, 1, 1, 1)
     measured, claimed = [], []
@@ -244,7 +246,7 @@ def jump(probe: Probe, start: Tensor, end: Tensor) -> Tensor:
 
     marks = torch.linspace(0, 1, GRID, dtype=torch.float64, device=start.device)
     values = torch.stack([at(mark.expand(n)) for mark in marks])  # [grid, n, k]
-    usual = leads(values.flatten(0, 1))[1].view(len(marks), n).amax(0).float()
+    usual = usual_lead(values.flatten(0, 1)).view(len(marks), n).amax(0).float()
     rounding = torch.maximum(1e-5 * usual[:, None], 4 * EPSILON * values.abs().amax(0))  # [n, k]
 
     def change(one: Tensor, other: Tensor) -> Tensor:
