@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,6 +193,16 @@ def test_a_run_is_a_surrogate_too(
     assert list(attacks) == ["transfer-pgd-20-margin-run", "transfer-pgd-20-margin-best"]
     # both are the best checkpoint's weights: the folder's, and the file's
     assert len({rate["count"] for rate in attacks.values()}) == 1
+
+
+@pytest.mark.parametrize(("n", "left", "said"), [(20, 9, True), (20, 10, False), (12, 9, False)])
+def test_a_line_says_where_transfer_does_more_on_the_same_images(n: int, left: int, said: bool) -> None:
+    own = {"n": 20, "worst": {"count": 10, "rate": 0.5}}
+    other = {"n": n, "worst": {"count": left, "rate": left / n}}
+    lines: list[str] = []
+    examine._Examination._compare(SimpleNamespace(say=lines.append), own, other)
+    assert bool(lines) is said
+    assert all("other networks leave 45.0% robust, all attacks on this one 50.0%" in line for line in lines)
 
 
 def test_preflight_comes_before_any_attack(

@@ -509,9 +509,10 @@ class _Examination:
         )
 
     def _compare(self, result: dict[str, Any], transferred: dict[str, Any]) -> None:
-        """Say it where images made elsewhere do more than attacks on the network itself."""
+        """Say it where images made elsewhere do more than attacks on the network itself. A kept result may be
+        of more images than were asked for now."""
         own, other = result["worst"], transferred["worst"]
-        if other["count"] < own["count"]:
+        if result["n"] == transferred["n"] and other["count"] < own["count"]:
             self.say(
                 f"images made against other networks leave {100 * other['rate']:.1f}% robust, all attacks on "
                 f"this one {100 * own['rate']:.1f}%: its gradients mislead, or the attacks were too weak"
