@@ -26,10 +26,7 @@ from torch import Tensor, nn
 
 from softdefend.attacks import PGD
 from softdefend.data import DataSettings, load
-from softdefend.evaluation.masking import audit
-from softdefend.evaluation.masking.attempts import CHECKS as ATTEMPTS
-from softdefend.evaluation.masking.behaviour import CHECKS as BEHAVIOUR
-from softdefend.evaluation.masking.surface import CHECKS as SURFACE
+from softdefend.evaluation.masking import CHECKS, audit
 from softdefend.models import normalised
 from softdefend.models.small_cnn import SmallCNN
 from softdefend.rng import stream
@@ -40,8 +37,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "audit_zoo.json"
 sys.path.insert(0, str(ROOT / "tests" / "evaluation"))
 
 import zoo  # noqa: E402
-
-CHECKS = (*BEHAVIOUR, *SURFACE, *ATTEMPTS)
 
 CHOSEN_ON, HELD_OUT = (0, 1, 2, 3), (4, 5)
 THREATS = (("linf", "0.1"), ("linf", "0.2"), ("l2", "0.5"))
@@ -174,6 +169,7 @@ def cifar(path: Path, name: str) -> list[dict[str, Any]]:
         "gradient turned round": zoo.Bent(nets["plain"], "flip"),
         "gradient of noise": zoo.Bent(nets["plain"], "noise"),
         "waves": zoo.Waves(nets["plain"], 600, 0.006),
+        "decoys": zoo.Decoys(nets["plain"], images, 8 / 255),
     }
     for title, net in deceivers.items():
         rows.append(_row("deceiver", title, net.eval(), home, 0, threat, nets["adversarially trained"]))
@@ -208,7 +204,7 @@ def _worst(check: str, worst: Callable[[list[float]], float], rows: list[dict[st
 def honest_table(content: dict[str, Any]) -> str:
     """Every honest network: accuracies in every ball, and the worst of its more telling figures."""
     shown = ("finite differences", "nearby gradients", "jumps", "flat surface", "pinned images")
-    shown += ("more steps", "more restarts", "convergence", "huge ball", "black box", "transfer")
+    shown += ("more steps", "more restarts", "convergence", "huge ball", "black box", "border", "transfer")
     lines = [
         f"| network | clean | PGD-20 | {' | '.join(shown)} | accused |",
         "| --- | --- | --- |" + " --- |" * (len(shown) + 1),

@@ -7,7 +7,7 @@ from scipy.optimize import linprog, minimize
 from torch import nn
 
 from softdefend.attacks import FAB, cross_entropy
-from softdefend.attacks.fab import _to_hyperplane
+from softdefend.attacks.fab import to_hyperplane
 from softdefend.attacks.names import parse_attack
 from softdefend.errors import SettingError
 from softdefend.rng import stream
@@ -112,7 +112,7 @@ def test_projection_against_scipy(norm):
     for seed in range(150):
         point, slope, gap, feasible = hyperplanes(seed)
         given = (torch.tensor(x, dtype=torch.float64)[None] for x in (point, slope, gap))
-        shift = _to_hyperplane(*given, norm)[0].numpy()
+        shift = to_hyperplane(*given, norm)[0].numpy()
         assert (point + shift >= -1e-12).all()
         assert (point + shift <= 1 + 1e-12).all()
         if feasible:
@@ -137,7 +137,7 @@ def test_projection_of_extremes_is_finite(norm, dtype):
     for point in (0.0, 0.3, 1.0):
         for gap in (0.0, 1e-30, -1.0, 1e30):
             start = torch.full_like(slope, point)
-            shift = _to_hyperplane(start, slope, slope.new_full((5,), gap), norm)
+            shift = to_hyperplane(start, slope, slope.new_full((5,), gap), norm)
             assert shift.isfinite().all()
             assert (shift[0] == 0).all()
             assert (start + shift >= -1e-6).all()

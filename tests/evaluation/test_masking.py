@@ -15,15 +15,13 @@ from torch import Tensor, nn
 
 from softdefend.attacks import PGD, margin
 from softdefend.errors import SettingError
-from softdefend.evaluation.masking import Audit, audit, behaviour, surface
-from softdefend.evaluation.masking import attempts as attempts_
+from softdefend.evaluation.masking import CHECKS, Audit, audit, border, surface
 from softdefend.evaluation.masking.finding import Check
 from softdefend.evaluation.masking.probe import Probe
 from softdefend.rng import stream
 from softdefend.threat import Budget, ThreatModel
 
 ROOT = Path(__file__).parents[2]
-CHECKS = (*behaviour.CHECKS, *surface.CHECKS, *attempts_.CHECKS)
 
 
 @pytest.fixture(scope="session")
@@ -300,6 +298,67 @@ def test_convergence_in_linf_is_wangs_formula_over_its_range():
     fosc = 0.1 * grad.abs().sum(1) - ((point - MIDDLE).flatten(1) * grad).sum(1)
     wanted = (fosc / (0.2 * grad.abs().sum(1))).mean()
     assert figure(surface.convergence(here, point)) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def two_classes(net: nn.Module, images: Tensor, threat: ThreatModel) -> tuple[Probe, Probe]:
+    """The images of class 0, and all of them, labelled as the network does."""
+    every = Probe(net, images, net(images).argmax(1), threat, 7, 0)
+    return every.only(every.labels == 0), every
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_walk_finds_the_border_of_a_linear_network_exactly_where_it_is(norm):
+    weight = torch.randn(12, generator=stream(0, "slope"))
+    net = Plane(weight)
+    images = 0.3 + 0.4 * torch.rand(60, 1, 3, 4, generator=stream(0, "images"))
+    dual = weight.abs().sum() if norm == "linf" else weight.norm()
+    away = net(images)[:, 0] / dual
+    eps = float(away[away > 0].median())
+    probe, every = two_classes(net, images, ThreatModel(norm, Budget(eps * 1.001)))
+    assert border.walked(probe, every).tolist() == (away[away > 0] <= eps).tolist()
+
+
+class Plane(nn.Module):
+    """Two classes that a plane through the middle of the box parts."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        height = (x.flatten(1) - 0.5) @ self.weight
+        return torch.stack([height, -height], 1)
+
+
+class Ball(nn.Module):
+    """Class 0 inside a ball of radius 0.6 about the middle of the box, class 1 outside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height = 0.36 - (x.flatten(1) - 0.5).square().sum(1)
+        return torch.stack([height, -height], 1)
+
+
+def test_the_walk_follows_a_border_that_is_curved():
+    images = torch.rand(200, 1, 2, 3, generator=stream(0, "images"))
+    depth = 0.6 - (images - 0.5).flatten(1).norm(dim=1)
+    reached = []
+    for eps in (0.95, 1.05):
+        shares = []
+        for row in (depth > 0.05).nonzero().flatten().tolist():
+            threat = ThreatModel("l2", Budget(float(depth[row]) * eps))
+            probe, every = two_classes(Ball(), images, threat)
+            place = (every.labels == 0).nonzero().flatten().tolist().index(row)
+            shares.append(border.walked(probe.only(torch.tensor([place])), every).item())
+        reached.append(sum(shares) / len(shares))
+    assert reached[0] == 0
+    assert reached[1] > 0.9
+
+
+def test_without_an_image_of_another_class_there_is_nowhere_to_begin():
+    images = torch.rand(9, 1, 3, 4, generator=stream(0, "images"))
+    probe, _ = two_classes(Plane(torch.ones(12)), images, ThreatModel("linf", Budget(1.0)))
+    assert 0 < len(probe) < 9
+    assert not border.walked(probe, probe).any()
 
 
 def test_zero_and_broken_gradients_are_counted_per_image():

@@ -453,6 +453,28 @@ class Locked(Wrapped):
         return self.net(torch.where(corner > 0, x.detach(), inside))
 
 
+class Decoys(Wrapped):
+    """Decides as the network does, but what an attack climbs is a decoy: each logit is a smooth maximum with
+    a plane of its own that stays below the lead, so that it hides all rivals until they come near."""
+
+    def __init__(self, net: nn.Module, images: Tensor, eps: float, gap: float = 3.0) -> None:
+        super().__init__(net)
+        with torch.no_grad():
+            lead = net(images).topk(2).values
+        self.size = 10 / float((lead[:, 0] - lead[:, 1]).median())
+        self.gap, self.sharpness, self.middle = gap, 8 / gap, images.mean(0).flatten()
+        pixels = len(self.middle)
+        coin = torch.rand(10, pixels, generator=torch.Generator().manual_seed(1))
+        # Over the whole ball a plane gains less than half of the gap.
+        self.slope = torch.where(coin < 0.5, -1.0, 1.0) * (0.4 * gap / (eps * pixels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.sharpness * self.size * self.net(x)
+        plane = (x.flatten(1) - self.middle) @ self.slope.T - self.gap
+        decoy = logits.logsumexp(1, keepdim=True) + self.sharpness * plane
+        return torch.logaddexp(logits, decoy) / self.sharpness
+
+
 @dataclass(frozen=True)
 class Deceiver:
     """How to make one, and which checks are there to catch it."""
@@ -518,6 +540,7 @@ DECEIVERS: dict[str, Deceiver] = {
     "gradient on the grid only": Deceiver(
         lambda z: OffGrid(z.plain), ("single step", "cross-entropy gradient", "random noise")
     ),
+    "decoys": Deceiver(lambda z: Decoys(z.plain, z.train_images, 0.1), ("border",)),
 }
 
 

@@ -317,7 +317,7 @@ class _Step:
         start = torch.stack([point, image]).flatten(2)
         slope = slope.flatten(1)
         gaps = torch.stack([gap, gap + (slope * (start[1] - start[0])).sum(dim=1)])
-        shift = _to_hyperplane(start, slope.expand_as(start), gaps, self.norm)
+        shift = to_hyperplane(start, slope.expand_as(start), gaps, self.norm)
         near, home = shift.view(2, *image.shape)
         length = _length(shift, self.norm).clamp_min(1e-8).view(2, -1, 1, 1, 1)
         lean = (length[0] / length.sum(dim=0)).clamp_max(self.alpha_max)
@@ -337,7 +337,7 @@ def _length(delta: Tensor, norm: Norm) -> Tensor:
     return length
 
 
-def _to_hyperplane(point: Tensor, slope: Tensor, gap: Tensor, norm: Norm) -> Tensor:
+def to_hyperplane(point: Tensor, slope: Tensor, gap: Tensor, norm: Norm) -> Tensor:
     """The shortest shift that brings a linear function to zero without leaving [0, 1].
 
     A shift of "height" t moves each pixel against the slope by t (l-inf) or t * |slope| (l2) until it meets

@@ -28,7 +28,7 @@ from softdefend.evaluation.corruptions import CORRUPTIONS, evaluate_corruptions
 from softdefend.evaluation.evaluate import Evaluator
 from softdefend.evaluation.exchange import check_standard, log_lines, read_known, robustbench
 from softdefend.evaluation.gallery import write_gallery
-from softdefend.evaluation.masking import audit
+from softdefend.evaluation.masking import CHECKS, audit
 from softdefend.evaluation.preflight import own_random_numbers, preflight
 from softdefend.evaluation.resume import file_digest, fingerprint
 from softdefend.evaluation.run import (
@@ -150,7 +150,13 @@ def _alike(kept: object, now: object) -> bool:
 
 
 def _complete(ending: str, content: Mapping[str, Any]) -> bool:
-    """Whether an evaluation's file has what is read of it; of another's, the reader judges itself."""
+    """Whether an evaluation's file has what is read of it, and an audit's all checks that there are now; of
+    others, the reader judges itself."""
+    if ending == "-audit.json":
+        findings = content.get("findings")
+        rows = findings if isinstance(findings, list) else []
+        names = {row.get("check") for row in rows if isinstance(row, dict)}
+        return {check.name for check in CHECKS} <= names
     if ending != ".json":
         return True
     try:

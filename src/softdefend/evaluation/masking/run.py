@@ -16,6 +16,9 @@ from softdefend.evaluation.masking.probe import Probe
 from softdefend.modes import attacked, tf32
 from softdefend.threat import ThreatModel
 
+CHECKS = (*behaviour.CHECKS, *surface.CHECKS, *attempts.CHECKS)
+"""Everything that an audit looks at."""
+
 
 def audit(
     net: nn.Module,
