@@ -253,27 +253,30 @@ def test_restarts_begin_half_of_eps_away_and_never_find_less(norm, targeted):
     torch.testing.assert_close(lengths, torch.full_like(lengths, eps / 2))
 
 
-def test_untargeted_search_steps_to_the_closest_boundary_of_all():
+@pytest.mark.parametrize("norm", NORMS)
+def test_untargeted_search_steps_to_the_closest_boundary_of_all(norm):
     """Against the gradients of all differences of logits, one by one."""
-    net, image = rugged((1, 6, 6)).double(), images(12, (1, 6, 6)).double()
-    label, seen = net(image).argmax(1), []
+    net, image = rugged((1, 6, 6)).double(), images(80, (1, 6, 6)).double()
+    label, seen, free = net(image).argmax(1), [], 0
 
     def watched(x):
         seen.append(x.detach().clone())
         return net(x)
 
-    FAB(steps=1, targeted=False, alpha_max=0, eta=1)(watched, image, label, ThreatModel("l2", Budget(1e-6)))
+    FAB(steps=1, targeted=False, alpha_max=0, eta=1)(watched, image, label, ThreatModel(norm, Budget(1e-6)))
     for x, y, moved in zip(image, label, seen[2], strict=True):
         jacobian = torch.autograd.functional.jacobian(lambda p: net(p[None])[0], x).flatten(1)
         others = [i for i in range(5) if i != y]
-        gaps = torch.stack([(net(x[None])[0, i] - net(x[None])[0, y]).abs() for i in others])
+        gaps = torch.stack([net(x[None])[0, i] - net(x[None])[0, y] for i in others])
         slopes = torch.stack([jacobian[i] - jacobian[y] for i in others])
-        shortest = gaps / slopes.norm(dim=1)
-        shift = (moved - x).flatten()
+        shortest = gaps.abs() / (slopes.norm(dim=1) if norm == "l2" else slopes.abs().sum(1))
+        shift, nearest = (moved - x).flatten(), shortest.argmin()
         if bool((moved > 0).all() & (moved < 1).all()):  # the box does not bind
-            assert shift.norm().item() == pytest.approx(shortest.min().item(), rel=1e-6)
-            cosine = shift @ slopes[shortest.argmin()] / shift.norm() / slopes[shortest.argmin()].norm()
-            assert abs(cosine.item()) == pytest.approx(1, abs=1e-6)
+            size = shift.norm() if norm == "l2" else shift.abs().max()
+            assert size.item() == pytest.approx(shortest.min().item(), rel=1e-6)
+            assert (slopes[nearest] @ shift).item() == pytest.approx(-gaps[nearest].item(), rel=1e-6)
+            free += 1
+    assert free > 10
 
 
 @pytest.mark.parametrize("name", ["fab-t", "fab-t-20", "fab", "fab-50", "fab-100x5", "fab-t-30x2"])
