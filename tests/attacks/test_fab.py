@@ -251,6 +251,7 @@ def test_restarts_begin_half_of_eps_away_and_never_find_less(norm, targeted):
     assert len(nearest.unique()) == len(start) > 20
     lengths = threat.distance(image[nearest], start)
     torch.testing.assert_close(lengths, torch.full_like(lengths, eps / 2))
+    assert 0.4 < (start > image[nearest]).double().mean() < 0.6
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -306,3 +307,18 @@ def test_a_given_loss_is_refused():
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(SettingError, match=rf"attack\.{next(iter(wrong))}"):
         FAB(**wrong)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_of_ten_classes_the_last_is_a_target_too(norm):
+    """The class of the lowest logit has the nearest boundary by far."""
+    weight, image = 0.01 * torch.eye(10, 16), torch.full((1, 1, 4, 4), 0.5)
+    weight[9] = 100 * torch.linspace(-1, 1, 16)
+    bias = -torch.arange(10.0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 10)).requires_grad_(False)
+    net[1].weight.copy_(weight)
+    net[1].bias.copy_(bias)
+    assert net(image).argsort(descending=True)[0, -1] == 9
+    given = net, image, torch.zeros(1, dtype=torch.int64), ThreatModel(norm, Budget(0.1))
+    assert net(FAB()(*given)).argmax() == 9
+    assert torch.equal(FAB(targets=8)(*given), image)
