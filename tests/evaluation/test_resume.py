@@ -291,6 +291,28 @@ def test_writes_are_apart(tmp_path, monkeypatch):
     assert torch.equal(tensors["t"], torch.zeros(2))
 
 
+def test_tensors_come_back_whatever_their_order_in_memory(tmp_path):
+    """Channels last, a transposed view, and two views of one storage."""
+    whole = torch.arange(48.0).view(2, 3, 4, 2)
+    tensors = {
+        "last": whole.to(memory_format=torch.channels_last),
+        "turned": whole.mT,
+        "part": whole[0],
+    }
+    state = StateFile(tmp_path / "state", {}, every=0)
+    state.save(lambda: (tensors, {"done": 3}))
+    loaded = StateFile(tmp_path / "state", {}).load()
+    assert loaded is not None
+    assert loaded[1] == {"done": 3}
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[0][name], tensor)
+
+
+def test_a_file_that_is_no_state_is_not_continued(tmp_path):
+    save_file({"weight": torch.ones(2)}, tmp_path / "state")
+    assert StateFile(tmp_path / "state", {}).load() is None
+
+
 @pytest.mark.slow
 def test_a_real_kill(tmp_path):
     """SIGKILL in the middle of Square, in a process of its own."""
