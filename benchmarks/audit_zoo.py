@@ -1,7 +1,7 @@
 """What the masking audit says about honest and deceiving networks on digits; figures as JSON, tables as text.
 
     python benchmarks/audit_zoo.py --jobs 2
-    python benchmarks/audit_zoo.py --cifar DIR     # adds two small networks on CIFAR-10 in hub layout
+    python benchmarks/audit_zoo.py --cifar DIR     # adds four small networks on CIFAR-10 in hub layout
     python benchmarks/audit_zoo.py --tables        # the tables of docs/audit.md from the result file
 
 The thresholds were chosen on four seeds; two were only looked at afterwards. A
@@ -29,6 +29,7 @@ from softdefend.data import DataSettings, load
 from softdefend.evaluation.masking import CHECKS, audit
 from softdefend.models import normalised
 from softdefend.models.small_cnn import SmallCNN
+from softdefend.models.wide_resnet import WideResNet
 from softdefend.rng import stream
 from softdefend.threat import ThreatModel
 
@@ -154,10 +155,18 @@ def cifar(path: Path, name: str) -> list[dict[str, Any]]:
     home = zoo.Zoo(1)
     home.images, home.labels = bundle.test.images[:64].float() / 255, bundle.test.labels[:64]
     threat = ThreatModel("linf", "8/255")
-    make = lambda: normalised(SmallCNN(10, 3, 16), (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))  # noqa: E731
+
+    def small() -> nn.Module:
+        return normalised(SmallCNN(10, 3, 16), (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
+
+    def residual() -> nn.Module:
+        return normalised(WideResNet(10, 3, 16, 1), (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
+
     trainings = {
-        "plain": zoo.Training(make, epochs=8),
-        "adversarially trained": zoo.Training(make, "at", eps=8 / 255, epochs=4),
+        "plain": zoo.Training(small, epochs=8),
+        "adversarially trained": zoo.Training(small, "at", eps=8 / 255, epochs=4),
+        "plain, WRN-16-1": zoo.Training(residual, epochs=6),
+        "adversarially trained, WRN-16-1": zoo.Training(residual, "at", eps=8 / 255, epochs=5),
     }
     nets = {title: training.fit(images, labels) for title, training in trainings.items()}
     rows = [_row("honest", title, net, home, 0, threat, nets["plain"]) for title, net in nets.items()]
