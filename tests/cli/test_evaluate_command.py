@@ -184,15 +184,19 @@ def test_extras_are_written_shown_and_kept(run_folder: Path, capsys: pytest.Capt
     assert changed == {"best-audit.json"}
 
 
-def test_an_audit_that_lacks_a_check_of_today_is_made_again(
+def test_an_audit_by_other_checks_than_those_of_today_is_made_again(
     run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["evaluate", str(run_folder), "--which", "best", "--size", "8", "--audit", "--audit_size", "4"]
     done(words, capsys)
     path, whole = run_folder / "evaluation" / "best-audit.json", result(run_folder, "best-audit")
-    path.write_text(json.dumps(whole | {"findings": whole["findings"][1:]}))
-    done(words, capsys)
-    assert result(run_folder, "best-audit") == whole
+    checks = whole["settings"]["checks"]
+    fewer = {name: threshold for name, threshold in checks.items() if name != "border"}
+    for known in (fewer, checks | {"border": "above 0.5"}):
+        settings = whole["settings"] | {"checks": known}
+        path.write_text(json.dumps(whole | {"settings": settings, "findings": whole["findings"][1:]}))
+        done(words, capsys)
+        assert result(run_folder, "best-audit") == whole
 
 
 def test_a_run_is_a_surrogate_too(

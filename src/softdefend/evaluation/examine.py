@@ -150,13 +150,7 @@ def _alike(kept: object, now: object) -> bool:
 
 
 def _complete(ending: str, content: Mapping[str, Any]) -> bool:
-    """Whether an evaluation's file has what is read of it, and an audit's all checks that there are now; of
-    others, the reader judges itself."""
-    if ending == "-audit.json":
-        findings = content.get("findings")
-        rows = findings if isinstance(findings, list) else []
-        names = {row.get("check") for row in rows if isinstance(row, dict)}
-        return {check.name for check in CHECKS} <= names
+    """Whether an evaluation's file has what is read of it; of another's, the reader judges itself."""
     if ending != ".json":
         return True
     try:
@@ -240,7 +234,9 @@ class _Examination:
         suspicious = None
         if extras.audit:
             surrogate = next(iter(self.surrogates.items()), None)
-            found = self._kept("-audit.json", {"images": extras.audit, "surrogate": surrogate}, self._audit)
+            checks = {check.name: check.threshold for check in CHECKS}
+            asked = {"images": extras.audit, "surrogate": surrogate, "checks": checks}
+            found = self._kept("-audit.json", asked, self._audit)
             suspicious = found["verdict"] == "suspicious"
         result = self._attacked()
         transferred = None
