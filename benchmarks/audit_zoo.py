@@ -156,11 +156,13 @@ def cifar(path: Path, name: str) -> list[dict[str, Any]]:
     home.images, home.labels = bundle.test.images[:64].float() / 255, bundle.test.labels[:64]
     threat = ThreatModel("linf", "8/255")
 
+    statistics = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+
     def small() -> nn.Module:
-        return normalised(SmallCNN(10, 3, 16), (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
+        return normalised(SmallCNN(10, 3, 16), *statistics)
 
     def residual() -> nn.Module:
-        return normalised(WideResNet(10, 3, 16, 1), (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
+        return normalised(WideResNet(10, 3, 16, 1), *statistics)
 
     trainings = {
         "plain": zoo.Training(small, epochs=8),

@@ -1,5 +1,6 @@
 """FAB against closed-form distances on linear networks, and its projection against SciPy's solvers."""
 
+import minimal_tools
 import numpy as np
 import pytest
 import torch
@@ -17,16 +18,8 @@ NORMS = ["linf", "l2"]
 
 
 def rugged(shape, k=5, scale=1.0):
-    """An untrained network with curved boundaries."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = nn.Sequential(
-            nn.Flatten(), nn.Linear(torch.Size(shape).numel(), 64), nn.ReLU(), nn.Linear(64, k)
-        )
-    net[1].weight.data.mul_(4)
-    net[3].weight.data.mul_(scale)
-    net[3].bias.data.mul_(scale)
-    return net.requires_grad_(False)
+    """An untrained network with curved boundaries, in single precision."""
+    return minimal_tools.rugged(shape, k, scale).float()
 
 
 def images(n, shape, seed=0):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from minimal_tools import images, rugged
 from scipy.optimize import brentq
 from torch import nn
 
@@ -19,20 +20,6 @@ from softdefend.rng import stream
 from softdefend.threat import Budget, ThreatModel
 
 Array = np.ndarray
-
-
-def rugged(shape: tuple[int, ...], k: int = 5, seed: int = 0) -> nn.Module:
-    """An untrained network with curved boundaries, in double precision."""
-    pixels, draws = math.prod(shape), stream(seed, "net")
-    net = nn.Sequential(nn.Flatten(), nn.Linear(pixels, 64), nn.ReLU(), nn.Linear(64, k)).double()
-    for parameter in net.parameters():
-        wide = 4 if parameter.shape == (64, pixels) else 1
-        parameter.data = wide * (torch.rand(parameter.shape, generator=draws, dtype=torch.float64) - 0.5) / 4
-    return net.requires_grad_(False)
-
-
-def images(n: int, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.rand(n, *shape, generator=stream(0, "x"), dtype=torch.float64)
 
 
 def logits(net: nn.Module, point: Array) -> Array:
@@ -145,9 +132,9 @@ def test_the_pattern_of_a_window_is_the_papers(side: int) -> None:
     np.testing.assert_allclose(_eta(side).numpy(), pattern(side), atol=1e-6)
 
 
-def naive_square(
+def naive_square_in_l2(
     net: nn.Module, image: Array, label: int, eps: float, attack: Square, drawn: Iterator[float]
-):
+) -> Array:
     """Algorithm 3 for one image that never falls."""
     channels, height, width = image.shape
 
@@ -238,6 +225,6 @@ def test_square_in_l2_goes_where_the_papers_algorithm_goes(shape: tuple[int, int
     label = torch.tensor([2])
     found = attack(net, image, label, ThreatModel("l2", Budget(eps)), generator=stream(1, "draws"))
     drawn = iter(torch.rand(20_000, generator=stream(1, "draws")).tolist())
-    naive = naive_square(net, image[0].numpy(), 2, eps, attack, drawn)
+    naive = naive_square_in_l2(net, image[0].numpy(), 2, eps, attack, drawn)
     np.testing.assert_allclose(found[0].numpy(), naive, atol=1e-5)
     assert np.abs(naive - image[0].numpy()).max() > 0.05

@@ -56,13 +56,13 @@ def load_network(
 def load_weights_file(net: nn.Module, path: Path, content: Mapping[str, Any] | None = None) -> list[str]:
     """Put the weights of a file into ``net``, strictly: every name and shape must fit.
 
+    A dictionary of the weights nested in the file (:data:`NESTED`) is found, and :data:`PREFIXES` that the
+    network does not have are removed.
+
     Args:
         net: what takes them.
         path: of the file.
         content: of :func:`read_weights`, where the file has been read already.
-
-    A dictionary of the weights nested in the file (:data:`NESTED`) is found, and :data:`PREFIXES` that the
-    network does not have are removed.
 
     Returns:
         What was done to the names, in words; nothing where they fitted as they were.

@@ -39,9 +39,8 @@ def walked(probe: Probe, others: Probe) -> Tensor:
         probe: the images; the network gets them right.
         others: images that the network gets right, of all classes.
     """
-    images, labels = probe.images.flatten(1), others.labels
-    distance = torch.cdist(images, others.images.flatten(1))
-    distance.masked_fill_(probe.labels[:, None] == labels, torch.inf)
+    distance = torch.cdist(probe.images.flatten(1), others.images.flatten(1))
+    distance.masked_fill_(probe.labels[:, None] == others.labels, torch.inf)
     near = distance.topk(min(STARTS, len(others)), largest=False)
     found = torch.zeros(len(probe), dtype=torch.bool, device=probe.device)
     for away, which in zip(near.values.T, near.indices.T, strict=True):
