@@ -101,17 +101,18 @@ def controls() -> str:
 
 
 def recipes() -> str:
-    """Every preset on 30 epochs, the strongest first, with how long an epoch took beside how many runs."""
+    """Every preset on 30 epochs, the strongest first: how long an epoch takes alone, and took in its run."""
+    alone = {row["recipe"]: f"{row['seconds_per_epoch']:.1f}" for row in read("preset_step")["rows"]}
     runs = sorted(read("recipes")["runs"], key=lambda run: -run["last"]["pgd-20"])
     lines = []
     for run in runs:
         card = run["environment"]["device"].split()[1]
         lines.append(
-            f"| {run['recipe']} | {figures(run)} | {run['seconds_per_epoch']:.1f} "
-            f"| {run['runs_per_device']}, {card} |"
+            f"| {run['recipe']} | {figures(run)} | {alone.get(run['recipe'], '–')} "
+            f"| {run['seconds_per_epoch']:.1f} | {run['runs_per_device']}, {card} |"
         )
-    head = "| preset | clean best | last | PGD-20 best | last | seconds an epoch | runs on the GPU |"
-    return table(head, lines)
+    head = "| preset | clean best | last | PGD-20 best | last | seconds an epoch, alone | in its run "
+    return table(head + "| runs on the GPU |", lines)
 
 
 def figures(run: dict[str, Any]) -> str:
