@@ -5,9 +5,10 @@
 
 Suspects: the data (``--original``: CIFAR-10 as published, such as torchvision's ``cifar-10-batches-py``),
 batch normalisation in the attack, the authors' schedule (which drops one epoch earlier and keeps the smaller
-last batch), and a start without a warm-up. Every run is measured by PGD-20 on all test images of the data it
-was trained on; a second seed of the protocol itself shows what is noise. Killed at any moment, or ended by
-``--seconds``, the same command continues where the run folders still exist.
+last batch), a start without a warm-up, and one from weights that are not drawn as the authors draw theirs.
+Every run is measured by PGD-20 on all test images of the data it was trained on; a second seed of the
+protocol itself shows what is noise. Killed at any moment, or ended by ``--seconds``, the same command
+continues where the run folders still exist.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "attack in train mode": ("--attack_bn", "train"),
     "authors' schedule": ("--optim.schedule.one_based", "true", "--optim.drop_last", "false"),
     "warm-up": ("--optim.schedule.warmup", "0.05"),
+    "authors' weights": ("--net.init", "kaiming"),
 }
 """Words of ``softdefend train`` beside the protocol's."""
 PROTOCOL = ["--config", "cifar10_resnet18_short", "--preset", "pgd-at", "--validate.every", "3"]

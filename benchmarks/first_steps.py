@@ -30,9 +30,11 @@ from softdefend.training.step import Phase
 VARIANTS: dict[str, tuple[str, ...]] = {
     "published": (),
     "attack in train mode": ("--attack_bn", "train"),
+    "authors' weights": ("--net.init", "kaiming"),
     "warm-up": ("--optim.schedule.warmup", "0.01"),
 }
-"""Words of ``softdefend train`` beside the protocol's; the warm-up is of 2 of 200 epochs."""
+"""Words of ``softdefend train`` beside the protocol's; the weights are drawn as SGLR's authors draw them, the
+warm-up is of 2 of 200 epochs."""
 
 
 def losses(args: argparse.Namespace, folder: str) -> list[float]:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from softdefend.models.layers import conv, global_average, initialise
+from softdefend.models.layers import conv, global_average, initialise, kaiming
 
 
 def test_convolutions_start_with_the_fan_out_variance() -> None:
@@ -21,6 +21,16 @@ def test_convolutions_start_with_the_fan_out_variance() -> None:
     assert not net[2].bias.any()
     torch.testing.assert_close(net[1].weight, bn_weight)
     torch.testing.assert_close(net[2].weight, linear_weight)
+
+
+def test_redrawn_convolutions_leave_the_rest_alone() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(conv(32, 128), nn.BatchNorm2d(128), nn.Linear(128, 10))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    kaiming(net)
+    assert [name for name, value in net.state_dict().items() if not torch.equal(value, before[name])] == [
+        "0.weight"
+    ]
 
 
 def test_convolution_keeps_the_size_and_has_no_bias() -> None:

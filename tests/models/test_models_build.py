@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from softdefend.models import NAMES, NetSettings, Normalise, build, check_logits
 QUICK = ["small_cnn", "resnet18", "preact_resnet18"]
 
 
-def make(name: str, channels: int = 3, classes: int = 10, **more: int) -> nn.Module:
+def make(name: str, channels: int = 3, classes: int = 10, **more: Any) -> nn.Module:
     settings = NetSettings(name=name, **more)
     return build(
         settings, num_classes=classes, in_channels=channels, mean=[0.4] * channels, std=[0.3] * channels
@@ -128,6 +129,20 @@ def test_width_of_the_small_network() -> None:
     assert make("small_cnn", width=5).net.linear.in_features == 10
 
 
+@pytest.mark.parametrize("init", ["own", "kaiming"])
+@pytest.mark.parametrize("name", QUICK)
+def test_convolutions_start_as_asked(name: str, init: str) -> None:
+    """Torch's uniform draw has variance 1 / (3 fan-in), Kaiming's fan-out draw 2 / fan-out."""
+    torch.manual_seed(0)
+    for layer in make(name, init=init).modules():
+        if isinstance(layer, nn.Conv2d):
+            area = layer.weight[0, 0].numel()
+            by_kaiming = init == "kaiming" or name == "small_cnn"
+            expected = 2 / (area * layer.out_channels) if by_kaiming else 1 / (3 * area * layer.in_channels)
+            # The smallest layer has 864 weights: its variance is known to 5%.
+            assert layer.weight.var().item() == pytest.approx(expected, rel=0.2)
+
+
 def test_networks_from_outside_are_normalised_too(monkeypatch) -> None:
     timm = SimpleNamespace(create_model=lambda name, **kw: nn.Conv2d(kw["in_chans"], kw["num_classes"], 1))
     monkeypatch.setitem(sys.modules, "timm", timm)
@@ -145,6 +160,8 @@ def test_networks_from_outside_are_normalised_too(monkeypatch) -> None:
         (NetSettings("small_cnn", width=0), "net.width: got 0"),
         (NetSettings("resnet18", width=64), "net.width: got 64 with net.name resnet18"),
         (NetSettings("timm:x", width=64), "net.width"),
+        (NetSettings("resnet18", init="he"), "net.init: got 'he'; accepted: own or kaiming"),
+        (NetSettings("timm:x", init="kaiming"), "net.init: got kaiming with net.name timm:x; accepted: own"),
     ],
 )
 def test_unusable_settings_are_refused(settings: NetSettings, message: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import nn
 
 from softdefend.errors import SettingError
 from softdefend.models.factory import from_timm, from_user
+from softdefend.models.layers import kaiming
 from softdefend.models.logits import check_logits
 from softdefend.models.normalise import Normalise, normalised
 from softdefend.models.preact_resnet import PreActResNet18
@@ -28,6 +30,8 @@ _RESIDUAL: dict[str, Callable[[int, int], nn.Module]] = {
 NAMES: tuple[str, ...] = ("small_cnn", *_RESIDUAL)
 """The built-in networks; ``timm:NAME`` and ``module:function`` are accepted beside them."""
 
+Init = Literal["own", "kaiming"]
+
 
 @dataclass(frozen=True)
 class NetSettings:
@@ -39,6 +43,10 @@ class NetSettings:
 
     width: int | None = None
     """Channels of the first layer; for small_cnn only (default 32)."""
+
+    init: Init = "own"
+    """How convolutions of a built-in network start: own (as the code that each is known from has it: torch's
+    uniform draw in the ResNets, kaiming in the others) or kaiming (normal, fan-out)."""
 
 
 def build(
@@ -66,13 +74,22 @@ def build(
     if len(mean) != in_channels:
         given = f"{len(mean)} means for images with {in_channels} channels"
         raise SettingError("normalisation", given, "one mean and one standard deviation per channel")
-    return normalised(_bare(settings, num_classes, in_channels), mean, std)
+    net = _bare(settings, num_classes, in_channels)
+    if settings.init == "kaiming":
+        kaiming(net)
+    return normalised(net, mean, std)
 
 
 def _bare(settings: NetSettings, num_classes: int, in_channels: int) -> nn.Module:
     name, width = settings.name, settings.width
     if name not in NAMES and ":" not in name:
         raise SettingError("net.name", name, f"{', '.join(NAMES)}, timm:NAME or module:function")
+    if settings.init not in get_args(Init):
+        raise SettingError("net.init", repr(settings.init), " or ".join(get_args(Init)))
+    if settings.init != "own" and name not in NAMES:
+        raise SettingError(
+            "net.init", f"{settings.init} with net.name {name}", "own; only built-in networks start otherwise"
+        )
     if name == "small_cnn":
         if width is not None and width < 1:
             raise SettingError("net.width", width, "1 or more")

@@ -18,15 +18,18 @@ def global_average(features: Tensor) -> Tensor:
     return features.mean(dim=(2, 3))
 
 
-def initialise(net: nn.Module) -> None:
-    """Kaiming initialisation, normal with fan-out mode (He et al., arXiv 1502.01852, section 2.2).
-
-    Convolutions are drawn from N(0, 2 / (kernel area x output channels)), as in the Wide ResNet of TRADES'
-    code and in most ResNet code; BatchNorm starts at weight 1 and bias 0; a linear layer keeps torch's
-    uniform weights and starts with bias 0.
-    """
+def kaiming(net: nn.Module) -> None:
+    """Draw the weights of all convolutions from N(0, 2 / (kernel area x output channels)): Kaiming
+    initialisation, normal with fan-out mode (He et al., arXiv 1502.01852, section 2.2)."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.Linear):
+
+
+def initialise(net: nn.Module) -> None:
+    """Start as the Wide ResNet of TRADES' code does: convolutions by :func:`kaiming`, BatchNorm at weight
+    1 and bias 0, linear layers with torch's uniform weights and bias 0."""
+    kaiming(net)
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)

@@ -34,7 +34,8 @@ class ResNet18(nn.Module):
 
     Against the ImageNet layout: a 3x3 stem with 64 channels and no max-pooling. Four stages of two basic
     blocks with 64, 128, 256 and 512 channels and strides 1, 2, 2, 2; global average pooling; linear.
-    Weights start as torch's layers start them, as in the robustness papers' code.
+    Weights start as torch's layers start them, as in the code of TRADES, MART and AWP. The code of SAT and of
+    SGLR has the same network and draws its convolutions anew (``net.init: kaiming``).
 
     Args:
         num_classes: k, the length of the logits.
