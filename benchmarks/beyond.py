@@ -8,7 +8,8 @@
    no part: a candidate's evaluation is of one image.
 2. The chosen settings train by the full protocol (200 epochs, 1,000 images held out), one run for each seed,
    and the last checkpoint meets PGD-20 and AutoAttack on all test images. ``--full`` names other settings;
-   all that ran stay in the file.
+   all that ran stay in the file. A run that has been trained and not been met by AutoAttack yet has its row
+   already, and gets the figure from a later call.
 
 Killed at any moment, or ended by ``--seconds``, the same command continues where the run folders still exist;
 a choice that is written stands.
@@ -93,11 +94,17 @@ def candidate(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return row | {"environment": environment(place), "curve": lines(place, "metrics.jsonl")}
 
 
-def finished(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """What a full run reached at its last epoch."""
+def reached(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any] | None:
+    """What a full run reached at its last epoch; None where it has not come to it, and for an attack that the
+    last checkpoint has not met."""
     place = folder(f"full {name} {seed}", args)
+    if not (place / "evaluation/last.json").exists():
+        return None
     result = json.loads((place / "evaluation/last.json").read_text())
-    figures = {attack: round(100 * result["attacks"][attack]["rate"], 2) for attack in attacks(args)}
+    met = result["attacks"]
+    figures = {
+        attack: round(100 * met[attack]["rate"], 2) if attack in met else None for attack in attacks(args)
+    }
     row: dict[str, Any] = {"settings": name, "words": list(SETTINGS[name]), "seed": seed}
     row |= {"epoch": result["epoch"], "n": result["n"]}
     row |= {"clean": round(100 * result["clean"]["rate"], 2), **figures}
@@ -132,7 +139,8 @@ def main() -> int:
     print(f"chosen: {content['choice']}", flush=True)
     made = {(row["settings"], row["seed"]): row for row in content.get("full", [])}
     asked = [(name, seed) for name in args.full or [content["choice"]] for seed in args.seeds]
-    asked = [pair for pair in dict.fromkeys(asked) if pair not in made]
+    last = attacks(args)[-1]
+    asked = [pair for pair in dict.fromkeys(asked) if made.get(pair, {}).get(last) is None]
     jobs = []
     for name, seed in asked:
         train, attack = f"full {name} {seed}", f"attacked {name} {seed}"
@@ -140,8 +148,8 @@ def main() -> int:
         jobs.append(Job(attack, partial(attacked, name, seed, args=args), (train,)))
     left = pool(jobs)
     for name, seed in asked:
-        if f"attacked {name} {seed}" not in left:
-            made[name, seed] = finished(name, seed, args)
+        if row := reached(name, seed, args):
+            made[name, seed] = row
     content["full"] = list(made.values())
     write()
     if left:

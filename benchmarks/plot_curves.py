@@ -16,11 +16,14 @@ from matplotlib.figure import Figure
 from tables import full_name
 
 ROOT = Path(__file__).parent.parent
-COLOURS = {"plain": "#0072B2", "sglr": "#D55E00", "r": "#009E73", "awp": "#CC79A7"}
+COLOURS = {"plain": "#0072B2", "sglr": "#D55E00", "r": "#009E73", "awp": "#CC79A7", "rival": "#E69F00"}
 
 
 def colour(recipe: str) -> str:
-    """One for SGLR, one each for SGLR with a share of the given label and with AWP, one for all else."""
+    """One for SGLR, one each for SGLR with a share of the given label and with AWP, one for AWP without it,
+    one for all else."""
+    if "without SGLR" in recipe:
+        return COLOURS["rival"]
     if "AWP" in recipe:
         return COLOURS["awp"]
     if recipe.endswith("-paper"):

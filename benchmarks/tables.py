@@ -84,8 +84,9 @@ def beyond_full() -> str:
     rows |= {full_name(row["settings"]): row for row in read("beyond")["full"]}
     lines = []
     for name, row in rows.items():
-        cells = " | ".join(f"{row[key]:.1f}" for key in ("clean", "pgd-20", "autoattack"))
-        lines.append(f"| {name} | {cells} | {row['hours']:.2f} |")
+        cells = (row[key] for key in ("clean", "pgd-20", "autoattack"))
+        shown = " | ".join("–" if cell is None else f"{cell:.1f}" for cell in cells)
+        lines.append(f"| {name} | {shown} | {row['hours']:.2f} |")
     return table(head, lines)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from softdefend import ADR, PGDAT, SGLR, TRADES, Hard
 from softdefend.attacks import PGD
 from softdefend.data import AugmentSettings, from_tensors
+from softdefend.errors import DivergenceError
 from softdefend.threat import ThreatModel
 from softdefend.training import OptimSettings, Recipe, RuntimeSettings, Trainer, ValidateSettings
 from softdefend.training.hints import hints
@@ -44,6 +45,31 @@ def test_of_the_runs_of_table_1_one_stood_at_guessing_and_one_ran_away():
     }
 
 
+def curves(content):
+    """Every run that a result file holds, with its curve."""
+    if isinstance(content, list):
+        for item in content:
+            yield from curves(item)
+    elif isinstance(content, dict):
+        if "step" in (content.get("curve") or [{}])[0]:
+            yield content
+        for item in content.values():
+            yield from curves(item)
+
+
+def test_of_all_measured_runs_the_one_called_stuck_never_rose_and_those_that_rose_were_not_called_so():
+    found = {"guessing": [], "stuck": []}
+    for path in sorted(RESULTS.parent.glob("*.json")):
+        for run in curves(json.loads(path.read_text())):
+            rows = run["curve"]
+            seen = {name for row in rows for name, _ in hints(row, rows[0]["step"], 10)}
+            for name in seen & found.keys():
+                found[name].append((path.stem, rows[-1]["train_robust"] > 0.25))
+    assert found["stuck"] == [("beyond", False)]
+    assert len(found["guessing"]) >= 6
+    assert [rose for _, rose in found["guessing"]].count(False) == 1
+
+
 @pytest.mark.parametrize(
     ("k", "robust", "expected"),
     [
@@ -61,14 +87,17 @@ def test_guessing_is_judged_by_the_number_of_classes(k, robust, expected):
     assert bool(list(hints(row, 300, k))) is expected
 
 
-def test_guessing_is_judged_once_after_a_thousand_steps_whatever_the_length_of_an_epoch():
-    for steps in (13, 250, 999, 1000, 5000):
+def test_guessing_is_judged_after_a_thousand_steps_and_five_thousand_whatever_the_length_of_an_epoch():
+    for steps in (26, 250, 999, 1000, 5000):
         rows = [
             {"epoch": e, "step": e * steps, "train_robust": 0.1, "target_entropy": None}
             for e in range(1, 201)
         ]
-        (only,) = [row["step"] for row in rows if list(hints(row, steps, 10))]
-        assert 1000 <= only < 1000 + steps
+        found = [(name, row["step"]) for row in rows for name, _ in hints(row, steps, 10)]
+        (first, soon), (second, later) = found
+        assert (first, second) == ("guessing", "stuck")
+        assert 1000 <= soon < 1000 + steps
+        assert 5000 <= later < 5000 + steps
 
 
 def test_a_hint_names_what_was_seen_and_a_setting():
@@ -121,3 +150,55 @@ def test_a_run_says_it_once_and_goes_on(tmp_path, capsys, label, uniform, times)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert (rows[-1]["target_entropy"] > 0.9 * math.log(4)) is uniform
     assert [row.get("hints") for row in rows] == [["uniform"] if times else None] * 3
+
+
+@pytest.fixture
+def guesses(tmp_path, monkeypatch):
+    """Trains a network that cannot learn: its images are all alike. It is judged in epochs 1 and 3."""
+    monkeypatch.setattr("softdefend.training.hints.FIRST_STEPS", 1)
+    monkeypatch.setattr("softdefend.training.hints.STUCK_STEPS", 8)
+
+    def train(alarm):
+        torch.manual_seed(0)
+        trainer = Trainer(
+            nn.Sequential(nn.Flatten(), nn.Linear(16, 4)),
+            from_tensors(torch.full((40, 1, 4, 4), 0.5), torch.arange(40) % 4, validation=8),
+            Recipe(ThreatModel("linf", "0.05"), PGD(steps=2), Hard(), PGDAT()),
+            tmp_path / alarm,
+            optim=OptimSettings(epochs=4, batch_size=8, lr=1e-4),
+            augment=AugmentSettings("none"),
+            validate=ValidateSettings(attack=PGD(steps=2), alarm=alarm),
+            runtime=RuntimeSettings(device="cpu", threads=1),
+            progress=False,
+        )
+        try:
+            trainer.fit()
+        finally:
+            trainer.folder.close()
+        lines = (tmp_path / alarm / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line).get("hints") for line in lines]
+
+    return train
+
+
+def test_a_stuck_run_says_so_and_goes_on(guesses, capsys):
+    assert guesses("warn") == [["guessing"], None, ["stuck"], None]
+    said_of_it = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(said_of_it) == 2
+    assert "after 9 steps robust accuracy on training images is" in said_of_it[1]
+    assert "not likely to rise" in said_of_it[1]
+
+
+def test_a_stuck_run_is_not_spoken_of_where_the_alarm_is_off(guesses, capsys):
+    assert guesses("off") == [["guessing"], None, ["stuck"], None]
+    assert "not likely to rise" not in capsys.readouterr().err
+
+
+def test_a_stuck_run_ends_where_the_alarm_stops(guesses, capsys, tmp_path):
+    with pytest.raises(
+        DivergenceError, match=r"after 9 steps .*optim.schedule.warmup.*best checkpoint is of epoch 1"
+    ):
+        guesses("stop")
+    assert "not likely to rise" not in capsys.readouterr().err  # the error says it
+    assert len((tmp_path / "stop/metrics.jsonl").read_text().splitlines()) == 3
+    assert (tmp_path / "stop/best.safetensors").is_file()

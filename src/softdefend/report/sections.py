@@ -129,6 +129,7 @@ def learning_curves(report: Report) -> Html:
 
 _REMARKS = {
     "guessing": "stood at the accuracy of guessing in epoch {first}: the learning rate may start too high.",
+    "stuck": "still stood at the accuracy of guessing in epoch {first}: probably for good.",
     "uniform": "trained towards nearly uniform labels in {count} of {epochs} epochs, first in epoch {first}: "
     "little is left for them to teach.",
     "catastrophic_overfitting": "withstood one attack step and not several (catastrophic overfitting) after "

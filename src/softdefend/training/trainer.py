@@ -52,8 +52,9 @@ class ValidateSettings:
     precision: Precision = "exact"
     """In which the attack searches: exact, strict or fast, as evaluate.precision."""
     alarm: Literal["warn", "stop", "off"] = "warn"
-    """What to do about catastrophic overfitting, which is looked for where training takes one attack step:
-    warn (one line), stop (keeping the best checkpoint) or off."""
+    """What to do about catastrophic overfitting, which is looked for where training takes one attack step,
+    and about a network that still guesses after 5,000 steps: warn (one line), stop (keeping the best
+    checkpoint) or off."""
 
     def __post_init__(self) -> None:
         check_precision(self.precision, "validate.precision")
@@ -198,8 +199,8 @@ class Trainer:
         Raises:
             CheckpointError: the checkpoint is damaged or belongs to another run.
             DivergenceError: the loss or a weight is no longer finite, the loss far above that of guessing and
-                of the first step, or catastrophic overfitting where ``validate.alarm`` is ``stop``; the last
-                good checkpoint is kept.
+                of the first step, or ``validate.alarm`` is ``stop`` and rings; the last good checkpoint is
+                kept.
         """
         self._restore(resume)
         try:
@@ -258,9 +259,9 @@ class Trainer:
                     self._check()
                     self._save()
         self.weight.end_epoch(self.epoch, self._training_images)
-        row = self._end_epoch(phase.label)
-        if row.get("catastrophic_overfitting"):
-            self._alarm(row)
+        row, failure = self._end_epoch(phase.label)
+        if failure is not None:
+            self._alarm(*failure)
         self._save()
         self.folder.settle("best")
         return row
@@ -307,15 +308,23 @@ class Trainer:
             "a lower optim.lr or fp32 precision may help"
         )
 
-    def _alarm(self, row: dict[str, Any]) -> None:
-        what = describe(row["epoch"], row["val_fgsm"], row["val_robust"], self.validate.attack.name)
+    def _failure(self, row: dict[str, Any], found: Mapping[str, str]) -> tuple[str, str] | None:
+        """Name and text of what makes further training useless, unless ``validate.alarm`` is ``off``."""
+        if row.get("catastrophic_overfitting"):
+            figures = row["epoch"], row["val_fgsm"], row["val_robust"]
+            return "catastrophic overfitting", describe(*figures, self.validate.attack.name)
+        if "stuck" in found and self.validate.alarm != "off":
+            return "stuck", found["stuck"]
+        return None
+
+    def _alarm(self, name: str, what: str) -> None:
         if self.validate.alarm == "stop":
             kept = "no epoch before it was validated"
             if self.best:
                 share = 100 * self.best["val_robust"]
                 kept = f"the best checkpoint is of epoch {self.best['epoch']}, {share:.1f}%"
             raise DivergenceError(f"{what}; {kept}")
-        self._warn("catastrophic overfitting", what)
+        self._warn(name, what)
 
     def _warn(self, name: str, what: str) -> None:
         """Say something on stderr, each thing once."""
@@ -323,7 +332,8 @@ class Trainer:
             tqdm.write(f"warning: {what}", file=sys.stderr)
         self.warned.add(name)
 
-    def _end_epoch(self, phase: str) -> dict[str, Any]:
+    def _end_epoch(self, phase: str) -> tuple[dict[str, Any], tuple[str, str] | None]:
+        """The epoch's row, written, and what makes further training useless."""
         means, lr = self._check(), self._lr_of_last_step()
         self.step.meters.zero_()
         self.epoch, self.done = self.epoch + 1, 0
@@ -344,16 +354,18 @@ class Trainer:
         soft = self.recipe.label.softens_all
         if found := dict(hints(row, self.steps_per_epoch, self.k, soft=soft)):
             row["hints"] = list(found)
+        failure = self._failure(row, found)
         for name, what in found.items():
-            self._warn(name, what)
-        stops = self.validate.alarm == "stop" and row.get("catastrophic_overfitting")
+            if name != "stuck":  # an alarm
+                self._warn(name, what)
+        stops = self.validate.alarm == "stop" and failure is not None
         robust = None if stops else row["val_robust"]  # no checkpoint will know of this epoch
         if robust is not None and robust > self.best.get("val_robust", -1.0):
             self.best = {"epoch": self.epoch, "val_robust": row["val_robust"]}
             self._release("best", self.best, pending=True)
         self.metrics_bytes = self.folder.append("metrics.jsonl", row)
         self._tensorboard(row)
-        return row
+        return row, failure
 
     def _lr_of_last_step(self) -> float:
         fraction = (self.done - 1) / self.steps_per_epoch
