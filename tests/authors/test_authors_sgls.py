@@ -47,4 +47,4 @@ def test_its_resnet_starts_from_the_weights_that_init_kaiming_draws(monkeypatch)
     found = list(net.state_dict().values())[2:]  # after mean and std
     assert [t.shape for t in found] == [t.shape for t in expected]
     for index, (ours_, theirs_) in enumerate(zip(found, expected, strict=True)):
-        same(f"tensor {index}", ours_, theirs_, rtol=1e-6, atol=0)
+        same(f"tensor {index}", ours_, theirs_, rtol=0, atol=0)
