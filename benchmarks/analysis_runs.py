@@ -95,7 +95,8 @@ def train(name: str, device: str, args: argparse.Namespace) -> list[str]:
     if args.table1 and name in ROWS:
         return row(name, device, args)
     preset, labels, epochs = RUNS[name]
-    words = QUICK if args.quick else ["--config", "cifar10_resnet18_short", *PROTOCOL]
+    cold = ["--config", "cifar10_resnet18_short", "--optim.schedule.warmup", "0"]
+    words = QUICK if args.quick else [*cold, *PROTOCOL]
     words = [*words, "--preset", preset, "--name", name]
     words += ["--seed", str(args.seed), "--runtime.device", device, "--folder", str(place(name, args))]
     words += ["--optim.epochs", str(4 if args.quick else epochs)]

@@ -56,6 +56,7 @@ def common(device: str, args: argparse.Namespace) -> list[str]:
 def short(name: str, device: str, args: argparse.Namespace) -> list[str]:
     """The words that train one candidate."""
     own = ["--optim.epochs", str(args.epochs), "--data.validation", "5000", "--validate.size", "5000", *FAST]
+    own += ["--optim.schedule.warmup", "0"]
     protocol = QUICK if args.quick else ["--config", "cifar10_resnet18_short", "--validate.every", "10", *own]
     place = ["--name", name, "--folder", str(folder(name, args)), "--evaluate.size", "1"]
     return softdefend("train", *protocol, *CANDIDATES[name], *common(device, args), *place)

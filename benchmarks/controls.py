@@ -36,6 +36,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 }
 """Words of ``softdefend train`` beside the protocol's."""
 PROTOCOL = ["--config", "cifar10_resnet18_short", "--preset", "pgd-at", "--validate.every", "3"]
+PROTOCOL += ["--optim.schedule.warmup", "0"]  # as in the published protocol, which these runs are to explain
 PROTOCOL += ["--validate.precision", "fast", "--evaluate.precision", "fast"]
 PROTOCOL += ["--evaluate.curve_size", "0", "--evaluate.examples", "0"]
 QUICK = ["--config", "digits_demo", "--optim.epochs", "2", "--data.train_size", "64", "--evaluate.size", "64"]

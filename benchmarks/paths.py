@@ -34,6 +34,7 @@ def train(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Figures of every seed on one path."""
     words = ["--config", "cifar10_resnet18_short", "--optim.epochs", str(args.epochs)]
     words += ["--data.train_size", str(args.train_size), "--evaluate.precision", "fast"]
+    words += ["--optim.schedule.warmup", "0"]
     words = [*(QUICK if args.quick else words), *PATHS[path], "--runtime.device", args.device]
     words += data_words(args)
     words += ["--presets", args.preset, "--together", str(len(args.seeds))]

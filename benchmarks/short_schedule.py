@@ -28,6 +28,7 @@ def launch(preset: str, args: argparse.Namespace) -> subprocess.Popen[bytes]:
     folder = args.folder / f"{preset}-seed{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "softdefend", "train", "--config", "cifar10_resnet18_short"]
+    command += ["--optim.schedule.warmup", "0"]  # the prototype has none
     command += ["--preset", preset, "--seed", str(args.seed), "--folder", str(folder)]
     command += [*data_words(args), *args.rest]
     with open(folder / "log.txt", "ab") as log:

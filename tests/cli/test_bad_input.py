@@ -875,18 +875,17 @@ def test_python_refuses_a_changed_recipe(tmp_path: Path) -> None:
     assert contents(tmp_path / "run") == before
 
 
-def test_a_run_that_began_before_a_setting_existed_continues_with_what_it_did_then(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-
-    def train(warmup: float) -> None:
-        schedule = softdefend.training.Schedule(warmup=warmup)
-        optim = OptimSettings(epochs=1, batch_size=8, schedule=schedule)
-        softdefend.train(linear(), tensors(), folder=folder, progress=False, optim=optim)
-
-    train(0.0)
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    del config["optim"]["schedule"]["warmup"]
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(SettingError, match=r"optim\.schedule\.warmup: got 0\.1 where .* began with 0\.0"):
-        train(0.1)
-    train(0.0)
+@pytest.mark.parametrize(("name", "other"), [("net.init", "kaiming"), ("optim.schedule.warmup", "0.1")])
+def test_a_run_that_began_before_a_setting_existed_continues_with_what_it_did_then(
+    name: str, other: str, run_folder: Path, refused: Refused
+) -> None:
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    *sections, last = name.split(".")
+    section = config
+    for part in sections:
+        section = section[part]
+    then = section.pop(last)
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
+    again = ["train", *SMALL, "--folder", str(run_folder)]
+    refused([*again, f"--{name}", other], name, f"{run_folder} began with {then!r}")
+    assert main(again) == 0

@@ -26,7 +26,7 @@ from softdefend.training.checkpoint import CheckpointFolder, snapshot
 
 # What may change between a run and its continuation without changing a result.
 RESUMABLE = ("folder", "resume", "progress", "save", "evaluate", "data.cache")
-ADDED = {"optim.schedule.warmup": 0.0}
+ADDED = {"net.init": "own", "optim.schedule.warmup": 0.0}
 """Settings that runs of older versions do not name, and what these did."""
 PATHS = ("data.source", "data.noise_file")
 """Settings that may be spelt otherwise, as long as they lead to the same place."""
