@@ -114,6 +114,16 @@ def test_rows_are_compared_by_what_both_say_of_their_protocol():
     assert not same_protocol(protocol, {})
 
 
+def test_an_older_row_joins_those_that_start_as_networks_did_then():
+    older = {"epochs": 200, "net": {"name": "resnet18", "width": None}}
+    assert same_protocol(older, {"epochs": 200, "net": {"name": "resnet18", "width": None, "init": "own"}})
+    assert not same_protocol(older, {"epochs": 200, "net": {"name": "resnet18", "init": "kaiming"}})
+    assert not same_protocol(older, {"epochs": 200, "optim": {"schedule": {"warmup": 0.05}}})
+    assert not same_protocol(
+        older, {"epochs": 200, "net": {"name": "wrn34_10", "width": None, "init": "own"}}
+    )
+
+
 @pytest.mark.parametrize(
     "override", ["--seed=5", "--name", "--folder=x", "--resume=y", "--evaluate.attacks", "--preset=trades"]
 )

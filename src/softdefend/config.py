@@ -27,6 +27,7 @@ from softdefend.evaluation import EvaluateSettings
 from softdefend.labels import BNMode, LabelRule
 from softdefend.models import NetSettings
 from softdefend.objectives import Objective
+from softdefend.older import flatten
 from softdefend.threat import Budget, ThreatModel
 from softdefend.training import (
     OptimSettings,
@@ -35,7 +36,7 @@ from softdefend.training import (
     SaveSettings,
     ValidateSettings,
 )
-from softdefend.training.folder import flatten, read_yaml
+from softdefend.training.folder import read_yaml
 from softdefend.weights import WeightRule
 
 register_type(Budget, serializer=str, deserializer=Budget)

@@ -12,6 +12,7 @@ from softdefend import pipeline
 from softdefend.config import first_given
 from softdefend.errors import SettingError
 from softdefend.files import write_atomic
+from softdefend.older import ADDED, flatten
 from softdefend.report import read_run, studies, write_report
 from softdefend.report.embed import svg
 
@@ -251,9 +252,12 @@ def _protocol(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def same_protocol(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two rows belong in one table: what only one of them says, an older version did not write."""
-    shared = one.keys() & other.keys()
-    return bool(shared) and all(one[name] == other[name] for name in shared)
+    """Whether two rows belong in one table. What only one of them says, an older version did not write: that
+    did what ``ADDED`` has, or what nobody knows any more."""
+    one, other = flatten(one), flatten(other)
+    said = one.keys() & other.keys()
+    one, other = {**ADDED, **one}, {**ADDED, **other}
+    return bool(said) and all(one[name] == other[name] for name in one.keys() & other.keys())
 
 
 def _words(study: Study, run: Planned, seed: int, place: Path, overrides: Sequence[str]) -> list[str]:

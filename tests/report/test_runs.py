@@ -102,6 +102,16 @@ def test_seeds_of_one_recipe_are_one_group(make_run) -> None:
     ]
 
 
+def test_a_seed_of_an_older_version_joins_those_that_spell_out_what_it_did(make_run) -> None:
+    older = make_run("A", 0, net={"name": "resnet18", "width": None})
+    newer = make_run("A", 1, net={"name": "resnet18", "width": None, "init": "own"})
+    other = make_run("A", 2, net={"name": "resnet18", "width": None, "init": "kaiming"})
+    assert [(group.label, group.seeds) for group in group_runs([older, newer, other])] == [
+        ("A (net.init own)", (0, 1)),
+        ("A (net.init kaiming)", (2,)),
+    ]
+
+
 def test_one_name_for_different_settings_is_two_recipes(make_run) -> None:
     runs = [
         make_run("A", 0),

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from softdefend.errors import SettingError
+from softdefend.older import ADDED, flatten
 from softdefend.report.details import Details, is_number, read_details
 
 CHECKPOINTS = ("best", "last")
@@ -160,14 +161,10 @@ _Key = tuple[str, frozenset[tuple[str, str]]]
 
 
 def _key(run: RunRecord) -> _Key:
-    leaves = _leaves({name: run.config.get(name) for name in GROUP_SECTIONS})
-    return run.name, frozenset(leaf for leaf in leaves if "seed" not in leaf[0].rpartition(".")[2])
-
-
-def _leaves(value: Any, path: str = "") -> list[tuple[str, str]]:
-    if not isinstance(value, dict):
-        return [(path, str(value))]
-    return [leaf for key in value for leaf in _leaves(value[key], f"{path}.{key}" if path else str(key))]
+    leaves = {**ADDED, **flatten({name: run.config.get(name) for name in GROUP_SECTIONS})}
+    return run.name, frozenset(
+        (path, str(value)) for path, value in leaves.items() if "seed" not in path.rpartition(".")[2]
+    )
 
 
 def _label(key: _Key, keys: list[_Key]) -> str:

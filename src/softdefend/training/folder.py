@@ -22,12 +22,11 @@ from softdefend.errors import SettingError
 from softdefend.evaluation.records import versions
 from softdefend.evaluation.weights import read_metadata, to_bytes
 from softdefend.files import Writer, move, write_atomic
+from softdefend.older import ADDED, flatten
 from softdefend.training.checkpoint import CheckpointFolder, snapshot
 
 # What may change between a run and its continuation without changing a result.
 RESUMABLE = ("folder", "resume", "progress", "save", "evaluate", "data.cache")
-ADDED = {"net.init": "own", "optim.schedule.warmup": 0.0}
-"""Settings that runs of older versions do not name, and what these did."""
 PATHS = ("data.source", "data.noise_file")
 """Settings that may be spelt otherwise, as long as they lead to the same place."""
 _SHOWN = 4  # changed settings that one message names
@@ -231,17 +230,6 @@ def _epoch_of(path: Path) -> int | None:
         return int(read_metadata(path)["epoch"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 class _Once(yaml.SafeLoader):
