@@ -133,6 +133,9 @@ def test_the_checksum_sees_values_shapes_types_and_names() -> None:
         [("x", x), ("y", x)],
     ]
     assert len({checksum(variant) for variant in variants}) == len(variants)
+    half, scalar = x.bfloat16(), torch.tensor(3)
+    assert checksum([("x", half)]) != checksum([("x", half + 1)])
+    assert checksum([("x", scalar)]) != checksum([("x", scalar + 1)])
     assert checksum([("x", x.view(2, 3).t())]) == checksum([("x", x.view(2, 3).t().contiguous())])
 
 

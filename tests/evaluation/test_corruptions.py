@@ -413,6 +413,20 @@ def test_the_table_counts_what_a_loop_counts():
     assert table["clean"]["count"] == int((net(images[:33].float() / 255).argmax(1) == labels[:33]).sum())
 
 
+def test_an_answer_that_is_no_number_is_wrong_whatever_index_it_has():
+    class Blinded(Brightest):
+        def forward(self, image):
+            logits = super().forward(image)
+            return torch.where(image.mean((1, 2, 3))[:, None] > 0.5, math.nan, logits)
+
+    images, labels = pictures(40, 1, 8, 8), torch.zeros(40, dtype=torch.long)
+    table = evaluate_corruptions(Blinded(), split(images, labels), names=["brightness"])
+    for severity, row in zip(SEVERITIES, table["corruptions"]["brightness"]["severities"], strict=True):
+        logits = Blinded()(corrupt(images, "brightness", severity).float() / 255)
+        assert logits.isnan().any()
+        assert row["count"] == int((logits[:, 0] > logits[:, 1]).sum())  # false where one is NaN
+
+
 def test_the_batch_size_is_no_part_of_the_result():
     images, labels = pictures(20), torch.arange(20) % 2
     tables = [

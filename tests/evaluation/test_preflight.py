@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softdefend.errors import SettingError
@@ -270,6 +271,37 @@ class Company(Net):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.layers(self.norm(image))
+
+
+class Switched(Net):
+    """Puts a layer into train mode when it is used."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layers(self.norm.train()(image))
+
+
+class Functional(Net):
+    """The batch's statistics without a layer that would say so."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layers(F.batch_norm(image, None, None, training=True))
+
+
+def test_a_layer_that_the_forward_switches_to_train_mode():
+    assert "norm (BatchNorm2d) in train mode" in refused(Switched().eval())
+
+
+def test_one_image_alone_shows_statistics_that_eight_images_share_with_all():
+    assert "in another batch" in refused(Functional())
+
+
+def test_a_network_that_fails_on_one_image_is_refused_in_one_line():
+    squeezed = Net(lambda logits: logits.squeeze())
+    assert "returns shape [5]" in refused(squeezed)
 
 
 def test_a_network_that_looks_at_the_batch_is_refused_unless_announced():

@@ -6,7 +6,15 @@ import pytest
 from matplotlib.colors import to_hex, to_rgb
 
 from softdefend.report.embed import svg
-from softdefend.report.figures import Series, class_plot, colours, epoch_plot, eps_plot, norm_label
+from softdefend.report.figures import (
+    Series,
+    class_means,
+    class_plot,
+    colours,
+    epoch_plot,
+    eps_plot,
+    norm_label,
+)
 from softdefend.report.runs import Group, group_runs
 
 BOTH = [Series("test_robust", "test images"), Series("train_robust", "training images")]
@@ -137,6 +145,9 @@ def test_classes(make_run, make_evaluation) -> None:
     assert list(lines(plot)["A, clean"].get_xdata()) == pytest.approx([80, 80])
     assert "cat, 30.0%" in plot.alt
     assert class_plot("t", groups, colours(groups), "last") is None
+    untouched = make_evaluation(0.9, 0.5, per_class=[{"class": "cat", "clean": 0.8, "robust": 0.8}])
+    (group,) = group_runs([*runs, make_run("A", 2, best={**untouched, "attacks": {}})])
+    assert class_means(group, "best") == class_means(groups[0], "best")  # what nothing attacked is not robust
 
 
 def test_of_many_classes_the_hardest_are_shown(make_run, make_evaluation) -> None:

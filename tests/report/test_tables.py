@@ -131,4 +131,5 @@ def test_names_as_people_write_them() -> None:
 def test_per_cent() -> None:
     assert percent(Cell(0.12345, 0.006, 3)) == "12.35 ± 0.60"
     assert percent(Cell(-0.01, None, 1), signed=True) == "-1.00"
+    assert percent(Cell(-1e-9, None, 1), signed=True) == "+0.00"
     assert percent(None) == "–"

@@ -24,7 +24,7 @@ from softdefend import rng
 from softdefend.data import Split
 from softdefend.errors import SettingError
 from softdefend.evaluation import distortions
-from softdefend.evaluation.evaluate import Rate
+from softdefend.evaluation.evaluate import Rate, answers
 from softdefend.modes import attacked, tf32
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -142,7 +142,8 @@ def evaluate_corruptions(
         for start in range(0, n, batch_size):
             image = change(data.images[start : min(start + batch_size, n)], start)
             image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
-            right.append(net(image.to(device)).argmax(1).cpu() == labels[start : start + batch_size])
+            label = labels[start : start + batch_size]
+            right.append(answers(net(image.to(device)).cpu(), label.cpu()) == label.cpu())
         return Rate.of(torch.cat(right))
 
     table: dict[str, Any] = {}

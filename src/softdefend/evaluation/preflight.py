@@ -39,9 +39,9 @@ def preflight(
     """Refuse what no evaluation can use: wrong units, modes, shapes, probabilities for logits, a moving net.
 
     Whether the gradient can be trusted is asked by :func:`softdefend.evaluation.masking.audit` alone.
-    Cost: one forward of the first 256 images, three and a bit where determinism is assumed. The network, its
-    statistics and torch's random state are left as they were, and nothing is remembered from one call to the
-    next.
+    Cost: one forward of the first 256 images, three and a few images more where determinism is assumed. The
+    network, its statistics and torch's random state are left as they were, and nothing is remembered from
+    one call to the next.
 
     Args:
         net: images [b, c, h, w] in [0, 1] to logits [b, k], in eval mode, on the device of ``images``.
@@ -63,6 +63,7 @@ def preflight(
     shown = images[:LOOK].clone()
     with torch.no_grad(), tf32(False), own_random_numbers(images.device):
         logits = _first_logits(net, shown)
+        _check_mode(net)  # a forward may have switched a layer
         if not torch.equal(shown, images[:LOOK]):
             given = "a network that writes into the images it is given"
             raise SettingError("net", given, "a network that leaves them alone (no in-place operation first)")
@@ -189,8 +190,9 @@ def _check_repeats(net: nn.Module, images: Tensor, logits: Tensor) -> None:
 
 
 def _check_company(net: nn.Module, images: Tensor, logits: Tensor) -> None:
-    few = min(8, (len(images) + 1) // 2)
-    apart = float(difference(logits[:few], net(images[:few]).float()).max())
+    # The statistics of eight images are nearly those of all; those of one are not.
+    few = {1, min(8, (len(images) + 1) // 2)}
+    apart = max(float(difference(logits[:n], _first_logits(net, images[:n])).max()) for n in few)
     if not apart <= COMPANY:
         given = f"a network whose logits differ by {apart:.2g} of their size in another batch"
         accepted = (

@@ -16,7 +16,7 @@ from softdefend.attacks import PGD, Attack
 from softdefend.data import DataBundle, Resident
 from softdefend.errors import SettingError
 from softdefend.evaluation.autoattack import Ensemble, parse
-from softdefend.evaluation.evaluate import Evaluator, cost_line
+from softdefend.evaluation.evaluate import Evaluator, answers, cost_line
 from softdefend.evaluation.physical import images_at_once
 from softdefend.evaluation.records import Evaluation, Rate, versions
 from softdefend.evaluation.resume import StateFile, file_digest, fingerprint
@@ -241,12 +241,13 @@ def write_examples(
     order = torch.argsort(number_in_class, stable=True)
     index = order[: settings.examples].to(data.labels.device)
     image, adversarial, clean, attacked_ = evaluator.show(attack, index)
+    shown = data.labels[index]
     tensors: dict[str, Tensor] = {
         "image": image,
         "adversarial": adversarial,
-        "label": data.labels[index],
-        "clean_prediction": clean.argmax(1),
-        "adversarial_prediction": attacked_.argmax(1),
+        "label": shown,
+        "clean_prediction": answers(clean, shown),
+        "adversarial_prediction": answers(attacked_, shown),
         "clean_confidence": clean.amax(1),
         "adversarial_confidence": attacked_.amax(1),
     }

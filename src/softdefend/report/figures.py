@@ -249,10 +249,11 @@ def confusion_plot(title: str, counts: NDArray[np.int64], classes: Sequence[str]
 
 
 def class_means(group: Group, which: str) -> dict[str, tuple[float, float]]:
-    """(clean, robust) accuracy in [0, 1] by class, the mean over the runs that have it."""
+    """(clean, robust) accuracy in [0, 1] by class, the mean over the runs that were attacked."""
     values: dict[str, list[tuple[float, float]]] = {}
     for run in group.runs:
-        for line in run.evaluations.get(which, {}).get("per_class") or []:
+        evaluation = run.evaluations.get(which, {})
+        for line in (evaluation.get("attacks") and evaluation.get("per_class")) or []:
             values.setdefault(str(line.get("class")), []).append((line["clean"], line["robust"]))
     return {name: (fmean(c for c, _ in pairs), fmean(r for _, r in pairs)) for name, pairs in values.items()}
 
@@ -335,5 +336,5 @@ def _plain(text: str, longest: int) -> str:
 
 def _words(recipe: str, label: str, line: Line, at: str, unit: str) -> str:
     name = f"{recipe}, {label}" if label else recipe
-    ends = (f"{line.y[i]:.1f}{unit} at {at}{line.x[i]:g}" for i in (0, -1))
+    ends = (f"{line.y[i]:.1f}{unit if unit == '%' else f' {unit}'} at {at}{line.x[i]:g}" for i in (0, -1))
     return f"{name}: {' and '.join(ends)}."

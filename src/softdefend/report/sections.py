@@ -304,7 +304,7 @@ def attacks(report: Report) -> Html:
 
 def _attack_cells(evaluation: dict[str, Any]) -> list[list[str]]:
     results = {"clean": evaluation["clean"], **evaluation["attacks"]}
-    if evaluation.get("worst"):
+    if evaluation["attacks"] and evaluation.get("worst"):
         results["worst"] = evaluation["worst"]
     return [
         [

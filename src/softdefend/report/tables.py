@@ -138,7 +138,8 @@ def percent(value: Cell | None, *, signed: bool = False) -> str:
     if value is None:
         return ABSENT
     spread = "" if value.std is None else f" ± {100 * value.std:.2f}"
-    return (f"{100 * value.mean:+.2f}" if signed else f"{100 * value.mean:.2f}") + spread
+    mean = round(100 * value.mean, 2) + 0.0  # without the sign of a negative zero
+    return (f"{mean:+.2f}" if signed else f"{mean:.2f}") + spread
 
 
 def seeds_text(row: Row) -> str:
