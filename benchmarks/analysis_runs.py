@@ -1,4 +1,4 @@
-"""Why it works, in earnest: PGD-AT and SGLR with right and with human wrong labels, audited and analysed.
+"""Why it works, in earnest: PGD-AT and SGLR with right and with human wrong labels, audited and analyzed.
 
     python benchmarks/analysis_runs.py --data DIR --data-name 'CIFAR-10 (JPEG mirror)' \\
         --votes DIR/cifar10n.npz --test-votes DIR/cifar10h.npz --devices cuda:0 cuda:1
@@ -29,7 +29,7 @@ from typing import Any
 
 from collect import environment, figures, lines, seconds
 from pool import Job, Pool, data_words, earlier, softdefend, study_arguments, study_parser
-from softdefend import reproduce
+from softdefend.experiments import reproduce
 
 HUMAN = {"worst": "worse_label", "aggregate": "aggre_label", "random1": "random_label1"}
 """CIFAR-10N's sets of labels, by the names of their arrays."""
@@ -124,9 +124,9 @@ def audit(name: str, device: str, args: argparse.Namespace) -> list[str]:
     return softdefend("labels", "audit", str(place(name, args)), "--output", output, "--device", device)
 
 
-def analyse(names: tuple[str, ...], output: str, device: str, args: argparse.Namespace) -> list[str]:
-    """The words that analyse some runs; all keep what they measured in one folder, so that a run that was
-    analysed alone is not measured again beside others."""
+def analyze(names: tuple[str, ...], output: str, device: str, args: argparse.Namespace) -> list[str]:
+    """The words that analyze some runs; all keep what they measured in one folder, so that a run that was
+    analyzed alone is not measured again beside others."""
     folder = args.folder / output
     (args.folder / "results").mkdir(parents=True, exist_ok=True)
     folder.mkdir(exist_ok=True)
@@ -140,7 +140,7 @@ def analyse(names: tuple[str, ...], output: str, device: str, args: argparse.Nam
     if args.test_votes:
         words += ["--test_votes", str(args.test_votes)]
     small = [f"--{word}" if i % 2 == 0 else word for pair in _SMALL for i, word in enumerate(pair.split())]
-    return softdefend("analyse", *words, *(small if args.quick else PROBE))
+    return softdefend("analyze", *words, *(small if args.quick else PROBE))
 
 
 def jobs(args: argparse.Namespace) -> list[Job]:
@@ -152,10 +152,10 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     made = [job(name, train, name) for name in RUNS]
     made += [job(f"audit-{name}", audit, name, after=(name,)) for name in AUDITED]
     alone = [
-        job(f"analyse-{name}", analyse, (name,), f"analysis-{name}", after=(name, "sglr"))
+        job(f"analyze-{name}", analyze, (name,), f"analysis-{name}", after=(name, "sglr"))
         for name in ANALYSED
     ]
-    together = job("analyse", analyse, ANALYSED, "analysis", after=tuple(one.name for one in alone))
+    together = job("analyze", analyze, ANALYSED, "analysis", after=tuple(one.name for one in alone))
     rows: list[Job] = []
     if args.table1:
         rows = [job(f"row-{name}", reproduced, (name,), after=(name,)) for name in ROWS]
@@ -197,7 +197,7 @@ def rounded(value: Any) -> Any:
 
 
 def analysis(args: argparse.Namespace) -> dict[str, Any] | None:
-    """What ``softdefend analyse`` found of the four runs, by name in place of folder; None before it has."""
+    """What ``softdefend analyze`` found of the four runs, by name in place of folder; None before it has."""
     path = args.folder / "analysis/analysis.json"
     if not path.is_file():
         return None
@@ -220,7 +220,7 @@ def analysis(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def main() -> int:
-    """Train, audit, analyse; then gather what is there."""
+    """Train, audit, analyze; then gather what is there."""
     parser = study_parser(__doc__, "analysis")
     parser.add_argument("--votes", type=Path, help="cifar10n.npz")
     parser.add_argument("--test-votes", type=Path, help="cifar10h.npz")

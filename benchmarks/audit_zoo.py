@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from softdefend.attacks import PGD
+from softdefend.core.rng import stream
+from softdefend.core.threat import ThreatModel
 from softdefend.data import DataSettings, load
 from softdefend.evaluation.masking import CHECKS, audit
-from softdefend.models import normalised
+from softdefend.models import normalized
 from softdefend.models.small_cnn import SmallCNN
 from softdefend.models.wide_resnet import WideResNet
-from softdefend.rng import stream
-from softdefend.threat import ThreatModel
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "audit_zoo.json"
@@ -146,7 +146,7 @@ def _accuracies(net: nn.Module, images: Tensor, labels: Tensor, threat: ThreatMo
 
 
 def cifar(path: Path, name: str) -> list[dict[str, Any]]:
-    """Small networks on 32x32 colour images at 8/255, and deceivers made of them. Trained for minutes on a
+    """Small networks on 32x32 color images at 8/255, and deceivers made of them. Trained for minutes on a
     CPU: they stand for the size of the images, not for the state of the art."""
     torch.set_num_threads(1)
     bundle = load(DataSettings(source=str(path), name=name))
@@ -159,10 +159,10 @@ def cifar(path: Path, name: str) -> list[dict[str, Any]]:
     statistics = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
     def small() -> nn.Module:
-        return normalised(SmallCNN(10, 3, 16), *statistics)
+        return normalized(SmallCNN(10, 3, 16), *statistics)
 
     def residual() -> nn.Module:
-        return normalised(WideResNet(10, 3, 16, 1), *statistics)
+        return normalized(WideResNet(10, 3, 16, 1), *statistics)
 
     trainings = {
         "plain": zoo.Training(small, epochs=8),
@@ -194,12 +194,12 @@ def check_table(content: dict[str, Any]) -> str:
         "| check | suspicious if | honest, chosen on | honest, held out | honest, CIFAR-10 | caught |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    colour = [row for row in content["cifar"] if row["kind"] == "honest"]
+    color = [row for row in content["cifar"] if row["kind"] == "honest"]
     guilty = content["deceivers"] + [row for row in content["cifar"] if row["kind"] == "deceiver"]
     for check in CHECKS:
         worst = max if check.suspicious == "above" else min
         groups = [[r for r in content["honest"] if r["seed"] in half] for half in halves]
-        cells = [_worst(check.name, worst, rows) for rows in (*groups, colour)]
+        cells = [_worst(check.name, worst, rows) for rows in (*groups, color)]
         caught = sum(check.name in row["suspicious"] for row in guilty)
         lines.append(
             f"| {check.name} | {check.threshold} | {' | '.join(cells)} | {caught} of {len(guilty)} |"

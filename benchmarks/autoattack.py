@@ -34,8 +34,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softdefend import pipeline
 from softdefend.attacks import APGD, FAB, PGD, Attack, Square, TargetedAPGD, margin
+from softdefend.core.environment import environment
+from softdefend.core.errors import SettingError
+from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import (
     Augmented,
     AugmentSettings,
@@ -45,14 +47,12 @@ from softdefend.data import (
     channel_stats,
     load,
 )
-from softdefend.errors import SettingError
 from softdefend.evaluation import Ensemble, Evaluator, expand, load_weights
-from softdefend.evaluation.physical import images_at_once
+from softdefend.execution.batches import images_at_once
+from softdefend.execution.engine import resolve_device
+from softdefend.execution.modes import attacked, tf32
+from softdefend.experiments import pipeline
 from softdefend.models import NetSettings, build
-from softdefend.modes import attacked, tf32
-from softdefend.threat import Budget, ThreatModel
-from softdefend.training.engine import resolve_device
-from softdefend.training.folder import environment
 
 Case = tuple[str, nn.Module, Resident, ThreatModel, int]
 """Name, network, images, threat and number of classes."""
@@ -122,9 +122,9 @@ def train(
     augment = AugmentSettings("crop-flip") if bundle.train.images.shape[-1] >= 32 else AugmentSettings("none")
     data = Augmented(bundle.train, device, augment, channels_last=True)
     size = 256 if data.n > 10_000 else 64
-    optimiser = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
     steps = args.epochs * (data.n // size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.2, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=steps)
     generator = torch.Generator(device).manual_seed(args.seed)
     attack = PGD(steps=3, step_size=None if threat is None else Budget(float(threat.eps) / 2))
 
@@ -142,9 +142,9 @@ def train(
                 with attacked(net, "eval"):
                     image = attack(forward, image, label, threat, generator=generator)
             net.train()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             F.cross_entropy(forward(image), label).backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
     net.eval()
 
@@ -420,7 +420,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=1000, help="test images")
     parser.add_argument("--norm", default=None, choices=("linf", "l2"), help="the trained one, else linf")
     parser.add_argument(
-        "--eps", type=Budget, default=None, help="the trained one, else 8/255, or 0.1 for grey images"
+        "--eps", type=Budget, default=None, help="the trained one, else 8/255, or 0.1 for gray images"
     )
     modes = ("exact", "strict", "fast")
     parser.add_argument("--modes", nargs="+", default=["exact", "fast"], choices=modes)

@@ -4,7 +4,7 @@
     python benchmarks/controls.py --quick     # digits, on a CPU: shows that it runs
 
 Suspects: the data (``--original``: CIFAR-10 as published, such as torchvision's ``cifar-10-batches-py``),
-batch normalisation in the attack, the authors' schedule (which drops one epoch earlier and keeps the smaller
+batch normalization in the attack, the authors' schedule (which drops one epoch earlier and keeps the smaller
 last batch), a start without a warm-up, and one from weights that are not drawn as the authors draw theirs.
 Every run is measured by PGD-20 on all test images of the data it was trained on; a second seed of the
 protocol itself shows what is noise. Killed at any moment, or ended by ``--seconds``, the same command

@@ -4,7 +4,7 @@
 
 Needs a GPU of compute capability 9.0. Each candidate makes relu(conv(x) + bias + residual) in bf16; its error
 is the largest of any image against float32, its time the median of captured repetitions. Candidates are
-compiled by several processes first. ``softdefend.fused.residual.tile`` is written from such a list.
+compiled by several processes first. ``softdefend.execution.fused.residual.tile`` is written from such a list.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softdefend.fused import residual
-from softdefend.training.folder import environment
+from softdefend.core.environment import environment
+from softdefend.execution.fused import residual
 
 LAYERS = {
     "resnet18 stage 1": (64, 32),
@@ -74,7 +74,7 @@ def case(layer: str, batch: int) -> tuple[Tensor, ...]:
 
 def convolve(tile: residual.Tile, tensors: tuple[Tensor, ...]) -> None:
     """One launch."""
-    from softdefend.fused import kernels
+    from softdefend.execution.fused import kernels
 
     x, w, bias, other, out = tensors
     batch, side, _, channels = x.shape

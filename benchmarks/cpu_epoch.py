@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from softdefend.config import resolve
-from softdefend.pipeline import train
-from softdefend.training.folder import environment
+from softdefend.core.environment import environment
+from softdefend.experiments.config import resolve
+from softdefend.experiments.pipeline import train
 
 _BRIEF = ["--evaluate.size", "32", "--evaluate.curve_size", "0", "--evaluate.examples", "0"]
 

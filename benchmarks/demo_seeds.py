@@ -20,7 +20,7 @@ from statistics import mean
 from typing import Any
 
 from collect import environment, figures
-from softdefend import pipeline
+from softdefend.experiments import pipeline
 
 PRESETS = ("pgd-at", "sglr-reference")
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from softdefend.training.folder import environment
+from softdefend.core.environment import environment
 
 MAKEFILE = Path(__file__).parent.parent / "Makefile"
 

@@ -20,11 +20,11 @@ import torch
 
 from collect import ENVIRONMENT
 from pool import data_words
-from softdefend import rng
-from softdefend.config import resolve
+from softdefend.core import rng
+from softdefend.core.environment import environment
 from softdefend.data import load
-from softdefend.pipeline import make_trainer
-from softdefend.training.folder import environment
+from softdefend.experiments.config import resolve
+from softdefend.experiments.pipeline import make_trainer
 from softdefend.training.step import Phase
 
 VARIANTS: dict[str, tuple[str, ...]] = {

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from softdefend import rng
+from softdefend.core import rng
+from softdefend.core.environment import environment
 from softdefend.labels.memory import LabelMemory, make_memory
-from softdefend.training.folder import environment
 
 CLASSES, BATCH, REPEATS = 1000, 256, 200
 MOMENTUM, UPDATES = 0.9, 100

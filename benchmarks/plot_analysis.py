@@ -20,11 +20,11 @@ Value = Callable[[dict[str, Any]], float | None]
 
 def course(axes: Axes, found: Sequence[dict[str, Any]], value: Value, style: str = "-") -> None:
     """A value by epoch for every run; runs without it are left out."""
-    for run, colour in COLOURS.items():
+    for run, color in COLOURS.items():
         by_epoch = {one["epoch"]: one["result"] for one in found if one["run"] == run}
         points = [(epoch, y) for epoch in sorted(by_epoch) if (y := value(by_epoch[epoch])) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), style, marker="o", ms=3, lw=1.6, color=colour)
+            axes.plot(*zip(*points, strict=True), style, marker="o", ms=3, lw=1.6, color=color)
 
 
 def norm(targets: str, key: str) -> Value:
@@ -90,8 +90,8 @@ def main() -> None:
     course(axes[4], content["geometry"], eigenvalue)
     reliability(axes[5], content["labels"])
     axes[5].set_xlabel("confidence")
-    for run, colour in COLOURS.items():
-        axes[2].plot([], [], color=colour, label=run)
+    for run, color in COLOURS.items():
+        axes[2].plot([], [], color=color, label=run)
     for place, words in (
         (0, ("the others", "wrong or doubted")),
         (1, ("the others", "wrong or doubted")),

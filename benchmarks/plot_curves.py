@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 COLOURS = {"plain": "#0072B2", "sglr": "#D55E00", "r": "#009E73", "awp": "#CC79A7", "rival": "#E69F00"}
 
 
-def colour(recipe: str) -> str:
+def color(recipe: str) -> str:
     """One for SGLR, one each for SGLR with a share of the given label and with AWP, one for AWP without it,
     one for all else."""
     if "without SGLR" in recipe:
@@ -50,14 +50,14 @@ def draw(
             recipe, rows = run["recipe"], run["curve"]
             for key, style in (("train_robust", "--"), (held_out[0], "-")):
                 points = [(row["epoch"], 100 * row[key]) for row in rows if row[key] is not None]
-                axes.plot(*zip(*points, strict=True), style, color=colour(recipe), lw=1.4)
+                axes.plot(*zip(*points, strict=True), style, color=color(recipe), lw=1.4)
             aside = 0.01 * len(rows)  # the last one's mark stands beside the line's end
             for which, marker, shift in (("best", "o", 0.0), ("last", "s", aside)):
                 if which not in run:
                     continue
                 at = run[which]["epoch"] + shift
-                axes.plot(at, run[which]["pgd-20"], marker, color=colour(recipe), ms=5, mec="white", mew=0.5)
-            axes.plot([], [], color=colour(recipe), label=recipe)
+                axes.plot(at, run[which]["pgd-20"], marker, color=color(recipe), ms=5, mec="white", mew=0.5)
+            axes.plot([], [], color=color(recipe), label=recipe)
         for label, style in (("training batches, the training attack", "--"), (held_out[1], "-")):
             axes.plot([], [], style, color="#555555", label=label)
         for label, marker in (("10,000 test images, PGD-20, best", "o"), ("… last", "s")):
@@ -66,7 +66,7 @@ def draw(
         for epoch, (before, after) in enumerate(itertools.pairwise(rates), 1):
             if after < 0.5 * before:
                 axes.axvline(epoch + 0.5, color="#bbbbbb", lw=0.8)
-        axes.set_xlabel("epoch (grey: learning-rate drops)")
+        axes.set_xlabel("epoch (gray: learning-rate drops)")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=7.5, loc="upper left" if len(panels) > 1 else "best")

@@ -20,7 +20,7 @@ from typing import Any
 
 from collect import environment, figures, lines, seconds
 from pool import Job, Pool, data_words, earlier, softdefend, study_arguments, study_parser
-from softdefend.config import packaged
+from softdefend.experiments.config import packaged
 
 EPOCHS = 30
 DISTILLED = ("kd", "kd-swa")
@@ -43,7 +43,7 @@ def command(preset: str, device: str, args: argparse.Namespace) -> list[str]:
         place = teachers[0].parents[1] if teachers else None
         known = [f"--{role}={place / role}" for role in ("standard", "robust")] if place else []
         own = ["--preset", preset, "--folder", str(folder), *known]
-        return softdefend("distil", *words, *own)
+        return softdefend("distill", *words, *own)
     return softdefend("train", *words, "--preset", preset, "--folder", str(folder))
 
 

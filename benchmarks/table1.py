@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 from collect import ENVIRONMENT, seconds
-from softdefend.reproduce import same_protocol
+from softdefend.experiments.reproduce import same_protocol
 
 PUBLISHED = {
     "pgd-at": {"clean": 82.4, "robust": 41.4, "autoattack": 40.2},

@@ -246,11 +246,11 @@ def analysis() -> str:
         "… attacked images, model": values("information", "weights", "adversarial", "model", **million),
         "… clean images, empirical": values("information", "weights", "clean", "empirical", **million),
         "… clean images, model": values("information", "weights", "clean", "model", **million),
-        "I(T; Y) neighbours, 512 training images, attacked": values(
-            "information", "representation", "train, adversarial", "label_neighbours"
+        "I(T; Y) neighbors, 512 training images, attacked": values(
+            "information", "representation", "train, adversarial", "label_neighbors"
         ),
         "… 1,000 test images, attacked": values(
-            "information", "representation", "test, adversarial", "label_neighbours"
+            "information", "representation", "test, adversarial", "label_neighbors"
         ),
         "largest Hessian eigenvalue, attacked images": values("geometry", "eigenvalue", "value", digits=0),
         "input gradient, l1, clean images": values("geometry", "input_gradient", "l1", "mean", digits=1),
@@ -260,9 +260,9 @@ def analysis() -> str:
     return table(head, ("| " + " | ".join([name, *cells]) + " |" for name, cells in rows.items()))
 
 
-def analyse_digits() -> str:
+def analyze_digits() -> str:
     """The worked example of docs/analysis.md: what the commands say of two short runs."""
-    runs = read("analyse_digits")["runs"].values()
+    runs = read("analyze_digits")["runs"].values()
 
     def cells(words: Callable[[dict[str, Any]], str]) -> str:
         return " | ".join(map(words, runs))
@@ -286,7 +286,7 @@ def analyse_digits() -> str:
         "largest Hessian eigenvalue": number("eigenvalue", 1),
         "linearity gap": number("linearity_gap", 3),
     }
-    head = "| | " + " | ".join(read("analyse_digits")["runs"]) + " |"
+    head = "| | " + " | ".join(read("analyze_digits")["runs"]) + " |"
     return table(head, (f"| {name} | {cells(words)} |" for name, words in rows.items()))
 
 
@@ -295,7 +295,7 @@ def digits_audit() -> str:
     lines = (
         f"| {row['name']} | {row['auroc']:.4f} | {row['average_precision']:.4f} "
         f"| {row['precision_at']['100']:.2f} |"
-        for row in read("analyse_digits")["audit"]
+        for row in read("analyze_digits")["audit"]
     )
     return table("| ranking | AUROC | average precision | precision at 100 |", lines)
 
@@ -431,7 +431,7 @@ if __name__ == "__main__":
         short_schedule(),
         sixty_epochs(),
         analysis(),
-        analyse_digits(),
+        analyze_digits(),
         digits_audit(),
         audits(),
         demo(),

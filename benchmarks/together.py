@@ -28,8 +28,8 @@ import torch
 
 from collect import seconds as seconds_of
 from pool import compare, data_words
-from softdefend.training.engine import resolve_device
-from softdefend.training.folder import environment
+from softdefend.core.environment import environment
+from softdefend.execution.engine import resolve_device
 
 QUICK = ["--config", "digits_demo", "--data.train_size", "64", "--evaluate.size", "64"]
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from softdefend.attacks import PGD
+from softdefend.core.threat import ThreatModel
 from softdefend.data import AugmentSettings, Batch, from_tensors
 from softdefend.labels import LabelRule
 from softdefend.models.resnet import BasicBlock
 from softdefend.objectives import Objective
-from softdefend.threat import ThreatModel
 from softdefend.training import OptimSettings, Recipe, RuntimeSettings, Trainer, ValidateSettings
 from softdefend.weights import WeightRule
 
@@ -75,7 +75,7 @@ def definitions(repository: str, path: str, *names: str, **given: Any) -> dict[s
 
 
 def network() -> nn.Module:
-    """Small, with batch normalisation and a residual block; the same weights at every call."""
+    """Small, with batch normalization and a residual block; the same weights at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         return nn.Sequential(
@@ -120,21 +120,21 @@ def ours(
 
 
 def sgd(net: nn.Module, trainer: Trainer) -> torch.optim.SGD:
-    """The optimiser of the run, for their network."""
+    """The optimizer of the run, for their network."""
     optim = trainer.optim
     return torch.optim.SGD(net.parameters(), optim.lr, optim.momentum, weight_decay=optim.weight_decay)
 
 
-def theirs(trainer: Trainer, optimiser: torch.optim.Optimizer, step: Callable[[Batch, int], None]) -> None:
+def theirs(trainer: Trainer, optimizer: torch.optim.Optimizer, step: Callable[[Batch, int], None]) -> None:
     """Their loop over the run's batches.
 
     Args:
         trainer: a finished run.
-        optimiser: whose learning rate follows the run's schedule.
+        optimizer: whose learning rate follows the run's schedule.
         step: takes a batch and the epoch, counted from one, and makes one update.
     """
     for epoch in range(1, trainer.optim.epochs + 1):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = trainer.optim.lr * trainer.optim.schedule.factor(
                 epoch - 1, 0.0, trainer.optim.epochs
             )

@@ -38,7 +38,7 @@ def _indices(name, args):
 
 @contextlib.contextmanager
 def as_on_a_device(trainer) -> Iterator[None]:
-    """Leaves out what reads the host on a CPU only: torch's check of labels, the CPU's optimiser."""
+    """Leaves out what reads the host on a CPU only: torch's check of labels, the CPU's optimizer."""
 
     def one_hot(label: Tensor, num_classes: int = -1) -> Tensor:
         if num_classes < 0:
@@ -48,7 +48,7 @@ def as_on_a_device(trainer) -> Iterator[None]:
     unpatched = F.one_hot
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "one_hot", one_hot)
-        patch.setattr(trainer.optimiser, "step", lambda: None)
+        patch.setattr(trainer.optimizer, "step", lambda: None)
         yield
 
 

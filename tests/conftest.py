@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from softdefend.attacks import PGD
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import AugmentSettings, DataBundle, from_tensors
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
 from softdefend.training import OptimSettings, Recipe, RuntimeSettings, SaveSettings, Trainer
 from softdefend.training.trainer import ValidateSettings
 from tiny import K, tiny_net

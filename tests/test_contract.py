@@ -18,18 +18,18 @@ import torch
 
 import softdefend
 from captured import HostReads, as_on_a_device, places, python_values
-from softdefend.api import plain
 from softdefend.attacks import PGD
-from softdefend.complaints import RULES, rules
-from softdefend.config import packaged, resolve
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.rule import RunInfo
 from softdefend.data import Batch, DataBundle, DataSettings, load
-from softdefend.errors import SettingError
 from softdefend.evaluation import Evaluator
+from softdefend.execution.modes import attacked
+from softdefend.experiments.api import plain
+from softdefend.experiments.catalog import combined
+from softdefend.experiments.complaints import RULES, rules
+from softdefend.experiments.config import packaged, resolve
 from softdefend.labels import Predictions, SoftTerm, Supervision
-from softdefend.methods import combined
-from softdefend.modes import attacked
-from softdefend.rng import stream
-from softdefend.rule import RunInfo
 from softdefend.training.step import Phase
 from softdefend.weights import WeightRule
 from tiny import K, Killed, tiny_net
@@ -289,7 +289,7 @@ def test_a_rules_state_is_plain_and_all_that_a_run_needs_to_go_on(make_trainer, 
     plain_types = (torch.Tensor, int, float, str) if isinstance(chosen, WeightRule) else (torch.Tensor,)
     assert all(isinstance(value, plain_types) for value in leaves(saved))
     second.net.load_state_dict(first.net.state_dict())
-    second.optimiser.load_state_dict(copy.deepcopy(first.optimiser.state_dict()))
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
     other.load_state_dict(saved)
     assert_same(other.state_dict(), saved)
     for trainer in (first, second):

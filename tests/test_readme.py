@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from softdefend.__main__ import COMMANDS
-from softdefend.config import resolve
+from softdefend.cli.main import COMMANDS
+from softdefend.experiments.config import resolve
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -74,7 +74,7 @@ def test_every_results_table_is_what_the_result_files_say():
     trained = [tables[name]() for name in (*studies, "short_schedule", "sixty_epochs")]
     for table in (*trained, *demos):
         assert table in results
-    for name in ("analysis", "audits", "analyse_digits", "digits_audit"):
+    for name in ("analysis", "audits", "analyze_digits", "digits_audit"):
         assert tables[name]() in (ROOT / "docs" / "analysis.md").read_text()
     speed = (ROOT / "docs" / "speed.md").read_text()
     assert tables["train_step"]("train_step_128") in speed

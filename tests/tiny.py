@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from softdefend.core.rule import RunInfo
 from softdefend.data import Batch
 from softdefend.labels import Supervision
-from softdefend.rule import RunInfo
 
 K = 4
 """Classes of the small data set in conftest.py."""

@@ -1,17 +1,18 @@
 """softdefend: image classifiers that withstand adversarial attack, trained without robust overfitting."""
 
-__version__ = "0.1.0"
-
-from softdefend.api import evaluate, train
 from softdefend.attacks import FGSM, PGD
+from softdefend.core.environment import VERSION
+from softdefend.core.errors import DivergenceError, SettingError
+from softdefend.core.threat import ThreatModel
 from softdefend.data import DataSettings, from_tensors, load
-from softdefend.errors import DivergenceError, SettingError
+from softdefend.experiments.api import evaluate, train
 from softdefend.labels import ADR, KD, SAT, SGLR, Hard, Smooth
-from softdefend.models import normalised
+from softdefend.models import normalized
 from softdefend.objectives import FGSMRS, MART, MLCAT, NFGSM, PGDAT, SCE, TE, TRADES, TRADESTE, Consistency
-from softdefend.threat import ThreatModel
 from softdefend.training import OptimSettings, Schedule
 from softdefend.weights import AWP, EMA, SWA, Plain
+
+__version__ = VERSION
 
 __all__ = [
     "ADR",
@@ -45,6 +46,6 @@ __all__ = [
     "evaluate",
     "from_tensors",
     "load",
-    "normalised",
+    "normalized",
     "train",
 ]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from softdefend.config import resolve
-from softdefend.pipeline import train
+from softdefend.experiments.config import resolve
+from softdefend.experiments.pipeline import train
 
 SMALL = """
     --data.train_size 96 --data.validation 32 --optim.epochs 3 --optim.batch_size 16 --optim.lr 0.05
@@ -26,7 +26,7 @@ def _train(folder: Path, cache: Path, *words: str) -> Path:
 @pytest.fixture(scope="session")
 def refined(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SGLR with averaged weights on labels of which 30% are wrong; to be read only."""
-    root = tmp_path_factory.mktemp("analysed")
+    root = tmp_path_factory.mktemp("analyzed")
     words = "--name refined --data.noise symmetric --data.noise_rate 0.3 --label SGLR --label.start 0.3"
     return _train(root / "refined", root / "cache", *words.split(), "--weight", "EMA")
 
@@ -34,7 +34,7 @@ def refined(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """PGD-AT with clean labels; to be read only."""
-    root = tmp_path_factory.mktemp("analysed")
+    root = tmp_path_factory.mktemp("analyzed")
     return _train(root / "plain", root / "cache", "--name", "plain")
 
 

@@ -15,7 +15,7 @@ from softdefend.analysis import command
 from softdefend.analysis.figures import surface_plot
 from softdefend.analysis.label_audit import DEFAULT_SCORE, SCORES
 from softdefend.analysis.label_audit import predictions as all_predictions
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 
 _QUICK = """
     --probe 40 --whole 8 --chunk 4 --test 40 --steps 2 --bins 5 --components 3 --points 3 --eigen_steps 5
@@ -50,16 +50,16 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def analysed(refined, plain, tmp_path_factory) -> tuple[Path, dict[str, bytes], dict[str, bytes]]:
+def analyzed(refined, plain, tmp_path_factory) -> tuple[Path, dict[str, bytes], dict[str, bytes]]:
     """The results of every part for two runs, and the runs' bytes before and after."""
     output = tmp_path_factory.mktemp("output")
     before = contents(refined)
-    command.analyse([str(refined), str(plain), "--output", str(output), *QUICK])
+    command.analyze([str(refined), str(plain), "--output", str(output), *QUICK])
     return output, before, contents(refined)
 
 
-def test_every_part_says_something_of_every_network(analysed):
-    found = json.loads((analysed[0] / "analysis.json").read_text())
+def test_every_part_says_something_of_every_network(analyzed):
+    found = json.loads((analyzed[0] / "analysis.json").read_text())
     assert list(found["overfitting"]) == ["refined", "plain"]
     for part in ("gradients", "labels", "information", "geometry"):
         networks = [(one["run"], one["weights"]) for one in found[part]]
@@ -73,17 +73,17 @@ def test_every_part_says_something_of_every_network(analysed):
     assert found["labels"][1]["result"]["targets"]["judged_by"] == "clean labels"
     assert found["labels"][3]["result"]["targets"] is None
     assert all(one["result"]["weights"]["clean"]["empirical"] > 0 for one in found["information"])
-    centre = found["geometry"][0]["result"]
-    assert centre["surface"]["loss"][1][1] == pytest.approx(centre["loss"]["adversarial"], rel=1e-5)
-    assert centre["loss"]["adversarial"] >= centre["loss"]["clean"]
+    center = found["geometry"][0]["result"]
+    assert center["surface"]["loss"][1][1] == pytest.approx(center["loss"]["adversarial"], rel=1e-5)
+    assert center["loss"]["adversarial"] >= center["loss"]["clean"]
 
 
-def test_the_run_folder_is_left_as_it_was(analysed):
-    assert analysed[1] == analysed[2]
+def test_the_run_folder_is_left_as_it_was(analyzed):
+    assert analyzed[1] == analyzed[2]
 
 
-def test_the_page_needs_nothing_but_itself_and_describes_every_figure(analysed):
-    text = (analysed[0] / "analysis.html").read_text()
+def test_the_page_needs_nothing_but_itself_and_describes_every_figure(analyzed):
+    text = (analyzed[0] / "analysis.html").read_text()
     page = Page(text)
     assert page.foreign == []
     assert len(page.alts) >= 9
@@ -93,14 +93,14 @@ def test_the_page_needs_nothing_but_itself_and_describes_every_figure(analysed):
     assert 'name="viewport"' in text
 
 
-def test_a_second_time_nothing_is_measured_again(analysed, refined, plain, monkeypatch):
+def test_a_second_time_nothing_is_measured_again(analyzed, refined, plain, monkeypatch):
     def never(*_: object, **__: object) -> None:
         raise AssertionError("measured again")
 
-    output = analysed[0]
+    output = analyzed[0]
     before = contents(output)
     monkeypatch.setattr(command, "open_subject", never)
-    command.analyse([str(refined), str(plain), "--output", str(output), *QUICK])
+    command.analyze([str(refined), str(plain), "--output", str(output), *QUICK])
     assert contents(output) == before
 
 
@@ -121,16 +121,16 @@ def test_an_interrupted_analysis_goes_on(refined, tmp_path, monkeypatch):
     with monkeypatch.context() as once:
         once.setattr(command.landscape, "measure", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            command.analyse(words)
-    command.analyse(words)
+            command.analyze(words)
+    command.analyze(words)
     assert calls == ["gradients"]
     assert len(list((tmp_path / "out" / "results").iterdir())) == 2
 
 
-def test_other_settings_are_measured_anew(analysed, refined):
-    output = analysed[0]
+def test_other_settings_are_measured_anew(analyzed, refined):
+    output = analyzed[0]
     before = set(contents(output / "results"))
-    command.analyse(
+    command.analyze(
         [
             str(refined),
             "--output",
@@ -161,12 +161,12 @@ COURSES = [
 ]
 
 
-def test_kept_checkpoints_show_the_course_over_training(tiny_run, analysed, tmp_path):
+def test_kept_checkpoints_show_the_course_over_training(tiny_run, analyzed, tmp_path):
     run = tiny_run(
         "--optim.epochs 4 --save.archive 1 --data.noise symmetric --data.noise_rate 0.3 --label SGLR "
         "--label.start 0.2"
     )
-    command.analyse([str(run), "--output", str(tmp_path / "out"), *QUICK, "--which", "checkpoints"])
+    command.analyze([str(run), "--output", str(tmp_path / "out"), *QUICK, "--which", "checkpoints"])
     page = Page((tmp_path / "out" / "analysis.html").read_text())
     drawn = {alt.split(". ")[0]: alt for alt in page.alts if alt and "by epoch" in alt}
     assert {f"Line chart: {title}" for title in COURSES} <= set(drawn)
@@ -174,16 +174,16 @@ def test_kept_checkpoints_show_the_course_over_training(tiny_run, analysed, tmp_
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     first, last = (rows[i]["result"]["last_layer"]["adversarial"]["given"]["wrong_mean"] for i in (0, -1))
     assert f"wrong labels: {first:.3g} at 1 to {last:.3g} at 4" in drawn[f"Line chart: {COURSES[0]}"]
-    assert COURSES[0] not in (analysed[0] / "analysis.html").read_text()  # best and last are no course
+    assert COURSES[0] not in (analyzed[0] / "analysis.html").read_text()  # best and last are no course
 
 
 def test_a_reference_network_judges_where_the_truth_is_not_known(plain, tmp_path):
     words = [str(plain), "--output", str(tmp_path), *QUICK, "--parts", "gradients", "--which", "last"]
-    command.analyse(words)
+    command.analyze(words)
     unknown = json.loads((tmp_path / "analysis.json").read_text())["gradients"][0]["result"]
     assert unknown["judged_by"] == "unknown"
     assert unknown["memorisation"] == {}
-    command.analyse([*words, "--reference", str(plain)])
+    command.analyze([*words, "--reference", str(plain)])
     judged = json.loads((tmp_path / "analysis.json").read_text())["gradients"][0]["result"]
     assert judged["judged_by"].startswith("disagreement with")
     share = judged["last_layer"]["clean"]["given"]["fraction_wrong"]
@@ -207,9 +207,9 @@ def test_a_reference_network_judges_where_the_truth_is_not_known(plain, tmp_path
         ("", "run: got nothing"),
     ],
 )
-def test_analyse_refuses_in_one_line(words, said, refined):
+def test_analyze_refuses_in_one_line(words, said, refined):
     with pytest.raises(SettingError, match=re.escape(said)) as caught:
-        command.analyse(words.replace("RUN", str(refined)).split())
+        command.analyze(words.replace("RUN", str(refined)).split())
     assert "\n" not in str(caught.value)
 
 
@@ -279,10 +279,10 @@ def test_a_memory_that_has_not_moved_is_refused(tiny_run):
 def test_votes_that_are_not_there_are_refused_also_beside_kept_results(refined, tmp_path):
     words = ["--parts", "labels", "--which", "last"]
     words = [str(refined), "--output", str(tmp_path / "out"), *QUICK, *words]
-    command.analyse(words)
+    command.analyze(words)
     for flag in ("--train_votes", "--test_votes"):
         with pytest.raises(SettingError, match=f"{flag}: got /nowhere.npz"):
-            command.analyse([*words, flag, "/nowhere.npz"])
+            command.analyze([*words, flag, "/nowhere.npz"])
 
 
 def test_a_surface_with_holes_is_drawn_and_said():

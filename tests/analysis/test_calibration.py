@@ -12,7 +12,7 @@ from sklearn.metrics import brier_score_loss, log_loss
 
 from softdefend.analysis import calibration
 from softdefend.analysis.subjects import open_runs
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 
 BINS = 7
 

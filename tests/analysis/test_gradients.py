@@ -12,11 +12,11 @@ from softdefend.analysis.gradients import (
     spread,
     whole_network_norms,
 )
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 
 
 def network(bias: bool = True) -> nn.Module:
-    """With batch normalisation whose running statistics are not those of any batch."""
+    """With batch normalization whose running statistics are not those of any batch."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(

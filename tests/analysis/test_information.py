@@ -38,9 +38,9 @@ def mixture(n: int, mu: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, f
 
 
 @pytest.mark.parametrize(("d", "rho"), [(1, 0.0), (1, 0.9), (3, 0.6)])
-def test_neighbours_find_the_information_of_gaussians(d, rho):
+def test_neighbors_find_the_information_of_gaussians(d, rho):
     a, b, exact = gaussians(2000, d, rho)
-    assert information.neighbour_information(a, b) == pytest.approx(exact, abs=0.06)
+    assert information.neighbor_information(a, b) == pytest.approx(exact, abs=0.06)
 
 
 @pytest.mark.parametrize(("d", "rho"), [(1, 0.9), (3, 0.6)])
@@ -64,7 +64,7 @@ def test_the_contrastive_bound_never_exceeds_the_logarithm_of_its_batch():
 @pytest.mark.parametrize("mu", [0.5, 1.5])
 def test_both_label_estimates_find_the_information_of_a_mixture(mu):
     t, y, exact = mixture(3000, mu)
-    assert information.label_information_neighbours(t, y) == pytest.approx(exact, abs=0.05)
+    assert information.label_information_neighbors(t, y) == pytest.approx(exact, abs=0.05)
     # the posterior is logistic, so the bound is tight but for the samples
     assert information.label_information_bound(t, y, seed=0) == pytest.approx(exact, abs=0.04)
 
@@ -89,17 +89,17 @@ def test_the_label_bound_stays_below_where_the_classifier_is_too_simple():
     t = rng.uniform(-1, 1, (2000, 1))
     y = (np.abs(t[:, 0]) > 0.5).astype(np.int64)  # known for certain, but not to a linear classifier
     assert information.label_information_bound(t, y, seed=0) < 0.1
-    assert information.label_information_neighbours(t, y) == pytest.approx(math.log(2), abs=0.06)
+    assert information.label_information_neighbors(t, y) == pytest.approx(math.log(2), abs=0.06)
 
 
 def test_one_feature_gives_what_scikit_learn_gives():
     t, y, _ = mixture(500, 1.0)
     theirs = mutual_info_classif(t[:, :1], y, n_neighbors=3, random_state=0)[0]
-    assert information.label_information_neighbours(t[:, :1], y, 3) == pytest.approx(theirs, abs=1e-3)
+    assert information.label_information_neighbors(t[:, :1], y, 3) == pytest.approx(theirs, abs=1e-3)
     a, b, _ = gaussians(500, 1, 0.7)
     theirs = mutual_info_regression(a, b[:, 0], n_neighbors=3, random_state=0)[0]
     scaled = [v / v.std() for v in (a, b)]
-    assert information.neighbour_information(*scaled, 3) == pytest.approx(theirs, abs=2e-2)
+    assert information.neighbor_information(*scaled, 3) == pytest.approx(theirs, abs=2e-2)
 
 
 def test_points_that_coincide_count_as_scikit_learn_counts_them():
@@ -108,8 +108,8 @@ def test_points_that_coincide_count_as_scikit_learn_counts_them():
     places = y[:, None].astype(float)
     theirs = mutual_info_classif(places, y, n_neighbors=3, discrete_features=False, random_state=0)[0]
     assert theirs == pytest.approx(math.log(5), abs=0.02)
-    assert information.label_information_neighbours(places, y, 3) == pytest.approx(theirs, abs=0.02)
-    assert information.neighbour_information(places, places, 3) == pytest.approx(math.log(5), abs=0.1)
+    assert information.label_information_neighbors(places, y, 3) == pytest.approx(theirs, abs=0.02)
+    assert information.neighbor_information(places, places, 3) == pytest.approx(math.log(5), abs=0.1)
 
 
 def test_the_entropy_of_labels_is_that_of_their_shares():

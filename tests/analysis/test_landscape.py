@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian
 
 from softdefend.analysis import landscape
-from softdefend.threat import Budget, ThreatModel
+from softdefend.core.threat import Budget, ThreatModel
 
 
 @pytest.fixture
 def small() -> tuple[nn.Module, Tensor, Tensor]:
-    """A network of 81 parameters with batch normalisation and a smooth activation, and a batch."""
+    """A network of 81 parameters with batch normalization and a smooth activation, and a batch."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(
@@ -66,7 +66,7 @@ def test_a_larger_negative_eigenvalue_does_not_stand_for_the_largest(values):
 
 def test_a_direction_has_the_length_of_every_filter_and_leaves_biases(small):
     parameters = landscape.parameters_of(small[0])
-    direction = landscape.filter_normalised(parameters, torch.Generator().manual_seed(0))
+    direction = landscape.filter_normalized(parameters, torch.Generator().manual_seed(0))
     for name, p in parameters.items():
         if p.ndim < 2:
             assert not direction[name].any()
@@ -79,11 +79,11 @@ def test_the_surface_is_the_loss_of_moved_weights(small):
     found = landscape.surface(net, image, label, points=3, span=0.5, batch_size=4, seed=0)
     assert found["axis"] == [-0.5, 0.0, 0.5]
     assert found["loss"][1][1] == pytest.approx(F.cross_entropy(net(image), label).item())
-    from softdefend.rng import stream
+    from softdefend.core.rng import stream
 
     generator = stream(0, "analyse/directions")
     parameters = landscape.parameters_of(net)
-    first, second = (landscape.filter_normalised(parameters, generator) for _ in range(2))
+    first, second = (landscape.filter_normalized(parameters, generator) for _ in range(2))
     with torch.no_grad():
         for name, p in net.named_parameters():
             p += 0.5 * first[name] - 0.5 * second[name]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from softdefend.analysis import subjects
+from softdefend.core.errors import SettingError
 from softdefend.data.sources import read
-from softdefend.errors import SettingError
 from softdefend.report import RunRecord
 from softdefend.training import checkpoint
 
@@ -80,7 +80,7 @@ def test_archived_needs_an_archive(refined):
         subjects.weights_of(refined, ["archived"])
 
 
-def test_a_memory_of_another_scale_is_normalised_and_empty_rows_are_the_given_label(opened):
+def test_a_memory_of_another_scale_is_normalized_and_empty_rows_are_the_given_label(opened):
     rows = torch.full((96, 10), 0.05)
     rows[0] = 0
     found = subjects._filled(rows, opened.bundle.train.labels)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
 
 
 def rugged(shape, k=5, scale=1.0):

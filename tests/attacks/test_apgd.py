@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from softdefend.attacks import APGD, PGD, TargetedAPGD, cross_entropy, dlr, margin, targeted_dlr
 from softdefend.attacks.apgd import checkpoints
 from softdefend.attacks.names import parse_attack
-from softdefend.errors import SettingError
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
 
 ATTACKS = [APGD(steps=30), APGD(steps=30, loss="dlr"), TargetedAPGD(steps=30)]
 attacks = pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
@@ -34,7 +34,7 @@ def network(k: int, shape: tuple[int, ...] = (1, 3, 3), hidden: int = 0, scale: 
         fan = parameter.shape[-1] ** 0.5
         parameter.copy_(torch.randn(parameter.shape, generator=stream(k, "w", number)) / fan)
     net[1].weight.mul_(scale)
-    net[1].bias.copy_(-0.5 * net[1].weight.sum(1))  # grey is undecided
+    net[1].bias.copy_(-0.5 * net[1].weight.sum(1))  # gray is undecided
     return net
 
 
@@ -319,7 +319,7 @@ def test_images_that_fell_are_dropped_soon():
         step[0] += 1  # the clean forward is number -1, the start 0
         logits = x.flatten(1)[:, :2] * 0
         for row, point in enumerate(x.detach().flatten(1).mean(1).tolist()):
-            group = min(falls, key=lambda centre: abs(centre - point))
+            group = min(falls, key=lambda center: abs(center - point))
             seen[group] += 1
             logits[row, int(step[0] >= falls[group])] += 1
         return logits

@@ -7,7 +7,7 @@ import torch
 
 from softdefend.attacks.apgd import _Given, _likeliest_wrong, _State, _Step
 from softdefend.attacks.losses import targeted_dlr
-from softdefend.threat import ThreatModel
+from softdefend.core.threat import ThreatModel
 
 
 def test_four_classes_have_the_fourth_logit_that_the_targeted_ratio_needs():

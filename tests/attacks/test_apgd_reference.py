@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from softdefend.attacks import APGD, PGD, TargetedAPGD, dlr, margin
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import DataSettings, load
 from softdefend.models.resnet import BasicBlock
 from softdefend.models.small_cnn import SmallCNN
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
 
 CHECKOUT = os.environ.get("SOFTDEFEND_AUTOATTACK")
 pytestmark = pytest.mark.skipif(
@@ -53,15 +53,15 @@ class Residual(nn.Module):
 def train(images: torch.Tensor, labels: torch.Tensor, robustly: bool) -> nn.Module:
     torch.manual_seed(0)
     net, threat = SmallCNN(10, 1, 8), ThreatModel("linf", Budget("0.12"))
-    optimiser = torch.optim.Adam(net.parameters(), 0.01)
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
     for epoch in range(12):
         for rows in torch.randperm(len(images), generator=stream(0, "order", epoch)).split(64):
             image, label = images[rows], labels[rows]
             if robustly:
                 image = PGD(steps=5)(net, image, label, threat, generator=stream(0, "pgd", epoch))
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             F.cross_entropy(net(image), label).backward()
-            optimiser.step()
+            optimizer.step()
     return net
 
 

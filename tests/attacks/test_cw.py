@@ -7,11 +7,11 @@ import torch
 from minimal_tools import Counted, check_early_stop, images, rugged
 
 from softdefend.attacks import CWL2, PGD, CWLinf
-from softdefend.attacks.draws import Draws
-from softdefend.attacks.oracle import Oracle
-from softdefend.errors import SettingError
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
+from softdefend.execution.counting import Oracle
+from softdefend.execution.randomness import Draws
 
 
 def naive(net, image, label, rounds, steps):
@@ -22,7 +22,7 @@ def naive(net, image, label, rounds, steps):
         return 0.0, forwards
     for _ in range(rounds):
         argument = start.clone().requires_grad_(True)
-        optimiser = torch.optim.Adam([argument], lr=0.01)
+        optimizer = torch.optim.Adam([argument], lr=0.01)
         found, before = False, math.inf
         for step in range(steps):
             point = (argument.tanh() + 1) / 2
@@ -37,9 +37,9 @@ def naive(net, image, label, rounds, steps):
                 if loss.item() > 0.9999 * before:
                     break
                 before = loss.item()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
         low, high = (low, min(high, c)) if found else (max(low, c), high)
         c = (low + high) / 2 if high < 1e9 else 10 * c
     return best, forwards

@@ -7,10 +7,10 @@ import torch
 from minimal_tools import Counted, check_early_stop, images, rugged
 
 from softdefend.attacks import DeepFool
-from softdefend.attacks.draws import Draws
-from softdefend.attacks.oracle import Oracle
-from softdefend.errors import SettingError
-from softdefend.threat import Budget, ThreatModel
+from softdefend.core.errors import SettingError
+from softdefend.core.threat import Budget, ThreatModel
+from softdefend.execution.counting import Oracle
+from softdefend.execution.randomness import Draws
 
 NORMS = ["linf", "l2"]
 

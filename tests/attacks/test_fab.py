@@ -10,9 +10,9 @@ from torch import nn
 from softdefend.attacks import FAB, cross_entropy
 from softdefend.attacks.fab import to_hyperplane
 from softdefend.attacks.names import parse_attack
-from softdefend.errors import SettingError
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
 
 NORMS = ["linf", "l2"]
 

@@ -7,7 +7,7 @@ import torch
 from minimal_tools import Counted, check_early_stop, images, rugged
 
 from softdefend.attacks import FMN
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 
 NORMS = ["linf", "l2"]
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from softdefend.attacks import CWL2, FAB, FGSM, FMN, PGD, DeepFool, cross_entropy, kl_from, margin
 from softdefend.attacks.names import parse_attack
-from softdefend.errors import SettingError
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
 
 SHAPE = (6, 1, 3, 3)
 

@@ -3,7 +3,7 @@ import torch
 from scipy.special import log_softmax, rel_entr, softmax
 
 from softdefend.attacks import cross_entropy, kl_divergence, kl_from, margin
-from softdefend.rng import stream
+from softdefend.core.rng import stream
 
 LOGITS = 3 * torch.randn(7, 5, generator=stream(0, "z"), dtype=torch.float64)
 LABEL = torch.tensor([0, 4, 2, 2, 1, 3, 0])

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from softdefend.attacks import CWL2, FMN, PGD, DeepFool
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import DataSettings, load
 from softdefend.models.small_cnn import SmallCNN
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
 
 CHECKOUT = os.environ.get("SOFTDEFEND_ADVLIB")
 pytestmark = pytest.mark.skipif(
@@ -64,15 +64,15 @@ def advlib():
 
 
 def train(net: nn.Module, images: torch.Tensor, labels: torch.Tensor, robustly: bool) -> nn.Module:
-    optimiser, threat = torch.optim.Adam(net.parameters(), 0.01), ThreatModel("linf", Budget("0.12"))
+    optimizer, threat = torch.optim.Adam(net.parameters(), 0.01), ThreatModel("linf", Budget("0.12"))
     for epoch in range(8):
         for rows in torch.randperm(len(images), generator=stream(0, "order", epoch)).split(64):
             image, label = images[rows], labels[rows]
             if robustly:
                 image = PGD(steps=5)(net, image, label, threat, generator=stream(0, "pgd", epoch))
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             F.cross_entropy(net(image), label).backward()
-            optimiser.step()
+            optimizer.step()
     return net
 
 

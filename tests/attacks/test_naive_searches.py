@@ -13,11 +13,11 @@ from scipy.optimize import brentq
 from torch import nn
 
 from softdefend.attacks import FAB, Square
-from softdefend.attacks.draws import Draws
-from softdefend.attacks.oracle import Oracle
 from softdefend.attacks.square import _eta
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
+from softdefend.execution.counting import Oracle
+from softdefend.execution.randomness import Draws
 
 Array = np.ndarray
 
@@ -110,7 +110,7 @@ def test_an_untargeted_search_is_charged_a_gradient_for_every_class() -> None:
 
 
 def pyramid(height: int, width: int) -> Array:
-    """1 / (k + 1)^2 for every k whose square about the centre holds the pixel."""
+    """1 / (k + 1)^2 for every k whose square about the center holds the pixel."""
     found = np.zeros((height, width))
     for i in range(height):
         for j in range(width):

@@ -11,9 +11,9 @@ from torch import nn
 
 from softdefend.attacks import APGD, CWL2, FAB, FGSM, FMN, PGD, CWLinf, DeepFool, Square, TargetedAPGD, names
 from softdefend.attacks.names import parse_attack
-from softdefend.errors import SettingError
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
 
 NAMES = {
     "fgsm": FGSM(),

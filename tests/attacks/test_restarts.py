@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from softdefend.attacks import PGD
-from softdefend.threat import ThreatModel
+from softdefend.core.threat import ThreatModel
 
 
 def net_and_images():

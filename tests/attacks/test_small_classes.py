@@ -25,9 +25,9 @@ from softdefend.attacks import (
     value_and_gradient,
 )
 from softdefend.attacks.names import parse_attack
-from softdefend.errors import SettingError
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
 
 NAMES = (
     *("fgsm", "fgsm-margin", "pgd-4", "pgd-4-margin", "pgd-3x2-kl", "apgd-ce-8", "apgd-dlr-8", "apgd-t-8"),

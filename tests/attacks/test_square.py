@@ -9,9 +9,9 @@ from torch import nn
 from softdefend.attacks import Square, cross_entropy, margin
 from softdefend.attacks.names import parse_attack
 from softdefend.attacks.square import _Numbers
-from softdefend.errors import SettingError
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
 
 
 def rugged(shape, k=5, seed=0):
@@ -152,7 +152,7 @@ def test_a_network_without_gradients_falls_alike(norm):
 
 
 def test_linf_does_not_feel_what_else_is_in_the_batch():
-    """Places and colours belong to the query and stripes to the position, so other pixels do not matter."""
+    """Places and colors belong to the query and stripes to the position, so other pixels do not matter."""
     net, threat, attack = rugged((3, 8, 8)).double(), ThreatModel("linf", Budget(0.02)), Square(queries=200)
     one, other = images(20, (3, 8, 8), seed=1).double(), images(20, (3, 8, 8), seed=2).double()
     other[5:9] = one[5:9]

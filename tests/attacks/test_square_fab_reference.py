@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from softdefend.attacks import FAB, PGD, Square, cross_entropy, margin
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import DataSettings, Resident, load
+from softdefend.execution.modes import attacked
 from softdefend.models.small_cnn import SmallCNN
-from softdefend.modes import attacked
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
 
 CHECKOUT = os.environ.get("SOFTDEFEND_AUTOATTACK")
 pytestmark = [
@@ -41,7 +41,7 @@ class Residual(nn.Module):
 def trained(data, threat):
     """A small CNN after 8 epochs on digits, against PGD-3 where a threat is given."""
     net, draws = SmallCNN(10, 1, width=8), stream(0, "order")
-    optimiser = torch.optim.Adam(net.parameters(), 0.01)
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
     for _ in range(8):
         for index in torch.randperm(data.n, generator=draws).split(64):
             batch = data.take(index)
@@ -49,9 +49,9 @@ def trained(data, threat):
             if threat is not None:
                 with attacked(net, "eval"):
                     image = PGD(steps=3)(net, image, batch.label, threat, generator=draws)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             cross_entropy(net(image), batch.label).mean().backward()
-            optimiser.step()
+            optimizer.step()
     return net.eval().requires_grad_(False)
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from softdefend.attacks import PGD
-from softdefend.attacks.draws import Draws
-from softdefend.attacks.oracle import Oracle
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
+from softdefend.execution.counting import Oracle
+from softdefend.execution.randomness import Draws
 
 
 def asked(attack: PGD, norm: str, image: torch.Tensor) -> list[torch.Tensor]:

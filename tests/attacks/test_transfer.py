@@ -6,9 +6,9 @@ from minimal_tools import images, rugged
 from torch import nn
 
 from softdefend.attacks import FMN, PGD, Attack, Transfer, cross_entropy, margin
-from softdefend.errors import SettingError
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
 
 THREAT = ThreatModel("linf", Budget("0.05"))
 INNER = PGD(steps=5, loss="margin")

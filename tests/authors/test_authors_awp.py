@@ -30,16 +30,16 @@ def adversary(which, net, gamma, monkeypatch):
     """Theirs, with a proxy of its own and the rate that their scripts give it."""
     kind, path, rate = which
     proxy = copy.deepcopy(net)
-    optimiser = torch.optim.SGD(proxy.parameters(), lr=rate)
-    return getattr(load("AWP", path, monkeypatch), kind)(net, proxy, optimiser, gamma)
+    optimizer = torch.optim.SGD(proxy.parameters(), lr=rate)
+    return getattr(load("AWP", path, monkeypatch), kind)(net, proxy, optimizer, gamma)
 
 
-def assert_same_weights(trainer, net, optimiser):
+def assert_same_weights(trainer, net, optimizer):
     """Parameters and momentum; running statistics are another matter."""
-    mine = trainer.optimiser
+    mine = trainer.optimizer
     for (name, found), expected in zip(trainer.net.named_parameters(), net.parameters(), strict=True):
         same(name, found, expected, **EXACT)
-        momenta = (mine.state[found], optimiser.state[expected])
+        momenta = (mine.state[found], optimizer.state[expected])
         same(f"momentum of {name}", *(state["momentum_buffer"] for state in momenta), **EXACT)
 
 
@@ -62,7 +62,7 @@ def test_pgd_at_ends_in_the_authors_weights(tmp_path, monkeypatch, exact_network
     in eval mode, the statistics are the same as well."""
     trainer = ours(tmp_path / "run", Hard(), PGDAT(), AWP(gamma, plain / EPOCHS), attack_bn=attack_bn)
     net = exact_network()
-    optimiser = sgd(net, trainer)
+    optimizer = sgd(net, trainer)
     monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *_: self.zero_())  # no random start
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     names = {
@@ -85,10 +85,10 @@ def test_pgd_at_ends_in_the_authors_weights(tmp_path, monkeypatch, exact_network
         "epsilon": 8 / 255,
         "pgd_alpha": 2 / 255,
         "model": net,
-        "opt": optimiser,
+        "opt": optimizer,
         "criterion": nn.CrossEntropyLoss(),
         "awp_adversary": adversary(PGD_AT, net, gamma, monkeypatch),
-        "lr_schedule": lambda _: optimiser.param_groups[0]["lr"],
+        "lr_schedule": lambda _: optimizer.param_groups[0]["lr"],
         **dict.fromkeys(("train_loss", "train_acc", "train_robust_loss", "train_robust_acc", "train_n"), 0),
     }
     code = excerpt("AWP", SCRIPT, partial(batch_loop, logs=attack_bn == "train"))
@@ -97,8 +97,8 @@ def test_pgd_at_ends_in_the_authors_weights(tmp_path, monkeypatch, exact_network
         given = {"input": batch.image, "target": batch.label}
         exec(code, names | {"train_batches": [given], "epoch": epoch - 1})  # theirs counts from zero
 
-    theirs(trainer, optimiser, step)
-    assert_same_weights(trainer, net, optimiser)
+    theirs(trainer, optimizer, step)
+    assert_same_weights(trainer, net, optimizer)
     if attack_bn == "eval":
         assert_same_network(trainer, net, **EXACT)
 
@@ -123,7 +123,7 @@ def test_trades_ends_in_the_authors_weights_and_statistics(
     trainer = ours(tmp_path / "run", Hard(), AsPublished(), AWP(gamma, plain / EPOCHS), attack=attack)
     echo()
     net = exact_network()
-    optimiser = sgd(net, trainer)
+    optimizer = sgd(net, trainer)
     shown = {"val": 0.0, "avg": 0.0, "elapsed_td": "", "eta_td": ""}
     nothing = SimpleNamespace(update=lambda *_: None, next=lambda: None, finish=lambda: None, **shown)
     names = {
@@ -145,10 +145,10 @@ def test_trades_ends_in_the_authors_weights_and_statistics(
     rule = adversary(IN_TRADES, net, gamma, monkeypatch)
     theirs(
         trainer,
-        optimiser,
-        lambda batch, epoch: train(net, [(batch.image, batch.label)], optimiser, epoch, rule),
+        optimizer,
+        lambda batch, epoch: train(net, [(batch.image, batch.label)], optimizer, epoch, rule),
     )
-    assert_same_weights(trainer, net, optimiser)
+    assert_same_weights(trainer, net, optimizer)
     assert_same_network(trainer, net, **EXACT)
 
 
@@ -158,7 +158,7 @@ def test_with_refined_labels_the_authors_rule_perturbs_alike(tmp_path, monkeypat
     at the weights that are trained. They are the same in both looks."""
     trainer = ours(tmp_path / "run", SGLR(start=0.0), PGDAT(), AWP(gamma))
     net = exact_network()
-    optimiser = sgd(net, trainer)
+    optimizer = sgd(net, trainer)
     rule = adversary(PGD_AT, net, gamma, monkeypatch)
     memory = F.one_hot(trainer.train_data.labels, K).double()
 
@@ -173,12 +173,12 @@ def test_with_refined_labels_the_authors_rule_perturbs_alike(tmp_path, monkeypat
         target = memory[batch.index]
         awp = rule.calc_awp(attacked, target)
         rule.perturb(awp)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(net(attacked), target).backward()
-        optimiser.step()
+        optimizer.step()
         rule.restore(awp)
 
-    theirs(trainer, optimiser, step)
+    theirs(trainer, optimizer, step)
     # The memory of ours is in float32.
     assert_same_network(trainer, net, rtol=1e-4, atol=1e-5)
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from beside import assert_same_network, definitions, load, needs, ours, same, sgd, theirs
 from softdefend import PGD, Consistency, Hard, ThreatModel
+from softdefend.core.rng import stream
+from softdefend.execution.modes import attacked
 from softdefend.labels import Predictions, Supervision
-from softdefend.modes import attacked
 from softdefend.objectives.consistency import jensen_shannon
-from softdefend.rng import stream
 from tiny import batch_of
 
 pytestmark = needs("consistency-adversarial")
@@ -40,7 +40,7 @@ def test_a_run_ends_in_the_authors_weights_and_statistics(
     monkeypatch.setattr(ThreatModel, "random_start", start)
     trainer = ours(tmp_path / "run", Hard(), Consistency(weight, temperature), attack=ATTACK, eps="127/255")
     net = exact_network()
-    optimiser = sgd(net, trainer)
+    optimizer = sgd(net, trainer)
     logged, shown = [], {"log": lambda *_: None}
     settings = SimpleNamespace(lam=weight, T=temperature, n_gpus=1, optimizer="other than sgd")  # no schedule
 
@@ -63,9 +63,9 @@ def test_a_run_ends_in_the_authors_weights_and_statistics(
 
     def step(batch, epoch):
         loader = [((batch.image, batch.image), batch.label)]
-        train(settings, epoch, net, nn.CrossEntropyLoss(), optimiser, None, loader, adversary, logger)
+        train(settings, epoch, net, nn.CrossEntropyLoss(), optimizer, None, loader, adversary, logger)
 
-    theirs(trainer, optimiser, step)
+    theirs(trainer, optimizer, step)
     assert min(value for name, value in logged if name == "train/loss_con") > 1e-5 * weight
     assert_same_network(trainer, net, **EXACT)
 

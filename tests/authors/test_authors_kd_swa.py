@@ -26,7 +26,7 @@ from beside import (
     theirs,
 )
 from softdefend import KD, PGDAT, SWA, Hard
-from softdefend.rule import RunInfo
+from softdefend.core.rule import RunInfo
 from softdefend.weights.averaging import reestimate
 
 CHECKOUT = "Alleviate-Robust-Overfitting"
@@ -108,7 +108,7 @@ def both(tmp_path, monkeypatch, label, arguments, weight=None):
     with torch.no_grad():
         for tensor in averaged.parameters():
             tensor.fill_(7.0)  # where an average begins must not count
-    optimiser = sgd(net, trainer)
+    optimizer = sgd(net, trainer)
     criterion = nn.CrossEntropyLoss()
     every = torch.arange(trainer.train_data.n).split(BATCH)
     names = {
@@ -127,14 +127,14 @@ def both(tmp_path, monkeypatch, label, arguments, weight=None):
         loader = [(batch.image, batch.label)]
         if arguments.lwf:
             train = utils["train_epoch_adv_dual_teacher"]
-            train(loader, net, *teachers, criterion, optimiser, epoch, arguments)
+            train(loader, net, *teachers, criterion, optimizer, epoch, arguments)
         else:
-            utils["train_epoch_adv"](loader, net, criterion, optimiser, epoch, arguments)
+            utils["train_epoch_adv"](loader, net, criterion, optimizer, epoch, arguments)
         done += 1
         if done % trainer.steps_per_epoch == 0:
             exec(average, names | {"epoch": epoch - 1}, names)
 
-    theirs(trainer, optimiser, step)
+    theirs(trainer, optimizer, step)
     return trainer, net, averaged, names["swa_n"]
 
 

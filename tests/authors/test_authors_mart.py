@@ -20,12 +20,12 @@ def test_a_run_ends_in_the_authors_weights_and_statistics(tmp_path, monkeypatch,
     echo()
     mart_loss = load("MART", "mart.py", monkeypatch).mart_loss
     net = exact_network()
-    optimiser = sgd(net, trainer)
+    optimizer = sgd(net, trainer)
     settings = {"step_size": 2 / 255, "epsilon": 8 / 255, "perturb_steps": 5, "beta": beta}
 
     def step(batch, epoch):
-        mart_loss(net, batch.image, batch.label, optimiser, **settings).backward()
-        optimiser.step()
+        mart_loss(net, batch.image, batch.label, optimizer, **settings).backward()
+        optimizer.step()
 
-    theirs(trainer, optimiser, step)
+    theirs(trainer, optimizer, step)
     assert_same_network(trainer, net, rtol=1e-8, atol=1e-8)

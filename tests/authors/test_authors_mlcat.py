@@ -33,7 +33,7 @@ def batch_loop(module, *, cut):
 
 
 def train(net, trainer, script, monkeypatch, *, cut, attack_bn):
-    """Their code, over the run's batches. Returns the optimiser and the share of losses that were small."""
+    """Their code, over the run's batches. Returns the optimizer and the share of losses that were small."""
     monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *_: self.zero_())  # no random start
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     monkeypatch.setattr(torch.cuda, "FloatTensor", torch.DoubleTensor)
@@ -51,15 +51,15 @@ def train(net, trainer, script, monkeypatch, *, cut, attack_bn):
         model.eval()
         return attack(model, *given)
 
-    optimiser = sgd(net, trainer)
+    optimizer = sgd(net, trainer)
     names |= {
         "args": SimpleNamespace(eval=False, attack="pgd", attack_iters=5, restarts=1, norm="l_inf"),
         "attack_pgd": attack if attack_bn == "train" else in_eval_mode,
         "epsilon": 8 / 255,
         "pgd_alpha": 2 / 255,
         "model": net,
-        "opt": optimiser,
-        "lr_schedule": lambda _: optimiser.param_groups[0]["lr"],
+        "opt": optimizer,
+        "lr_schedule": lambda _: optimizer.param_groups[0]["lr"],
         **dict.fromkeys(("ignore_x", *(f"ignore_x_{n}" for n in range(1, 12)), "total_x"), 0),
     }
     code = excerpt(REPOSITORY, script, partial(batch_loop, cut=cut))
@@ -68,8 +68,8 @@ def train(net, trainer, script, monkeypatch, *, cut, attack_bn):
         names.update(train_batches=[{"input": batch.image, "target": batch.label}], epoch=epoch - 1)
         exec(code, names)
 
-    theirs(trainer, optimiser, step)
-    return optimiser, names["ignore_x"] / names["total_x"]
+    theirs(trainer, optimizer, step)
+    return optimizer, names["ignore_x"] / names["total_x"]
 
 
 @pytest.mark.parametrize("script", [SCALE, REMOVE])
@@ -79,11 +79,11 @@ def test_as_published_a_run_ends_in_the_authors_weights(tmp_path, monkeypatch, e
     of their attack moves besides."""
     trainer = ours(tmp_path / "run", Hard(), MLCAT(gradient="published"), attack_bn="train")
     net = exact_network()
-    optimiser, small = train(net, trainer, script, monkeypatch, cut=False, attack_bn="train")
+    optimizer, small = train(net, trainer, script, monkeypatch, cut=False, attack_bn="train")
     assert 0.1 < small < 0.9
     for (name, found), expected in zip(trainer.net.named_parameters(), net.parameters(), strict=True):
         same(name, found, expected, **EXACT)
-        momenta = (trainer.optimiser.state[found], optimiser.state[expected])
+        momenta = (trainer.optimizer.state[found], optimizer.state[expected])
         same(f"momentum of {name}", *(state["momentum_buffer"] for state in momenta), **EXACT)
 
 

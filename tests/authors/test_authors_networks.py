@@ -10,7 +10,7 @@ from softdefend.models import NetSettings, build
 from softdefend.models.wide_resnet import WideResNet
 
 PIXELS = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-"""None of these normalises."""
+"""None of these normalizes."""
 
 
 def ours(name, **more):
@@ -59,7 +59,7 @@ def test_same_seed_same_weights_same_logits(repository, path, theirs, mine, monk
         torch.manual_seed(0)
         net = mine()
     expected = rival.state_dict()
-    found = {name: value for name, value in net.state_dict().items() if not name.startswith("normalise")}
+    found = {name: value for name, value in net.state_dict().items() if not name.startswith("normalize")}
     for (name, value), (rival_name, other) in zip(found.items(), expected.items(), strict=True):
         assert torch.equal(value, other), f"{name} and {rival_name}"
     image = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()

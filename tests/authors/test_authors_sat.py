@@ -31,18 +31,18 @@ def test_a_run_ends_in_the_authors_weights_statistics_and_labels(
     echo()
     loss_file = load("self-adaptive-training", "losses/trades.py", monkeypatch)
     net = exact_network()
-    optimiser = sgd(net, trainer)
+    optimizer = sgd(net, trainer)
     attack = {"step_size": 2 / 255, "epsilon": 8 / 255, "perturb_steps": 5}
     refinement = {"num_classes": K, "es": first, "momentum": getattr(label, "alpha", 0.9)}
     criterion = loss_file.TRADES_SAT(trainer.train_data.labels, **refinement, **attack, beta=6.0)
     criterion.soft_labels = criterion.soft_labels.double()
 
     def step(batch, epoch):
-        _, loss = criterion(batch.image, batch.label, batch.index, epoch, net, optimiser)
+        _, loss = criterion(batch.image, batch.label, batch.index, epoch, net, optimizer)
         loss.backward()
-        optimiser.step()
+        optimizer.step()
 
-    theirs(trainer, optimiser, step)
+    theirs(trainer, optimizer, step)
     assert_same_network(trainer, net, **TOLERANCE)
     if isinstance(label, SAT):
         every = torch.arange(trainer.train_data.n)

@@ -18,17 +18,17 @@ def test_a_run_ends_in_the_authors_weights_statistics_and_labels(tmp_path, monke
     trainer = ours(tmp_path / "run", label, PGDAT())
     loss_file = load("SGLS", "losses/loss.py", monkeypatch)
     net = network()
-    optimiser = sgd(net, trainer)
+    optimizer = sgd(net, trainer)
     monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *_: self.zero_())  # no random start
     settings = {"num_classes": K, "es": first, "perturb_steps": 5, "momentum": getattr(label, "alpha", 0.9)}
     criterion = loss_file.SGLS(trainer.train_data.labels, **settings)
 
     def step(batch, epoch):
-        _, loss = criterion(batch.image, batch.label, batch.index, epoch, net, optimiser)
+        _, loss = criterion(batch.image, batch.label, batch.index, epoch, net, optimizer)
         loss.backward()
-        optimiser.step()
+        optimizer.step()
 
-    theirs(trainer, optimiser, step)
+    theirs(trainer, optimizer, step)
     assert_same_network(trainer, net)
     if isinstance(label, SGLR):
         every = torch.arange(trainer.train_data.n)

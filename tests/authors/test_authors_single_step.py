@@ -19,7 +19,7 @@ pytestmark = needs("N-FGSM")
 
 PIXELS = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
-"""Mean and standard deviation; theirs moves normalised images, by an eps of its own in each channel."""
+"""Mean and standard deviation; theirs moves normalized images, by an eps of its own in each channel."""
 
 
 def main_of(module):
@@ -46,7 +46,7 @@ def epoch_loop(module: ast.Module) -> list[ast.stmt]:
     return [node for node in inside if isinstance(node, ast.For) and "train_loader" in ast.unparse(node.iter)]
 
 
-@pytest.mark.parametrize(("mean", "std"), [PIXELS, CIFAR10], ids=["pixels", "normalised"])
+@pytest.mark.parametrize(("mean", "std"), [PIXELS, CIFAR10], ids=["pixels", "normalized"])
 @pytest.mark.parametrize(
     ("objective", "start", "arguments"),
     [
@@ -65,7 +65,7 @@ def test_a_run_ends_in_the_authors_weights_and_statistics(
     attack = PGD(steps=5, start=start)
     trainer = ours(tmp_path / "run", Hard(), objective, attack=attack, attack_bn="train")
     net = network()
-    optimiser = sgd(net, trainer)
+    optimizer = sgd(net, trainer)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
@@ -77,8 +77,8 @@ def test_a_run_ends_in_the_authors_weights_and_statistics(
         "args": get_args(),
         "data_utils": SimpleNamespace(std=std),
         "attack_utils": attack_utils((0 - mean) / std, (1 - mean) / std, std),
-        "model": lambda normalised: net(normalised * std + mean),
-        "opt": optimiser,
+        "model": lambda normalized: net(normalized * std + mean),
+        "opt": optimizer,
         "scheduler": SimpleNamespace(step=lambda: None),  # the run's own
         **dict.fromkeys(("train_loss", "train_acc", "train_n", "iter_count"), 0),
     }
@@ -91,6 +91,6 @@ def test_a_run_ends_in_the_authors_weights_and_statistics(
 
     if names["args"].unif > 0:
         echo_uniform(channels=True)
-    theirs(trainer, optimiser, step)
+    theirs(trainer, optimizer, step)
     assert names["iter_count"] == trainer.optim.epochs * trainer.steps_per_epoch
     assert_same_network(trainer, net)

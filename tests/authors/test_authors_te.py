@@ -51,14 +51,14 @@ def train(net, trainer, criterion, published, monkeypatch):
         **settings,
     )
     made.soft_labels = made.soft_labels.double()
-    optimiser, rampup = sgd(net, trainer), their_ramp()
+    optimizer, rampup = sgd(net, trainer), their_ramp()
 
     def step(batch, epoch):
         weight = published * rampup(epoch, FIRST, FULL)
-        made(batch.image, batch.label, batch.index, epoch, net, optimiser, weight).backward()
-        optimiser.step()
+        made(batch.image, batch.label, batch.index, epoch, net, optimizer, weight).backward()
+        optimizer.step()
 
-    theirs(trainer, optimiser, step)
+    theirs(trainer, optimizer, step)
     return made
 
 

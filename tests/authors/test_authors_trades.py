@@ -29,14 +29,14 @@ class ThreeForwards(TRADES):
 def train(net, trainer, monkeypatch):
     """Their code, over the run's batches."""
     trades_loss = load("TRADES", "trades.py", monkeypatch).trades_loss
-    optimiser, beta = sgd(net, trainer), trainer.recipe.objective.beta
+    optimizer, beta = sgd(net, trainer), trainer.recipe.objective.beta
     settings = {"step_size": 2 / 255, "epsilon": 8 / 255, "perturb_steps": 5, "beta": beta}
 
     def step(batch, epoch):
-        trades_loss(net, batch.image, batch.label, optimiser, **settings).backward()
-        optimiser.step()
+        trades_loss(net, batch.image, batch.label, optimizer, **settings).backward()
+        optimizer.step()
 
-    theirs(trainer, optimiser, step)
+    theirs(trainer, optimizer, step)
 
 
 @pytest.mark.parametrize("beta", [1.0, 6.0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cli_tools import SMALL
 
-from softdefend.__main__ import main
+from softdefend.cli.main import main
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,7 +26,7 @@ from torch import nn
 
 import softdefend
 from softdefend import OptimSettings, SettingError
-from softdefend.__main__ import main
+from softdefend.cli.main import main
 from softdefend.training import checkpoint
 
 Refused = Callable[..., str]
@@ -148,8 +148,8 @@ def test_train_refuses(case: tuple[str, ...], refused: Refused, tmp_path: Path) 
 
 
 OTHER = {
-    "no command": ("", "command", "nothing", "train, evaluate, compare, distil, report"),
-    "unknown command": ("dance", "command", "'dance'", "train, evaluate, compare, distil, report"),
+    "no command": ("", "command", "nothing", "train, evaluate, compare, distill, report"),
+    "unknown command": ("dance", "command", "'dance'", "train, evaluate, compare, distill, report"),
     "unknown option": ("--foo", "foo", "unknown", "--help"),
     "abbreviated option": ("--vers", "vers", "unknown", "--help"),
     "evaluate nothing": ("evaluate", "run", "nothing", "softdefend evaluate --help"),
@@ -873,19 +873,3 @@ def test_python_refuses_a_changed_recipe(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"optim\.epochs: got 2 where the run in .* began with 1;"):
         softdefend.train(linear(), tensors(), optim=OptimSettings(epochs=2, batch_size=8), **settings)
     assert contents(tmp_path / "run") == before
-
-
-@pytest.mark.parametrize(("name", "other"), [("net.init", "kaiming"), ("optim.schedule.warmup", "0.1")])
-def test_a_run_that_began_before_a_setting_existed_continues_with_what_it_did_then(
-    name: str, other: str, run_folder: Path, refused: Refused
-) -> None:
-    config = yaml.safe_load((run_folder / "config.yaml").read_text())
-    *sections, last = name.split(".")
-    section = config
-    for part in sections:
-        section = section[part]
-    then = section.pop(last)
-    (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
-    again = ["train", *SMALL, "--folder", str(run_folder)]
-    refused([*again, f"--{name}", other], name, f"{run_folder} began with {then!r}")
-    assert main(again) == 0

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from softdefend import __version__
-from softdefend.__main__ import COMMANDS, main
-from softdefend.config import packaged, resolve
+from softdefend.cli.main import COMMANDS, main
+from softdefend.experiments.config import packaged, resolve
 
 FILES = {
     ".lock",
@@ -144,7 +144,7 @@ def test_a_run_on_parquet_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     done(["train", *SMALL, *words], capsys)
     last = evaluation(folder, "last")
     assert last["n"] == 30
-    assert last["clean"]["rate"] > 0.9  # the two classes differ by half of the grey levels
+    assert last["clean"]["rate"] > 0.9  # the two classes differ by half of the gray levels
     records = pq.read_table(folder / "evaluation/last.parquet")
     assert records.column("label").to_pylist() == [0, 1] * 15
 
@@ -396,7 +396,7 @@ def test_as_a_program(tmp_path: Path) -> None:
 def test_interruption_and_divergence_have_their_own_codes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from softdefend import pipeline
+    from softdefend.experiments import pipeline
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

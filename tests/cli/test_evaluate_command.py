@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from softdefend import SettingError, ThreatModel
-from softdefend.__main__ import _evaluate_parser, attribute_docstrings, main
+from softdefend.cli.main import _evaluate_parser, attribute_docstrings, main
 from softdefend.data import DataSettings, load
 from softdefend.evaluation import EvaluateSettings, Evaluator, examine
 from softdefend.evaluation.corruptions import CORRUPTIONS
-from softdefend.pipeline import evaluate_network
+from softdefend.experiments.pipeline import evaluate_network
 from softdefend.report.runs import read_run
 
 Refused = Callable[..., str]
@@ -306,7 +306,7 @@ def soft(num_classes, in_channels):
 
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Words that evaluate a linear network on forty grey pictures, ten of them test images."""
+    """Words that evaluate a linear network on forty gray pictures, ten of them test images."""
     (tmp_path / "nets_outside.py").write_text(NETS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cli_tools import SMALL, pictures, write_parquet
 
-from softdefend.__main__ import main
+from softdefend.cli.main import main
 
 DOCS = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
 BLOCKS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cli_tools import SMALL, contents
 
-from softdefend.__main__ import main
+from softdefend.cli.main import main
 
 Refused = Callable[..., str]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from softdefend.core.errors import SettingError
 from softdefend.data import AugmentSettings, epoch_plan
-from softdefend.errors import SettingError
 
 
 def plan(

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
 from softdefend.data import Augmented, AugmentSettings, Resident, Split, epoch_plan
 from softdefend.data.policies import augment
 from softdefend.data.regions import cutmix, cutout
-from softdefend.errors import SettingError
-from softdefend.rng import stream
 
 N, H, W = 30, 8, 10
 SPLIT = Split(

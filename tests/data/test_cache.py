@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from softdefend.core.digest import checksum
 from softdefend.data import Split
-from softdefend.data.cache import cached, checksum, default_folder, source_key
+from softdefend.data.cache import cached, default_folder, source_key
 from softdefend.data.raw import Raw
 
 

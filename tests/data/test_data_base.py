@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
+from softdefend.core.errors import SettingError
 from softdefend.data import DataBundle, Split, split
-from softdefend.errors import SettingError
 
 LABELS = torch.tensor([0, 1, 0, 1])
 

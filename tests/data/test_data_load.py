@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from softdefend.core.errors import SettingError
 from softdefend.data import DataBundle, DataSettings, Split, from_tensors, load
 from softdefend.data.sources import read
-from softdefend.errors import SettingError
 
 
 def numbered_images(n: int = 400, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

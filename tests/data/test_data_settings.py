@@ -6,8 +6,8 @@ from dataclasses import fields
 import pytest
 from jsonargparse import ArgumentParser
 
+from softdefend.core.errors import SettingError
 from softdefend.data import DataSettings
-from softdefend.errors import SettingError
 
 
 def parser() -> ArgumentParser:

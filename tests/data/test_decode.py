@@ -8,8 +8,8 @@ import pytest
 from picture_tools import encode, planes
 from PIL import ExifTags, Image, ImageOps
 
+from softdefend.core.errors import SettingError
 from softdefend.data.decode import decode
-from softdefend.errors import SettingError
 
 
 def decoded(encoded: list[bytes]) -> np.ndarray:
@@ -33,12 +33,12 @@ def test_jpegs_equal_pillows(pictures: np.ndarray) -> None:
 
 
 def test_grey_images_have_one_channel_and_set_the_mode_of_the_rest(pictures: np.ndarray) -> None:
-    grey = pictures[:, :, :, 0]
-    mixed = [*(encode(picture) for picture in grey), encode(np.repeat(grey[:1, :, :, None], 3, axis=3)[0])]
+    gray = pictures[:, :, :, 0]
+    mixed = [*(encode(picture) for picture in gray), encode(np.repeat(gray[:1, :, :, None], 3, axis=3)[0])]
     out = decoded(mixed)
     assert out.shape == (13, 1, 5, 7)
-    np.testing.assert_array_equal(out[:12, 0], grey)
-    np.testing.assert_array_equal(out[12, 0], grey[0])
+    np.testing.assert_array_equal(out[:12, 0], gray)
+    np.testing.assert_array_equal(out[12, 0], gray[0])
 
 
 def test_palette_and_transparent_images_become_rgb(pictures: np.ndarray) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from softdefend.core.errors import SettingError
 from softdefend.data.noise import CIFAR10_CLASSES, asymmetric, from_file, symmetric
-from softdefend.errors import SettingError
 
 LABELS = torch.arange(10).repeat(500)
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from scipy.stats import chisquare
 
+from softdefend.core.rng import stream
 from softdefend.data.policies import (
     FULL,
     OPERATIONS,
@@ -16,7 +17,6 @@ from softdefend.data.policies import (
     draw_autoaugment,
     draw_randaugment,
 )
-from softdefend.rng import stream
 
 B, H, W = 6, 24, 32
 # Not the whole range of brightness, so that stretching and spreading change something.
@@ -121,13 +121,13 @@ def test_each_image_has_its_own_operations_whatever_stands_beside_it() -> None:
 
 
 def test_grey_images_are_augmented_too() -> None:
-    image = torch.rand(100, 1, 8, 8, generator=stream(0, "grey"))
+    image = torch.rand(100, 1, 8, 8, generator=stream(0, "gray"))
     out = augment(image, draw_randaugment(100, 2, 30, stream(0, "policy")))
     assert out.shape == image.shape
     assert out.min() >= 0
     assert out.max() <= 1
-    colour = torch.tensor([[[OPERATIONS.index("color"), -FULL]]]).expand(100, 1, 2)
-    torch.testing.assert_close(augment(image, colour), image)
+    color = torch.tensor([[[OPERATIONS.index("color"), -FULL]]]).expand(100, 1, 2)
+    torch.testing.assert_close(augment(image, color), image)
 
 
 def test_randaugment_draws_all_but_invert_equally_at_one_magnitude_in_both_directions() -> None:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from softdefend.core.errors import SettingError
 from softdefend.data import Split
 from softdefend.data.raw import Raw, numbered
-from softdefend.errors import SettingError
 
 
 def part(*labels: int, size: int = 4) -> Split:

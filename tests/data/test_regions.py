@@ -5,19 +5,19 @@ import pytest
 import torch
 from scipy.stats import binomtest, chisquare, ks_2samp
 
+from softdefend.core.rng import stream
 from softdefend.data.regions import cutmix, cutout, draw_boxes, draw_centres, own_share
-from softdefend.rng import stream
 
 H, W = 7, 10
 
 
 @pytest.mark.parametrize("side", [1, 2, 5, 6, 7])
 def test_every_pixel_is_cut_out_by_the_squares_that_cover_it_and_by_no_other(side: int) -> None:
-    """One image for every possible centre; a square of an even side reaches one further up and left."""
-    centre = torch.tensor([(y, x) for y in range(H) for x in range(W)])
+    """One image for every possible center; a square of an even side reaches one further up and left."""
+    center = torch.tensor([(y, x) for y in range(H) for x in range(W)])
     image = torch.rand(H * W, 3, H, W, generator=stream(0, "x")) + 0.1
-    out = cutout(image, centre, side).numpy()
-    for number, (y, x) in enumerate(centre.tolist()):
+    out = cutout(image, center, side).numpy()
+    for number, (y, x) in enumerate(center.tolist()):
         expected = image[number].numpy().copy()
         top, left = y - side // 2, x - side // 2
         expected[:, max(top, 0) : top + side, max(left, 0) : left + side] = 0
@@ -28,10 +28,10 @@ def test_every_pixel_is_cut_out_by_the_squares_that_cover_it_and_by_no_other(sid
 
 
 def test_centres_are_uniform() -> None:
-    centre = draw_centres(20_000, H, W, stream(0, "cutout"))
-    counts = torch.bincount(centre[:, 0] * W + centre[:, 1], minlength=H * W)
+    center = draw_centres(20_000, H, W, stream(0, "cutout"))
+    counts = torch.bincount(center[:, 0] * W + center[:, 1], minlength=H * W)
     assert chisquare(counts.numpy()).pvalue > 1e-3
-    assert not torch.equal(centre, draw_centres(20_000, H, W, stream(0, "cutout", 1)))
+    assert not torch.equal(center, draw_centres(20_000, H, W, stream(0, "cutout", 1)))
 
 
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 4.0])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from softdefend.core.errors import SettingError
 from softdefend.data import Resident, Split, epoch_plan
-from softdefend.errors import SettingError
 
 PAD = 3
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from softdefend.attacks import Attack
+from softdefend.core.rng import stream
+from softdefend.core.threat import ThreatModel
 from softdefend.data import Batch
-from softdefend.rng import stream
-from softdefend.threat import ThreatModel
 
 
 class Images:

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from softdefend.attacks import APGD, FAB, PGD, Square, TargetedAPGD, margin
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import DataSettings, load
-from softdefend.errors import SettingError
 from softdefend.evaluation import Ensemble, Evaluator, expand
 from softdefend.evaluation.autoattack import VERSIONS, parse
 from softdefend.models.resnet import BasicBlock, ResNet18
 from softdefend.models.small_cnn import SmallCNN
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
 
 SHAPE = (2, 6, 6)
 MEMBERS = (
@@ -286,8 +286,8 @@ def test_refuted_claims_are_attacked_on():
         calls.append(len(image))
         return -net(image)
 
-    from softdefend.attacks.draws import Draws
-    from softdefend.attacks.oracle import Oracle
+    from softdefend.execution.counting import Oracle
+    from softdefend.execution.randomness import Draws
 
     right = net(data.image).argmax(1) == data.labels
     image, label = data.image[right], data.labels[right]
@@ -328,7 +328,7 @@ BLACK_BOX_FIRST = (Square(queries=150), FAB(steps=15, targets=3))
 
 
 class Residual(nn.Module):
-    """A stem, two residual blocks with batch normalisation and a linear layer."""
+    """A stem, two residual blocks with batch normalization and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -341,15 +341,15 @@ class Residual(nn.Module):
 
 def train(net, images, labels, threat):
     """Ten epochs, against PGD-4 where a threat is given."""
-    optimiser = torch.optim.Adam(net.parameters(), 0.01)
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
     for epoch in range(10):
         for rows in torch.randperm(len(images), generator=stream(0, "order", epoch)).split(64):
             image, label = images[rows], labels[rows]
             if threat is not None:
                 image = PGD(steps=4)(net, image, label, threat, generator=stream(0, "pgd", epoch))
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             F.cross_entropy(net(image), label).backward()
-            optimiser.step()
+            optimizer.step()
     return net.eval().requires_grad_(False)
 
 
@@ -534,8 +534,8 @@ DEEP_CASES = [("robust", "linf"), ("robust", "l2"), ("plain", "linf"), ("cnn", "
 
 def train_deep(net, images, labels, steps, robustly):
     """Against FGSM from a random start where asked; in bfloat16, which halves the minutes."""
-    optimiser = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.1, total_steps=steps)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
     attack, threat = PGD(steps=1, step_size=Budget("8/255")), ThreatModel("linf", Budget("8/255"))
     for step in range(steps):
         generator = stream(0, "step", step=step)
@@ -547,9 +547,9 @@ def train_deep(net, images, labels, steps, robustly):
                 net.eval()
                 image = attack(net, image, label, threat, generator=generator)
             logits = net.train()(image)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(logits.float(), label).backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     return net.eval().requires_grad_(False)
 

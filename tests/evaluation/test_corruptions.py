@@ -13,8 +13,9 @@ from PIL import Image
 from scipy import ndimage, stats
 from torch import nn
 
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
 from softdefend.data import split
-from softdefend.errors import SettingError
 from softdefend.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, evaluate_corruptions
 from softdefend.evaluation.distortions import (
     defocus_kernel,
@@ -25,7 +26,6 @@ from softdefend.evaluation.distortions import (
     plasma,
     snow,
 )
-from softdefend.rng import stream
 
 NOISES = ("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise")
 RANDOM = (*NOISES, "glass_blur", "motion_blur", "snow", "fog", "elastic_transform")
@@ -39,7 +39,7 @@ def pictures(n: int = 6, c: int = 3, h: int = 12, w: int = 9) -> torch.Tensor:
 
 
 def smooth(n: int = 4, c: int = 3, h: int = 32, w: int = 32) -> torch.Tensor:
-    """Waves: neighbouring pixels are alike, as in photographs."""
+    """Waves: neighboring pixels are alike, as in photographs."""
     y, x = torch.meshgrid(torch.linspace(0, 3, h), torch.linspace(0, 5, w), indexing="ij")
     waves = torch.stack([torch.sin(x + i) * torch.cos(y * (i + 1)) for i in range(n * c)])
     return (255 * (0.5 + 0.45 * waves)).to(torch.uint8).view(n, c, h, w)
@@ -80,7 +80,7 @@ def test_an_image_is_damaged_the_same_wherever_it_stands(name):
 @pytest.mark.parametrize("severity", SEVERITIES)
 def test_noise_has_the_variance_of_its_law(severity):
     value, shape = 0.4, (8, 3, 64, 64)
-    grey = torch.full(shape, value, dtype=torch.float64)
+    gray = torch.full(shape, value, dtype=torch.float64)
     level = {name: CORRUPTIONS[name][1][severity - 1] for name in NOISES}
     p = level["impulse_noise"]
     salted = p / 2 + (1 - p) * value
@@ -91,16 +91,16 @@ def test_noise_has_the_variance_of_its_law(severity):
         "impulse_noise": (salted, p / 2 + (1 - p) * value**2 - salted**2),
     }
     for name, (mean, variance) in law.items():
-        noisy = corrupt(grey, name, severity)
-        error = 6 * math.sqrt(variance / grey.numel())  # six standard errors of the mean
+        noisy = corrupt(gray, name, severity)
+        error = 6 * math.sqrt(variance / gray.numel())  # six standard errors of the mean
         assert noisy.mean().item() == pytest.approx(mean, abs=error)
         assert noisy.var().item() == pytest.approx(variance, rel=0.05)
 
 
 def test_impulses_are_black_or_white_and_as_many_as_the_level():
-    grey = torch.full((8, 3, 64, 64), 0.4)
-    hit = corrupt(grey, "impulse_noise", 5)
-    changed = hit[hit != grey[0, 0, 0, 0]]
+    gray = torch.full((8, 3, 64, 64), 0.4)
+    hit = corrupt(gray, "impulse_noise", 5)
+    changed = hit[hit != gray[0, 0, 0, 0]]
     assert set(changed.tolist()) == {0.0, 1.0}
     assert len(changed) / hit.numel() == pytest.approx(0.07, rel=0.03)
     assert changed.mean().item() == pytest.approx(0.5, abs=0.03)
@@ -131,7 +131,7 @@ def test_brightness_of_grey_is_a_sum():
     torch.testing.assert_close(corrupt(images.float() / 255, "brightness", 4), wanted)
 
 
-@pytest.mark.parametrize(("shape", "mode"), [((3, 13, 10), "RGB"), ((1, 13, 10), "L")], ids=["rgb", "grey"])
+@pytest.mark.parametrize(("shape", "mode"), [((3, 13, 10), "RGB"), ((1, 13, 10), "L")], ids=["rgb", "gray"])
 def test_jpeg_and_pixelation_are_pillows(shape, mode):
     images = pictures(3, *shape)
     for severity, quality, share in ((1, 80, 0.95), (5, 40, 0.65)):
@@ -151,7 +151,7 @@ def test_jpeg_and_pixelation_are_pillows(shape, mode):
                 np.testing.assert_array_equal(got.numpy(), expected)
 
 
-def test_channels_that_are_no_colours_are_treated_one_by_one():
+def test_channels_that_are_no_colors_are_treated_one_by_one():
     images = pictures(2, 2)
     for name in ("jpeg_compression", "pixelate"):
         alone = torch.cat([corrupt(images[:, i : i + 1], name, 5) for i in range(2)], dim=1)
@@ -197,7 +197,7 @@ def generators(n: int) -> list[torch.Generator]:
     return [stream(7, "images", step=i) for i in range(n)]
 
 
-def test_a_pixel_seen_through_glass_is_itself_or_a_neighbour_above_or_left():
+def test_a_pixel_seen_through_glass_is_itself_or_a_neighbor_above_or_left():
     places = torch.arange(40 * 50, dtype=torch.float32).view(1, 1, 40, 50).expand(20, 1, 40, 50) / 2000
     for passes in (1, 2):
         # 0.05 pixels are no blur
@@ -282,9 +282,9 @@ def test_snow_whitens_and_adds_flakes_of_the_right_weight():
     assert fallen.mean().item() == pytest.approx(2 * above, rel=0.05)
     torch.testing.assert_close(fallen, fallen.flip((2, 3)))
     picture = pictures(4, 3, 20, 30).float() / 255
-    grey = (picture * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    gray = (picture * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
     for mean, spread, *rest, stays in CORRUPTIONS["snow"][1]:
-        whitened = stays * picture + (1 - stays) * torch.maximum(picture, 1.5 * grey + 0.5)
+        whitened = stays * picture + (1 - stays) * torch.maximum(picture, 1.5 * gray + 0.5)
         assert (snow(picture, (mean, spread, *rest, stays), generators(4)) >= whitened - 1e-6).all()
         # a law that never comes near the threshold has no flakes
         torch.testing.assert_close(snow(picture, (-9.0, 0.1, *rest, stays), generators(4)), whitened)
@@ -337,7 +337,7 @@ def test_saturation_is_the_standard_librarys_hsv():
     images = pictures(2, 3, 4, 5)
     images[0, :, 0, 0] = 0
     images[0, :, 0, 1] = 255
-    images[0, :, 0, 2] = 90  # grey has no hue: red, by convention
+    images[0, :, 0, 2] = 90  # gray has no hue: red, by convention
     for severity, (factor, summand) in enumerate(CORRUPTIONS["saturate"][1], start=1):
         got = corrupt(images.float() / 255, "saturate", severity)
         for n, y, x in np.ndindex(2, 4, 5):

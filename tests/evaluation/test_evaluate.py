@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from softdefend.attacks import APGD, CWL2, FAB, FGSM, FMN, PGD, Attack, CWLinf, DeepFool, Square, TargetedAPGD
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import Resident, split
-from softdefend.errors import SettingError
 from softdefend.evaluation import Ensemble, Evaluator, Rate
-from softdefend.evaluation.physical import ON_CPU, _look, images_at_once
 from softdefend.evaluation.run import EvaluateSettings, scaled
-from softdefend.pipeline import evaluate_network
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
+from softdefend.execution.batches import ON_CPU, _look, images_at_once
+from softdefend.experiments.pipeline import evaluate_network
 
 THREAT = ThreatModel("linf", Budget("0.1"))
 
@@ -46,10 +46,10 @@ def test_intervals_are_wilsons(z):
     count, n = z
     flags = torch.arange(n) < count
     rate, p, q = Rate.of(flags), count / n, 1.959963984540054
-    centre, half = (p + q * q / (2 * n)), q * math.sqrt(p * (1 - p) / n + q * q / (4 * n * n))
+    center, half = (p + q * q / (2 * n)), q * math.sqrt(p * (1 - p) / n + q * q / (4 * n * n))
     np.testing.assert_allclose(
         [rate.low, rate.high],
-        [(centre - half) / (1 + q * q / n), (centre + half) / (1 + q * q / n)],
+        [(center - half) / (1 + q * q / n), (center + half) / (1 + q * q / n)],
         atol=1e-12,
     )
     assert (rate.count, rate.n, rate.rate) == (count, n, p)

@@ -8,13 +8,13 @@ from ensemble_tools import Images
 from torch import nn
 
 from softdefend.attacks import APGD, FAB, PGD, Square, TargetedAPGD
-from softdefend.attacks.replay import Recorder
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
 from softdefend.evaluation import Ensemble, Evaluator
+from softdefend.execution.graphs import Recorder
+from softdefend.execution.modes import tf32
 from softdefend.models import NetSettings, build
 from softdefend.models.small_cnn import SmallCNN
-from softdefend.modes import tf32
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,12 +34,12 @@ THREATS = {"linf": ThreatModel("linf", Budget("0.03")), "l2": ThreatModel("l2", 
 norms = pytest.mark.parametrize("norm", list(THREATS))
 
 
-def coloured(n: int, step: int, shape=SHAPE) -> torch.Tensor:
-    """Noise on a colour of each image's own."""
-    colour, noise = (
+def colored(n: int, step: int, shape=SHAPE) -> torch.Tensor:
+    """Noise on a color of each image's own."""
+    color, noise = (
         torch.rand(n, shape[0], *size, generator=stream(0, "x", step=step)) for size in ((1, 1), shape[1:])
     )
-    return (0.7 * colour + 0.3 * noise).cuda()
+    return (0.7 * color + 0.3 * noise).cuda()
 
 
 def settled(net: nn.Module, shape=SHAPE) -> nn.Module:
@@ -47,7 +47,7 @@ def settled(net: nn.Module, shape=SHAPE) -> nn.Module:
     net.cuda().train()
     with torch.no_grad():
         for step in range(10):
-            net(coloured(64, step, shape))
+            net(colored(64, step, shape))
     return net.eval().requires_grad_(False)
 
 
@@ -58,7 +58,7 @@ def small() -> nn.Module:
 
 def sample(net: nn.Module, n: int = N, shape=SHAPE) -> Images:
     """Images with the network's own predictions as labels, but for every seventh."""
-    image = coloured(n, 99, shape)
+    image = colored(n, 99, shape)
     label = net(image).argmax(1)
     label[::7] = (label[::7] + 1) % 10
     return Images(image, label)
@@ -266,7 +266,7 @@ def test_a_network_that_does_not_compile_is_attacked_uncompiled(monkeypatch):
     net = small()
     data, attacks = sample(net), [Ensemble("two", (APGD(steps=12), Square(queries=40)))]
     wanted = evaluator(net, data, THREATS["linf"])(attacks)
-    monkeypatch.setattr("softdefend.evaluation.searching._compiled", fails)
+    monkeypatch.setattr("softdefend.execution.search._compiled", fails)
     with pytest.warns(RuntimeWarning, match="not compiled, which is slower: no program for this"):
         found = evaluator(net, data, THREATS["linf"])(attacks)
     assert (found.attacks["two"].robust != wanted.attacks["two"].robust).sum() <= 2

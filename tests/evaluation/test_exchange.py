@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 from softdefend.evaluation.exchange import (
     STANDARD,
     after_each,

@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from softdefend.core.rng import stream
 from softdefend.data import Resident, split
 from softdefend.evaluation.gallery import hardest_first, write_gallery
 from softdefend.evaluation.table import AttackColumns, Table
-from softdefend.rng import stream
 
 N, EPS = 30, 0.1
 

@@ -14,12 +14,12 @@ import zoo as zoo_
 from torch import Tensor, nn
 
 from softdefend.attacks import PGD, margin
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
 from softdefend.evaluation.masking import CHECKS, Audit, audit, border, surface
 from softdefend.evaluation.masking.finding import Check
 from softdefend.evaluation.masking.probe import Probe
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
 
 ROOT = Path(__file__).parents[2]
 
@@ -138,11 +138,11 @@ def test_other_images_and_class_counts(shape, k, norm, eps):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(shape[0], 4, 3, padding=1), nn.ReLU(), nn.Flatten())
         net = net.append(nn.Linear(4 * shape[1] * shape[2], k))
-    optimiser = torch.optim.AdamW(net.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3)
     for _ in range(30):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.cross_entropy(net(images), labels).backward()
-        optimiser.step()
+        optimizer.step()
     assert audit(net.eval(), images, labels, threat).verdict == "no sign of masking"
     bad = zoo_.Detached(zoo_.Scaled(net, 1e5)).eval()
     assert {"gradient path", "large logits"} <= set(audit(bad, images, labels, threat).suspicious)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.threat import ThreatModel
 from softdefend.evaluation.preflight import difference, preflight
-from softdefend.rng import stream
-from softdefend.threat import ThreatModel
 
 THREAT = ThreatModel("linf", "8/255")
 IMAGES = torch.rand(20, 3, 4, 4, generator=stream(0, "x"))
@@ -75,8 +75,8 @@ def test_what_is_odd_but_usable_passes(change):
         ((IMAGES * 255).to(torch.uint8), ("uint8 images", ".float() / 255")),
         (IMAGES.double(), ("float64 images",)),
         (IMAGES * 255, ("divide them by 255",)),
-        ((IMAGES - 0.5) / 0.25, ("pixels from -", "normalisation belongs into the network")),
-        (IMAGES * 1.2, ("to 1.", "normalisation")),
+        ((IMAGES - 0.5) / 0.25, ("pixels from -", "normalization belongs into the network")),
+        (IMAGES * 1.2, ("to 1.", "normalization")),
         (IMAGES / 255, ("divided by 255 only once",)),
         (IMAGES.where(IMAGES < 0.9, torch.nan), ("NaN",)),
         (IMAGES.where(IMAGES < 0.9, torch.inf), ("infinite",)),
@@ -126,7 +126,7 @@ def test_eps_of_another_unit(norm, eps):
 
 
 def test_the_largest_eps_is_where_everything_can_turn_grey():
-    """sqrt(48) / 2 = 3.46: an l2 ball of that radius around any image holds uniform grey."""
+    """sqrt(48) / 2 = 3.46: an l2 ball of that radius around any image holds uniform gray."""
     preflight(Net(), IMAGES, LABELS, ThreatModel("l2", "3.4"))
     assert "3.464" in refused(threat=ThreatModel("l2", "3.5"))
 
@@ -167,7 +167,7 @@ def test_outputs(change, word):
 
 
 class InPlace(Net):
-    """Normalises its input where it stands."""
+    """Normalizes its input where it stands."""
 
     def forward(self, image: Tensor) -> Tensor:
         return self.layers(image.sub_(0.5))
@@ -263,7 +263,7 @@ def test_nothing_in_the_logits_hides_a_difference_that_softmax_sees(hidden):
 
 
 class Company(Net):
-    """Batch normalisation without running statistics."""
+    """Batch normalization without running statistics."""
 
     def __init__(self):
         super().__init__()

@@ -18,13 +18,13 @@ from ensemble_tools import rugged
 from safetensors.torch import save_file
 
 from softdefend.attacks import APGD, FAB, PGD, Square, TargetedAPGD
-from softdefend.data import from_tensors
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
+from softdefend.data import fingerprint, from_tensors
 from softdefend.evaluation import Ensemble, EvaluateSettings, evaluate_checkpoint, expand, run
 from softdefend.evaluation.autoattack import parse
-from softdefend.evaluation.resume import StateFile, fingerprint
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
+from softdefend.evaluation.resume import StateFile
 from tiny import Killed
 
 SHAPE, N = (1, 5, 5), 40
@@ -328,8 +328,8 @@ def test_a_real_kill(tmp_path):
             from ensemble_tools import rugged
             from softdefend.data import from_tensors
             from softdefend.evaluation import EvaluateSettings, evaluate_checkpoint, run
-            from softdefend.rng import stream
-            from softdefend.threat import Budget, ThreatModel
+            from softdefend.core.rng import stream
+            from softdefend.core.threat import Budget, ThreatModel
 
             torch.set_num_threads(1)
             run.SAVE_EVERY = 0.1

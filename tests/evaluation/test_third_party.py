@@ -13,13 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from softdefend.errors import SettingError
-from softdefend.evaluation.third_party import (
-    load_network,
-    load_weights_file,
-    read_weights,
-    save_weights,
-)
+from softdefend.core.errors import SettingError
+from softdefend.core.weight_files import load_weights_file, read_weights, save_weights
+from softdefend.evaluation.third_party import load_network
 
 
 def make_net(seed: int = 0) -> nn.Sequential:

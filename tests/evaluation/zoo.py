@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softdefend import rng
 from softdefend.attacks import PGD, cross_entropy, kl_divergence, kl_from
+from softdefend.core import rng
+from softdefend.core.threat import ThreatModel
 from softdefend.data.sources import digits
-from softdefend.modes import attacked
-from softdefend.threat import ThreatModel
+from softdefend.execution.modes import attacked
 
 THREAT = ThreatModel("linf", "0.1")  # type: ignore[arg-type]
 STORED = 1200
@@ -80,17 +80,17 @@ class Training:
         with torch.random.fork_rng([]):
             torch.manual_seed(rng.key(seed, "zoo/init"))
             net = self.make()
-        optimiser = torch.optim.AdamW(net.parameters(), lr=4e-3)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3)
         steps = self.epochs * (len(images) // 100)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
         threat = ThreatModel(self.norm, str(self.eps))  # type: ignore[arg-type]
         for step in range(steps):
             generator = rng.stream(seed, "zoo/step", step=step)
             index = torch.randint(len(images), (100,), generator=generator)
             loss = self._loss(net, images[index], labels[index], threat, generator)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
         return net.eval()
 
@@ -423,7 +423,7 @@ class Waves(Wrapped):
 
 
 class Terraces(Wrapped):
-    """Smooth steps, level exactly on the grey levels of the data."""
+    """Smooth steps, level exactly on the gray levels of the data."""
 
     def __init__(self, net: nn.Module, levels: float) -> None:
         super().__init__(net)
@@ -435,7 +435,7 @@ class Terraces(Wrapped):
 
 
 class OffGrid(Wrapped):
-    """An honest gradient on the data's grey levels, none beside them."""
+    """An honest gradient on the data's gray levels, none beside them."""
 
     def forward(self, x: Tensor) -> Tensor:
         on_grid = ((x * 255 - (x * 255).round()).abs().flatten(1).amax(1) < 1e-3).view(-1, 1, 1, 1)

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from softdefend.attacks import PGD
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import AugmentSettings, Resident, Split
-from softdefend.errors import SettingError
 from softdefend.labels import ADR, Predictions
 from softdefend.labels.adr import cosine, rectify
 from softdefend.objectives import PGDAT, TRADES
-from softdefend.rng import stream
-from softdefend.threat import Budget, ThreatModel
 from softdefend.training import Engine, OptimSettings, Recipe, RuntimeSettings
-from softdefend.training.step import Phase, TrainStep, make_optimiser
+from softdefend.training.step import Phase, TrainStep, make_optimizer
 from tiny import K, about, batch_of
 
 PHASE = Phase("fixed", "fixed", "fixed")
@@ -99,13 +99,13 @@ def test_three_steps_equal_a_float64_re_derivation():
     x_all = torch.rand(12, 1, 6, 6, generator=stream(0, "img"))
     rule = ADR(decay=0.6)
     rule.setup(about(net, labels))
-    optimiser = make_optimiser(
+    optimizer = make_optimizer(
         net, OptimSettings(lr=0.5, momentum=0.0, weight_decay=0.0), torch.device("cpu")
     )
     attack = PGD(steps=3, step_size=Budget("2/255"), start="none")
     recipe = Recipe(ThreatModel("linf", Budget("8/255")), attack, rule, PGDAT())
     step = _DoubleStep(
-        net, Resident(Split(x_all, labels), "cpu"), recipe, optimiser, Engine(RuntimeSettings(device="cpu"))
+        net, Resident(Split(x_all, labels), "cpu"), recipe, optimizer, Engine(RuntimeSettings(device="cpu"))
     )
     rule._forward = lambda image: rule.teacher(image.double())
     for number in range(3):

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from softdefend.attacks import PGD
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import AugmentSettings, Resident, Split
-from softdefend.errors import SettingError
 from softdefend.labels import KD, Predictions
 from softdefend.labels.base import SoftTerm
 from softdefend.labels.kd import mixture
+from softdefend.labels.teachers import fingerprint
 from softdefend.objectives import PGDAT, TRADES
-from softdefend.rng import stream
-from softdefend.teachers import fingerprint
-from softdefend.threat import Budget, ThreatModel
 from softdefend.training import Engine, OptimSettings, Recipe, RuntimeSettings
-from softdefend.training.step import Phase, TrainStep, make_optimiser
+from softdefend.training.step import Phase, TrainStep, make_optimizer
 from tiny import K, about, batch_of
 
 PHASE = Phase("fixed", "fixed", "fixed")
@@ -151,7 +151,7 @@ def test_one_step_equals_the_published_rule_rederived_in_float64():
         net,
         Resident(Split(x_all, labels), "cpu"),
         recipe,
-        make_optimiser(net, optim, torch.device("cpu")),
+        make_optimizer(net, optim, torch.device("cpu")),
         Engine(RuntimeSettings(device="cpu")),
     )
     step(PLAN, PHASE, key=1)

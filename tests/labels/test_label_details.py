@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.rule import RunInfo
 from softdefend.labels import KD, SGLR, Predictions, SoftTerm, Supervision
 from softdefend.labels.memory import make_memory
-from softdefend.rng import stream
-from softdefend.rule import RunInfo
 from tiny import K, about, batch_of, tiny_net
 
 

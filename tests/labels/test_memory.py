@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
 from softdefend.labels.memory import DenseMemory, TopMemory, make_memory
-from softdefend.rng import stream
 
 N, K = 40, 100
 

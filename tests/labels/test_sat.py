@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import nn
 
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.rule import RunInfo
 from softdefend.data import Batch
-from softdefend.errors import SettingError
 from softdefend.labels import SAT, Predictions
 from softdefend.labels.sat import certainty
 from softdefend.objectives import PGDAT, TRADES
-from softdefend.rng import stream
-from softdefend.rule import RunInfo
 from softdefend.training.step import Phase
 
 N, K = 12, 5

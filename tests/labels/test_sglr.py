@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from softdefend.attacks import PGD
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.rule import RunInfo
+from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import Batch, Resident, Split
-from softdefend.errors import SettingError
 from softdefend.labels import SGLR, Hard, Predictions
 from softdefend.objectives import PGDAT
-from softdefend.rng import stream
-from softdefend.rule import RunInfo
-from softdefend.threat import Budget, ThreatModel
 from softdefend.training import Engine, OptimSettings, Recipe, RuntimeSettings
-from softdefend.training.step import Phase, TrainStep, make_optimiser
+from softdefend.training.step import Phase, TrainStep, make_optimizer
 
 N, K = 12, 5
 LABELS = torch.arange(N) % K
@@ -188,10 +188,10 @@ def test_one_step_equals_the_reference_rule_rederived_in_float64():
     rule, threat = SGLR(start=0.0), ThreatModel("linf", Budget("8/255"))
     rule.setup(RunInfo(LABELS, K, 10))
     optim = OptimSettings(lr=0.1, momentum=0.0, weight_decay=0.0)
-    optimiser = make_optimiser(net, optim, torch.device("cpu"))
+    optimizer = make_optimizer(net, optim, torch.device("cpu"))
     recipe = Recipe(threat, PGD(steps=10, step_size=Budget("2/255"), start="none"), rule, PGDAT())
     step = _DoubleStep(
-        net, Resident(Split(images, LABELS), "cpu"), recipe, optimiser, Engine(RuntimeSettings(device="cpu"))
+        net, Resident(Split(images, LABELS), "cpu"), recipe, optimizer, Engine(RuntimeSettings(device="cpu"))
     )
     index = torch.tensor([3, 0, 7, 11, 5])
     plan = torch.stack([index, *torch.zeros(3, 5, dtype=torch.long)], dim=1)

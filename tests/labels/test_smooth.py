@@ -3,10 +3,10 @@ import pytest
 import torch
 from torch import nn
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
 from softdefend.labels import Smooth
 from softdefend.labels.smooth import smooth
-from softdefend.rng import stream
 
 ONE_HOT = nn.functional.one_hot(torch.tensor([2, 0, 3]), 4).float()
 

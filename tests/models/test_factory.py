@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 from softdefend.models.factory import from_timm, from_user
 
 SOURCE = """

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 from softdefend.models.logits import check_logits
 
 

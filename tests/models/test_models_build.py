@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from softdefend.errors import SettingError
-from softdefend.models import NAMES, NetSettings, Normalise, build, check_logits
+from softdefend.core.errors import SettingError
+from softdefend.models import NAMES, NetSettings, Normalize, build, check_logits
 
 QUICK = ["small_cnn", "resnet18", "preact_resnet18"]
 
@@ -32,11 +32,11 @@ def make(name: str, channels: int = 3, classes: int = 10, **more: Any) -> nn.Mod
         ("wrn34_10", 46_160_474),
     ],
 )
-def test_normalisation_adds_no_parameters(name: str, count: int, monkeypatch) -> None:
+def test_normalization_adds_no_parameters(name: str, count: int, monkeypatch) -> None:
     monkeypatch.setattr("softdefend.models.wide_resnet.initialise", lambda net: None)  # seconds of drawing
     net = make(name)
     assert sum(p.numel() for p in net.parameters()) == count
-    assert isinstance(next(iter(net.children())), Normalise)
+    assert isinstance(next(iter(net.children())), Normalize)
 
 
 def test_names_are_all_built_in() -> None:
@@ -143,13 +143,13 @@ def test_convolutions_start_as_asked(name: str, init: str) -> None:
             assert layer.weight.var().item() == pytest.approx(expected, rel=0.2)
 
 
-def test_networks_from_outside_are_normalised_too(monkeypatch) -> None:
+def test_networks_from_outside_are_normalized_too(monkeypatch) -> None:
     timm = SimpleNamespace(create_model=lambda name, **kw: nn.Conv2d(kw["in_chans"], kw["num_classes"], 1))
     monkeypatch.setitem(sys.modules, "timm", timm)
     net = make("timm:anything", channels=2, classes=6)
-    assert isinstance(net[0], Normalise)
+    assert isinstance(net[0], Normalize)
     assert net(torch.rand(1, 2, 4, 4)).shape == (1, 6, 4, 4)
-    assert isinstance(make("torch.nn:Flatten")[0], Normalise)
+    assert isinstance(make("torch.nn:Flatten")[0], Normalize)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from scipy.special import log_softmax, softmax
 
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
 from softdefend.data import AugmentSettings
-from softdefend.errors import SettingError
 from softdefend.labels import Hard, Predictions, Supervision
 from softdefend.objectives import Consistency
 from softdefend.objectives.consistency import jensen_shannon
-from softdefend.rng import stream
 from softdefend.training import OptimSettings
 from tiny import batch_of
 

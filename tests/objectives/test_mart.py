@@ -3,11 +3,11 @@ import pytest
 import torch
 from scipy.special import rel_entr, softmax
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
 from softdefend.labels import SGLR, Hard, Predictions, Supervision
 from softdefend.objectives import MART
 from softdefend.objectives.mart import likeliest_wrong
-from softdefend.rng import stream
 from softdefend.training import OptimSettings
 from tiny import batch_of
 

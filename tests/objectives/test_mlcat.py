@@ -4,10 +4,10 @@ import torch
 from scipy.special import log_softmax, softmax
 from torch import nn
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
 from softdefend.labels import Hard, Predictions, Supervision
 from softdefend.objectives import MLCAT
-from softdefend.rng import stream
 from softdefend.training import OptimSettings
 from tiny import batch_of
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from softdefend.attacks import PGD
+from softdefend.core.rng import stream
+from softdefend.core.rule import RunInfo
 from softdefend.labels import Hard
 from softdefend.objectives import MART, TE, TRADES
 from softdefend.objectives.mlcat import scale_up
-from softdefend.rng import stream
-from softdefend.rule import RunInfo
 from tiny import tiny_net
 
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from scipy.special import log_softmax, softmax
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
 from softdefend.labels import Hard, Predictions, Supervision
 from softdefend.objectives import SCE
 from softdefend.objectives.sce import reverse_cross_entropy
-from softdefend.rng import stream
 from softdefend.training import OptimSettings
 from tiny import batch_of
 

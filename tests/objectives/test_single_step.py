@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 from softdefend.attacks import FGSM, PGD, cross_entropy
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.threat import ThreatModel
 from softdefend.labels import Hard
 from softdefend.objectives import FGSMRS, NFGSM, PGDAT
-from softdefend.rng import stream
-from softdefend.threat import ThreatModel
 from softdefend.training import OptimSettings
 
 LINF, L2 = ThreatModel("linf", "8/255"), ThreatModel("l2", "128/255")
@@ -71,8 +71,8 @@ def test_n_fgsm_leaves_the_ball_but_neither_its_own_bound_nor_the_box(noise, alp
 
 
 def test_the_noise_is_uniform_up_to_its_bound():
-    grey = torch.full((16, 3, 4, 4), 0.5)
-    net, _ = attacked(NFGSM(), image=grey)
+    gray = torch.full((16, 3, 4, 4), 0.5)
+    net, _ = attacked(NFGSM(), image=gray)
     drawn = (net.shown[0] - 0.5).flatten() / (2 * EPS)
     assert drawn.abs().max() <= 1 + 1e-6
     counts = torch.histc(drawn, 4, -1, 1)
@@ -80,10 +80,10 @@ def test_the_noise_is_uniform_up_to_its_bound():
 
 
 def test_n_fgsm_in_l2_keeps_the_bounds_of_the_norm():
-    grey = torch.full((16, 3, 4, 4), 0.5)  # far from the border of the box, which shortens steps
-    net, result = attacked(NFGSM(), threat=L2, image=grey)
+    gray = torch.full((16, 3, 4, 4), 0.5)  # far from the border of the box, which shortens steps
+    net, result = attacked(NFGSM(), threat=L2, image=gray)
     eps = float(L2.eps)
-    noise = torch.linalg.vector_norm((net.shown[0] - grey).flatten(1), dim=1)
+    noise = torch.linalg.vector_norm((net.shown[0] - gray).flatten(1), dim=1)
     step = torch.linalg.vector_norm((result - net.shown[0]).flatten(1), dim=1)
     assert (noise <= 2 * eps + 1e-5).all()
     assert noise.max() > 1.8 * eps
@@ -135,9 +135,9 @@ def test_the_step_climbs_the_loss_it_is_given(objective):
     """Towards the label instead of away from it: every moved pixel the other way."""
     away, towards = Linear(), Linear()
     attack = objective.training_attack(PGD(start="none"), LINF)
-    grey = torch.full((16, 3, 4, 4), 0.5)
+    gray = torch.full((16, 3, 4, 4), 0.5)
     results = [
-        attack(net, grey, LABEL, LINF, loss=loss, generator=torch.Generator().manual_seed(0)).detach()
+        attack(net, gray, LABEL, LINF, loss=loss, generator=torch.Generator().manual_seed(0)).detach()
         for net, loss in ((away, None), (towards, lambda z: -cross_entropy(z, LABEL)))
     ]
     start = away.shown[0]

@@ -6,12 +6,12 @@ import torch
 from scipy.special import log_softmax, rel_entr, softmax
 from torch import nn
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.rule import RunInfo
 from softdefend.labels import Hard, Predictions
 from softdefend.objectives import PGDAT, TE, TRADES, TRADESTE
 from softdefend.objectives.te import ramp, weight_from_reference
-from softdefend.rng import stream
-from softdefend.rule import RunInfo
 from softdefend.training import OptimSettings
 from softdefend.weights import WeightRule
 from tiny import batch_of, believed

@@ -4,10 +4,10 @@ import torch
 from scipy.special import log_softmax, rel_entr, softmax
 from torch import nn
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
 from softdefend.labels import Predictions
 from softdefend.objectives import PGDAT, TRADES
-from softdefend.rng import stream
 from tiny import batch_of, believed
 
 ADVERSARIAL, CLEAN = 2 * torch.randn(2, 8, 5, generator=stream(0, "z"))

@@ -10,7 +10,7 @@ from softdefend.report.figures import (
     Series,
     class_means,
     class_plot,
-    colours,
+    colors,
     epoch_plot,
     eps_plot,
     norm_label,
@@ -30,7 +30,7 @@ def legend(plot) -> list[str]:
 
 def draw(runs, series=BOTH, unit="%"):
     groups = group_runs(runs)
-    return epoch_plot("Robust accuracy", groups, colours(groups), series, unit)
+    return epoch_plot("Robust accuracy", groups, colors(groups), series, unit)
 
 
 def test_points_are_the_metrics(make_run) -> None:
@@ -64,22 +64,22 @@ def test_several_seeds_are_a_mean_with_a_band(make_run, make_row) -> None:
     assert not draw(runs[:1], BOTH[:1]).figure.axes[0].collections
 
 
-def test_a_recipe_keeps_its_colour_and_dashes_tell_the_rest(make_run, make_evaluation) -> None:
+def test_a_recipe_keeps_its_color_and_dashes_tell_the_rest(make_run, make_evaluation) -> None:
     runs = [make_run(n, best=make_evaluation(0.9, 0.5), last=make_evaluation(0.9, 0.4)) for n in ("A", "B")]
     groups = group_runs(runs)
-    colour = colours(groups)
-    epochs = lines(epoch_plot("t", groups, colour, BOTH, "%"))
-    eps = lines(eps_plot("t", groups, colour))
+    color = colors(groups)
+    epochs = lines(epoch_plot("t", groups, color, BOTH, "%"))
+    eps = lines(eps_plot("t", groups, color))
     for name in ("A", "B"):
         own = [epochs[f"{name}, test images"], epochs[f"{name}, training images"]]
         own += [eps[f"{name}, best"], eps[f"{name}, last"]]
-        assert [to_hex(line.get_color()) for line in own] == [colour[name]] * 4
+        assert [to_hex(line.get_color()) for line in own] == [color[name]] * 4
         assert [line.get_linestyle() for line in own] == ["-", "--", "-", "--"]
 
 
 @pytest.mark.parametrize("count", [2, 7, 8, 15])
-def test_colours_differ_and_show_on_light_and_dark(count: int) -> None:
-    chosen = [to_rgb(c) for c in colours([Group(f"recipe {i}", ()) for i in range(count)]).values()]
+def test_colors_differ_and_show_on_light_and_dark(count: int) -> None:
+    chosen = [to_rgb(c) for c in colors([Group(f"recipe {i}", ()) for i in range(count)]).values()]
     distance = min(
         sum(abs(a - b) for a, b in zip(x, y, strict=True)) for x, y in itertools.combinations(chosen, 2)
     )
@@ -119,7 +119,7 @@ def test_a_column_nobody_has_is_left_out(make_run) -> None:
 
 def test_eps_curve(make_run, make_evaluation) -> None:
     groups = group_runs([make_run("A", best=make_evaluation(0.9, 0.5), last=make_evaluation(0.8, 0.4))])
-    plot = eps_plot("t", groups, colours(groups))
+    plot = eps_plot("t", groups, colors(groups))
     drawn = lines(plot)
     assert list(drawn["A, best"].get_xdata()) == [0, 8]
     assert list(drawn["A, best"].get_ydata()) == pytest.approx([90, 50])
@@ -138,13 +138,13 @@ def test_classes(make_run, make_evaluation) -> None:
         make_run("A", 1, best=make_evaluation(0.9, 0.5, per_class=other)),
     ]
     groups = group_runs(runs)
-    plot = class_plot("t", groups, colours(groups), "best")
+    plot = class_plot("t", groups, colors(groups), "best")
     axes = plot.figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog"]
     assert list(lines(plot)["A, robust"].get_xdata()) == pytest.approx([30, 75])
     assert list(lines(plot)["A, clean"].get_xdata()) == pytest.approx([80, 80])
     assert "cat, 30.0%" in plot.alt
-    assert class_plot("t", groups, colours(groups), "last") is None
+    assert class_plot("t", groups, colors(groups), "last") is None
     untouched = make_evaluation(0.9, 0.5, per_class=[{"class": "cat", "clean": 0.8, "robust": 0.8}])
     (group,) = group_runs([*runs, make_run("A", 2, best={**untouched, "attacks": {}})])
     assert class_means(group, "best") == class_means(groups[0], "best")  # what nothing attacked is not robust
@@ -153,7 +153,7 @@ def test_classes(make_run, make_evaluation) -> None:
 def test_of_many_classes_the_hardest_are_shown(make_run, make_evaluation) -> None:
     table = [{"class": f"c{i}", "clean": 1.0, "robust": (i * 7 % 100) / 100} for i in range(100)]
     groups = group_runs([make_run("A", best=make_evaluation(0.9, 0.5, per_class=table))])
-    plot = class_plot("t", groups, colours(groups), "best")
+    plot = class_plot("t", groups, colors(groups), "best")
     assert plot.title == "t (the 20 hardest of 100)"
     assert list(lines(plot)["A, robust"].get_xdata()) == pytest.approx(list(range(20)))
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from page_tools import Page, read
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 from softdefend.report.page import write_report
 
 
@@ -99,7 +99,7 @@ def test_examples_say_in_words_what_happened(full, tmp_path) -> None:
         "cleandog 80%✓ correct",
         "adversarialdog 65%✓ correct",
     ]
-    # the largest change is 0.1, and 0.5 / 0.1 = 5 makes it fill the range around grey
+    # the largest change is 0.1, and 0.5 / 0.1 = 5 makes it fill the range around gray
     assert any("magnified 5 times" in text and "0.1000" in text for text in page.text["p"])
 
 

@@ -12,7 +12,7 @@ import pytest
 from page_tools import Page, read
 from safetensors.numpy import save_file
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 from softdefend.evaluation.table import read_table
 from softdefend.report.page import write_report
 from softdefend.report.robustness import confusion_counts

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 from softdefend.report.runs import group_runs, read_run, setting
 
 
@@ -99,16 +99,6 @@ def test_seeds_of_one_recipe_are_one_group(make_run) -> None:
     assert [(group.label, group.seeds, len(group.runs)) for group in groups] == [
         ("A", (0, 1), 3),
         ("B", (0,), 1),
-    ]
-
-
-def test_a_seed_of_an_older_version_joins_those_that_spell_out_what_it_did(make_run) -> None:
-    older = make_run("A", 0, net={"name": "resnet18", "width": None})
-    newer = make_run("A", 1, net={"name": "resnet18", "width": None, "init": "own"})
-    other = make_run("A", 2, net={"name": "resnet18", "width": None, "init": "kaiming"})
-    assert [(group.label, group.seeds) for group in group_runs([older, newer, other])] == [
-        ("A (net.init own)", (0, 1)),
-        ("A (net.init kaiming)", (2,)),
     ]
 
 

@@ -65,7 +65,7 @@ def test_best_and_last_lie_where_the_rows_say_seeds_on_one_line():
     assert studies.best_and_last([], ("recipe",), ("clean",)) is None
 
 
-def test_many_rows_have_many_colours_and_dollars_are_no_formula():
+def test_many_rows_have_many_colors_and_dollars_are_no_formula():
     rows = [row(f"value $ {number}") for number in range(12)]
     plot = studies.best_and_last(rows, ("recipe",), ("clean",))
     (axes,) = plot.figure.axes

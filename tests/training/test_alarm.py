@@ -11,12 +11,12 @@ from torch import nn
 
 from softdefend import FGSMRS, NFGSM, PGD, PGDAT, TRADES, DataSettings, Hard, OptimSettings, load
 from softdefend.attacks import FGSM
+from softdefend.core.errors import DivergenceError, SettingError
+from softdefend.core.threat import ThreatModel
 from softdefend.data import AugmentSettings, Resident
-from softdefend.errors import DivergenceError, SettingError
 from softdefend.evaluation import Evaluator
 from softdefend.report import read_run
 from softdefend.report.curves import by_epoch
-from softdefend.threat import ThreatModel
 from softdefend.training import Recipe, RuntimeSettings, SaveSettings, Schedule, Trainer, ValidateSettings
 from softdefend.training.alarm import collapsed, describe, trains_on_one_step
 

@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 
-from softdefend.errors import SettingError
-from softdefend.files import Writer, write_atomic
+from softdefend.core.errors import SettingError
+from softdefend.core.files import Writer, write_atomic
 from softdefend.training import checkpoint
 from softdefend.training.checkpoint import CheckpointError, CheckpointFolder
 
@@ -204,7 +204,7 @@ def test_several_processes_may_write_one_file(tmp_path):
     """Each its own content at once; the file is whole at every moment and nothing is left beside it."""
     path = tmp_path / "report.html"
     script = (
-        "import sys; from pathlib import Path; from softdefend.files import write_atomic\n"
+        "import sys; from pathlib import Path; from softdefend.core.files import write_atomic\n"
         "for _ in range(100): write_atomic(Path(sys.argv[1]), sys.argv[2].encode() * 200_000)"
     )
     processes = [subprocess.Popen([sys.executable, "-c", script, str(path), letter]) for letter in "abc"]

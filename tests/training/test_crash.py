@@ -22,7 +22,7 @@ NURSERY = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import lightning_fabric
-from softdefend.__main__ import main
+from softdefend.cli.main import main
 
 arguments, kills, seed, epochs = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 draw = random.Random(seed)

@@ -12,10 +12,10 @@ from safetensors import safe_open
 
 import softdefend
 from softdefend import PGDAT, SGLR, Hard
-from softdefend.errors import SettingError
-from softdefend.files import Writer
+from softdefend.core.errors import SettingError
+from softdefend.core.files import Writer
+from softdefend.core.rule import RunInfo
 from softdefend.labels import ADR
-from softdefend.rule import RunInfo
 from softdefend.training import SaveSettings, folder
 from tiny import Killed, tiny_net
 
@@ -45,7 +45,7 @@ def test_a_recipe_that_charges_much_for_guessing_has_not_diverged(make_trainer, 
 
 def test_a_loss_far_above_that_of_the_first_step_still_has(make_trainer):
     trainer = make_trainer(Hard(), PGDAT(), optim=softdefend.OptimSettings(epochs=3, batch_size=16, lr=1e4))
-    with pytest.raises(softdefend.errors.DivergenceError):
+    with pytest.raises(softdefend.core.errors.DivergenceError):
         trainer.fit()
 
 
@@ -194,6 +194,6 @@ def test_a_tensor_under_two_names_is_averaged_once():
 
 def test_batch_mode_of_an_attack_leaves_tracking_as_it_was():
     net = torch.nn.Sequential(torch.nn.BatchNorm2d(2))
-    with softdefend.modes.attacked(net, "batch"):
+    with softdefend.execution.modes.attacked(net, "batch"):
         assert not net[0].track_running_stats
     assert net[0].track_running_stats

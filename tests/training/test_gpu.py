@@ -10,8 +10,8 @@ import torch
 
 import softdefend
 from softdefend import AWP, EMA, PGDAT, SGLR, SWA, Hard, OptimSettings
-from softdefend.complaints import rules
 from softdefend.data import AugmentSettings
+from softdefend.experiments.complaints import rules
 from softdefend.training import RuntimeSettings, SaveSettings
 from softdefend.training.step import Phase
 from tiny import Killed, tiny_net

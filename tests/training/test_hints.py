@@ -12,9 +12,9 @@ from torch import nn
 
 from softdefend import ADR, PGDAT, SGLR, TRADES, Hard
 from softdefend.attacks import PGD
+from softdefend.core.errors import DivergenceError
+from softdefend.core.threat import ThreatModel
 from softdefend.data import AugmentSettings, from_tensors
-from softdefend.errors import DivergenceError
-from softdefend.threat import ThreatModel
 from softdefend.training import OptimSettings, Recipe, RuntimeSettings, Trainer, ValidateSettings
 from softdefend.training.hints import hints
 

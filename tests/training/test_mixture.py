@@ -12,10 +12,10 @@ from torch import nn
 
 from captured import HostReads, as_on_a_device
 from softdefend import PGD, PGDAT, SGLR, TRADES, Consistency, Hard, OptimSettings, Smooth
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
 from softdefend.data import AugmentSettings, Batch
-from softdefend.errors import SettingError
 from softdefend.labels import LabelRule, Predictions, SoftTerm, Supervision
-from softdefend.rng import stream
 from softdefend.training import RuntimeSettings
 from softdefend.training.mixture import Mixture
 from softdefend.training.step import Phase
@@ -234,7 +234,7 @@ def test_an_augmented_and_perturbed_step_can_be_captured_as_far_as_a_cpu_can_tel
     make_trainer, label, augment
 ):
     """Nothing in it reads back to the host, makes a tensor of Python numbers or a shape that depends on data.
-    The optimiser is left out: a GPU has another one."""
+    The optimizer is left out: a GPU has another one."""
     trainer = make_trainer(label(), TRADES(), AWP(), augment=AugmentSettings("crop-flip", pad=1, **augment))
     rows = trainer.train_data.plan(seed=0, epoch=0)[:16]
     with as_on_a_device(trainer):

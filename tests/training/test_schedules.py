@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 from softdefend.training import Schedule
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 from softdefend.labels import SGLR, Hard, Predictions, Supervision
 from softdefend.objectives import PGDAT
 from softdefend.training import OptimSettings

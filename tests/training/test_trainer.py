@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from softdefend import PGD, PGDAT, SGLR, TRADES, Hard, OptimSettings, Schedule
+from softdefend.core.errors import DivergenceError, SettingError
 from softdefend.data import AugmentSettings, Resident
-from softdefend.errors import DivergenceError, SettingError
 from softdefend.evaluation import Evaluator
+from softdefend.execution.engine import Engine, resolve_device
 from softdefend.training import RuntimeSettings, SaveSettings, ValidateSettings, checkpoint
-from softdefend.training.engine import Engine, resolve_device
 
 
 def rows_of(trainer):
@@ -163,7 +163,7 @@ def test_clean_figures_appear_when_clean_forwards_are_made(make_trainer):
     ],
     ids=["at", "sglr", "sglr-batch", "sglr-eval", "trades", "trades-sglr"],
 )
-def test_batch_normalisation_statistics_move_as_often_as_the_card_says(
+def test_batch_normalization_statistics_move_as_often_as_the_card_says(
     make_trainer, label, objective, per_step
 ):
     trainer = make_trainer(label, objective, optim=OptimSettings(epochs=1, batch_size=16))

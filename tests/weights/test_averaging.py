@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 from softdefend.weights import EMA, Plain
 from tiny import about
 

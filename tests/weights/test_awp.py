@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from softdefend import PGD, PGDAT, SGLR, TRADES, Hard, OptimSettings, Plain, ThreatModel
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.threat import Budget
 from softdefend.data import Resident, Split
-from softdefend.errors import SettingError
-from softdefend.rng import stream
-from softdefend.threat import Budget
+from softdefend.execution.engine import Engine
 from softdefend.training import RuntimeSettings
-from softdefend.training.engine import Engine
-from softdefend.training.step import Phase, Recipe, TrainStep, make_optimiser
+from softdefend.training.step import Phase, Recipe, TrainStep, make_optimizer
 from softdefend.weights import AWP, EMA, SWA
 from softdefend.weights.awp import ascent
 from tiny import K, Killed, about
@@ -52,12 +52,12 @@ def make_step(net, rule, label=None, objective=None, optim=None, kind=TrainStep)
     for part in (rule, label, objective):
         part.setup(about(net, LABELS))
     recipe = Recipe(THREAT, PGD(steps=3, start="none"), label, objective)
-    optimiser = make_optimiser(net, optim, torch.device("cpu"))
+    optimizer = make_optimizer(net, optim, torch.device("cpu"))
     engine = Engine(RuntimeSettings(device="cpu"))
-    return kind(net, Resident(Split(IMAGES, LABELS), "cpu"), recipe, optimiser, engine, rule)
+    return kind(net, Resident(Split(IMAGES, LABELS), "cpu"), recipe, optimizer, engine, rule)
 
 
-def naive_step(net, optimiser, x, adversarial, gamma, loss):
+def naive_step(net, optimizer, x, adversarial, gamma, loss):
     """The authors' algorithm: a proxy, one SGD ascent step, scaled differences, add, train, subtract."""
     net.train()
     proxy = copy.deepcopy(net)
@@ -71,10 +71,10 @@ def naive_step(net, optimiser, x, adversarial, gamma, loss):
     with torch.no_grad():
         for name, weight in net.named_parameters():
             weight.add_(moves.get(name, 0.0))
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     clean = net(x) if loss.clean else None
     loss(clean, net(adversarial)).backward()
-    optimiser.step()
+    optimizer.step()
     with torch.no_grad():
         for name, weight in net.named_parameters():
             weight.sub_(moves.get(name, 0.0))

@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from softdefend import PGDAT, SGLR, Hard, OptimSettings
-from softdefend.errors import SettingError
-from softdefend.rng import stream
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
 from softdefend.weights import SWA
 from softdefend.weights.averaging import reestimate
 from tiny import about
@@ -69,7 +69,7 @@ def test_epoch_55_of_200_is_the_reference_start():
 
 def test_statistics_are_those_of_one_pass_computed_by_hand():
     """Equal batches: the mean of all activations, and the mean of the batches' unbiased variances; the second
-    layer's inputs are normalised by each batch's own statistics."""
+    layer's inputs are normalized by each batch's own statistics."""
     net = network()
     net(5 + 3 * IMAGES)  # other statistics to forget
     reestimate(net, passes(8))

@@ -1,12 +1,12 @@
 """Why it works: the analyses of the SGLR paper as measurements on any run folder, and a label audit."""
 
 from softdefend.analysis.command import (
-    AnalyseSettings,
+    AnalyzeSettings,
     Wishes,
-    analyse,
-    analyse_runs,
+    analyze,
+    analyze_runs,
     audit_labels,
     audit_run,
 )
 
-__all__ = ["AnalyseSettings", "Wishes", "analyse", "analyse_runs", "audit_labels", "audit_run"]
+__all__ = ["AnalyzeSettings", "Wishes", "analyze", "analyze_runs", "audit_labels", "audit_run"]

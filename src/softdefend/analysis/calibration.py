@@ -18,7 +18,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from softdefend.analysis.subjects import Opened, Subject, attack_images, draw, logits_of, source_positions
 from softdefend.attacks import PGD
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 
 _SMALL = 1e-12
 _BELOW_ONE = 1 - 2**-24

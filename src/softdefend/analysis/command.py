@@ -1,4 +1,4 @@
-"""``softdefend analyse`` and ``softdefend labels``: arguments to results, JSON, CSV and one page."""
+"""``softdefend analyze`` and ``softdefend labels``: arguments to results, JSON, CSV and one page."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from softdefend.analysis.subjects import (
     source_positions,
     weights_of,
 )
-from softdefend.complaints import parse
-from softdefend.errors import SettingError
-from softdefend.files import write_atomic
+from softdefend.core.errors import SettingError
+from softdefend.core.files import write_atomic
+from softdefend.execution.engine import resolve_device
+from softdefend.experiments.complaints import parse
 from softdefend.training.checkpoint import CheckpointError
-from softdefend.training.engine import resolve_device
 
 PARTS = ("overfitting", "gradients", "labels", "information", "geometry")
 
@@ -43,7 +43,7 @@ REVISION = 3
 
 
 @dataclass(frozen=True)
-class AnalyseSettings:
+class AnalyzeSettings:
     """How much is measured, and on what.
 
     Raises:
@@ -65,8 +65,8 @@ class AnalyseSettings:
     """Bins of calibration errors and reliability diagrams."""
     components: int = 8
     """Principal components of images and representations in the estimates of mutual information."""
-    neighbours: int = 3
-    """Neighbours in these estimates."""
+    neighbors: int = 3
+    """Neighbors in these estimates."""
     contrast_steps: int = 300
     """Training steps of the contrastive bound's critic."""
     points: int = 11
@@ -97,10 +97,10 @@ class AnalyseSettings:
             )
 
 
-def analyse_parser() -> ArgumentParser:
-    """The parser of ``softdefend analyse``."""
+def analyze_parser() -> ArgumentParser:
+    """The parser of ``softdefend analyze``."""
     parser = ArgumentParser(
-        prog="softdefend analyse",
+        prog="softdefend analyze",
         exit_on_error=False,
         allow_abbrev=False,
         description="Why it works: overfitting, gradient norms, label quality, information and geometry of "
@@ -153,7 +153,7 @@ _HELP = {
     "steps": "of PGD on the test images",
     "bins": "of calibration",
     "components": "principal components for mutual information",
-    "neighbours": "for mutual information",
+    "neighbors": "for mutual information",
     "contrast_steps": "of training the critic of the contrastive bound",
     "points": "of each axis of the loss surface, odd; 0 for none",
     "span": "of the loss surface, in filter norms",
@@ -165,21 +165,21 @@ _HELP = {
 
 
 def _add_settings(parser: ArgumentParser) -> None:
-    for one in fields(AnalyseSettings):
+    for one in fields(AnalyzeSettings):
         kind = float if one.name == "span" else int
         parser.add_argument(f"--{one.name}", type=kind, default=one.default, help=_HELP[one.name])
 
 
-def analyse(arguments: Sequence[str]) -> None:
-    """``softdefend analyse RUN...``.
+def analyze(arguments: Sequence[str]) -> None:
+    """``softdefend analyze RUN...``.
 
     Writes ``analysis.json``, ``analysis.html`` and ``results/`` into the output folder.
 
     Raises:
         SettingError: arguments, runs or files that cannot be used.
     """
-    given = parse(analyse_parser(), arguments)
-    settings = AnalyseSettings(**{one.name: getattr(given, one.name) for one in fields(AnalyseSettings)})
+    given = parse(analyze_parser(), arguments)
+    settings = AnalyzeSettings(**{one.name: getattr(given, one.name) for one in fields(AnalyzeSettings)})
     for part in given.parts:
         if part not in PARTS:
             raise SettingError("--parts", repr(part), ", ".join(PARTS))
@@ -196,7 +196,7 @@ def analyse(arguments: Sequence[str]) -> None:
         test_votes=given.test_votes,
     )
     output = Path(given.output)
-    found = analyse_runs(given.run, output, wishes, resolve_device(given.device), progress=given.progress)
+    found = analyze_runs(given.run, output, wishes, resolve_device(given.device), progress=given.progress)
     print(f"results: {output / 'analysis.json'}\npage: {output / 'analysis.html'}")
     for name, result in found.overfitting.items():
         best, last = result["best"], result["last"]
@@ -215,17 +215,17 @@ class Wishes:
 
     parts: tuple[str, ...] = PARTS
     which: tuple[str, ...] = ("best", "last")
-    settings: AnalyseSettings = field(default_factory=AnalyseSettings)
+    settings: AnalyzeSettings = field(default_factory=AnalyzeSettings)
     reference: str | None = None
     train_votes: str | None = None
     train_keys: tuple[str, ...] = ("random_label1", "random_label2", "random_label3")
     test_votes: str | None = None
 
 
-def analyse_runs(
+def analyze_runs(
     folders: Sequence[str], output: Path, wishes: Wishes, device: torch.device, *, progress: bool = False
 ) -> Analysis:
-    """Analyse runs and write what was found to ``output``.
+    """Analyze runs and write what was found to ``output``.
 
     What was measured before with the same weights, data and settings is read from ``output/results``.
 
@@ -281,7 +281,7 @@ def _files(wishes: Wishes) -> dict[str, Any]:
 _USED = {
     "gradients": ("probe", "whole"),
     "labels": ("test", "steps", "bins"),
-    "information": ("probe", "test", "components", "neighbours", "contrast_steps"),
+    "information": ("probe", "test", "components", "neighbors", "contrast_steps"),
     "geometry": ("probe", "points", "span", "eigen_steps", "linearity_steps"),
 }
 
@@ -376,7 +376,7 @@ class _Measure:
                 probe=s.probe,
                 test=s.test,
                 components=s.components,
-                neighbours=s.neighbours,
+                neighbors=s.neighbors,
                 contrast_steps=s.contrast_steps,
                 **shared,
             )

@@ -1,4 +1,4 @@
-"""The figures of an analysis; each colour is a run, each dash a kind of image or label.
+"""The figures of an analysis; each color is a run, each dash a kind of image or label.
 
 The style is that of :mod:`softdefend.report.figures`: no global state, ink that follows the reader's light or
 dark scheme, and a text for those who do not see the figure.
@@ -28,7 +28,7 @@ class Curve:
     """One line of a figure.
 
     Attributes:
-        run: whose colour it has.
+        run: whose color it has.
         kind: what its dash means; the empty string where there is one kind only.
         x, y: of equal length.
     """
@@ -42,7 +42,7 @@ class Curve:
 def line_plot(
     title: str,
     curves: Sequence[Curve],
-    colour: Mapping[str, str],
+    color: Mapping[str, str],
     *,
     xlabel: str,
     ylabel: str,
@@ -50,7 +50,7 @@ def line_plot(
     logarithmic: bool = False,
     markers: bool = False,
 ) -> Plot | None:
-    """Lines: one colour for each run, one dash for each kind in the order of appearance; None without any.
+    """Lines: one color for each run, one dash for each kind in the order of appearance; None without any.
 
     Args:
         diagonal: also draw y = x.
@@ -64,7 +64,7 @@ def line_plot(
     for curve in curves:
         dash = DASHES[kinds.index(curve.kind) % len(DASHES)]
         marker = "o" if markers else ""
-        axes.plot(curve.x, curve.y, dash, color=colour[curve.run], lw=1.7, marker=marker, ms=4)
+        axes.plot(curve.x, curve.y, dash, color=color[curve.run], lw=1.7, marker=marker, ms=4)
     if xlabel == "epoch":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if logarithmic:
@@ -72,7 +72,7 @@ def line_plot(
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    handles = _handles([curve.run for curve in curves], colour)
+    handles = _handles([curve.run for curve in curves], color)
     handles += [
         Line2D([], [], color=INK, ls=DASHES[i % 3], lw=1.5, label=k) for i, k in enumerate(kinds) if k
     ]
@@ -101,7 +101,7 @@ def _said(value: float | None) -> str:
 def dot_plot(
     title: str,
     values: Sequence[tuple[str, str, str, float]],
-    colour: Mapping[str, str],
+    color: Mapping[str, str],
     *,
     xlabel: str,
     errors: Mapping[tuple[str, str, str], float] | None = None,
@@ -122,13 +122,13 @@ def dot_plot(
         y = rows.index(row) + 0.16 * (runs.index(run) - (len(runs) - 1) / 2) * min(1, 4 / len(runs))
         error = (errors or {}).get((row, run, kind))
         if error is not None:
-            axes.errorbar([value], [y], xerr=[error], color=colour[run], lw=1)
-        fill = colour[run] if kind == kinds[0] else "none"
-        axes.plot([value], [y], "o", color=colour[run], mfc=fill, ms=5.5)
+            axes.errorbar([value], [y], xerr=[error], color=color[run], lw=1)
+        fill = color[run] if kind == kinds[0] else "none"
+        axes.plot([value], [y], "o", color=color[run], mfc=fill, ms=5.5)
     axes.set_yticks(range(len(rows)), [short(row, 26) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=min(0.0, *(value for *_, value in values)))
-    handles = _handles(runs, colour)
+    handles = _handles(runs, color)
     if len(kinds) > 1:
         handles += [
             Line2D([], [], color=INK, marker="o", ls="", mfc=INK if not i else "none", ms=5, label=kind)
@@ -142,7 +142,7 @@ def dot_plot(
 
 
 def surface_plot(
-    title: str, axis: Sequence[float], loss: Sequence[Sequence[float | None]], colour: str
+    title: str, axis: Sequence[float], loss: Sequence[Sequence[float | None]], color: str
 ) -> Plot:
     """Contours of a loss surface on a square grid, with the network in the middle.
 
@@ -156,13 +156,13 @@ def surface_plot(
     top = max(min(float(np.nanmax(grid)), lowest + 10 * max(middle - lowest, 1e-9)), lowest + 1e-9)
     shown = np.minimum(grid, top)
     if len(axis) > 1:
-        lines = axes.contour(axis, axis, shown, levels=10, colors=[colour], linewidths=1)
+        lines = axes.contour(axis, axis, shown, levels=10, colors=[color], linewidths=1)
         axes.clabel(lines, fontsize=8, colors=[INK], fmt="%.3g")
     axes.plot([0], [0], "+", color=INK, ms=9, mew=1.5)
     axes.set_aspect("equal")
-    centre = loss[len(axis) // 2][len(axis) // 2]
+    center = loss[len(axis) // 2][len(axis) // 2]
     ends = f"{lowest:.3g} at the lowest, {float(np.nanmax(grid)):.3g} at the highest point"
-    return Plot(figure, title, f"Contour lines: {title}. Loss {_said(centre)} at the network, {ends}.")
+    return Plot(figure, title, f"Contour lines: {title}. Loss {_said(center)} at the network, {ends}.")
 
 
 def canvas(ylabel: str, xlabel: str, height: float = 3.2) -> tuple[Figure, Axes]:
@@ -179,8 +179,8 @@ def canvas(ylabel: str, xlabel: str, height: float = 3.2) -> tuple[Figure, Axes]
     return figure, axes
 
 
-def _handles(runs: Sequence[str], colour: Mapping[str, str]) -> list[Line2D]:
-    return [Line2D([], [], color=colour[run], lw=3, label=run) for run in dict.fromkeys(runs)]
+def _handles(runs: Sequence[str], color: Mapping[str, str]) -> list[Line2D]:
+    return [Line2D([], [], color=color[run], lw=3, label=run) for run in dict.fromkeys(runs)]
 
 
 def legend(figure: Figure, handles: Sequence[Artist]) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from softdefend.analysis.subjects import Subject, attack_images, draw, logits_of, per_sample_loss
-from softdefend.errors import SettingError
-from softdefend.modes import tf32
+from softdefend.core.errors import SettingError
+from softdefend.execution.modes import tf32
 
 _QUANTILES = 41
 
@@ -81,7 +81,7 @@ def whole_network_norms(net: nn.Module, image: Tensor, target: Tensor, chunk: in
     Memory: ``chunk`` copies of the parameters.
 
     Args:
-        net: in eval mode: in train mode batch normalisation would tie samples together.
+        net: in eval mode: in train mode batch normalization would tie samples together.
         image: [m, c, h, w].
         target: [m, k].
         chunk: samples at once.

@@ -23,9 +23,9 @@ from torch.func import functional_call, jvp
 from softdefend.analysis.gradients import last_layer
 from softdefend.analysis.landscape import Parameters, parameters_of
 from softdefend.analysis.subjects import Subject, attack_images, draw, initial
-from softdefend.errors import SettingError
-from softdefend.modes import tf32
-from softdefend.rng import key, stream
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import key, stream
+from softdefend.execution.modes import tf32
 
 Matrix = NDArray[np.float64]
 
@@ -118,8 +118,8 @@ def label_information_bound(features: Matrix, label: NDArray[np.int64], seed: in
         seed: of the halves.
     """
     first, second = _halves(len(label), seed)
-    centre, scale = features[first].mean(axis=0), features[first].std(axis=0)
-    x = (features - centre) / np.where(scale > 1e-12, scale, 1.0)
+    center, scale = features[first].mean(axis=0), features[first].std(axis=0)
+    x = (features - center) / np.where(scale > 1e-12, scale, 1.0)
     part = 2 * len(first) // 3
     scores = {c: _log_likelihood(x, label, first[:part], first[part:], c) for c in _PENALTIES}
     best = max(_PENALTIES, key=lambda c: -math.inf if math.isnan(scores[c]) else scores[c])
@@ -151,19 +151,19 @@ def _log_likelihood(
     return float(np.log((len(fit) * said + 1 / len(classes)) / (len(fit) + 1)).mean())
 
 
-def label_information_neighbours(features: Matrix, label: NDArray[np.int64], neighbours: int = 3) -> float:
-    """I(T; Y) for continuous t and discrete y by nearest neighbours (Ross, PLoS ONE 2014), nats, >= 0.
+def label_information_neighbors(features: Matrix, label: NDArray[np.int64], neighbors: int = 3) -> float:
+    """I(T; Y) for continuous t and discrete y by nearest neighbors (Ross, PLoS ONE 2014), nats, >= 0.
 
     What scikit-learn's ``mutual_info_classif`` computes for one feature, here for a vector t, in the maximum
     norm.
 
-    Bias: small in one or two dimensions; towards zero as d grows or n shrinks, since neighbours are then no
+    Bias: small in one or two dimensions; towards zero as d grows or n shrinks, since neighbors are then no
     longer near. At most about log n.
 
     Args:
         features: [n, d]; equally scaled columns make sense.
         label: [n]; classes of a single sample are left out.
-        neighbours: k.
+        neighbors: k.
     """
     kinds, counts = np.unique(label, return_counts=True)
     keep = np.isin(label, kinds[counts > 1])
@@ -174,9 +174,9 @@ def label_information_neighbours(features: Matrix, label: NDArray[np.int64], nei
     radius, inside, used = np.empty(n), np.empty(n), np.empty(n)
     for kind in np.unique(y):
         members = np.flatnonzero(y == kind)
-        k = min(neighbours, len(members) - 1)
+        k = min(neighbors, len(members) - 1)
         search = NearestNeighbors(n_neighbors=k, metric="chebyshev").fit(x[members])
-        # just inside the k-th neighbour, so that the count below is of points strictly nearer, plus itself
+        # just inside the k-th neighbor, so that the count below is of points strictly nearer, plus itself
         radius[members] = np.nextafter(search.kneighbors()[0][:, -1], 0)
         inside[members], used[members] = k, len(members)
     m = KDTree(x, metric="chebyshev").query_radius(x, radius, count_only=True)
@@ -195,8 +195,8 @@ def _apart(values: Matrix, draw: int = 0) -> Matrix:
     return values + 1e-10 * max(1.0, float(np.abs(values).mean())) * noise
 
 
-def neighbour_information(a: Matrix, b: Matrix, neighbours: int = 3) -> float:
-    """I(A; B) of two continuous vectors by nearest neighbours (Kraskov, Stögbauer and Grassberger, Phys. Rev.
+def neighbor_information(a: Matrix, b: Matrix, neighbors: int = 3) -> float:
+    """I(A; B) of two continuous vectors by nearest neighbors (Kraskov, Stögbauer and Grassberger, Phys. Rev.
     E 69, 2004, arXiv cond-mat/0305641, estimator 1), nats, >= 0; searches by scikit-learn.
 
     Bias: nearly none for independent or weakly dependent vectors of a few dimensions; far too small where
@@ -205,14 +205,14 @@ def neighbour_information(a: Matrix, b: Matrix, neighbours: int = 3) -> float:
 
     Args:
         a, b: [n, d] and [n, e].
-        neighbours: k.
+        neighbors: k.
     """
     a, b = _apart(a, 0), _apart(b, 1)
     joint = np.hstack([a, b])
-    distance = NearestNeighbors(n_neighbors=neighbours, metric="chebyshev").fit(joint).kneighbors()[0][:, -1]
+    distance = NearestNeighbors(n_neighbors=neighbors, metric="chebyshev").fit(joint).kneighbors()[0][:, -1]
     radius = np.nextafter(distance, 0)
     counts = [KDTree(x, metric="chebyshev").query_radius(x, radius, count_only=True) for x in (a, b)]
-    value = digamma(len(a)) + digamma(neighbours) - sum(digamma(c).mean() for c in counts)
+    value = digamma(len(a)) + digamma(neighbors) - sum(digamma(c).mean() for c in counts)
     return max(0.0, float(value))
 
 
@@ -243,15 +243,15 @@ def contrastive_information(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "analyse/critic"))
         critic = nn.ModuleList(_tower(v.shape[1], width) for v in (x, y))
-    optimiser = torch.optim.Adam(critic.parameters(), lr=1e-3, weight_decay=1e-4)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-3, weight_decay=1e-4)
     draws = stream(seed, "analyse/contrast", step=1)
     best, estimate = -math.inf, 0.0
     for step in range(steps):
         rows = train[torch.randperm(len(train), generator=draws)[:batch]]
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         with torch.enable_grad():
             (-_info_nce(critic, x[rows], y[rows])).backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
+        optimizer.step()
         if step % 10 == 9 or step == steps - 1:
             value = _batched(critic, x[choose], y[choose], batch)
             if value > best:
@@ -308,7 +308,7 @@ def mutual_information(
     label: Tensor,
     *,
     components: int,
-    neighbours: int,
+    neighbors: int,
     contrast_steps: int,
     seed: int,
 ) -> dict[str, float]:
@@ -320,9 +320,9 @@ def mutual_information(
     return {
         "label_entropy": label_entropy(y),
         "label_bound": label_information_bound(t, y, seed),
-        "label_neighbours": label_information_neighbours(small_t, y, neighbours),
+        "label_neighbors": label_information_neighbors(small_t, y, neighbors),
         "input_bound": contrastive_information(small_x, small_t, seed=seed, steps=contrast_steps),
-        "input_neighbours": neighbour_information(small_x, small_t, neighbours),
+        "input_neighbors": neighbor_information(small_x, small_t, neighbors),
     }
 
 
@@ -332,7 +332,7 @@ def measure(
     probe: int,
     test: int,
     components: int,
-    neighbours: int,
+    neighbors: int,
     contrast_steps: int,
     batch_size: int,
     seed: int,
@@ -341,18 +341,18 @@ def measure(
 
     Args:
         probe, test: training and test images, at most; as many of one as of the other.
-        components: principal components of image and representation for the neighbour-based estimators and
+        components: principal components of image and representation for the neighbor-based estimators and
             the contrastive bound.
-        neighbours: k of the neighbour-based estimators.
+        neighbors: k of the neighbor-based estimators.
         contrast_steps: of training the contrastive bound's critic.
     """
     run, net = subject.run, subject.net
     before = parameters_of(initial(run))
     result: dict[str, Any] = {"weights": {}, "representation": {}, "training_images": run.train.n}
-    # As many of both: what neighbours find depends on how many there are.
+    # As many of both: what neighbors find depends on how many there are.
     count = min(probe, test, run.train.n, run.test.n)
-    if neighbours >= count:
-        raise SettingError("--neighbours", neighbours, f"fewer than the {count} images that are measured")
+    if neighbors >= count:
+        raise SettingError("--neighbors", neighbors, f"fewer than the {count} images that are measured")
     for split, data, name in (("train", run.train, "probe"), ("test", run.test, "test")):
         index = draw(data.n, count, seed, name)
         batch = data.take(index.to(run.device))
@@ -366,7 +366,7 @@ def measure(
                 seen.features,
                 batch.label,
                 components=components,
-                neighbours=neighbours,
+                neighbors=neighbors,
                 contrast_steps=contrast_steps,
                 seed=seed,
             )

@@ -20,7 +20,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from torch import Tensor
 
 from softdefend.analysis.subjects import Subject, logits_of
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 
 Flags = NDArray[np.bool_]
 Scores = NDArray[np.float64]
@@ -56,7 +56,7 @@ def balanced_margin(belief: Tensor, given: Tensor) -> Tensor:
     samples that carry its label, [n]: that a class is always believed hesitantly is then no sign of an error.
 
     The adjustment is that of confident learning (Northcutt et al., arXiv 1911.00068), and the ranking that of
-    cleanlab's class-adjusted normalised margin. From a class without samples the mean of the others is taken:
+    cleanlab's class-adjusted normalized margin. From a class without samples the mean of the others is taken:
     with nothing taken it would stand above all of them.
     """
     k = belief.shape[1]
@@ -159,7 +159,7 @@ def ours(belief: Tensor, given: Tensor, source: str) -> list[Ranked]:
 def confident_learning(belief: Tensor, given: Tensor, source: str) -> list[Ranked]:
     """Confident learning (Northcutt et al., JAIR 2021, arXiv 1911.00068) by cleanlab on the same rows.
 
-    Its label-quality score, normalised margin with class-adjusted probabilities and self-confidence with
+    Its label-quality score, normalized margin with class-adjusted probabilities and self-confidence with
     class-adjusted ones, and the issue set of ``find_label_issues`` (prune by noise rate, its default). The
     method asks for predictions on samples that were not trained on; a memory is not that.
 

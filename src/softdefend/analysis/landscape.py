@@ -13,9 +13,9 @@ from torch.func import functional_call
 
 from softdefend.analysis.subjects import Subject, attack_images, draw, per_sample_loss
 from softdefend.attacks import value_and_gradient
-from softdefend.modes import tf32
-from softdefend.rng import stream
-from softdefend.threat import ThreatModel
+from softdefend.core.rng import stream
+from softdefend.core.threat import ThreatModel
+from softdefend.execution.modes import tf32
 
 Parameters = dict[str, Tensor]
 
@@ -38,12 +38,12 @@ def mean_loss(
     return total / len(image)
 
 
-def filter_normalised(parameters: Mapping[str, Tensor], generator: torch.Generator) -> Parameters:
+def filter_normalized(parameters: Mapping[str, Tensor], generator: torch.Generator) -> Parameters:
     """A random direction whose filters are as long as the network's (Li et al., NeurIPS 2018, arXiv
     1712.09913, section 4).
 
     Normal numbers, scaled so that each slice along a tensor's first axis (a filter, a row of a linear layer)
-    has the norm of the same slice of the parameters. Biases and batch-normalisation parameters do not move,
+    has the norm of the same slice of the parameters. Biases and batch-normalization parameters do not move,
     as in the authors' code.
 
     Args:
@@ -77,12 +77,12 @@ def surface(
     batch_size: int,
     seed: int,
 ) -> dict[str, Any]:
-    """The loss on a square grid of two filter-normalised directions through the weights.
+    """The loss on a square grid of two filter-normalized directions through the weights.
 
-    The images stay as they are: of adversarial images, these are the ones made at the centre.
+    The images stay as they are: of adversarial images, these are the ones made at the center.
 
     Args:
-        points: of each axis, odd, so that the centre is one of them.
+        points: of each axis, odd, so that the center is one of them.
         span: the axes reach from -span to span.
 
     Returns:
@@ -90,7 +90,7 @@ def surface(
     """
     parameters = parameters_of(net)
     generator = stream(seed, "analyse/directions")
-    first, second = (filter_normalised(parameters, generator) for _ in range(2))
+    first, second = (filter_normalized(parameters, generator) for _ in range(2))
     axis = [span * (2 * i / (points - 1) - 1) for i in range(points)] if points > 1 else [0.0]
     loss = [
         [mean_loss(net, moved(parameters, (a, first), (b, second)), image, target, batch_size) for b in axis]

@@ -14,7 +14,7 @@ from softdefend.analysis.figures import Curve, dot_plot, line_plot, surface_plot
 from softdefend.analysis.label_audit import SOURCES, Audit
 from softdefend.report import RunRecord
 from softdefend.report.blocks import figures, paragraph, picture, titled
-from softdefend.report.figures import Plot, Series, colours, epoch_plot
+from softdefend.report.figures import Plot, Series, colors, epoch_plot
 from softdefend.report.markup import Html, details, join, row, scrolling_table, tag
 from softdefend.report.runs import Group
 from softdefend.report.tables import ABSENT
@@ -88,16 +88,16 @@ def write(title: str, about: str, *sections: Html) -> bytes:
 
 
 def analysis_page(analysis: Analysis) -> bytes:
-    """The page of ``softdefend analyse``."""
-    colour = colours(analysis.groups())
+    """The page of ``softdefend analyze``."""
+    color = colors(analysis.groups())
     makers = {
         "gradients": _gradients,
         "labels": _labels,
         "information": _information,
         "geometry": _geometry,
     }
-    sections = [_overfitting(analysis, colour)] if analysis.overfitting else []
-    sections += [makers[part](found, colour) for part, found in analysis.parts.items() if found]
+    sections = [_overfitting(analysis, color)] if analysis.overfitting else []
+    sections += [makers[part](found, color) for part, found in analysis.parts.items() if found]
     return write("Analysis", " · ".join(analysis.records), *sections)
 
 
@@ -127,7 +127,7 @@ def _drawn(*plots: Plot | None) -> Html:
     return figures([plot for plot in plots if plot])
 
 
-def _overfitting(analysis: Analysis, colour: Mapping[str, str]) -> Html:
+def _overfitting(analysis: Analysis, color: Mapping[str, str]) -> Html:
     groups, results = [], analysis.overfitting
     for name, record in analysis.records.items():
         gaps = zip(record.metrics, results[name]["gap_robust"], strict=True)
@@ -139,13 +139,13 @@ def _overfitting(analysis: Analysis, colour: Mapping[str, str]) -> Html:
         epoch_plot(
             f"{title} accuracy",
             groups,
-            colour,
+            color,
             [Series(f"{side}_{kind}", held_out[side]), Series(f"train_{kind}", "training images")],
             "%",
         )
         for kind, title in (("robust", "Robust"), ("clean", "Clean"))
     ]
-    gap = epoch_plot("Robust generalisation gap", groups, colour, [Series("gap", "")], "%")
+    gap = epoch_plot("Robust generalisation gap", groups, color, [Series("gap", "")], "%")
     rows = []
     for name, result in results.items():
         best, last, lost = (result[key] or {} for key in ("best", "last", "difference"))
@@ -194,7 +194,7 @@ def _knowledge(one: Found) -> int:
 
 def _course(
     found: Sequence[Found],
-    colour: Mapping[str, str],
+    color: Mapping[str, str],
     title: str,
     ylabel: str,
     kinds: Mapping[str, Callable[[Mapping[str, Any]], float | None]],
@@ -213,10 +213,10 @@ def _course(
             points = [(epoch, y) for epoch in sorted(by_epoch) if (y := value(by_epoch[epoch])) is not None]
             if len(points) >= _FEW:
                 curves.append(Curve(run, kind, *map(list, zip(*points, strict=True))))
-    return line_plot(title, curves, colour, xlabel="epoch", ylabel=ylabel, markers=True)
+    return line_plot(title, curves, color, xlabel="epoch", ylabel=ylabel, markers=True)
 
 
-def _norms_by_epoch(found: Sequence[Found], colour: Mapping[str, str]) -> list[Plot | None]:
+def _norms_by_epoch(found: Sequence[Found], color: Mapping[str, str]) -> list[Plot | None]:
     def norm(targets: str, key: str) -> Callable[[Mapping[str, Any]], float | None]:
         return lambda result: result["last_layer"]["adversarial"].get(targets, {}).get(key)
 
@@ -229,19 +229,19 @@ def _norms_by_epoch(found: Sequence[Found], colour: Mapping[str, str]) -> list[P
     given = {name: norm("given", key) for key, name in words.items()}
     ylabel = "mean norm, last layer"
     return [
-        _course(found, colour, "Gradient norm towards the given labels by epoch", ylabel, given),
+        _course(found, color, "Gradient norm towards the given labels by epoch", ylabel, given),
         _course(
             found,
-            colour,
+            color,
             "Gradient norm towards the refined labels by epoch",
             ylabel,
             {name: norm("refined", key) for key, name in words.items()},
         ),
-        _course(found, colour, "Wrong labels fitted by epoch", "wrong labels repeated (%)", {"": fitted}),
+        _course(found, color, "Wrong labels fitted by epoch", "wrong labels repeated (%)", {"": fitted}),
     ]
 
 
-def _gradients(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
+def _gradients(found: Sequence[Found], color: Mapping[str, str]) -> Html:
     rows, dots = [], []
     for one in found:
         for layer, images in (("last layer", "last_layer"), ("whole network", "whole_network")):
@@ -284,13 +284,13 @@ def _gradients(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
             line_plot(
                 "Distribution of last-layer gradient norms",
                 curves,
-                colour,
+                color,
                 xlabel="gradient norm, adversarial images",
                 ylabel="samples below (%)",
                 logarithmic=True,
             ),
-            dot_plot("Gradient carried by wrong labels", dots, colour, xlabel="share of the gradient (%)"),
-            *_norms_by_epoch(found, colour),
+            dot_plot("Gradient carried by wrong labels", dots, color, xlabel="share of the gradient (%)"),
+            *_norms_by_epoch(found, color),
         ),
         _memorisation(found),
         paragraph(note),
@@ -329,7 +329,7 @@ _QUALITY = ("accuracy", "confidence", "entropy", "ece", "adaptive_ece", "brier",
 _SHARES = ("accuracy", "confidence", "ece", "adaptive_ece")
 
 
-def _labels(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
+def _labels(found: Sequence[Found], color: Mapping[str, str]) -> Html:
     rows, people = [], []
     for one in found:
         targets = one.result["targets"] or {}
@@ -367,16 +367,16 @@ def _labels(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
     reliability = line_plot(
         "Reliability",
         curves,
-        colour,
+        color,
         xlabel="confidence",
         ylabel="accuracy",
         diagonal=True,
         markers=True,
     )
-    return titled("Label quality", _drawn(reliability, *_quality_by_epoch(found, colour)), *parts)
+    return titled("Label quality", _drawn(reliability, *_quality_by_epoch(found, color)), *parts)
 
 
-def _quality_by_epoch(found: Sequence[Found], colour: Mapping[str, str]) -> list[Plot | None]:
+def _quality_by_epoch(found: Sequence[Found], color: Mapping[str, str]) -> list[Plot | None]:
     def of_targets(key: str, factor: float) -> Callable[[Mapping[str, Any]], float | None]:
         def value(result: Mapping[str, Any]) -> float | None:
             quality = (result["targets"] or {}).get("targets")
@@ -388,11 +388,11 @@ def _quality_by_epoch(found: Sequence[Found], colour: Mapping[str, str]) -> list
         return lambda result: 100 * float(result["predictions"][kind]["ece"])
 
     return [
-        _course(found, colour, "Entropy of the targets by epoch", "nats", {"": of_targets("entropy", 1)}),
-        _course(found, colour, "ECE of the targets by epoch", "%", {"": of_targets("ece", 100)}),
+        _course(found, color, "Entropy of the targets by epoch", "nats", {"": of_targets("entropy", 1)}),
+        _course(found, color, "ECE of the targets by epoch", "%", {"": of_targets("ece", 100)}),
         _course(
             found,
-            colour,
+            color,
             "ECE of the predictions by epoch",
             "%",
             {f"{kind} test images": of_predictions(kind) for kind in ("clean", "adversarial")},
@@ -406,13 +406,13 @@ def _bars(bars: Sequence[Mapping[str, float]]) -> tuple[list[float], list[float]
 
 _ESTIMATES = {
     "label_bound": "I(T; Y), classifier bound",
-    "label_neighbours": "I(T; Y), neighbours",
+    "label_neighbors": "I(T; Y), neighbors",
     "input_bound": "I(X; T), InfoNCE bound",
-    "input_neighbours": "I(X; T), neighbours",
+    "input_neighbors": "I(X; T), neighbors",
 }
 
 
-def _information(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
+def _information(found: Sequence[Found], color: Mapping[str, str]) -> Html:
     rows, stored, dots, errors = [], [], [], {}
     for one in found:
         for kind, weights in one.result["weights"].items():
@@ -432,26 +432,26 @@ def _information(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
     head = ["run", "weights", "images", "H(Y)", *_ESTIMATES.values()]
     note = (
         "All in nats. T is what enters the last linear layer. The classifier and InfoNCE bounds are lower "
-        "bounds; the neighbour-based estimates err towards zero, and far so for I(X; T), which is unbounded "
+        "bounds; the neighbor-based estimates err towards zero, and far so for I(X; T), which is unbounded "
         "for a deterministic network. Compare runs, do not read single values. Y is the label as given on "
         "training images, and the true one on test images."
     )
     weights = dot_plot(
-        "Information in the weights", stored, colour, xlabel="n/2 (w − w₀)ᵀ F (w − w₀), nats", errors=errors
+        "Information in the weights", stored, color, xlabel="n/2 (w − w₀)ᵀ F (w − w₀), nats", errors=errors
     )
     return titled(
         "Information",
         _drawn(
             weights,
-            dot_plot("Mutual information, adversarial images", dots, colour, xlabel="nats"),
-            *_information_by_epoch(found, colour),
+            dot_plot("Mutual information, adversarial images", dots, color, xlabel="nats"),
+            *_information_by_epoch(found, color),
         ),
         paragraph(note),
         _folded("Mutual information", head, rows),
     )
 
 
-def _information_by_epoch(found: Sequence[Found], colour: Mapping[str, str]) -> list[Plot | None]:
+def _information_by_epoch(found: Sequence[Found], color: Mapping[str, str]) -> list[Plot | None]:
     def stored(kind: str) -> Callable[[Mapping[str, Any]], float | None]:
         return lambda result: result["weights"].get(kind, {}).get("empirical")
 
@@ -462,18 +462,18 @@ def _information_by_epoch(found: Sequence[Found], colour: Mapping[str, str]) -> 
 
     def plot(symbol: str, which: Sequence[str]) -> Plot | None:
         kinds = {_ESTIMATES[name].partition(", ")[2]: estimate(name) for name in which}
-        return _course(found, colour, f"{symbol} by epoch, {images}", "nats", kinds)
+        return _course(found, color, f"{symbol} by epoch, {images}", "nats", kinds)
 
     # Training was on adversarial images; their Fisher matrix need not rank runs as that of clean ones does.
     kinds = {f"{kind} training images": stored(kind) for kind in found[0].result["weights"]}
     return [
-        _course(found, colour, "Information in the weights by epoch", "nats, empirical Fisher", kinds),
-        plot("I(T; Y)", ("label_bound", "label_neighbours")),
-        plot("I(X; T)", ("input_bound", "input_neighbours")),
+        _course(found, color, "Information in the weights by epoch", "nats, empirical Fisher", kinds),
+        plot("I(T; Y)", ("label_bound", "label_neighbors")),
+        plot("I(X; T)", ("input_bound", "input_neighbors")),
     ]
 
 
-def _geometry(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
+def _geometry(found: Sequence[Found], color: Mapping[str, str]) -> Html:
     rows, slices, surfaces, final = [], [], [], list(_final(found))
     for one in found:
         result = one.result
@@ -497,25 +497,25 @@ def _geometry(found: Sequence[Found], colour: Mapping[str, str]) -> Html:
     for one in final:
         if (grid := one.result["surface"]) is not None:
             title = f"Loss surface, {one.run}, {one.at}"
-            surfaces.append(surface_plot(title, grid["axis"], grid["loss"], colour[one.run]))
+            surfaces.append(surface_plot(title, grid["axis"], grid["loss"], color[one.run]))
     head = ["run", "weights", "clean loss", "adversarial loss", "largest eigenvalue", "its residual"]
     head += ["input gradient, ℓ₁", "input gradient, ℓ₂", "linearity gap"]
     note = (
         f"{found[0].result['probe']} training images with their given labels. The eigenvalue is of the "
         "Hessian of the adversarial loss in the weights; its residual is |Hv − λv| / |λ|. Input gradients "
         "and linearity gap are means over clean images. Surfaces: adversarial images fixed, directions "
-        "filter-normalised."
+        "filter-normalized."
     )
     line = line_plot(
         "Loss along the first direction",
         slices,
-        colour,
+        color,
         xlabel="distance in filter norms",
         ylabel="adversarial loss",
     )
     top = _course(
         found,
-        colour,
+        color,
         "Largest Hessian eigenvalue by epoch",
         "eigenvalue",
         {"": lambda result: (result["eigenvalue"] or {}).get("value")},
@@ -566,10 +566,10 @@ def _comparison(audit: Audit) -> Html:
     names = [f"{audit.score} (memory)", f"{audit.score} (prediction)"]
     names += [name for name in audit.curves if name.startswith("cleanlab self")]
     lines = [Curve(n, "", c["recall"], c["precision"]) for n in names if (c := audit.curves.get(n))]
-    colour = dict(
+    color = dict(
         zip([line.run for line in lines], ("#0072b2", "#56b4e9", "#d55e00", "#e69f00"), strict=False)
     )
-    plot = line_plot("Precision and recall", lines, colour, xlabel="recall", ylabel="precision")
+    plot = line_plot("Precision and recall", lines, color, xlabel="recall", ylabel="precision")
     note = (
         "Low scores are to find wrong labels; the truth is the clean labels. Called wrong: another class "
         "believed, or cleanlab's issue set. In brackets the probabilities that a ranking looks at."

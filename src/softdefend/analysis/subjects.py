@@ -1,4 +1,4 @@
-"""The runs that are analysed, opened for reading only: one network for each set of saved weights."""
+"""The runs that are analyzed, opened for reading only: one network for each set of saved weights."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from softdefend.attacks import PGD, Attack, cross_entropy
-from softdefend.config import Experiment
-from softdefend.data import DataBundle, DataSettings, Resident, load
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
+from softdefend.core.rule import RunInfo
+from softdefend.core.threat import ThreatModel
+from softdefend.data import DataBundle, DataSettings, Resident, fingerprint, load
 from softdefend.data.holdout import complement, draw_by_class
 from softdefend.data.sources import read
-from softdefend.errors import SettingError
 from softdefend.evaluation import load_weights
-from softdefend.evaluation.resume import fingerprint
+from softdefend.execution.modes import attacked, tf32
+from softdefend.experiments.config import Experiment
+from softdefend.experiments.pipeline import make_net, open_run
 from softdefend.labels.memory import LabelMemory
-from softdefend.modes import attacked, tf32
-from softdefend.pipeline import make_net, open_run
 from softdefend.report import RunRecord, read_run
 from softdefend.report.runs import group_runs
-from softdefend.rng import stream
-from softdefend.rule import RunInfo
-from softdefend.threat import ThreatModel
 from softdefend.training import checkpoint
 
 WHICH = ("best", "last", "checkpoints", "archived")

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from softdefend.attacks.base import Attack, Forward, larger, pick
-from softdefend.attacks.draws import Draws
 from softdefend.attacks.losses import (
     AttackLoss,
     check_classes,
@@ -26,9 +25,10 @@ from softdefend.attacks.losses import (
     image_gradient,
     targeted_dlr,
 )
-from softdefend.attacks.oracle import Journal, Oracle, View, block
-from softdefend.errors import SettingError
-from softdefend.threat import ThreatModel
+from softdefend.core.errors import SettingError
+from softdefend.core.threat import ThreatModel
+from softdefend.execution.counting import Journal, Oracle, View, block
+from softdefend.execution.randomness import Draws
 
 MOMENTUM = 0.75
 """Share of the new step in a move, the rest repeats the last move (alpha in the paper's Algorithm 1)."""

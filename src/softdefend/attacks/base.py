@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from softdefend.attacks.draws import Draws
 from softdefend.attacks.losses import AttackLoss, image_gradient
-from softdefend.attacks.oracle import Journal, Oracle
-from softdefend.threat import ThreatModel
+from softdefend.core.threat import ThreatModel
+from softdefend.execution.counting import Forward as Forward
+from softdefend.execution.counting import Journal, Oracle
+from softdefend.execution.randomness import Draws
 
-Forward = Callable[[Tensor], Tensor]
-"""Maps images [b, c, h, w] in [0, 1] to logits [b, k]."""
 Randomness = Literal["none", "image", "batch"]
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from softdefend.attacks.base import Forward
-from softdefend.attacks.draws import Draws
 from softdefend.attacks.losses import (
     AttackLoss,
     LossName,
@@ -19,10 +18,11 @@ from softdefend.attacks.losses import (
     margin,
 )
 from softdefend.attacks.minimal import Closest, MinimalAttack
-from softdefend.attacks.oracle import Journal, Oracle
 from softdefend.attacks.pgd import PGD
-from softdefend.errors import SettingError
-from softdefend.threat import Norm, ThreatModel
+from softdefend.core.errors import SettingError
+from softdefend.core.threat import Norm, ThreatModel
+from softdefend.execution.counting import Journal, Oracle
+from softdefend.execution.randomness import Draws
 
 
 @dataclass(frozen=True)

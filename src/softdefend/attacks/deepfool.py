@@ -11,9 +11,9 @@ from torch import Tensor
 from softdefend.attacks.base import Forward
 from softdefend.attacks.losses import check_classes, check_differentiable, hard_label, image_gradient
 from softdefend.attacks.minimal import Closest, MinimalAttack, reach, steepest
-from softdefend.attacks.oracle import View
-from softdefend.errors import SettingError
-from softdefend.threat import Norm
+from softdefend.core.errors import SettingError
+from softdefend.core.threat import Norm
+from softdefend.execution.counting import View
 
 NUDGE = 1e-4
 """Added to every step, in pixel units: near the boundary a step would otherwise vanish in rounding. As in the

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from softdefend.attacks.base import Attack, Forward, value_and_gradient
-from softdefend.attacks.draws import Draws
 from softdefend.attacks.losses import AttackLoss, check_classes, hard_label, image_gradient
-from softdefend.attacks.oracle import Journal, Oracle, View, block
-from softdefend.errors import SettingError
-from softdefend.threat import Norm, ThreatModel
+from softdefend.core.errors import SettingError
+from softdefend.core.threat import Norm, ThreatModel
+from softdefend.execution.counting import Journal, Oracle, View, block
+from softdefend.execution.randomness import Draws
 
 
 @dataclass(frozen=True)

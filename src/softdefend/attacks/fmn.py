@@ -11,8 +11,8 @@ from torch import Tensor
 from softdefend.attacks.base import Forward
 from softdefend.attacks.losses import hard_label
 from softdefend.attacks.minimal import Closest, MinimalAttack, length, look, reach, steepest
-from softdefend.errors import SettingError
-from softdefend.threat import Norm
+from softdefend.core.errors import SettingError
+from softdefend.core.threat import Norm
 
 LEAST_GROWTH = 0.001
 """Share by which a ball grows at least while no wrong point is known, an addition to the paper's rule: a ball

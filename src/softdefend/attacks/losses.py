@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 
 AttackLoss = Callable[[Tensor], Tensor]
 """Maps logits [b, k] to a loss [b]."""

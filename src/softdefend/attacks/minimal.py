@@ -12,8 +12,8 @@ from torch import Tensor
 
 from softdefend.attacks.base import Attack, Forward, Randomness
 from softdefend.attacks.losses import AttackLoss, image_gradient, margin
-from softdefend.errors import SettingError
-from softdefend.threat import Norm, ThreatModel
+from softdefend.core.errors import SettingError
+from softdefend.core.threat import Norm, ThreatModel
 
 
 @dataclass(frozen=True)

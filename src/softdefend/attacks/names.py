@@ -12,7 +12,7 @@ from softdefend.attacks.fab import FAB
 from softdefend.attacks.fmn import FMN
 from softdefend.attacks.pgd import FGSM, PGD
 from softdefend.attacks.square import Square
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 
 _COUNTS = r"(?:-(?P<steps>\d+)(?:x(?P<restarts>\d+))?)?"
 _GRADIENT = re.compile(r"(?:fgsm|pgd-(?P<steps>\d+)(?:x(?P<restarts>\d+))?)(?:-(?P<loss>ce|margin|kl))?")

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from softdefend.attacks.base import Attack, Forward, Randomness, larger, pick, value_and_gradient
-from softdefend.attacks.draws import Draws
 from softdefend.attacks.losses import AttackLoss, LossName, hard_label, named
-from softdefend.attacks.oracle import Journal, Oracle, View
-from softdefend.errors import SettingError
-from softdefend.threat import Budget, ThreatModel
+from softdefend.core.errors import SettingError
+from softdefend.core.threat import Budget, ThreatModel
+from softdefend.execution.counting import Journal, Oracle, View
+from softdefend.execution.randomness import Draws
 
 Start = Literal["auto", "uniform", "uniform-unclipped", "gaussian", "none"]
 
@@ -239,7 +239,7 @@ def _advanced(forward: View, step: _Step, given: _Given, steps: int, start: Tens
 class FGSM(Attack):
     """One signed-gradient step of length ``eps`` from the image (Goodfellow et al., arXiv 1412.6572).
 
-    In l2 the step is the normalised gradient. Deterministic: no random start.
+    In l2 the step is the normalized gradient. Deterministic: no random start.
     """
 
     loss: LossName = "ce"

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from softdefend.attacks.base import Attack, Forward
-from softdefend.attacks.draws import Draws
 from softdefend.attacks.losses import AttackLoss, hard_label, margin
-from softdefend.attacks.oracle import Journal, Oracle, View, block
-from softdefend.attacks.replay import filled
-from softdefend.errors import SettingError
-from softdefend.threat import ThreatModel
+from softdefend.core.errors import SettingError
+from softdefend.core.threat import ThreatModel
+from softdefend.execution.counting import Journal, Oracle, View, block
+from softdefend.execution.graphs import filled
+from softdefend.execution.randomness import Draws
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries after which the share of pixels that a square covers halves (the reference's table for 10,000)."""
@@ -100,7 +100,7 @@ class Square(Attack):
         journal: Journal | None = None,
     ) -> Tensor:
         """See :meth:`Attack.search`. Every logical batch reads the same sequence of random numbers: the
-        stripes of its images that are right, then the queries. In l-inf places and colours are therefore
+        stripes of its images that are right, then the queries. In l-inf places and colors are therefore
         shared by all batches with equally many right images; in l2 signs are drawn for the images that are
         still right, so a verdict depends on its logical batch and on nothing else beside it."""
         return self._run(oracle, image, label, threat, draws, journal or Journal(), None)
@@ -473,13 +473,13 @@ def _turned(eta: Tensor, turn: Tensor, stream: Tensor) -> Tensor:
 
 
 def _eta(side: int) -> Tensor:
-    """Two neighbouring pyramids of opposite sign, [side, side], of Euclidean length one (the paper's eta)."""
+    """Two neighboring pyramids of opposite sign, [side, side], of Euclidean length one (the paper's eta)."""
     eta = torch.cat([_pyramid(side // 2, side), -_pyramid(side - side // 2, side)])
     return eta / eta.square().sum().sqrt()
 
 
 def _pyramid(height: int, width: int) -> Tensor:
-    """Falls from the centre by 1/k^2 in rings, [height, width], of Euclidean length one."""
+    """Falls from the center by 1/k^2 in rings, [height, width], of Euclidean length one."""
     row, column = torch.arange(height).view(-1, 1), torch.arange(width)
     ring = torch.maximum((row - height // 2).abs(), (column - width // 2).abs())
     pyramid = torch.zeros(height, width)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from softdefend.attacks.base import Attack, Forward, larger
 from softdefend.attacks.losses import AttackLoss, hard_label, margin
-from softdefend.errors import SettingError
-from softdefend.modes import attacked
-from softdefend.threat import ThreatModel
+from softdefend.core.errors import SettingError
+from softdefend.core.threat import ThreatModel
+from softdefend.execution.modes import attacked
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from softdefend.errors import SettingError
-from softdefend.rng import stream
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
 
 Augment = Literal["none", "flip", "crop", "crop-flip"]
 PadMode = Literal["zero", "reflect"]
@@ -32,7 +32,7 @@ class AugmentSettings:
     pad_mode: PadMode = "zero"
     """What the padding holds: zero (black) or reflect (the image mirrored at its border)."""
     policy: Policy = "none"
-    """Operations on colours and geometry: none, randaugment or autoaugment (its CIFAR-10 policy)."""
+    """Operations on colors and geometry: none, randaugment or autoaugment (its CIFAR-10 policy)."""
     randaugment_n: int = 2
     """RandAugment's operations per image, 1 to 100."""
     randaugment_m: int = 9
@@ -97,7 +97,7 @@ def epoch_plan(
 
     Args:
         n: number of images.
-        seed, epoch: position in the run (see :mod:`softdefend.rng`).
+        seed, epoch: position in the run (see :mod:`softdefend.core.rng`).
         augment: ``none``, ``flip``, ``crop`` or ``crop-flip``.
         pad: padding in pixels, >= 0; must be the one that the :class:`Resident` split was made with.
         device: where the plan is used.

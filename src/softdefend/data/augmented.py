@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
 from softdefend.data.augment import AugmentSettings, epoch_plan
 from softdefend.data.base import Batch, Split
 from softdefend.data.policies import augment, draw_autoaugment, draw_randaugment
 from softdefend.data.regions import cutmix, cutout, draw_boxes, draw_centres, own_share
 from softdefend.data.resident import Resident
-from softdefend.errors import SettingError
-from softdefend.rng import stream
 
 _BOX = 4
 
@@ -56,13 +56,13 @@ class Augmented(Resident):
 
     def plan(self, *, seed: int, epoch: int, views: int = 1, begun: bool = True) -> Tensor:
         """The order and every draw of one epoch, [n, columns] int64: those of :func:`epoch_plan`, then for
-        each view the policy's operations and levels and the cutout's centre (y, x), then the CutMix box (top,
+        each view the policy's operations and levels and the cutout's center (y, x), then the CutMix box (top,
         bottom, left, right) of the first view. What is switched off has no columns.
 
         Each kind of draw has a stream of its own, so that switching one on changes no other.
 
         Args:
-            seed, epoch: position in the run (see :mod:`softdefend.rng`).
+            seed, epoch: position in the run (see :mod:`softdefend.core.rng`).
             views: independent augmentations of each image, >= 1.
             begun: whether policy and cutout are made; if not, their columns say so.
         """
@@ -83,8 +83,8 @@ class Augmented(Resident):
                 )
                 parts.append(chosen.flatten(1) * begun)  # 0 is no operation
             if self._cutout:
-                centres = draw_centres(self.n, h, w, stream(seed, f"cutout{suffix}", epoch))
-                parts.append(centres if begun else centres - 2 * max(h, w))  # out of the image
+                centers = draw_centres(self.n, h, w, stream(seed, f"cutout{suffix}", epoch))
+                parts.append(centers if begun else centers - 2 * max(h, w))  # out of the image
         if self.mixes:
             boxes = stream(seed, "cutmix", epoch)
             parts.append(draw_boxes(self.n, h, w, settings.cutmix, settings.cutmix_alpha, boxes))

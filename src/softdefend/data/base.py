@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from softdefend.errors import SettingError
+from softdefend.core.digest import checksum
+from softdefend.core.errors import SettingError
 
 # The float error of k/255 in float32 is 3e-8; anything further off did not come from 8 bits.
 _EIGHT_BIT_TOLERANCE = 1e-6
@@ -157,3 +158,8 @@ def _eight_bit(images: Tensor) -> Tensor:
             return images
         out[start : start + _CHUNK] = levels.to(torch.uint8)
     return out
+
+
+def fingerprint(split: Split) -> str:
+    """sha256 (hex) of the images and labels of a split."""
+    return checksum([("images", split.images), ("labels", split.labels)])

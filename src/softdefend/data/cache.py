@@ -10,11 +10,10 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
+from softdefend.core.digest import checksum
 from softdefend.data.base import Split
 from softdefend.data.raw import Raw
 
@@ -33,16 +32,6 @@ def source_key(files: Iterable[Path], **options: object) -> str:
     """sha256 of the paths, sizes and modification times of a source's files, and of the reader's options."""
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps([_FORMAT, sorted(stats), options]).encode()).hexdigest()
-
-
-def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over names, dtypes, shapes and bytes of tensors in host memory, in the given order."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        # As bytes, since NumPy knows no bfloat16.
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def cached(folder: Path, key: str, build: Callable[[], Raw]) -> Raw:

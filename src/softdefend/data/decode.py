@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 
 _CHUNK = 256
 # Below this many pixels Python's own work outweighs the codec's, and threads only queue for the interpreter:
@@ -34,7 +34,7 @@ _UPRIGHT = {
 def decode(count: int, read: Callable[[int], bytes], name: Callable[[int], str], what: str) -> Tensor:
     """Decodes ``count`` images of one size to [n, c, h, w] uint8, in parallel where that pays.
 
-    All images are turned upright as their EXIF orientation says, and brought to the mode of the first: grey
+    All images are turned upright as their EXIF orientation says, and brought to the mode of the first: gray
     (c = 1) or RGB (c = 3; transparency is dropped). Sizes are those of the upright images.
 
     Args:

@@ -1,4 +1,4 @@
-"""What is in a data set, for people and for the network's normalisation layer."""
+"""What is in a data set, for people and for the network's normalization layer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _CHUNK = 1000
 
 
 def channel_stats(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel over all pixels, in [0, 1] units, for normalisation.
+    """Mean and standard deviation of each channel over all pixels, in [0, 1] units, for normalization.
 
     The deviation is the population's (divided by the number of pixels). A constant channel, which nothing
-    can be learned from, gets 1 so that normalising it does not divide by zero.
+    can be learned from, gets 1 so that normalizing it does not divide by zero.
     """
     channels = split.images.shape[1]
     total, squares = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)

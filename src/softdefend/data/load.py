@@ -8,15 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from softdefend.core.digest import checksum
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
 from softdefend.data import noise
 from softdefend.data.base import DataBundle, Split, split
-from softdefend.data.cache import checksum
 from softdefend.data.holdout import complement, draw_by_class
 from softdefend.data.raw import Raw, numbered
 from softdefend.data.settings import DataSettings
 from softdefend.data.sources import read
-from softdefend.errors import SettingError
-from softdefend.rng import stream
 
 
 def load(settings: DataSettings) -> DataBundle:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 
 CIFAR10_CLASSES = (
     "airplane",

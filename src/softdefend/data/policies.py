@@ -111,7 +111,7 @@ def _pick(operation: Tensor, name: str) -> Tensor:
 
 
 def warp(image: Tensor, operation: Tensor, level: Tensor) -> Tensor:
-    """Shears, translations and rotations, nearest neighbour, black where nothing is; other images as they
+    """Shears, translations and rotations, nearest neighbor, black where nothing is; other images as they
     are. Shears are about the corner, rotations about the middle; translations are of whole pixels."""
     b, c, h, w = image.shape
     strength = level.float() / FULL
@@ -122,7 +122,7 @@ def warp(image: Tensor, operation: Tensor, level: Tensor) -> Tensor:
     angle = amount("rotate", _ROTATE)
     cos, sin = angle.cos(), angle.sin()
     xy, yx = amount("shear-x", _SHEAR) - sin, amount("shear-y", _SHEAR) + sin
-    # Pixel (x, y) shows the source at (cos x + xy y + dx, yx x + cos y + dy), in pixel centres.
+    # Pixel (x, y) shows the source at (cos x + xy y + dx, yx x + cos y + dy), in pixel centers.
     dx = amount("translate-x", _TRANSLATE * w).trunc() + torch.where(
         _is(operation, "rotate"), (w - cos * w - xy * h) / 2, 0.0
     )
@@ -141,12 +141,12 @@ def warp(image: Tensor, operation: Tensor, level: Tensor) -> Tensor:
 
 
 def enhance(image: Tensor, operation: Tensor, level: Tensor) -> Tensor:
-    """Brightness, colour, contrast and sharpness: the image moved away from, or towards, a version without
-    any (black, grey, evenly grey, blurred); other images as they are."""
-    colourless = grey(image)
+    """Brightness, color, contrast and sharpness: the image moved away from, or towards, a version without
+    any (black, gray, evenly gray, blurred); other images as they are."""
+    colorless = gray(image)
     dull = torch.where(_pick(operation, "brightness"), 0.0, image)
-    dull = torch.where(_pick(operation, "color"), colourless, dull)
-    dull = torch.where(_pick(operation, "contrast"), colourless.mean(dim=(2, 3), keepdim=True), dull)
+    dull = torch.where(_pick(operation, "color"), colorless, dull)
+    dull = torch.where(_pick(operation, "contrast"), colorless.mean(dim=(2, 3), keepdim=True), dull)
     dull = torch.where(_pick(operation, "sharpness"), _blurred(image), dull)
     factor = (1 + _ENHANCE * level.float() / FULL)[:, None, None, None]
     return (dull + factor * (image - dull)).clamp(0, 1)
@@ -169,7 +169,7 @@ def tones(image: Tensor, operation: Tensor, level: Tensor) -> Tensor:
     return torch.where(_pick(operation, "invert"), 1 - image, out)
 
 
-def grey(image: Tensor) -> Tensor:
+def gray(image: Tensor) -> Tensor:
     """Brightness [b, 1, h, w]: ITU-R 601 weights for three channels, the mean of any other number."""
     if image.shape[1] != 3:
         return image.mean(dim=1, keepdim=True)
@@ -177,7 +177,7 @@ def grey(image: Tensor) -> Tensor:
 
 
 def _blurred(image: Tensor) -> Tensor:
-    """Each pixel's mean with its neighbours, itself counted five times; the border as it is."""
+    """Each pixel's mean with its neighbors, itself counted five times; the border as it is."""
     if min(image.shape[2:]) < 3:
         return image
     inner = (9 * F.avg_pool2d(image, 3, stride=1) + 4 * image[:, :, 1:-1, 1:-1]) / 13

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from softdefend.core.errors import SettingError
 from softdefend.data.base import Split
-from softdefend.errors import SettingError
 
 
 @dataclass(frozen=True, eq=False)

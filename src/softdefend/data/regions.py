@@ -26,23 +26,23 @@ def inside(box: Tensor, h: int, w: int) -> Tensor:
     return rows[:, None, :, None] & columns[:, None, None, :]
 
 
-def around(centre: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
-    """Boxes [n, 4] of a height and width about centres [n, 2] (y, x); of an even side, half lies before the
-    centre's pixel."""
-    top, left = centre[:, 0] - height // 2, centre[:, 1] - width // 2
+def around(center: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
+    """Boxes [n, 4] of a height and width about centers [n, 2] (y, x); of an even side, half lies before the
+    center's pixel."""
+    top, left = center[:, 0] - height // 2, center[:, 1] - width // 2
     return torch.stack([top, top + height, left, left + width], dim=1)
 
 
-def cutout(image: Tensor, centre: Tensor, side: int) -> Tensor:
+def cutout(image: Tensor, center: Tensor, side: int) -> Tensor:
     """Blacken a square of each image (DeVries & Taylor, arXiv 1708.04552); cut at the border, as theirs is.
 
     Args:
         image: [b, c, h, w].
-        centre: [b, 2] int64 (y, x).
+        center: [b, 2] int64 (y, x).
         side: of the square, in pixels.
     """
     h, w = image.shape[2:]
-    return image.masked_fill(inside(around(centre, side, side), h, w), 0.0)
+    return image.masked_fill(inside(around(center, side, side), h, w), 0.0)
 
 
 def cutmix(image: Tensor, box: Tensor) -> Tensor:
@@ -89,10 +89,10 @@ def draw_boxes(
     """
     mixed = torch.rand(n, generator=generator) < probability
     uniform = torch.rand(n, generator=generator, dtype=torch.float64)
-    centre = draw_centres(n, h, w, generator)
+    center = draw_centres(n, h, w, generator)
     # By the inverse of the distribution function: torch's own Beta takes no generator.
     kept = torch.from_numpy(betaincinv(alpha, alpha, uniform.numpy()))
     ratio = (1 - kept).sqrt()
-    box = around(centre, (h * ratio).long(), (w * ratio).long())
+    box = around(center, (h * ratio).long(), (w * ratio).long())
     limits = torch.tensor([h, h, w, w])
     return box.clamp(min=torch.zeros_like(limits), max=limits) * mixed[:, None]

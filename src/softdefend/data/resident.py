@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from softdefend.core.errors import SettingError
 from softdefend.data.base import Batch, Split
-from softdefend.errors import SettingError
 
 
 class Resident:
@@ -49,7 +49,7 @@ class Resident:
         self.clean_labels = None if split.clean_labels is None else split.clean_labels.to(device)
         self._pad, self._masked = pad, pad > 0 and pad_mode == "zero"
         self._channels_last = channels_last
-        # Stored in the order in which batches are written, so that the gather reads runs of neighbours.
+        # Stored in the order in which batches are written, so that the gather reads runs of neighbors.
         images = split.images.permute(0, 2, 3, 1) if channels_last else split.images
         self._pixels = images.to(device).contiguous().view(-1)
         self._rows = torch.arange(h, device=device)

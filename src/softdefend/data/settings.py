@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 
 Noise = Literal["none", "symmetric", "asymmetric", "file"]
 

@@ -1,10 +1,10 @@
 """Evaluation: clean and robust accuracy that a reviewer can check, sample by sample."""
 
+from softdefend.core.weight_files import load_weights
 from softdefend.evaluation.autoattack import Ensemble, expand
 from softdefend.evaluation.evaluate import Evaluator
 from softdefend.evaluation.records import AttackRecord, Evaluation, Rate, Trial
 from softdefend.evaluation.run import EvaluateSettings, evaluate_checkpoint
-from softdefend.evaluation.weights import load_weights
 
 __all__ = [
     "AttackRecord",

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from softdefend.attacks import APGD, FAB, Attack, Square, TargetedAPGD
 from softdefend.attacks.names import parse_attack
-from softdefend.errors import SettingError
-from softdefend.threat import ThreatModel
+from softdefend.core.errors import SettingError
+from softdefend.core.threat import ThreatModel
 
 VERSIONS: dict[str, tuple[Attack, ...]] = {
     "autoattack": (APGD(), TargetedAPGD(), FAB(), Square()),

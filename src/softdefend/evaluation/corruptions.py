@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from softdefend import rng
+from softdefend.core import rng
+from softdefend.core.errors import SettingError
 from softdefend.data import Split
-from softdefend.errors import SettingError
 from softdefend.evaluation import distortions
 from softdefend.evaluation.evaluate import Rate, answers
-from softdefend.modes import attacked, tf32
+from softdefend.execution.modes import attacked, tf32
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -74,7 +74,7 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0, *, first: i
 
     Args:
         images: [n, c, h, w] on the CPU, uint8 or floating point in [0, 1]. With other than 1 or 3 channels,
-            JPEG and pixelation treat each channel as a grey image; without three, saturation has no effect.
+            JPEG and pixelation treat each channel as a gray image; without three, saturation has no effect.
         name: one of :data:`CORRUPTIONS`.
         severity: 1 to 5.
         seed: of all that is random.
@@ -128,7 +128,7 @@ def evaluate_corruptions(
 
     Returns:
         For JSON: ``n``, ``seed``, ``clean`` (a :class:`Rate`), ``corruptions`` (by name, the ``Rate`` at each
-        severity and their ``mean``), ``mean`` (over corruptions and severities, not normalised).
+        severity and their ``mean``), ``mean`` (over corruptions and severities, not normalized).
 
     Raises:
         SettingError: an unknown name.
@@ -159,7 +159,7 @@ def evaluate_corruptions(
         "clean": asdict(clean),
         "corruptions": table,
         "mean": fmean(row["mean"] for row in table.values()),
-        "mean_is": "plain mean of accuracies over corruptions and severities, no AlexNet normalisation",
+        "mean_is": "plain mean of accuracies over corruptions and severities, no AlexNet normalization",
     }
 
 

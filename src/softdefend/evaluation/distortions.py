@@ -21,7 +21,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from softdefend.data.policies import grey
+from softdefend.data.policies import gray
 
 
 def gaussian_noise(image: Tensor, level: float, generators: Sequence[torch.Generator]) -> Tensor:
@@ -73,9 +73,9 @@ def defocus_kernel(radius: float, alias: float) -> np.ndarray[Any, np.dtype[np.f
 
 
 def glass_blur(image: Tensor, level: tuple[float, int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Pixels in the place of their neighbours, between two Gaussian blurs (standard deviation, passes).
+    """Pixels in the place of their neighbors, between two Gaussian blurs (standard deviation, passes).
 
-    In each pass a pixel becomes itself or its upper, left or upper left neighbour, equally likely; the first
+    In each pass a pixel becomes itself or its upper, left or upper left neighbor, equally likely; the first
     two rows and columns stay. (The published loop means to swap the two, but copies one over the other.)
     """
     sigma, passes = level
@@ -109,7 +109,7 @@ def snow(image: Tensor, level: tuple[float, ...], generators: Sequence[torch.Gen
     flakes = _enlarged(mean + spread * torch.stack(noise), size)
     flakes = torch.where(flakes < threshold, 0, flakes).clamp(0, 1)
     flakes = _streak(flakes, int(radius), sigma, _angles(generators, -135, -45))
-    white = torch.maximum(image, 1.5 * grey(image) + 0.5)
+    white = torch.maximum(image, 1.5 * gray(image) + 0.5)
     return stays * image + (1 - stays) * white + flakes + flakes.flip((2, 3))
 
 
@@ -126,7 +126,7 @@ def fog(image: Tensor, level: tuple[float, float], generators: Sequence[torch.Ge
 def plasma(noise: Tensor, decay: float) -> Tensor:
     """Diamond-square height maps on a torus, [n, side, side] in [0, 1].
 
-    Middles of squares and then of edges become the mean of their four neighbours plus noise, whose
+    Middles of squares and then of edges become the mean of their four neighbors plus noise, whose
     amplitude falls by the square of ``decay`` with every halving.
 
     Args:
@@ -152,7 +152,7 @@ def brightness(image: Tensor, level: float, _: object = None) -> Tensor:
     """``level`` added to the value of HSV, at most 1; hue and saturation stay.
 
     For a given hue and saturation every channel is proportional to the value (the largest channel), so this
-    is a factor; black, which has no hue, becomes grey.
+    is a factor; black, which has no hue, becomes gray.
     """
     value = image.amax(1, keepdim=True)
     brighter = (value + level).clamp(max=1)
@@ -172,7 +172,7 @@ def saturate(image: Tensor, level: tuple[float, float], _: object = None) -> Ten
         return image
     factor, summand = level
     value, least = image.amax(1, keepdim=True), image.amin(1, keepdim=True)
-    # how far each channel is below the value, as a share of the farthest; red's for grey
+    # how far each channel is below the value, as a share of the farthest; red's for gray
     below = torch.where(value > least, (value - image) / (value - least).clamp_min(1e-12), 1.0)
     below[:, :1] = torch.where(value > least, below[:, :1], 0.0)
     saturation = factor * (value - least) / value.clamp_min(1e-12) + summand
@@ -232,7 +232,7 @@ def _each(
 
 
 def _through_pillow(image: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
-    """``change`` applied to every image as a picture of 8 bits: RGB for three channels, else grey planes."""
+    """``change`` applied to every image as a picture of 8 bits: RGB for three channels, else gray planes."""
     n, c, h, w = image.shape
     levels = (255 * image).round().to(torch.uint8)
     planes = levels.permute(0, 2, 3, 1) if c == 3 else levels.reshape(n * c, h, w)

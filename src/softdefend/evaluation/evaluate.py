@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from softdefend.attacks import Attack
-from softdefend.attacks.draws import Draws
-from softdefend.attacks.oracle import Journal, Oracle
+from softdefend.core.environment import versions
+from softdefend.core.errors import SettingError
+from softdefend.core.threat import ThreatModel
 from softdefend.data import Resident
-from softdefend.errors import SettingError
 from softdefend.evaluation.autoattack import Ensemble
 from softdefend.evaluation.records import AttackRecord as AttackRecord
 from softdefend.evaluation.records import Evaluation as Evaluation
 from softdefend.evaluation.records import Rate as Rate
-from softdefend.evaluation.records import Trial, versions
+from softdefend.evaluation.records import Trial
 from softdefend.evaluation.resume import Saved, StateFile
-from softdefend.evaluation.searching import WORTHWHILE, Precision, Searching
-from softdefend.threat import ThreatModel
+from softdefend.execution.counting import Journal, Oracle
+from softdefend.execution.randomness import Draws
+from softdefend.execution.search import WORTHWHILE, Precision, Searching
 
 T = TypeVar("T")
 

@@ -18,11 +18,14 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from softdefend import rng
 from softdefend.attacks import PGD, Transfer
-from softdefend.data import Batch, DataBundle, Resident
-from softdefend.data.cache import checksum
-from softdefend.errors import SettingError
+from softdefend.core import rng
+from softdefend.core.digest import checksum, file_digest
+from softdefend.core.errors import SettingError
+from softdefend.core.files import write_atomic
+from softdefend.core.threat import ThreatModel
+from softdefend.core.weight_files import load_weights
+from softdefend.data import Batch, DataBundle, Resident, fingerprint
 from softdefend.evaluation.autoattack import averages_draws, parse
 from softdefend.evaluation.corruptions import CORRUPTIONS, evaluate_corruptions
 from softdefend.evaluation.evaluate import Evaluator
@@ -30,7 +33,6 @@ from softdefend.evaluation.exchange import check_standard, log_lines, read_known
 from softdefend.evaluation.gallery import write_gallery
 from softdefend.evaluation.masking import CHECKS, audit
 from softdefend.evaluation.preflight import own_random_numbers, preflight
-from softdefend.evaluation.resume import file_digest, fingerprint
 from softdefend.evaluation.run import (
     EvaluateSettings,
     cost_lines,
@@ -39,10 +41,7 @@ from softdefend.evaluation.run import (
     write_examples,
 )
 from softdefend.evaluation.table import Table, read_table
-from softdefend.evaluation.weights import load_weights
-from softdefend.files import write_atomic
-from softdefend.modes import tf32
-from softdefend.threat import ThreatModel
+from softdefend.execution.modes import tf32
 
 Say = Callable[[str], None]
 
@@ -107,7 +106,7 @@ class Subject:
         return self.folder / "evaluation" / f"{self.name}{ending}"
 
 
-def behaviour(net: nn.Module, images: Tensor, labels: Tensor) -> str:
+def behavior(net: nn.Module, images: Tensor, labels: Tensor) -> str:
     """What a network does: its code may have changed where weights and printed structure have not.
 
     Classes of some images; logits and their gradient there and a little way off, by their size and by a few
@@ -332,7 +331,7 @@ class _Examination:
         if (self.subject.folder / f"{self.subject.which}.safetensors").is_file():
             _ = self.epoch  # loads and checks the network
             shown = self._test_images(_PROBED)
-            known["behaviour"] = behaviour(self.subject.net, shown.image, shown.label)
+            known["behavior"] = behavior(self.subject.net, shown.image, shown.label)
         return known
 
     @cached_property

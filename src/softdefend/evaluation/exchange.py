@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
+from softdefend.core.threat import Budget
 from softdefend.evaluation.table import Table
-from softdefend.threat import Budget
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 """Members of the standard ensemble (Croce and Hein, arXiv 2003.01690), in the order in which they run."""

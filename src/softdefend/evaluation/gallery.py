@@ -13,10 +13,10 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from softdefend.attacks import margin
+from softdefend.core.files import write_atomic
 from softdefend.data import Resident
 from softdefend.evaluation.table import Table
-from softdefend.files import write_atomic
-from softdefend.modes import attacked, tf32
+from softdefend.execution.modes import attacked, tf32
 
 
 def hardest_first(table: Table, clean_margin: NDArray[np.float32], eps: float) -> NDArray[np.int64]:

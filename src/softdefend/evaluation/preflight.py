@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from softdefend import rng
-from softdefend.errors import SettingError
-from softdefend.modes import tf32
-from softdefend.threat import ThreatModel
+from softdefend.core import rng
+from softdefend.core.errors import SettingError
+from softdefend.core.threat import ThreatModel
+from softdefend.execution.modes import tf32
 
 LOOK = 256
 """Images that are shown to the network; pixels and labels are all checked."""
@@ -24,7 +24,7 @@ NEARLY_ONE = 0.9
 """What some output of a trained network with a sigmoid at its end reaches; the logits of an untrained one,
 which may by chance be positive throughout, do not."""
 SMALLEST_EPS = 0.1 / 255
-"""A tenth of a grey level: below it eps has most likely been divided by 255 twice."""
+"""A tenth of a gray level: below it eps has most likely been divided by 255 twice."""
 
 
 def preflight(
@@ -89,7 +89,7 @@ def _check_images(images: Tensor) -> None:
         hint = (
             "divide them by 255"
             if low >= 0 and high > 2
-            else "normalisation belongs into the network (softdefend.normalised), or eps has another unit"
+            else "normalization belongs into the network (softdefend.normalized), or eps has another unit"
         )
         raise SettingError("images", f"pixels from {low:.4g} to {high:.4g}", f"{accepted}; {hint}")
     if high <= 1 / 255 + 1e-6:
@@ -113,7 +113,7 @@ def _check_labels(labels: Tensor, images: Tensor) -> None:
 
 
 def check_eps(threat: ThreatModel, values: int) -> None:
-    """Between a tenth of a grey level and where every image can be made the same grey one.
+    """Between a tenth of a gray level and where every image can be made the same gray one.
 
     Args:
         threat: the perturbations.
@@ -196,7 +196,7 @@ def _check_company(net: nn.Module, images: Tensor, logits: Tensor) -> None:
     if not apart <= COMPANY:
         given = f"a network whose logits differ by {apart:.2g} of their size in another batch"
         accepted = (
-            "one that sees each image by itself: batch normalisation by running statistics, for example"
+            "one that sees each image by itself: batch normalization by running statistics, for example"
         )
         raise SettingError("net", given, accepted)
 

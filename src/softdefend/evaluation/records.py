@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from softdefend.threat import ThreatModel
+from softdefend.core.threat import ThreatModel
 
 
 @dataclass(frozen=True)
@@ -223,20 +222,6 @@ class Evaluation:
         lines = [f"{name:<{width}} {_percent(rate)}" for name, rate in rows]
         where = f"{self.threat.norm}, eps {self.threat.eps}, {len(self.label)} images, 95% Wilson intervals"
         return "\n".join([*lines, f"({where})"])
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """What a rerun would have to share to find the same bits."""
-    from softdefend import __version__
-
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "softdefend": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": gpu or f"CPU, {torch.get_num_threads()} threads",
-    }
 
 
 def _known(record: AttackRecord, what: str) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -13,9 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from softdefend.data import Split
-from softdefend.data.cache import checksum
-from softdefend.files import write_atomic
+from softdefend.core.files import write_atomic
 
 _KEY = "softdefend-evaluation-2"
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
@@ -64,14 +61,3 @@ class StateFile:
     def remove(self) -> None:
         """The evaluation is finished."""
         self.path.unlink(missing_ok=True)
-
-
-def fingerprint(split: Split) -> str:
-    """sha256 (hex) of the images and labels of a split."""
-    return checksum([("images", split.images), ("labels", split.labels)])
-
-
-def file_digest(path: Path) -> str:
-    """sha256 (hex) of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

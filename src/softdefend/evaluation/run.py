@@ -13,17 +13,19 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from softdefend.attacks import PGD, Attack
-from softdefend.data import DataBundle, Resident
-from softdefend.errors import SettingError
+from softdefend.core.digest import file_digest
+from softdefend.core.environment import versions
+from softdefend.core.errors import SettingError
+from softdefend.core.files import write_atomic
+from softdefend.core.threat import LARGEST, Budget, ThreatModel
+from softdefend.core.weight_files import load_weights
+from softdefend.data import DataBundle, Resident, fingerprint
 from softdefend.evaluation.autoattack import Ensemble, parse
 from softdefend.evaluation.evaluate import Evaluator, answers, cost_line
-from softdefend.evaluation.physical import images_at_once
-from softdefend.evaluation.records import Evaluation, Rate, versions
-from softdefend.evaluation.resume import StateFile, file_digest, fingerprint
-from softdefend.evaluation.searching import Precision, check_precision
-from softdefend.evaluation.weights import load_weights
-from softdefend.files import write_atomic
-from softdefend.threat import LARGEST, Budget, ThreatModel
+from softdefend.evaluation.records import Evaluation, Rate
+from softdefend.evaluation.resume import StateFile
+from softdefend.execution.batches import images_at_once
+from softdefend.execution.search import Precision, check_precision
 
 CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Multiples of the trained eps at which the robust-accuracy curve is measured."""

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
+from softdefend.core.rule import RunInfo
 from softdefend.labels.base import LabelRule, Predictions
-from softdefend.rule import RunInfo
 
 if TYPE_CHECKING:
     from softdefend.data import Batch

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softdefend.attacks.losses import cross_entropy
-from softdefend.modes import BNMode as BNMode
-from softdefend.rule import Rule, RunInfo
+from softdefend.core.rule import Rule, RunInfo
+from softdefend.execution.modes import BNMode as BNMode
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
@@ -95,7 +95,7 @@ class LabelRule(Rule, ABC):
     """
 
     clean_bn: BNMode = "train"
-    """How a clean forward that only this rule asks for treats batch normalisation."""
+    """How a clean forward that only this rule asks for treats batch normalization."""
 
     extra_units: ClassVar[float] = 0.0
     """Forward units a step that the rule adds, besides a clean forward asked for by :meth:`needs_clean`. A

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
+from softdefend.core.rule import RunInfo
 from softdefend.labels.base import LabelRule, Predictions, SoftTerm, Supervision
+from softdefend.labels.teachers import Loaded, Teacher, fingerprint, image_channels, load_teacher
 from softdefend.models import check_logits
-from softdefend.rule import RunInfo
-from softdefend.teachers import Loaded, Teacher, fingerprint, image_channels, load_teacher
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
@@ -40,7 +40,7 @@ class KD(LabelRule):
 
     Args:
         standard: a network trained on clean images: a run folder (its best weights), a weights file in one, a
-            :class:`~softdefend.teachers.Teacher`, or a module, which is copied.
+            :class:`~softdefend.labels.teachers.Teacher`, or a module, which is copied.
         robust: one trained on adversarial images. One of the two may be left out: its term is, too, and the
             other coefficients are scaled so that their sum stays.
         hard_weight: a, >= 0.

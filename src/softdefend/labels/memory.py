@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 
 _TOP = re.compile(r"top-([1-9]\d*)")
 

@@ -6,10 +6,10 @@ import math
 
 from torch import Tensor
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
+from softdefend.core.rule import RunInfo
 from softdefend.labels.base import BNMode, LabelRule
 from softdefend.labels.memory import check_storage, make_memory
-from softdefend.rule import RunInfo
 
 
 class RefinedRule(LabelRule):
@@ -18,7 +18,7 @@ class RefinedRule(LabelRule):
     Args:
         alpha: weight of the old memory row, in [0, 1].
         start: fraction of the run after which refinement begins, in [0, 1].
-        clean_bn: batch normalisation of the clean forward that refinement asks for.
+        clean_bn: batch normalization of the clean forward that refinement asks for.
         storage: of the memory.
 
     Raises:

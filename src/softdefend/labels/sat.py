@@ -26,7 +26,7 @@ class SAT(RefinedRule):
     how sure their label is.
 
     From the start epoch on, every step moves the sample's memory row, ``t <- alpha t + (1 - alpha) p(x)``,
-    and trains towards it with weight ``max_c t_c``, normalised to mean one over the batch; before it, towards
+    and trains towards it with weight ``max_c t_c``, normalized to mean one over the batch; before it, towards
     the given label, all samples alike. The attack climbs away from the given label. Defaults are those of the
     authors' TRADES + SAT on CIFAR-10.
 
@@ -36,7 +36,7 @@ class SAT(RefinedRule):
             from one, is the ceiling of ``start * epochs`` (the code's 70 of 100).
         weighted: weigh the samples' label loss by certainty, as the authors do; other terms of an objective,
             such as TRADES' divergence, are not (but SCE's reverse one, which is a label loss too).
-        clean_bn: batch normalisation of the clean forward where the objective makes none of its own (PGD-AT).
+        clean_bn: batch normalization of the clean forward where the objective makes none of its own (PGD-AT).
         storage: of the memory: ``float32``, ``float16``, or ``top-M``, which keeps the M largest entries of a
             row; see :mod:`softdefend.labels.memory` for bytes and errors.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 from softdefend.labels.base import BNMode, Predictions
 from softdefend.labels.refined import RefinedRule
 
@@ -53,7 +53,7 @@ class SGLR(RefinedRule):
         start: fraction of the run after which refinement begins, in [0, 1]: the first refined epoch,
             counted from one, is the ceiling of ``start * epochs`` (the code's 90 of 200; 17 of 36); at 1
             the last epoch alone is refined.
-        clean_bn: batch normalisation of the extra clean forward. ``train`` (the code) updates running
+        clean_bn: batch normalization of the extra clean forward. ``train`` (the code) updates running
             statistics with clean images too. Without effect where the objective makes its own clean
             forward, as TRADES does.
         attack_label: what the attack climbs away from: ``hard`` (the code) or ``refined``, the sample's

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 from softdefend.labels.base import LabelRule, Predictions
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Networks for small images; every one of them takes pixels in [0, 1] and normalises in its first layer."""
+"""Networks for small images; every one of them takes pixels in [0, 1] and normalizes in its first layer."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 from softdefend.models.factory import from_timm, from_user
 from softdefend.models.layers import kaiming
 from softdefend.models.logits import check_logits
-from softdefend.models.normalise import Normalise, normalised
+from softdefend.models.normalize import Normalize, normalized
 from softdefend.models.preact_resnet import PreActResNet18
 from softdefend.models.resnet import ResNet18
 from softdefend.models.small_cnn import SmallCNN
 from softdefend.models.wide_resnet import WideResNet
 
-__all__ = ["NAMES", "NetSettings", "Normalise", "build", "check_logits", "normalised"]
+__all__ = ["NAMES", "NetSettings", "Normalize", "build", "check_logits", "normalized"]
 
 _RESIDUAL: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet18": ResNet18,
@@ -52,7 +52,7 @@ class NetSettings:
 def build(
     settings: NetSettings, *, num_classes: int, in_channels: int, mean: Sequence[float], std: Sequence[float]
 ) -> nn.Module:
-    """A network with fresh weights whose first layer normalises; drawn from torch's global generator.
+    """A network with fresh weights whose first layer normalizes; drawn from torch's global generator.
 
     Args:
         settings: which network.
@@ -73,11 +73,11 @@ def build(
         raise SettingError("in_channels", in_channels, "1 or more")
     if len(mean) != in_channels:
         given = f"{len(mean)} means for images with {in_channels} channels"
-        raise SettingError("normalisation", given, "one mean and one standard deviation per channel")
+        raise SettingError("normalization", given, "one mean and one standard deviation per channel")
     net = _bare(settings, num_classes, in_channels)
     if settings.init == "kaiming":
         kaiming(net)
-    return normalised(net, mean, std)
+    return normalized(net, mean, std)
 
 
 def _bare(settings: NetSettings, num_classes: int, in_channels: int) -> nn.Module:

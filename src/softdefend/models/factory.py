@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 
 
 def from_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:

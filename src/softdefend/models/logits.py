@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from softdefend.errors import SettingError
-from softdefend.rng import stream
+from softdefend.core.errors import SettingError
+from softdefend.core.rng import stream
 
 
 def check_logits(

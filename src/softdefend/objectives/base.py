@@ -10,9 +10,9 @@ from torch import Tensor
 
 from softdefend.attacks import PGD, Attack, AttackLoss, Forward
 from softdefend.attacks.pgd import Start
+from softdefend.core.rule import Rule
+from softdefend.core.threat import ThreatModel
 from softdefend.labels import Predictions, Supervision
-from softdefend.rule import Rule
-from softdefend.threat import ThreatModel
 
 if TYPE_CHECKING:
     from softdefend.data import Batch

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softdefend.attacks import kl_divergence
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 from softdefend.labels import Predictions, Supervision
 from softdefend.objectives.at import PGDAT
 
@@ -34,7 +34,7 @@ class Consistency(PGDAT):
     """PGD-AT on two augmentations of each image, whose attacked predictions are pulled together:
     CE over both views + weight JSD(p_T(x1'), p_T(x2')).
 
-    Both views are attacked at once and forwarded at once, so batch normalisation sees 2b images. 46 forward
+    Both views are attacked at once and forwarded at once, so batch normalization sees 2b images. 46 forward
     units with PGD-10.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softdefend.attacks import AttackLoss, Forward, cross_entropy, kl_divergence
 from softdefend.attacks.pgd import Start
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 from softdefend.labels import Predictions, Supervision
 from softdefend.objectives.base import Objective
 

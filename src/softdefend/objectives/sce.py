@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 from softdefend.labels import Predictions, Supervision
 from softdefend.objectives.at import PGDAT
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from softdefend.attacks import PGD, Attack, AttackLoss, Forward, cross_entropy, value_and_gradient
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
+from softdefend.core.threat import Budget, ThreatModel
 from softdefend.objectives.at import PGDAT
-from softdefend.threat import Budget, ThreatModel
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class NFGSM(PGDAT):
     alpha eps along the gradient's sign, each cut to [0, 1] and neither to the ball.
 
     Of the training attack's settings none has an effect. With an l2 threat, which the paper does not treat,
-    the noise is uniform in the l2 ball of radius noise eps and the step the normalised gradient. 5 forward
+    the noise is uniform in the l2 ball of radius noise eps and the step the normalized gradient. 5 forward
     units.
 
     Args:

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softdefend.attacks import AttackLoss, Forward, kl_from
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
+from softdefend.core.rule import RunInfo
 from softdefend.labels import Predictions, Supervision
 from softdefend.objectives.at import PGDAT
 from softdefend.objectives.base import Objective
 from softdefend.objectives.trades import TRADES
-from softdefend.rule import RunInfo
 
 if TYPE_CHECKING:
     from softdefend.data import Batch

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softdefend.attacks import AttackLoss, Forward, kl_divergence, kl_from
 from softdefend.attacks.pgd import Start
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 from softdefend.labels import Predictions, Supervision
 from softdefend.objectives.base import Objective
 
@@ -24,7 +24,7 @@ class TRADES(Objective):
 
     As in the authors' code, gradient flows through p(x) too, and the attack starts from Gaussian noise of
     0.001. The code makes a third forward of the clean images per step, with the same logits and one more
-    update of batch-normalisation statistics; it is left out here. 27 forward units with PGD-10 (code: 39).
+    update of batch-normalization statistics; it is left out here. 27 forward units with PGD-10 (code: 39).
 
     Args:
         beta: weight of the divergence, >= 0; the code's 6.

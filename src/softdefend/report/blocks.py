@@ -16,11 +16,11 @@ from softdefend.report.tables import ABSENT, Row
 
 @dataclass(frozen=True)
 class Report:
-    """What every section draws from: the recipes, their rows of the table and their colours."""
+    """What every section draws from: the recipes, their rows of the table and their colors."""
 
     groups: Sequence[Group]
     rows: Sequence[Row]
-    colour: Mapping[str, str]
+    color: Mapping[str, str]
 
 
 def titled(title: str, *children: str) -> Html:
@@ -34,8 +34,8 @@ def paragraph(text: str) -> Html:
 
 
 def swatched(report: Report, recipe: str) -> Html:
-    """A recipe's name behind its colour."""
-    swatch = tag("span", "", class_="swatch", style=f"background:{report.colour[recipe]}", aria_hidden="true")
+    """A recipe's name behind its color."""
+    swatch = tag("span", "", class_="swatch", style=f"background:{report.color[recipe]}", aria_hidden="true")
     return join(swatch, recipe)
 
 

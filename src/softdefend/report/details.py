@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 from softdefend.evaluation.table import Table, read_table
 
 ABOUT = ("weights", "test_data", "norm", "eps")

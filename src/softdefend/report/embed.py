@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 INK = "#010203"
-"""The colour that figures draw text and axes in; it becomes dark on a light page and light on a dark one."""
+"""The color that figures draw text and axes in; it becomes dark on a light page and light on a dark one."""
 
 LARGEST = 64
 """Example images are shown at most this high and wide, in pixels: noise does not compress."""
@@ -43,7 +43,7 @@ def svg_uri(figure: Figure) -> str:
 
 
 def png_uri(image: NDArray[np.float32]) -> str:
-    """One image [c,h,w] in [0, 1] as a PNG data URI: grey for one channel, RGB for three.
+    """One image [c,h,w] in [0, 1] as a PNG data URI: gray for one channel, RGB for three.
 
     Of any other number of channels the first is shown. Values outside [0, 1] are clipped.
     """

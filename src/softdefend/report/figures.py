@@ -1,7 +1,7 @@
 """The figures of a report, each with a text for those who do not see it.
 
-Only matplotlib's object-oriented interface: no global state, no display. A recipe has one colour in all
-figures; what a colour cannot say (training or test, best or last) is said by the dash of a line.
+Only matplotlib's object-oriented interface: no global state, no display. A recipe has one color in all
+figures; what a color cannot say (training or test, best or last) is said by the dash of a line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from softdefend.report.curves import (
 from softdefend.report.embed import INK
 from softdefend.report.runs import CHECKPOINTS, OUTSIDE, Group, setting
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, without the yellow and the black
+# Okabe and Ito's palette, which color-blind readers can tell apart, without the yellow and the black
 # that vanish on a light or a dark page
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6bb1")
 
@@ -64,14 +64,14 @@ class Series:
 
 
 def shades(count: int) -> list[str]:
-    """So many colours, none twice."""
+    """So many colors, none twice."""
     if count <= len(_PALETTE):
         return list(_PALETTE[:count])
     return [to_hex(matplotlib.colormaps["turbo"]((i + 0.5) / count)) for i in range(count)]
 
 
-def colours(groups: Sequence[Group]) -> dict[str, str]:
-    """One colour for each recipe, by label."""
+def colors(groups: Sequence[Group]) -> dict[str, str]:
+    """One color for each recipe, by label."""
     return dict(zip((group.label for group in groups), shades(len(groups)), strict=True))
 
 
@@ -81,7 +81,7 @@ def norm_label(norm: object) -> str:
 
 
 def epoch_plot(
-    title: str, groups: Sequence[Group], colour: Mapping[str, str], series: Sequence[Series], unit: str
+    title: str, groups: Sequence[Group], color: Mapping[str, str], series: Sequence[Series], unit: str
 ) -> Plot | None:
     """Up to two columns of the metrics by epoch: the first drawn solid, the second dashed.
 
@@ -89,7 +89,7 @@ def epoch_plot(
         title: what the vertical axis is.
         groups: the recipes; several runs of one are drawn as their mean with a band from the smallest to
             the largest.
-        colour: by recipe label.
+        color: by recipe label.
         series: one or two columns.
         unit: ``"%"`` (columns in [0, 1] are scaled to it), or the unit of the columns as they are.
 
@@ -105,25 +105,25 @@ def epoch_plot(
             if line is None:
                 continue
             dashes[dash] = one.label
-            _draw(axes, line, colour[group.label], dash, f"{group.label}, {one.label}")
+            _draw(axes, line, color[group.label], dash, f"{group.label}, {one.label}")
             words.append(_words(group.label, one.label, line, "epoch ", unit))
             if dash == DASHES["first"]:
-                _mark_best(axes, group, line, colour[group.label])
+                _mark_best(axes, group, line, color[group.label])
     if not words:
         return None
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if unit == "nats":
         top = max(axes.dataLim.y1, 0.01)
         axes.set_ylim(-0.04 * top, 1.08 * top)
-    handles = [*_recipe_handles(groups, colour), *_dash_handles(dashes)]
+    handles = [*_recipe_handles(groups, color), *_dash_handles(dashes)]
     if any(str(line.get_label()).endswith(", best checkpoint") for line in axes.lines):
         handles.append(Line2D([], [], color=INK, marker="o", ls="", mfc="none", label="best checkpoint"))
-    _finish(figure, axes, [*handles, *_vertical_marks(axes, groups, colour)])
+    _finish(figure, axes, [*handles, *_vertical_marks(axes, groups, color)])
     return Plot(figure, title, f"Line chart: {title} by epoch. " + " ".join(words))
 
 
 def eps_plot(
-    title: str, groups: Sequence[Group], colour: Mapping[str, str], checkpoints: Sequence[str] = CHECKPOINTS
+    title: str, groups: Sequence[Group], color: Mapping[str, str], checkpoints: Sequence[str] = CHECKPOINTS
 ) -> Plot | None:
     """Robust accuracy against eps, the best checkpoint solid and the last dashed; None without any curve."""
     runs = [run for group in groups for run in group.runs]
@@ -141,11 +141,11 @@ def eps_plot(
                 continue
             dash = DASHES["first" if which == "best" else "second"]
             dashes[dash] = which
-            _draw(axes, line, colour[group.label], dash, f"{group.label}, {which}")
+            _draw(axes, line, color[group.label], dash, f"{group.label}, {which}")
             words.append(_words(group.label, which, line, "ε = ", "%"))
     if not words:
         return None
-    handles = [*_recipe_handles(groups, colour), *_dash_handles(dashes)]
+    handles = [*_recipe_handles(groups, color), *_dash_handles(dashes)]
     trained = {eps for run in runs if (eps := trained_eps(run)) is not None}
     mark = "ε of the table" if all(OUTSIDE in run.config for run in runs) else "ε in training"
     for eps in sorted(trained):
@@ -157,7 +157,7 @@ def eps_plot(
     return Plot(figure, title, f"Line chart: {title}. " + " ".join(words))
 
 
-def class_plot(title: str, groups: Sequence[Group], colour: Mapping[str, str], which: str) -> Plot | None:
+def class_plot(title: str, groups: Sequence[Group], color: Mapping[str, str], which: str) -> Plot | None:
     """Clean (hollow) and robust (filled) accuracy of every class; of many classes, the hardest ones.
 
     Args:
@@ -177,13 +177,13 @@ def class_plot(title: str, groups: Sequence[Group], colour: Mapping[str, str], w
         places = [y + offset for y, name in enumerate(shown) if name in table]
         clean = [100 * table[name][0] for name in shown if name in table]
         kept = [100 * table[name][1] for name in shown if name in table]
-        axes.hlines(places, kept, clean, color=colour[label], lw=1, alpha=0.6)
-        axes.plot(clean, places, "o", color=colour[label], mfc="none", ms=5, label=f"{label}, clean")
-        axes.plot(kept, places, "o", color=colour[label], ms=5, label=f"{label}, robust")
+        axes.hlines(places, kept, clean, color=color[label], lw=1, alpha=0.6)
+        axes.plot(clean, places, "o", color=color[label], mfc="none", ms=5, label=f"{label}, clean")
+        axes.plot(kept, places, "o", color=color[label], ms=5, label=f"{label}, robust")
     axes.set_yticks(range(len(shown)), [_plain(name, 18) for name in shown])
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlim(-2, 102)
-    handles = _recipe_handles([group for group in groups if group.label in tables], colour)
+    handles = _recipe_handles([group for group in groups if group.label in tables], color)
     handles.append(Line2D([], [], color=INK, marker="o", ls="", mfc="none", ms=5, label="clean"))
     handles.append(Line2D([], [], color=INK, marker="o", ls="", ms=5, label="robust"))
     _finish(figure, axes, handles)
@@ -192,7 +192,7 @@ def class_plot(title: str, groups: Sequence[Group], colour: Mapping[str, str], w
     return Plot(figure, title + (f" (the {len(shown)} hardest of {len(names)})" if cut else ""), alt)
 
 
-def steps_plot(title: str, steps: Sequence[tuple[str, int]], n: int, colour: str) -> Plot:
+def steps_plot(title: str, steps: Sequence[tuple[str, int]], n: int, color: str) -> Plot:
     """Accuracy after the clean pass and after each attack, one upon the other; what each took is hatched.
 
     Args:
@@ -203,9 +203,9 @@ def steps_plot(title: str, steps: Sequence[tuple[str, int]], n: int, colour: str
     names = [_plain(name, 18) for name, _ in steps]
     left = [100 * count / n for _, count in steps]
     lost = [before - now for before, now in zip([100.0, *left], left, strict=False)]
-    axes.bar(range(len(left)), left, color=colour, width=0.7)
+    axes.bar(range(len(left)), left, color=color, width=0.7)
     places = range(1, len(left))
-    axes.bar(places, lost[1:], 0.7, bottom=left[1:], color="none", edgecolor=colour, hatch="///")
+    axes.bar(places, lost[1:], 0.7, bottom=left[1:], color="none", edgecolor=color, hatch="///")
     for x, height in enumerate(left):
         top = height + (lost[x] if x else 0)
         axes.annotate(
@@ -221,7 +221,7 @@ def steps_plot(title: str, steps: Sequence[tuple[str, int]], n: int, colour: str
     return Plot(figure, title, f"Bar chart: {title}. {said}.")
 
 
-def confusion_plot(title: str, counts: NDArray[np.int64], classes: Sequence[str], colour: str) -> Plot:
+def confusion_plot(title: str, counts: NDArray[np.int64], classes: Sequence[str], color: str) -> Plot:
     """Which class is taken for which: shares of each true class, darker where there are more.
 
     Args:
@@ -231,8 +231,8 @@ def confusion_plot(title: str, counts: NDArray[np.int64], classes: Sequence[str]
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     k = len(classes)
     figure, axes = _canvas("true class", "predicted class", height=4.6)
-    # transparency and not lightness, so that an empty cell is the colour of the page, light or dark
-    axes.imshow(np.dstack([np.broadcast_to(to_rgb(colour), (k, k, 3)), 0.7 * shares]), aspect="auto")
+    # transparency and not lightness, so that an empty cell is the color of the page, light or dark
+    axes.imshow(np.dstack([np.broadcast_to(to_rgb(color), (k, k, 3)), 0.7 * shares]), aspect="auto")
     names = [_plain(name, 12) for name in classes]
     axes.set_xticks(range(k), names, rotation=60, ha="right", fontsize=8)
     axes.set_yticks(range(k), names, fontsize=8)
@@ -276,22 +276,22 @@ def dress(axes: Axes, ylabel: str, xlabel: str) -> None:
         spine.set_color(INK)
 
 
-def _draw(axes: Axes, line: Line, colour: str, dash: str, label: str) -> None:
+def _draw(axes: Axes, line: Line, color: str, dash: str, label: str) -> None:
     marker = "o" if len(line.x) <= 12 else ""
-    axes.plot(line.x, line.y, dash, color=colour, lw=1.7, marker=marker, ms=3.5, label=label)
+    axes.plot(line.x, line.y, dash, color=color, lw=1.7, marker=marker, ms=3.5, label=label)
     if line.low != line.y or line.high != line.y:
-        axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.16, lw=0)
+        axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.16, lw=0)
 
 
-def _mark_best(axes: Axes, group: Group, line: Line, colour: str) -> None:
+def _mark_best(axes: Axes, group: Group, line: Line, color: str) -> None:
     """A ring where the best checkpoint was taken; several runs have no common place for it."""
     epoch = group.runs[0].evaluations.get("best", {}).get("epoch")
     if len(group.runs) == 1 and epoch in line.x:
         y = line.y[line.x.index(epoch)]
-        axes.plot([epoch], [y], "o", color=colour, mfc="none", ms=8, label=f"{group.label}, best checkpoint")
+        axes.plot([epoch], [y], "o", color=color, mfc="none", ms=8, label=f"{group.label}, best checkpoint")
 
 
-def _vertical_marks(axes: Axes, groups: Sequence[Group], colour: Mapping[str, str]) -> list[Line2D]:
+def _vertical_marks(axes: Axes, groups: Sequence[Group], color: Mapping[str, str]) -> list[Line2D]:
     handles = []
     for epoch in all_drops(groups):
         axes.axvline(epoch, color=INK, lw=1, ls=":", label="learning rate drops")
@@ -305,13 +305,13 @@ def _vertical_marks(axes: Axes, groups: Sequence[Group], colour: Mapping[str, st
     for start, recipes in starts.items():
         alone = len(recipes) == 1
         label = f"label refinement starts ({recipes[0] if alone else f'{len(recipes)} recipes'})"
-        line = axes.axvline(start, color=colour[recipes[0]] if alone else INK, lw=1.2, ls="-.", label=label)
+        line = axes.axvline(start, color=color[recipes[0]] if alone else INK, lw=1.2, ls="-.", label=label)
         handles.append(line)
     return handles
 
 
-def _recipe_handles(groups: Iterable[Group], colour: Mapping[str, str]) -> list[Line2D]:
-    return [Line2D([], [], color=colour[group.label], lw=3, label=group.label) for group in groups]
+def _recipe_handles(groups: Iterable[Group], color: Mapping[str, str]) -> list[Line2D]:
+    return [Line2D([], [], color=color[group.label], lw=3, label=group.label) for group in groups]
 
 
 def _dash_handles(labels: Mapping[str, str]) -> list[Line2D]:

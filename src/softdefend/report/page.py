@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from softdefend.errors import SettingError
-from softdefend.files import write_atomic
+from softdefend.core.errors import SettingError
+from softdefend.core.files import write_atomic
 from softdefend.report import robustness, sections
 from softdefend.report.blocks import Report
-from softdefend.report.figures import colours
+from softdefend.report.figures import colors
 from softdefend.report.markup import Html, join, tag
 from softdefend.report.runs import RunRecord, group_runs
 from softdefend.report.summary import heading, summary
@@ -37,7 +37,7 @@ def write_report(runs: Sequence[RunRecord], path: Path, title: str | None = None
 def page(runs: Sequence[RunRecord], title: str) -> Html:
     """The page's ``html`` element."""
     groups, rows = group_runs(runs), comparison_rows(runs)
-    report = Report(groups, rows, colours(groups))
+    report = Report(groups, rows, colors(groups))
     style = Html((files("softdefend.report") / "page.css").read_text(encoding="utf-8"))
     head = tag(
         "head",

@@ -78,7 +78,7 @@ def after_each_attack(report: Report) -> Html:
             named = [(name if name == "clean" else attack_label(name), count) for name, count, _ in steps]
             title = f"{shown.recipe}, {shown.which} checkpoint" if shown.run.metrics else shown.recipe
             n = int(shown.evaluation["n"])
-            plots.append(steps_plot(title, named, n, report.colour[shown.recipe]))
+            plots.append(steps_plot(title, named, n, report.color[shown.recipe]))
     if not plots:
         return Html("")
     note = "Images that are still right after each attack and all before it; hatched: what this attack took."
@@ -97,7 +97,7 @@ def confusion(report: Report) -> Html:
         counts = confusion_counts(shown.details.table, len(classes))
         if len(classes) <= MOST_CLASSES:
             title = f"{shown.recipe}, {shown.which} checkpoint" if shown.run.metrics else shown.recipe
-            plots.append(confusion_plot(title, counts, classes, report.colour[shown.recipe]))
+            plots.append(confusion_plot(title, counts, classes, report.color[shown.recipe]))
         tables.append(join(_heading(report, shown), _pairs_table(shown.recipe, counts, classes)))
     note = (
         "In the worst case: the wrong class of the clean image, else what the first attack that succeeded "

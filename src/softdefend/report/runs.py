@@ -13,8 +13,8 @@ import yaml
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from softdefend.errors import SettingError
-from softdefend.older import ADDED, flatten
+from softdefend.core.errors import SettingError
+from softdefend.core.yaml_files import flatten
 from softdefend.report.details import Details, is_number, read_details
 
 CHECKPOINTS = ("best", "last")
@@ -161,7 +161,7 @@ _Key = tuple[str, frozenset[tuple[str, str]]]
 
 
 def _key(run: RunRecord) -> _Key:
-    leaves = {**ADDED, **flatten({name: run.config.get(name) for name in GROUP_SECTIONS})}
+    leaves = flatten({name: run.config.get(name) for name in GROUP_SECTIONS})
     return run.name, frozenset(
         (path, str(value)) for path, value in leaves.items() if "seed" not in path.rpartition(".")[2]
     )

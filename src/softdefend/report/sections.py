@@ -106,8 +106,8 @@ def learning_curves(report: Report) -> Html:
     plots = [
         *_accuracy(report, "Robust accuracy", [robust, "train_robust"]),
         *_accuracy(report, "Clean accuracy", [clean, "train_clean"]),
-        epoch_plot("Training loss", report.groups, report.colour, [Series("loss", "")], ""),
-        epoch_plot("Target entropy", report.groups, report.colour, [Series("target_entropy", "")], "nats"),
+        epoch_plot("Training loss", report.groups, report.color, [Series("loss", "")], ""),
+        epoch_plot("Target entropy", report.groups, report.color, [Series("target_entropy", "")], "nats"),
     ]
     drawn = [plot for plot in plots if plot]
     if all(OUTSIDE in run.config for group in report.groups for run in group.runs):
@@ -158,9 +158,9 @@ def _marked(line: Mapping[str, Any], name: str) -> bool:
 def _accuracy(report: Report, title: str, columns: Sequence[str | None]) -> list[Plot | None]:
     series = [Series(column, _ON[column]) for column in columns if column]
     if len(report.groups) <= _MOST_TOGETHER:
-        return [epoch_plot(title, report.groups, report.colour, series, "%")]
+        return [epoch_plot(title, report.groups, report.color, series, "%")]
     return [
-        epoch_plot(f"{title} on {one.label}", report.groups, report.colour, [Series(one.column, "")], "%")
+        epoch_plot(f"{title} on {one.label}", report.groups, report.color, [Series(one.column, "")], "%")
         for one in series
     ]
 
@@ -169,10 +169,10 @@ def eps_curves(report: Report) -> Html:
     """Robust accuracy against eps."""
     if len(report.groups) <= _MOST_TOGETHER:
         both = "Robust accuracy of the best and the last checkpoint"
-        plots = [eps_plot(both, report.groups, report.colour)]
+        plots = [eps_plot(both, report.groups, report.color)]
     else:
         plots = [
-            eps_plot(f"Robust accuracy of the {which} checkpoint", report.groups, report.colour, [which])
+            eps_plot(f"Robust accuracy of the {which} checkpoint", report.groups, report.color, [which])
             for which in CHECKPOINTS
         ]
     drawn = [plot for plot in plots if plot]
@@ -195,7 +195,7 @@ def classes(report: Report) -> Html:
     tables = {group.label: class_means(group, which) for group in report.groups}
     tables = {label: table for label, table in tables.items() if table}
     plot = class_plot(
-        f"Clean and robust accuracy of the {which} checkpoint", report.groups, report.colour, which
+        f"Clean and robust accuracy of the {which} checkpoint", report.groups, report.color, which
     )
     names = list(dict.fromkeys(name for table in tables.values() for name in table))
     head = join(
@@ -242,7 +242,7 @@ def _example_block(report: Report, label: str, run: RunRecord, most: int) -> Htm
     factor = max(1, round(0.5 / largest)) if largest else 1
     cards = [_example(shown, i, factor) for i in range(min(most, len(shown.label)))]
     note = (
-        f"Seed {run.seed}. The perturbation is magnified {factor} times around grey; "
+        f"Seed {run.seed}. The perturbation is magnified {factor} times around gray; "
         f"its largest change of a pixel is {largest:.4f} on the scale from 0 to 1."
     )
     return join(tag("h3", swatched(report, label)), paragraph(note), tag("div", *cards, class_="examples"))

@@ -32,15 +32,15 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Plot | None:
     figure = Figure(figsize=(7.0, 3.9), layout="constrained")
     axes = figure.add_subplot()
     names = list(dict.fromkeys(str(row["name"]) for row in rows))
-    colour = dict(zip(names, shades(len(names)), strict=True))
+    color = dict(zip(names, shades(len(names)), strict=True))
     for row in rows:
         for column, dash in ((key, "-"), ("train_robust", "--")):
             if points := _points(row, column):
-                axes.plot(*zip(*points, strict=True), dash, color=colour[row["name"]], lw=1.5)
+                axes.plot(*zip(*points, strict=True), dash, color=color[row["name"]], lw=1.5)
     for epoch in sorted({epoch for row in rows for epoch in drops(row["curve"])}):
         axes.axvline(epoch, color=INK, lw=0.9, ls=":")
     dress(axes, "robust accuracy (%)", "epoch (dotted: learning-rate drops)")
-    handles = [Line2D([], [], color=colour[name], lw=3, label=_plain(name)) for name in names]
+    handles = [Line2D([], [], color=color[name], lw=3, label=_plain(name)) for name in names]
     for dash, label in (("-", held_out), ("--", "training batches")):
         handles.append(Line2D([], [], color=INK, ls=dash, label=label))
     figure.legend(handles=handles, loc="outside right upper", frameon=False, labelcolor=INK, fontsize=8)
@@ -59,7 +59,7 @@ def best_and_last(
 
     Args:
         rows: of the table, with ``best`` and ``last``, shares by measure.
-        factors: keys that set the rows apart; the first gives the colour.
+        factors: keys that set the rows apart; the first gives the color.
         measures: columns.
 
     Returns:
@@ -69,12 +69,12 @@ def best_and_last(
         return None
     labels = list(dict.fromkeys(_label(row, factors) for row in rows))
     kinds = list(dict.fromkeys(str(row[factors[0]]) for row in rows))
-    colour = dict(zip(kinds, shades(len(kinds)), strict=True))
+    color = dict(zip(kinds, shades(len(kinds)), strict=True))
     figure = Figure(figsize=(2.4 + 2.6 * len(measures), 1.1 + 0.3 * len(labels)), layout="constrained")
     panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axes, measure in zip(panels, measures, strict=True):
         for row in rows:
-            y, shade = labels.index(_label(row, factors)), colour[str(row[factors[0]])]
+            y, shade = labels.index(_label(row, factors)), color[str(row[factors[0]])]
             best, last = (100 * row[which][measure] for which in ("best", "last"))
             axes.plot([best, last], [y, y], "-", color=shade, lw=1)
             axes.plot([best], [y], "o", color=shade, mfc="none", ms=7)

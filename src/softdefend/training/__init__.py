@@ -1,6 +1,6 @@
 """Training: the loop, the step, checkpoints and the run folder."""
 
-from softdefend.training.engine import Engine, RuntimeSettings
+from softdefend.execution.engine import Engine, RuntimeSettings
 from softdefend.training.schedules import Schedule
 from softdefend.training.step import OptimSettings, Recipe
 from softdefend.training.trainer import SaveSettings, Trainer, ValidateSettings

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from softdefend.errors import SettingError
-from softdefend.files import Writer, move, write_atomic
+from softdefend.core.errors import SettingError
+from softdefend.core.files import Writer, move, write_atomic
 
 _MAGIC = b"softdefend-checkpoint-1\n"
 _HEADER = len(_MAGIC) + 32 + 8

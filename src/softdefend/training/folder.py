@@ -6,10 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,11 @@ import yaml
 from safetensors import SafetensorError
 from torch import nn
 
-from softdefend.errors import SettingError
-from softdefend.evaluation.records import versions
-from softdefend.evaluation.weights import read_metadata, to_bytes
-from softdefend.files import Writer, move, write_atomic
-from softdefend.older import ADDED, flatten
+from softdefend.core.environment import environment
+from softdefend.core.errors import SettingError
+from softdefend.core.files import Writer, move, write_atomic
+from softdefend.core.weight_files import read_metadata, to_bytes
+from softdefend.core.yaml_files import flatten, read_yaml
 from softdefend.training.checkpoint import CheckpointFolder, snapshot
 
 # What may change between a run and its continuation without changing a result.
@@ -89,7 +86,6 @@ class RunFolder:
     def _compare(self, began: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Refuse settings that a run did not begin with."""
         before, now = flatten(began), flatten(json.loads(json.dumps(config)))
-        before = {key: value for key, value in ADDED.items() if key in now} | before
         changed = sorted(
             key
             for key in before.keys() | now.keys()
@@ -230,60 +226,3 @@ def _epoch_of(path: Path) -> int | None:
         return int(read_metadata(path)["epoch"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
-
-
-class _Once(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, of which YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set[str]()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                place = f"{self.name}, line {key.start_mark.line + 1}"
-                raise SettingError(place, f"{key.value!r} a second time", "each setting once")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
-
-    Raises:
-        SettingError: missing, unreadable, a setting given twice, or something else.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.load(file, _Once)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingError(str(path), f"unreadable YAML ({error})", "a readable YAML file") from error
-    if not isinstance(content, dict):
-        raise SettingError(str(path), f"a {type(content).__name__}", "a YAML mapping")
-    return content
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, machine and commit of this process."""
-    return {
-        **versions(device),
-        "commit": _commit(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(Path(word).name if not number else word for number, word in enumerate(sys.argv)),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the source tree that is running: the variable SOFTDEFEND_COMMIT, else git's word. A tree
-    exported from its repository may lie inside another."""
-    if named := os.environ.get("SOFTDEFEND_COMMIT"):
-        return named
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 
 
 @dataclass(frozen=True)

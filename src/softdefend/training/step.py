@@ -13,17 +13,17 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from softdefend import rng
 from softdefend.attacks import PGD, Forward
+from softdefend.core import rng
+from softdefend.core.errors import SettingError
+from softdefend.core.rule import Rule
+from softdefend.core.threat import ThreatModel
 from softdefend.data import Batch, Resident
-from softdefend.errors import SettingError
-from softdefend.fused import FusedNet, FusedThreat, agree, fused, refusal
+from softdefend.execution.engine import Engine
+from softdefend.execution.fused import FusedNet, FusedThreat, agree, fused, refusal
+from softdefend.execution.modes import attacked, set_mode
 from softdefend.labels import BNMode, LabelRule, Predictions, Supervision
-from softdefend.modes import attacked, set_mode
 from softdefend.objectives import Objective
-from softdefend.rule import Rule
-from softdefend.threat import ThreatModel
-from softdefend.training.engine import Engine
 from softdefend.training.mixture import Mixture
 from softdefend.training.schedules import Schedule
 from softdefend.weights import Plain, WeightRule
@@ -31,7 +31,7 @@ from softdefend.weights import Plain, WeightRule
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """The optimiser and the length of the run: SGD with momentum, as the field's protocols have it.
+    """The optimizer and the length of the run: SGD with momentum, as the field's protocols have it.
 
     Raises:
         SettingError: a value outside its range.
@@ -108,7 +108,7 @@ class Phase(NamedTuple):
 METERS = ("samples", "loss", "adversarial_correct", "clean_correct", "target_entropy")
 
 
-def make_optimiser(net: nn.Module, settings: OptimSettings, device: torch.device) -> torch.optim.SGD:
+def make_optimizer(net: nn.Module, settings: OptimSettings, device: torch.device) -> torch.optim.SGD:
     """SGD whose momentum exists from the start, so that the first step is like every other.
 
     On a GPU the learning rate is a device tensor: a captured step reads it, the host writes it.
@@ -120,7 +120,7 @@ def make_optimiser(net: nn.Module, settings: OptimSettings, device: torch.device
     parameters = [p for p in net.parameters() if p.requires_grad]
     if not parameters:
         raise SettingError("net", f"{type(net).__name__} without trainable parameters", "some to train")
-    optimiser = torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         parameters,
         lr=torch.tensor(settings.lr, device=device) if on_gpu else settings.lr,
         momentum=settings.momentum,
@@ -129,9 +129,9 @@ def make_optimiser(net: nn.Module, settings: OptimSettings, device: torch.device
         fused=True if on_gpu else None,
     )
     if settings.momentum > 0:
-        for parameter in optimiser.param_groups[0]["params"]:
-            optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimiser
+        for parameter in optimizer.param_groups[0]["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def mixing_refusal(rule: Rule) -> str | None:
@@ -235,7 +235,7 @@ class TrainStep:
         net: the network, on the engine's device; its own object is never wrapped or replaced.
         data: the training split; plain, or :class:`~softdefend.data.Augmented`.
         recipe: what to train.
-        optimiser: from :func:`make_optimiser`.
+        optimizer: from :func:`make_optimizer`.
         engine: device and precision.
         weight: at which weights the gradient is taken; set up by the caller.
 
@@ -249,11 +249,11 @@ class TrainStep:
         net: nn.Module,
         data: Resident,
         recipe: Recipe,
-        optimiser: torch.optim.SGD,
+        optimizer: torch.optim.SGD,
         engine: Engine,
         weight: WeightRule | None = None,
     ) -> None:
-        self.net, self.data, self.recipe, self.optimiser, self.engine = net, data, recipe, optimiser, engine
+        self.net, self.data, self.recipe, self.optimizer, self.engine = net, data, recipe, optimizer, engine
         self.weight = weight or Plain()
         for rule in (recipe.label, recipe.objective, self.weight) if data.mixes else ():
             if reason := mixing_refusal(rule):
@@ -289,7 +289,7 @@ class TrainStep:
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the steps that follow."""
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
@@ -315,7 +315,7 @@ class TrainStep:
             adversarial = self.attack(
                 forward, batch.image, away_from, self._threat, loss=loss, generator=self.generator
             )
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         # A first look at the trained weights leaves running statistics to the second, at the perturbed ones.
         twice = self.weight.perturbs(phase.weight)
         mode: BNMode = "batch" if twice else "train"
@@ -372,7 +372,7 @@ class TrainStep:
 
     def _update(self, total: Tensor) -> None:
         total.backward()  # type: ignore[no-untyped-call]
-        self.optimiser.step()
+        self.optimizer.step()
 
     @torch.no_grad()
     def _clean(self, image: Tensor, mode: BNMode) -> Tensor:
@@ -395,7 +395,7 @@ class TrainStep:
 
     def _state(self) -> list[Tensor]:
         """Every tensor that a step changes."""
-        momentum = [v for s in self.optimiser.state.values() for v in s.values() if isinstance(v, Tensor)]
+        momentum = [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
         rules = (*self.recipe.label.state_dict().values(), *self.recipe.objective.state_dict().values())
         kept = [value for value in rules if isinstance(value, Tensor)]
         return [*self.net.parameters(), *self.net.buffers(), *momentum, *kept, self.meters]
@@ -410,7 +410,7 @@ class TrainStep:
             for _ in range(3):
                 self._body(static_plan, phase)
         torch.cuda.current_stream().wait_stream(side)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         # Without a stream torch takes one for the whole process, on the device of the first capture.

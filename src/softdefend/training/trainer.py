@@ -16,22 +16,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from softdefend import rng
 from softdefend.attacks import FGSM, PGD
-from softdefend.data import Augmented, AugmentSettings, DataBundle, Resident
-from softdefend.errors import DivergenceError, SettingError
+from softdefend.core import rng
+from softdefend.core.errors import DivergenceError, SettingError
+from softdefend.core.rule import Rule, RunInfo
+from softdefend.data import Augmented, AugmentSettings, DataBundle, Resident, fingerprint
 from softdefend.evaluation.autoattack import Ensemble
 from softdefend.evaluation.evaluate import Evaluator
 from softdefend.evaluation.preflight import check_eps
-from softdefend.evaluation.resume import fingerprint
-from softdefend.evaluation.searching import Precision, check_precision
-from softdefend.rule import Rule, RunInfo
+from softdefend.execution.engine import Engine, RuntimeSettings
+from softdefend.execution.search import Precision, check_precision
 from softdefend.training.alarm import collapsed, describe, trains_on_one_step
 from softdefend.training.checkpoint import CheckpointError
-from softdefend.training.engine import Engine, RuntimeSettings
 from softdefend.training.folder import RunFolder
 from softdefend.training.hints import hints
-from softdefend.training.step import METERS, OptimSettings, Phase, Recipe, TrainStep, make_optimiser
+from softdefend.training.step import METERS, OptimSettings, Phase, Recipe, TrainStep, make_optimizer
 from softdefend.weights import Plain, WeightRule
 
 
@@ -105,7 +104,7 @@ class Trainer:
     """Trains one network with one recipe in one run folder.
 
     A run that is killed at any moment and started again with the same settings ends in the same bits on the
-    same machine: network, optimiser, averages, label memory and metrics.
+    same machine: network, optimizer, averages, label memory and metrics.
 
     Args:
         net: images [b, c, h, w] in [0, 1] to logits [b, k].
@@ -164,12 +163,12 @@ class Trainer:
             if self.optim.drop_last
             else math.ceil(self.train_data.n / self.batch_size)
         )
-        self.optimiser = make_optimiser(self.net, self.optim, device)
+        self.optimizer = make_optimizer(self.net, self.optim, device)
         run = RunInfo(self.train_data.labels, self.k, self.optim.epochs, self.net, self.engine.autocast)
         self.rules: tuple[Rule, ...] = (recipe.label, recipe.objective, self.weight)
         for rule in self.rules:
             rule.setup(run)
-        self.step = TrainStep(self.net, self.train_data, recipe, self.optimiser, self.engine, self.weight)
+        self.step = TrainStep(self.net, self.train_data, recipe, self.optimizer, self.engine, self.weight)
         self.watched = self.validate.alarm != "off" and trains_on_one_step(recipe)
         self.warned: set[str] = set()
         self.epoch = self.done = 0  # epochs finished; steps finished in the current one
@@ -421,14 +420,14 @@ class Trainer:
                     writer.add_scalar(name, value, row["epoch"])
 
     def _save(self) -> None:
-        params = self.optimiser.param_groups[0]["params"]
+        params = self.optimizer.param_groups[0]["params"]
         state = {
             "epoch": self.epoch,
             "done": self.done,
             "fingerprint": self.bundle.fingerprint,
             "seed": self.seed,
             "net": self.net.state_dict(),
-            "momentum": [self.optimiser.state[p]["momentum_buffer"] for p in params]
+            "momentum": [self.optimizer.state[p]["momentum_buffer"] for p in params]
             if self.optim.momentum
             else [],
             "weight": self.weight.state_dict(),
@@ -479,9 +478,9 @@ class Trainer:
         try:
             self.net.load_state_dict(state["net"])
             with torch.no_grad():
-                params = self.optimiser.param_groups[0]["params"]
+                params = self.optimizer.param_groups[0]["params"]
                 for parameter, momentum in zip(params, state["momentum"], strict=bool(self.optim.momentum)):
-                    self.optimiser.state[parameter]["momentum_buffer"].copy_(momentum)
+                    self.optimizer.state[parameter]["momentum_buffer"].copy_(momentum)
                 self.step.meters.copy_(state["meters"])
             kept = [state[name] for name in ("label", "objective", "weight")]
         except (KeyError, ValueError, RuntimeError) as error:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
-from softdefend.errors import SettingError
-from softdefend.rule import RunInfo
+from softdefend.core.errors import SettingError
+from softdefend.core.rule import RunInfo
 from softdefend.weights.base import WeightRule
 
 SWABatchNorm = Literal["reestimate", "copy"]
@@ -22,7 +22,7 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 class EMA(WeightRule):
     """Exponential moving average of the weights; the average predicts, the plain weights train.
 
-    Batch-normalisation statistics are the live network's, copied at every step. In the first steps the
+    Batch-normalization statistics are the live network's, copied at every step. In the first steps the
     decay is min(decay, (1 + t) / (10 + t)), so that the start is forgotten. (Rebuilds of Gowal et al.,
     arXiv 2010.03593, use the same formula after copying the weights for the first 2.5% of the run.)
 
@@ -74,7 +74,7 @@ class EMA(WeightRule):
 class SWA(WeightRule):
     """Stochastic weight averaging: the equally weighted mean of the weights at the ends of epochs predicts.
 
-    The plain weights train, and predict until the first average. The mean has no batch-normalisation
+    The plain weights train, and predict until the first average. The mean has no batch-normalization
     statistics of its own: :func:`reestimate` measures them after every average.
 
     Args:
@@ -82,7 +82,7 @@ class SWA(WeightRule):
             counted from zero, is the ceiling of ``start * epochs``, at most the last one. The reference's
             0.275 is epoch 55 of 200.
         every: epochs between averages, >= 1. In between, the last average predicts.
-        bn: statistics of batch normalisation: ``reestimate`` (one forward of all training images per
+        bn: statistics of batch normalization: ``reestimate`` (one forward of all training images per
             average) or ``copy`` (those of the plain network).
 
     Raises:
@@ -134,12 +134,12 @@ def reestimate(
     images: Callable[[], Iterator[Tensor]],
     forward: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Measure the running statistics of batch normalisation anew: their mean over all batches.
+    """Measure the running statistics of batch normalization anew: their mean over all batches.
 
     Every batch counts the same, as in ``torch.optim.swa_utils.update_bn``: the images of a smaller last one
-    count for more. Unlike there, everything but batch normalisation is in eval mode: the statistics are
+    count for more. Unlike there, everything but batch normalization is in eval mode: the statistics are
     those of the network that will predict, without dropout, and nothing is drawn. Without batch
-    normalisation nothing is done. The network is left in eval mode.
+    normalization nothing is done. The network is left in eval mode.
 
     Args:
         net: the network.

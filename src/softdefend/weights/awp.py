@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softdefend.errors import SettingError
-from softdefend.rule import RunInfo
+from softdefend.core.errors import SettingError
+from softdefend.core.rule import RunInfo
 from softdefend.weights.base import Plain, WeightRule
 
 _TINY = 1e-20
@@ -36,7 +36,7 @@ class AWP(WeightRule):
     Each step looks twice at the same adversarial images and targets. The first look, at the trained weights,
     gives the direction; the loss and its gradient are then taken at w + v, with ||v_l|| = gamma ||w_l|| in
     every layer, and the update that follows from them is made to w. Perturbed are the trainable parameters of
-    more than one dimension: weights of convolutions and linear layers, no biases, no normalisation. As in the
+    more than one dimension: weights of convolutions and linear layers, no biases, no normalization. As in the
     authors' code the attack is made once, at w, and weight decay is of w + v.
 
     Args:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 
-from softdefend.rule import Rule, RunInfo
+from softdefend.core.rule import Rule, RunInfo
 
 
 class WeightRule(Rule):

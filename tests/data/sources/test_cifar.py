@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from softdefend.core.errors import SettingError
 from softdefend.data import DataSettings
 from softdefend.data.sources import Raw, read
-from softdefend.errors import SettingError
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

@@ -12,7 +12,7 @@ def test_digits_are_scikit_learns_on_a_scale_of_255() -> None:
     source = load_digits()
     assert raw.train.images.shape == (1797, 1, 8, 8)
     assert raw.train.images.dtype == torch.uint8
-    # Half a level of 255 is the most that rounding may move a grey level.
+    # Half a level of 255 is the most that rounding may move a gray level.
     moved = raw.train.images[:, 0].numpy() / 255 - source.images / 16
     assert np.abs(moved).max() <= 0.5 / 255 + 1e-12
     assert len(raw.train.images.unique()) == 17

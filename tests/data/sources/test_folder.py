@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from picture_tools import encode, planes
 
+from softdefend.core.errors import SettingError
 from softdefend.data import DataSettings
 from softdefend.data.sources import Raw, read
-from softdefend.errors import SettingError
 
 
 def write(root: Path, pictures: np.ndarray, names: list[str]) -> Path:

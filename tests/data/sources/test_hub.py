@@ -6,9 +6,9 @@ import huggingface_hub
 import pytest
 import torch
 
+from softdefend.core.errors import SettingError
 from softdefend.data import DataSettings, load
 from softdefend.data.sources import read
-from softdefend.errors import SettingError
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import pytest
 import torch
 from picture_tools import encode, planes
 
+from softdefend.core.errors import SettingError
 from softdefend.data import DataSettings
 from softdefend.data.sources import Raw, read
-from softdefend.errors import SettingError
 
 WriteParquet = Callable[..., Path]
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from picture_tools import encode
 
+from softdefend.core.errors import SettingError
 from softdefend.data import DataSettings
 from softdefend.data.sources import read
-from softdefend.errors import SettingError
 
 
 @pytest.mark.parametrize("name", ["image_column", "label_column"])

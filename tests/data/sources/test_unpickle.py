@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from softdefend.core.errors import SettingError
 from softdefend.data.sources.unpickle import load
-from softdefend.errors import SettingError
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softdefend.core.errors import SettingError
 from softdefend.data.base import Split, split
 from softdefend.data.raw import Raw
 from softdefend.data.sources.unpickle import load
-from softdefend.errors import SettingError
 
 _CIFAR10, _CIFAR100 = "cifar-10-batches-py", "cifar-100-python"
 

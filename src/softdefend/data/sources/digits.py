@@ -9,7 +9,7 @@ from softdefend.data.raw import Raw
 
 
 def read() -> Raw:
-    """[1797, 1, 8, 8] uint8, grey levels 0..16 of the source mapped to round(v 255 / 16); no test split.
+    """[1797, 1, 8, 8] uint8, gray levels 0..16 of the source mapped to round(v 255 / 16); no test split.
 
     Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI (1998), its test part.
     """

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
+from softdefend.core.errors import SettingError
 from softdefend.data.base import Split, split
 from softdefend.data.cache import cached, source_key
 from softdefend.data.decode import decode
 from softdefend.data.raw import Raw
 from softdefend.data.sources.walk import files_below, listed
-from softdefend.errors import SettingError
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 _TEST_FOLDERS = ("test", "validation", "valid", "val")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 
 _ID = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w./-]+))?")
 

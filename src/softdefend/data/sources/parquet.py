@@ -16,12 +16,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from softdefend.core.errors import SettingError
 from softdefend.data.base import Split, split
 from softdefend.data.cache import cached, source_key
 from softdefend.data.decode import decode
 from softdefend.data.raw import Raw, numbered
 from softdefend.data.sources.walk import files_below, listed
-from softdefend.errors import SettingError
 
 _SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation"} | {
     "val": "validation",

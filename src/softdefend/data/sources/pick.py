@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from softdefend.core.errors import SettingError
 from softdefend.data.cache import default_folder
 from softdefend.data.raw import Raw
 from softdefend.data.settings import DataSettings
 from softdefend.data.sources import cifar, digits, folder, hub, parquet
-from softdefend.errors import SettingError
 
 _KINDS = (
     "digits, hf:owner/name, a Parquet file or a folder of them, a folder of images (class/name.png), or a "

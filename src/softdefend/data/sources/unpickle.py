@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 
 _PLAIN_CODE = re.compile(r"[biuf][1248]")
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from softdefend.errors import SettingError
+from softdefend.core.errors import SettingError
 
 
 def listed(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from softdefend.attacks import APGD, FGSM, PGD, Attack, AttackLoss, Square, cross_entropy
 from softdefend.attacks.base import Forward, Randomness, larger
+from softdefend.core.threat import LARGEST, Budget, ThreatModel
 from softdefend.evaluation.masking.border import BORDER, walked
 from softdefend.evaluation.masking.finding import Check, Finding
 from softdefend.evaluation.masking.probe import Probe
 from softdefend.evaluation.masking.surface import FOSC, convergence
-from softdefend.threat import LARGEST, Budget, ThreatModel
 
 _ATHALYE = "Athalye et al. 2018, arXiv 1802.00420"
 _CARLINI = "Carlini et al. 2019, arXiv 1902.06705"
@@ -65,7 +65,7 @@ HUGE = Check(
     0.02,
     "above",
     _ATHALYE,
-    "Images survive in a ball so wide that uniform grey, which gets another class, lies in it: no network is "
+    "Images survive in a ball so wide that uniform gray, which gets another class, lies in it: no network is "
     "robust there, the attack fails.",
     share=True,
 )
@@ -200,14 +200,14 @@ def _within(probe: Probe, eps: float) -> Probe:
 
 def _huge(probe: Probe) -> Finding:
     """Survivors in a ball of half the diameter of the image space (l2: at most 20), among images for which it
-    is known that something in it fools the network: uniform grey is in the ball and gets another class."""
+    is known that something in it fools the network: uniform gray is in the ball and gets another class."""
     side = 1.0 if probe.threat.norm == "linf" else probe.images[0].numel() ** 0.5
     huge = _within(probe, side / 2)
-    grey = torch.full_like(probe.images, 0.5)
-    inside = huge.threat.distance(probe.images, grey) <= float(huge.threat.eps)
-    doomed = huge.only(inside & huge.fooled(grey))
+    gray = torch.full_like(probe.images, 0.5)
+    inside = huge.threat.distance(probe.images, gray) <= float(huge.threat.eps)
+    doomed = huge.only(inside & huge.fooled(gray))
     if not len(doomed):
-        return HUGE.skipped("No image is known to be fooled there: grey is out of reach, or gets its class.")
+        return HUGE.skipped("No image is known to be fooled there: gray is out of reach, or gets its class.")
     alive = torch.ones(len(doomed), dtype=torch.bool, device=probe.device)
     for attack in (APGD(steps=2 * STEP_COUNT), APGD(steps=2 * STEP_COUNT, loss="dlr")):
         rest = doomed.only(alive)

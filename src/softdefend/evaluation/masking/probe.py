@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from softdefend import rng
 from softdefend.attacks import Attack, AttackLoss
-from softdefend.threat import ThreatModel
+from softdefend.core import rng
+from softdefend.core.threat import ThreatModel
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Maps logits [b, k] and labels [b] to a loss [b]."""

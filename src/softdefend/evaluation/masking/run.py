@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from softdefend.errors import SettingError
-from softdefend.evaluation.masking import attempts, behaviour, surface
+from softdefend.core.errors import SettingError
+from softdefend.core.threat import ThreatModel
+from softdefend.evaluation.masking import attempts, behavior, surface
 from softdefend.evaluation.masking.finding import Audit, Finding
 from softdefend.evaluation.masking.probe import Probe
-from softdefend.modes import attacked, tf32
-from softdefend.threat import ThreatModel
+from softdefend.execution.modes import attacked, tf32
 
-CHECKS = (*behaviour.CHECKS, *surface.CHECKS, *attempts.CHECKS)
+CHECKS = (*behavior.CHECKS, *surface.CHECKS, *attempts.CHECKS)
 """Everything that an audit looks at."""
 
 
@@ -65,24 +65,24 @@ def audit(
             if module is not None:
                 stack.enter_context(attacked(module, "eval"))
         probe = Probe(net, images, labels, threat, batch_size, seed)
-        stack.enter_context(behaviour.seeded(probe))
+        stack.enter_context(behavior.seeded(probe))
         right = ~probe.fooled(images)
         findings = _findings(probe, probe.only(right), surrogate, progress)
     return Audit.of(findings, len(images), int(right.sum()))
 
 
 def _findings(probe: Probe, right: Probe, surrogate: nn.Module | None, progress: bool) -> list[Finding]:
-    """Behaviour on all images, the rest on those classified correctly."""
-    first = behaviour.first_look(probe)
+    """Behavior on all images, the rest on those classified correctly."""
+    first = behavior.first_look(probe)
     why = _nothing_to_attack(probe, right)
     stages: list[tuple[str, Callable[[], list[Finding]]]] = [
-        ("behaviour", lambda: behaviour.behaviour(probe)),
+        ("behavior", lambda: behavior.behavior(probe)),
         ("surface", lambda: [c.skipped(why) for c in surface.CHECKS] if why else surface.surface(right)),
         (
             "attacks",
             lambda: [c.skipped(why) for c in attempts.CHECKS] if why else attempts.attempts(right, surrogate),
         ),
-        ("repeat", lambda: [behaviour.changing(probe, first)]),
+        ("repeat", lambda: [behavior.changing(probe, first)]),
     ]
     findings = []
     with tqdm(stages, desc="audit", leave=False, disable=None if progress else True) as bar:

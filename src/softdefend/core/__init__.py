@@ -1,0 +1,1 @@
+"""What everything else stands on: errors, the threat model, random streams, atomic files, weights on disk."""

@@ -1,0 +1,121 @@
+"""Writing files so that a crash or a full disk loses nothing that was there."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from softdefend.core.errors import SettingError
+
+_ABANDONED = 3600
+"""Seconds without a change after which nobody writes a temporary file any more."""
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write under a temporary name, flush to disk, rename: a reader sees the old file or the new one.
+
+    Raises:
+        SettingError: the disk is full or the folder is not writable; what stood at ``path`` still does.
+    """
+    # Of this process alone: another may be writing the same file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear(path)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        # The temporary file may hold the last free bytes of the disk.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+
+
+def _clear(path: Path) -> None:
+    """Remove what processes that were killed while writing ``path`` have left; others still write theirs."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                left.unlink()
+
+
+def move(source: Path, target: Path) -> None:
+    """Put a file in another's place at once.
+
+    Raises:
+        SettingError: it cannot be; both stand as they did.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source, target)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> SettingError:
+    accepted = "a writable place with enough free space; nothing was overwritten"
+    return SettingError(str(path), error.strerror or error, accepted)
+
+
+class Writer:
+    """Does pieces of work in order, in a thread, while the caller goes on: a GPU need not wait for a disk.
+
+    What fails is raised by the next call, and nothing given after it is done: a later file may count on an
+    earlier one. The interpreter does not exit before all is done.
+
+    Args:
+        background: in a thread; else at once, which is right where it would take time from the caller.
+    """
+
+    _MOST = 3
+    """Pieces that may be waiting; most hold what they are to write."""
+
+    def __init__(self, *, background: bool = True) -> None:
+        self._background = background
+        self._pool: ThreadPoolExecutor | None = None
+        self._waiting: deque[Future[object]] = deque()
+        self._failed: BaseException | None = None
+
+    def __call__(self, work: Callable[[], object]) -> None:
+        """Have ``work`` done after all that was given before.
+
+        Raises:
+            SettingError: this or an earlier piece could not be written.
+        """
+        if not self._background:
+            work()
+            return
+        while len(self._waiting) >= self._MOST or (self._waiting and self._waiting[0].done()):
+            self._waiting.popleft().result()
+        if self._failed is not None:
+            raise self._failed
+        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._waiting.append(self._pool.submit(self._do, work))
+
+    def wait(self) -> None:
+        """Return once everything given is done.
+
+        Raises:
+            SettingError: a piece could not be written.
+        """
+        while self._waiting:
+            self._waiting.popleft().exception()
+        if self._failed is not None:
+            raise self._failed
+
+    def _do(self, work: Callable[[], object]) -> None:
+        if self._failed is None:
+            try:
+                work()
+            except BaseException as error:
+                self._failed = error
+                raise

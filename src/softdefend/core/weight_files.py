@@ -1,0 +1,211 @@
+"""Files of weights: safetensors that carry a checksum of what they hold, and files of other people.
+
+Nothing in a weights file is executed: it is safetensors, or a torch file read with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from softdefend.core.digest import checksum
+from softdefend.core.errors import SettingError
+from softdefend.core.files import write_atomic
+
+NESTED = ("state_dict", "model_state_dict", "model", "net")
+"""Keys under which training codes keep the weights among other things, in the order in which we look."""
+
+PREFIXES = ("module.", "_orig_mod.")
+"""What DataParallel (and DDP) and torch.compile put before the name of every weight."""
+
+_MOST_NAMED = 4
+
+_KEY = "softdefend"
+"""One key for all metadata: the format keeps no order of keys, and equal runs have equal bytes."""
+
+
+def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
+    """A file's content: tensors in host memory that share none of it, ``metadata`` and their sha256."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    said = json.dumps({**metadata, "sha256": checksum(sorted(contiguous.items()))})
+    return to_safetensors(contiguous, metadata={_KEY: said})
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a file says of its weights; empty for one from elsewhere. The weights are not read.
+
+    Raises:
+        OSError, SafetensorError, ValueError: missing or damaged.
+    """
+    with safe_open(path, "pt") as file:
+        return _metadata(file)
+
+
+def _metadata(file: Any) -> dict[str, Any]:
+    metadata = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+    if not isinstance(metadata, dict):
+        raise ValueError(f"metadata that are a {type(metadata).__name__}")
+    return metadata
+
+
+def read_safetensors(path: Path, accepted: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a file, which may be from elsewhere and then has no checksum.
+
+    Args:
+        path: of the file.
+        accepted: what a message says may be there.
+
+    Raises:
+        SettingError: missing, damaged, or altered since it was written.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = _metadata(file)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError as error:
+        raise SettingError(str(path), "no such file", accepted) from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SettingError(str(path), "a damaged or foreign file", accepted) from error
+    if metadata.get("sha256") not in (None, checksum(sorted(tensors.items()))):
+        raise SettingError(str(path), "an altered file (its checksum does not match)", "an intact one")
+    return tensors, metadata
+
+
+def load_weights(net: nn.Module, path: Path) -> dict[str, Any]:
+    """Put a run's weights into ``net`` and return their metadata.
+
+    Raises:
+        SettingError: missing, damaged or altered file, or weights of another network.
+    """
+    tensors, metadata = read_safetensors(path, "safetensors weights written by a training run")
+    try:
+        net.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise SettingError(
+            str(path), "weights of another network", f"weights of {type(net).__name__}"
+        ) from error
+    return metadata
+
+
+def load_weights_file(net: nn.Module, path: Path, content: Mapping[str, Any] | None = None) -> list[str]:
+    """Put the weights of a file into ``net``, strictly: every name and shape must fit.
+
+    A dictionary of the weights nested in the file (:data:`NESTED`) is found, and :data:`PREFIXES` that the
+    network does not have are removed.
+
+    Args:
+        net: what takes them.
+        path: of the file.
+        content: of :func:`read_weights`, where the file has been read already.
+
+    Returns:
+        What was done to the names, in words; nothing where they fitted as they were.
+
+    Raises:
+        SettingError: a file that cannot be read without executing it, or names or shapes that do not fit.
+    """
+    state, notes = _unnested(path, read_weights(path) if content is None else content)
+    wanted = net.state_dict()
+    for prefix in _prefixes(state, wanted):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+        notes.append(f"removed the prefix {prefix!r}")
+    _check_fit(path, state, wanted)
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:  # a module with a loading rule of its own
+        raise SettingError(str(path), " ".join(str(error).split()), "weights of this network") from error
+    return notes
+
+
+def read_weights(path: Path) -> Mapping[str, Any]:
+    """What a weights file holds, on the CPU, without executing anything in it.
+
+    Raises:
+        SettingError: no such file; a pickle that asks for more than tensors and plain values; damage.
+    """
+    accepted = "safetensors, or a state dict written by torch.save"
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, accepted)[0]
+    try:
+        with warnings.catch_warnings():  # about formats that are refused below
+            warnings.simplefilter("ignore")
+            content: object = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise SettingError(str(path), "no such file", accepted) from error
+    except pickle.UnpicklingError as error:
+        name = re.search(r"(?:GLOBAL|allowlist|class) `?([\w.]+)", str(error))
+        # a truncated pickle names nothing
+        given = f"a pickle that would run {name[1]}" if name else "a damaged or foreign file"
+        raise SettingError(str(path), given, f"{accepted}: tensors and plain values only") from error
+    except Exception as error:  # foreign bytes make the reader fail in any way
+        raise SettingError(str(path), "a damaged or foreign file", accepted) from error
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise SettingError(str(path), f"a file that holds a {type(content).__name__}", accepted)
+    return content
+
+
+def save_weights(net: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write the weights as safetensors, unless the file holds just these already."""
+    # a copy of each: tied weights share memory, which safetensors does not store
+    tensors = {name: value.detach().cpu().clone() for name, value in net.state_dict().items()}
+    content = to_bytes(tensors, metadata)
+    if not path.is_file() or path.read_bytes() != content:
+        write_atomic(path, content)
+
+
+def _unnested(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    notes: list[str] = []
+    while nested := next((key for key in NESTED if isinstance(content.get(key), Mapping)), None):
+        content = content[nested]
+        notes.append(f"took {nested!r} from the file")
+    others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    if others or not content:
+        given = f"{_some(others)} beside weights" if others else "a file without weights"
+        accepted = f"tensors by name, alone or under {' or '.join(NESTED)}"
+        raise SettingError(str(path), given, accepted)
+    return dict(content), notes
+
+
+def _prefixes(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Prefixes to remove, outermost first: those in the file that no weight of the network has."""
+    found: list[str] = []
+    names = set(state)
+    while prefix := next((p for p in PREFIXES if any(name.startswith(p) for name in names)), None):
+        if any(name.startswith(prefix) for name in wanted):
+            break
+        found.append(prefix)
+        names = {name.removeprefix(prefix) for name in names}
+    return found
+
+
+def _check_fit(path: Path, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    missing = [name for name in wanted if name not in state]
+    unexpected = [name for name in state if name not in wanted]
+    problems = [
+        f"{word} {_some(names)}" for word, names in (("no", missing), ("unexpected", unexpected)) if names
+    ]
+    shapes = [
+        f"{name} {list(state[name].shape)} for {list(value.shape)}"
+        for name, value in wanted.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if shapes:
+        problems.append(f"other shapes: {_some(shapes)}")
+    if problems:
+        accepted = f"the network's {len(wanted)} weights by name"
+        raise SettingError(str(path), "weights that do not fit: " + "; ".join(problems), accepted)
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")

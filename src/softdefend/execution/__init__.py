@@ -1,0 +1,1 @@
+"""How a network is run: device, precision, captured steps, fused kernels, counted queries, random numbers."""

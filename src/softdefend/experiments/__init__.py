@@ -1,0 +1,1 @@
+"""Runs and sets of runs: configuration, the training pipeline, comparisons, studies, benchmarks."""

@@ -1,0 +1,137 @@
+"""Trained networks to learn from: any run folder, any file of weights, any module."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from softdefend.core.errors import SettingError
+from softdefend.core.weight_files import load_weights_file, read_weights
+from softdefend.core.yaml_files import read_yaml
+from softdefend.models import NetSettings, build
+
+_ACCEPTED = "a run folder, a weights file in one, or a weights file with the settings of its network"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Where a teacher lies, for files that do not stand in the folder of a run."""
+
+    weights: str
+    """A run folder (its best weights are taken), one of its weights files such as RUN/last.safetensors, or
+    another file of weights: safetensors, or a state dict written by torch.save."""
+    net: NetSettings | None = None
+    """The network that the weights belong to; null: the one that the run folder names. Weights without a
+    normalizing first layer are run on pixels as they are."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A teacher in eval mode, frozen, on the CPU."""
+
+    net: nn.Module
+    shape: tuple[int, ...] | None = None
+    """[c, h, w] of the images it was trained on, where its run folder shows some."""
+
+
+def check_place(given: str, setting: str) -> None:
+    """Refuse a place where no teacher lies, before anything is trained for it.
+
+    Raises:
+        SettingError: nothing there, or a run folder without weights.
+    """
+    path = Path(given).expanduser()
+    if not path.exists():
+        raise SettingError(setting, f"{path}, no such file or folder", _ACCEPTED)
+    if path.is_dir() and not (path / "best.safetensors").is_file():
+        raise SettingError(setting, f"{path}, without best.safetensors", _ACCEPTED)
+
+
+def load_teacher(given: object, k: int, channels: int) -> Loaded:
+    """A teacher for images of ``channels`` channels and ``k`` classes.
+
+    Args:
+        given: a path as :attr:`Teacher.weights` has it, a :class:`Teacher`, or a module, of which a copy is
+            taken.
+        k, channels: of the data.
+
+    Raises:
+        SettingError: nothing there, a damaged file, or weights that do not fit such a network.
+    """
+    if isinstance(given, nn.Module):
+        return Loaded(_frozen(copy.deepcopy(given).cpu()))
+    if not isinstance(given, (str, Path, Teacher)):
+        raise SettingError("teacher", f"a {type(given).__name__}", "a path, a Teacher or a torch.nn.Module")
+    teacher = given if isinstance(given, Teacher) else Teacher(str(given))
+    path = Path(teacher.weights).expanduser()
+    if not path.exists():
+        raise SettingError(str(path), "no such file or folder", _ACCEPTED)
+    if path.is_dir():
+        path = path / "best.safetensors"
+    config = path.parent / "config.yaml"
+    settings = teacher.net or _trained_net(config)
+    content = read_weights(path)
+    normalizes = any(name.endswith("normalize.mean") for name in _names(content))
+    with torch.random.fork_rng(devices=[]):  # the network is drawn on the CPU
+        net = build(
+            settings, num_classes=k, in_channels=channels, mean=[0.0] * channels, std=[1.0] * channels
+        )
+    load_weights_file(net if normalizes else net.get_submodule("net"), path, content)
+    return Loaded(_frozen(net), _trained_shape(path.parent) if config.is_file() else None)
+
+
+def fingerprint(net: nn.Module) -> Tensor:
+    """SHA-256 of the weights, names and shapes included, [32] uint8."""
+    digest = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        digest.update(f"{name}/{value.dtype}/{list(value.shape)}/".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+def image_channels(net: nn.Module) -> int:
+    """Channels of the images that a network takes, by its first convolution; 3 where it has none."""
+    return next((p.shape[1] for p in net.parameters() if p.ndim == 4), 3)
+
+
+def _frozen(net: nn.Module) -> nn.Module:
+    return net.eval().requires_grad_(False)
+
+
+def _trained_net(config: Path) -> NetSettings:
+    """The network of the run that ``config`` belongs to."""
+    if not config.is_file():
+        accepted = (
+            "a run folder of softdefend, a weights file in one, or weights with the settings of their net"
+        )
+        raise SettingError(str(config.parent), "no run folder (it holds no config.yaml)", accepted)
+    named = read_yaml(config).get("net")
+    if named is None:
+        accepted = "weights with the settings of their net, or from Python the network itself"
+        raise SettingError(str(config), "a run trained from Python, which names no network", accepted)
+    try:
+        return NetSettings(**named)
+    except TypeError as error:
+        raise SettingError(str(config), f"net {named!r}", "the settings of a network") from error
+
+
+def _trained_shape(folder: Path) -> tuple[int, ...] | None:
+    """Shape of the example images that an evaluated run keeps."""
+    try:
+        with safe_open(folder / "evaluation" / "examples.safetensors", "pt") as file:
+            return tuple(file.get_slice("image").get_shape()[1:])
+    except (OSError, SafetensorError):
+        return None
+
+
+def _names(content: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in content.items():
+        yield from _names(value) if isinstance(value, Mapping) else (name,)
