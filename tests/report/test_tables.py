@@ -5,7 +5,7 @@ import math
 import pytest
 
 from softdefend.report.tables import (
-    Cell,
+    Estimate,
     attack_label,
     comparison_rows,
     default_attack,
@@ -40,8 +40,8 @@ def test_means_and_standard_deviations_by_hand(runs) -> None:
     assert a.robust.difference.mean == pytest.approx(0.08)
     assert a.robust.difference.std == pytest.approx(0.02 * math.sqrt(2))
     assert a.robust.difference.n == 2
-    assert b.robust.last == Cell(0.58, None, 1, (pytest.approx(0.53), pytest.approx(0.62)))
-    assert b.robust.difference == Cell(pytest.approx(0.02), None, 1)
+    assert b.robust.last == Estimate(0.58, None, 1, (pytest.approx(0.53), pytest.approx(0.62)))
+    assert b.robust.difference == Estimate(pytest.approx(0.02), None, 1)
 
 
 def test_text_table(runs) -> None:
@@ -129,7 +129,7 @@ def test_names_as_people_write_them() -> None:
 
 
 def test_per_cent() -> None:
-    assert percent(Cell(0.12345, 0.006, 3)) == "12.35 ± 0.60"
-    assert percent(Cell(-0.01, None, 1), signed=True) == "-1.00"
-    assert percent(Cell(-1e-9, None, 1), signed=True) == "+0.00"
+    assert percent(Estimate(0.12345, 0.006, 3)) == "12.35 ± 0.60"
+    assert percent(Estimate(-0.01, None, 1), signed=True) == "-1.00"
+    assert percent(Estimate(-1e-9, None, 1), signed=True) == "+0.00"
     assert percent(None) == "–"

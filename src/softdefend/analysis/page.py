@@ -73,7 +73,7 @@ class Analysis:
 
 def write(title: str, about: str, *sections: Html) -> bytes:
     """A whole page."""
-    style = Html((files("softdefend.report") / "page.css").read_text(encoding="utf-8"))
+    style = Html((files("softdefend.report") / "templates" / "page.css").read_text(encoding="utf-8"))
     head = tag(
         "head",
         tag("meta", charset="utf-8"),

@@ -31,7 +31,7 @@ class Line:
 def by_epoch(runs: Sequence[RunRecord], name: str, scale: float = 1.0) -> Line | None:
     """A column of the metrics by epoch: mean, smallest and largest over runs.
 
-    Only epochs that every run with this column has are kept, so that a mean is always over the same runs.
+    Only epochs that every run with this column has count, so that a mean is always over the same runs.
     None where there is no such epoch.
     """
     columns = [
@@ -69,7 +69,7 @@ def _line(columns: list[dict[float, tuple[float, float, float]]]) -> Line | None
     values = [[column[x][0] for column in columns] for x in shared]
     return Line(
         x=tuple(shared),
-        y=tuple(sum(several) / len(several) for several in values),
+        y=tuple(sum(row) / len(row) for row in values),
         low=tuple(columns[0][x][1] if single else min(v) for x, v in zip(shared, values, strict=True)),
         high=tuple(columns[0][x][2] if single else max(v) for x, v in zip(shared, values, strict=True)),
     )

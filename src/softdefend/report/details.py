@@ -1,4 +1,4 @@
-"""Read what lies beside an evaluation: table, audit, corruptions, transfer attacks, gallery."""
+"""Read the files beside an evaluation: table, audit, corruptions, transfer attacks, gallery."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ABOUT = ("weights", "test_data", "norm", "eps")
 
 
 @dataclass(frozen=True)
-class Gallery:
+class GalleryImages:
     """m test images from the hardest to the easiest to keep, the first half hard, the second easy.
 
     Attributes:
         image: [m, c, h, w] in [0, 1].
-        index, label, prediction, survived: position in the test set, class, class said in the worst case,
-            number of attacks withstood; int64.
+        index, label, prediction, survived: position in the test set, class, predicted class in the worst
+            case, number of attacks withstood; int64.
         distance: the shortest way on which an attack succeeded; infinite where none did.
         hard: 1 for the hard half.
         classes: names.
@@ -52,7 +52,7 @@ class Details:
     audit: dict[str, Any] | None = None
     corruptions: dict[str, Any] | None = None
     transfer: dict[str, Any] | None = None
-    gallery: Gallery | None = None
+    gallery: GalleryImages | None = None
 
 
 def read_details(folder: Path, which: str, evaluation: dict[str, Any]) -> Details:
@@ -66,9 +66,9 @@ def read_details(folder: Path, which: str, evaluation: dict[str, Any]) -> Detail
     table = read_table(folder / f"{which}.parquet")
     if table is not None and len(table.label) != evaluation.get("n"):
         table = None
-    audit = _beside(folder / f"{which}-audit.json", evaluation)
-    corruptions = _beside(folder / f"{which}-corruptions.json", evaluation)
-    transfer = _beside(folder / f"{which}-transfer.json", evaluation)
+    audit = _read_companion(folder / f"{which}-audit.json", evaluation)
+    corruptions = _read_companion(folder / f"{which}-corruptions.json", evaluation)
+    transfer = _read_companion(folder / f"{which}-transfer.json", evaluation)
     for name, content, fits, accepted in (
         ("audit", audit, _is_audit, "findings, verdict and summary"),
         ("corruptions", corruptions, _is_table, "corruptions by name with mean and severities"),
@@ -85,7 +85,7 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _beside(path: Path, evaluation: dict[str, Any]) -> dict[str, Any] | None:
+def _read_companion(path: Path, evaluation: dict[str, Any]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
@@ -94,8 +94,8 @@ def _beside(path: Path, evaluation: dict[str, Any]) -> dict[str, Any] | None:
         raise SettingError(str(path), f"unreadable JSON ({error})", "the file as it was written") from error
     if not isinstance(content, dict):
         raise SettingError(str(path), f"a {type(content).__name__}", "a mapping of names to values")
-    same = all(content.get(name) == evaluation.get(name) for name in ("epoch", *ABOUT))
-    return content if same else None
+    matches = all(content.get(name) == evaluation.get(name) for name in ("epoch", *ABOUT))
+    return content if matches else None
 
 
 def _is_audit(content: dict[str, Any]) -> bool:
@@ -127,10 +127,10 @@ def _is_attacks(content: dict[str, Any]) -> bool:
     )
 
 
-def _gallery(path: Path, table: Table | None, evaluation: dict[str, Any]) -> Gallery | None:
+def _gallery(path: Path, table: Table | None, evaluation: dict[str, Any]) -> GalleryImages | None:
     if not path.is_file() or table is None:
         return None
-    names = [name for name in Gallery.__dataclass_fields__ if name not in ("classes", "attacks")]
+    names = [name for name in GalleryImages.__dataclass_fields__ if name not in ("classes", "attacks")]
     try:
         with safe_open(str(path), framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in names}
@@ -145,4 +145,4 @@ def _gallery(path: Path, table: Table | None, evaluation: dict[str, Any]) -> Gal
         ) from error
     if any(len(tensor) != len(tensors["image"]) for tensor in tensors.values()):
         raise SettingError(str(path), "tensors of different length", "the file as it was written")
-    return Gallery(**tensors, classes=classes, attacks=attacks)
+    return GalleryImages(**tensors, classes=classes, attacks=attacks)

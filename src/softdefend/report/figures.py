@@ -1,7 +1,7 @@
 """The figures of a report, each with a text for those who do not see it.
 
 Only matplotlib's object-oriented interface: no global state, no display. A recipe has one color in all
-figures; what a color cannot say (training or test, best or last) is said by the dash of a line.
+figures; what a color cannot say (training or test, best or last) is in the dash of a line.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def epoch_plot(
     Returns:
         None where no run has any of the columns.
     """
-    figure, axes = _canvas(f"{title} ({unit})" if unit else title, "epoch")
+    figure, axes = canvas(f"{title} ({unit})" if unit else title, "epoch")
     words: list[str] = []
     dashes: dict[str, str] = {}
     for group in groups:
@@ -118,7 +118,7 @@ def epoch_plot(
     handles = [*_recipe_handles(groups, color), *_dash_handles(dashes)]
     if any(str(line.get_label()).endswith(", best checkpoint") for line in axes.lines):
         handles.append(Line2D([], [], color=INK, marker="o", ls="", mfc="none", label="best checkpoint"))
-    _finish(figure, axes, [*handles, *_vertical_marks(axes, groups, color)])
+    add_legend(figure, [*handles, *_vertical_marks(axes, groups, color)])
     return Plot(figure, title, f"Line chart: {title} by epoch. " + " ".join(words))
 
 
@@ -129,7 +129,7 @@ def eps_plot(
     runs = [run for group in groups for run in group.runs]
     per = eps_unit(runs)
     norms = " and ".join(sorted({norm_label(setting(run, "threat.norm")) for run in runs}))
-    figure, axes = _canvas(
+    figure, axes = canvas(
         "robust accuracy (%)", f"ε of the attack, {norms}" + (", in 1/255" if per > 1 else "")
     )
     words: list[str] = []
@@ -153,7 +153,7 @@ def eps_plot(
     if trained:
         handles.append(Line2D([], [], color=INK, lw=1, ls=":", label=mark))
     axes.set_ylim(bottom=0)
-    _finish(figure, axes, handles)
+    add_legend(figure, handles)
     return Plot(figure, title, f"Line chart: {title}. " + " ".join(words))
 
 
@@ -171,22 +171,22 @@ def class_plot(title: str, groups: Sequence[Group], color: Mapping[str, str], wh
     robust = {name: fmean(t[name][1] for t in tables.values() if name in t) for name in names}
     cut = len(names) > MOST_CLASSES
     shown = sorted(names, key=robust.__getitem__)[:MOST_CLASSES] if cut else names
-    figure, axes = _canvas("", "accuracy (%)", height=1.3 + 0.3 * len(shown))
+    figure, axes = canvas("", "accuracy (%)", height=1.3 + 0.3 * len(shown))
     for i, (label, table) in enumerate(tables.items()):
         offset = (i - (len(tables) - 1) / 2) * min(0.22, 0.7 / len(tables))
         places = [y + offset for y, name in enumerate(shown) if name in table]
         clean = [100 * table[name][0] for name in shown if name in table]
-        kept = [100 * table[name][1] for name in shown if name in table]
-        axes.hlines(places, kept, clean, color=color[label], lw=1, alpha=0.6)
+        attacked = [100 * table[name][1] for name in shown if name in table]
+        axes.hlines(places, attacked, clean, color=color[label], lw=1, alpha=0.6)
         axes.plot(clean, places, "o", color=color[label], mfc="none", ms=5, label=f"{label}, clean")
-        axes.plot(kept, places, "o", color=color[label], ms=5, label=f"{label}, robust")
-    axes.set_yticks(range(len(shown)), [_plain(name, 18) for name in shown])
+        axes.plot(attacked, places, "o", color=color[label], ms=5, label=f"{label}, robust")
+    axes.set_yticks(range(len(shown)), [plain_text(name, 18) for name in shown])
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlim(-2, 102)
     handles = _recipe_handles([group for group in groups if group.label in tables], color)
     handles.append(Line2D([], [], color=INK, marker="o", ls="", mfc="none", ms=5, label="clean"))
     handles.append(Line2D([], [], color=INK, marker="o", ls="", ms=5, label="robust"))
-    _finish(figure, axes, handles)
+    add_legend(figure, handles)
     hardest = min(robust, key=robust.__getitem__)
     alt = f"Dot chart: {title}. Lowest robust accuracy: {hardest}, {100 * robust[hardest]:.1f}%."
     return Plot(figure, title + (f" (the {len(shown)} hardest of {len(names)})" if cut else ""), alt)
@@ -199,8 +199,8 @@ def steps_plot(title: str, steps: Sequence[tuple[str, int]], n: int, color: str)
         steps: (name, images still right), clean first.
         n: images.
     """
-    figure, axes = _canvas("accuracy (%)", "")
-    names = [_plain(name, 18) for name, _ in steps]
+    figure, axes = canvas("accuracy (%)", "")
+    names = [plain_text(name, 18) for name, _ in steps]
     left = [100 * count / n for _, count in steps]
     lost = [before - now for before, now in zip([100.0, *left], left, strict=False)]
     axes.bar(range(len(left)), left, color=color, width=0.7)
@@ -217,8 +217,8 @@ def steps_plot(title: str, steps: Sequence[tuple[str, int]], n: int, color: str)
     )
     axes.set_ylim(0, 1.15 * max(left[0], 1.0))
     axes.grid(False, axis="x")
-    said = ", ".join(f"{name} {height:.1f}%" for (name, _), height in zip(steps, left, strict=True))
-    return Plot(figure, title, f"Bar chart: {title}. {said}.")
+    heights = ", ".join(f"{name} {height:.1f}%" for (name, _), height in zip(steps, left, strict=True))
+    return Plot(figure, title, f"Bar chart: {title}. {heights}.")
 
 
 def confusion_plot(title: str, counts: NDArray[np.int64], classes: Sequence[str], color: str) -> Plot:
@@ -230,10 +230,10 @@ def confusion_plot(title: str, counts: NDArray[np.int64], classes: Sequence[str]
     """
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     k = len(classes)
-    figure, axes = _canvas("true class", "predicted class", height=4.6)
+    figure, axes = canvas("true class", "predicted class", height=4.6)
     # transparency and not lightness, so that an empty cell is the color of the page, light or dark
     axes.imshow(np.dstack([np.broadcast_to(to_rgb(color), (k, k, 3)), 0.7 * shares]), aspect="auto")
-    names = [_plain(name, 12) for name in classes]
+    names = [plain_text(name, 12) for name in classes]
     axes.set_xticks(range(k), names, rotation=60, ha="right", fontsize=8)
     axes.set_yticks(range(k), names, fontsize=8)
     axes.grid(False)
@@ -243,8 +243,8 @@ def confusion_plot(title: str, counts: NDArray[np.int64], classes: Sequence[str]
     wrong = counts * (1 - np.eye(k, dtype=counts.dtype))
     true, taken = divmod(int(wrong.argmax()), k)
     most = f"{classes[true]} taken for {classes[taken]}, {int(wrong[true, taken])} images"
-    found = f"Most frequent confusion: {most}." if wrong.any() else "No image is taken for another class."
-    alt = f"Heat map: {title}, in per cent of each true class. {found}"
+    worst = f"Most frequent confusion: {most}." if wrong.any() else "No image is taken for another class."
+    alt = f"Heat map: {title}, in per cent of each true class. {worst}"
     return Plot(figure, title, alt)
 
 
@@ -258,7 +258,8 @@ def class_means(group: Group, which: str) -> dict[str, tuple[float, float]]:
     return {name: (fmean(c for c, _ in pairs), fmean(r for _, r in pairs)) for name, pairs in values.items()}
 
 
-def _canvas(ylabel: str, xlabel: str, height: float = 3.2) -> tuple[Figure, Axes]:
+def canvas(ylabel: str, xlabel: str, height: float = 3.2) -> tuple[Figure, Axes]:
+    """An empty figure as wide as a phone shows it well, with one pair of axes."""
     figure = Figure(figsize=(5.2, height), layout="constrained")
     axes = figure.add_subplot()
     dress(axes, ylabel, xlabel)
@@ -269,7 +270,7 @@ def dress(axes: Axes, ylabel: str, xlabel: str) -> None:
     """Ink, grid and spines as all figures have them."""
     axes.set_xlabel(xlabel, color=INK)
     axes.set_ylabel(ylabel, color=INK)
-    axes.tick_params(colors=INK)
+    axes.tick_params(colors=INK, which="both")
     axes.grid(color=INK, alpha=0.13, lw=0.7)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
@@ -318,9 +319,17 @@ def _dash_handles(labels: Mapping[str, str]) -> list[Line2D]:
     return [Line2D([], [], color=INK, ls=d, lw=1.5, label=label) for d, label in labels.items() if label]
 
 
-def _finish(figure: Figure, axes: Axes, handles: Sequence[Artist]) -> None:
-    labels = [_plain(str(handle.get_label()), 44) for handle in handles]
-    columns = 1 if max(map(len, labels)) > 30 else 2
+def add_legend(
+    figure: Figure, handles: Sequence[Artist], *, longest: int = 44, longest_of_two: int = 30
+) -> None:
+    """Put a legend below the figure, which grows by what it takes.
+
+    Args:
+        longest: characters of a label; what is longer is cut.
+        longest_of_two: up to so many characters there are two columns.
+    """
+    labels = [plain_text(str(handle.get_label()), longest) for handle in handles]
+    columns = 1 if max(map(len, labels)) > longest_of_two else 2
     rows = -(-len(labels) // columns)
     figure.set_figheight(figure.get_figheight() + 0.2 * rows)
     figure.legend(
@@ -328,7 +337,7 @@ def _finish(figure: Figure, axes: Axes, handles: Sequence[Artist]) -> None:
     )
 
 
-def _plain(text: str, longest: int) -> str:
+def plain_text(text: str, longest: int) -> str:
     """Text as it is: no formula in it, nothing hidden by a leading underscore, and no longer than fits."""
     short = textwrap.shorten(text, longest, placeholder="…").replace("$", r"\$")
     return f" {short}" if short.startswith("_") else short

@@ -1,20 +1,34 @@
-"""One HTML page that needs nothing but itself: no requests, no scripts, readable from a file."""
+"""The page of a run report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from importlib.resources import files
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from softdefend.core.errors import SettingError
 from softdefend.core.files import write_atomic
 from softdefend.report import robustness, sections
-from softdefend.report.blocks import Report
-from softdefend.report.figures import colors
-from softdefend.report.markup import Html, join, tag
-from softdefend.report.runs import RunRecord, group_runs
+from softdefend.report.comparison import Comparison, compare_runs
+from softdefend.report.content import Section
+from softdefend.report.render import render_page
+from softdefend.report.runs import RunRecord
 from softdefend.report.summary import heading, summary
-from softdefend.report.tables import comparison_rows
+
+SECTIONS: tuple[Callable[[Comparison], Section | None], ...] = (
+    sections.comparison_table,
+    sections.learning_curves,
+    sections.eps_curves,
+    sections.accuracy_by_class,
+    robustness.accuracy_after_each_attack,
+    robustness.confusions,
+    robustness.masking_audits,
+    robustness.transfer_attacks,
+    robustness.common_corruptions,
+    robustness.galleries,
+    sections.example_images,
+    sections.run_details,
+)
+"""The sections of a report in their order; each returns None where the runs have nothing for it."""
 
 
 def write_report(runs: Sequence[RunRecord], path: Path, title: str | None = None) -> Path:
@@ -29,45 +43,13 @@ def write_report(runs: Sequence[RunRecord], path: Path, title: str | None = None
     path = Path(path)
     if not runs:
         raise SettingError("runs", "none", "one run folder or more")
-    text = "<!DOCTYPE html>\n" + page(runs, title or "Robust training report")
-    write_atomic(path, text.encode())
+    comparison = compare_runs(runs)
+    made = (section(comparison) for section in SECTIONS)
+    page = render_page(
+        title or "Robust training report",
+        heading(runs),
+        [section for section in made if section],
+        summary=summary(comparison.groups, comparison.rows),
+    )
+    write_atomic(path, page)
     return path
-
-
-def page(runs: Sequence[RunRecord], title: str) -> Html:
-    """The page's ``html`` element."""
-    groups, rows = group_runs(runs), comparison_rows(runs)
-    report = Report(groups, rows, colors(groups))
-    style = Html((files("softdefend.report") / "page.css").read_text(encoding="utf-8"))
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"{title}: {heading(runs)}"),
-        tag("style", style),
-    )
-    body = tag(
-        "body",
-        tag(
-            "header",
-            tag("h1", title),
-            tag("p", heading(runs), class_="about"),
-            tag("p", summary(groups, rows), class_="summary"),
-        ),
-        tag(
-            "main",
-            sections.comparison(report),
-            sections.learning_curves(report),
-            sections.eps_curves(report),
-            sections.classes(report),
-            robustness.after_each_attack(report),
-            robustness.confusion(report),
-            robustness.audits(report),
-            robustness.transfers(report),
-            robustness.corruptions(report),
-            robustness.galleries(report),
-            sections.examples(report),
-            tag("section", tag("h2", "Details"), sections.attacks(report), sections.provenance(report)),
-        ),
-    )
-    return tag("html", join("\n", head, "\n", body, "\n"), lang="en")

@@ -38,7 +38,7 @@ GROUP_SECTIONS = (
 
 
 @dataclass(frozen=True)
-class Examples:
+class ExampleImages:
     """A few test images with what a network made of them; m images of shape [c,h,w] in [0, 1]."""
 
     image: NDArray[np.float32]
@@ -75,7 +75,7 @@ class RunRecord:
     environment: dict[str, Any]
     metrics: list[dict[str, Any]]
     evaluations: dict[str, dict[str, Any]]
-    examples: Examples | None = None
+    examples: ExampleImages | None = None
     timing: list[dict[str, Any]] = field(default_factory=list)
     details: dict[str, Details] = field(default_factory=dict)
 
@@ -249,10 +249,10 @@ def _rows(path: Path, evaluation: dict[str, Any], name: str, numbers: tuple[str,
         raise SettingError(f"{path}: {name}", rows, f"a list of objects with {' and '.join(numbers)}")
 
 
-def _examples(path: Path) -> Examples | None:
+def _examples(path: Path) -> ExampleImages | None:
     if not path.is_file():
         return None
-    names = [name for name in Examples.__dataclass_fields__ if name != "classes"]
+    names = [name for name in ExampleImages.__dataclass_fields__ if name != "classes"]
     try:
         with safe_open(str(path), framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in names}
@@ -266,4 +266,4 @@ def _examples(path: Path) -> Examples | None:
     if not fits or any(tensor.shape[:1] != shape[:1] for tensor in tensors.values()):
         given = f"tensors of shape {[list(t.shape) for t in tensors.values()]}"
         raise SettingError(str(path), given, "image and adversarial [m,c,h,w], the others [m]")
-    return Examples(**tensors, classes=tuple(str(name) for name in classes))
+    return ExampleImages(**tensors, classes=tuple(str(name) for name in classes))

@@ -90,12 +90,12 @@ def best_and_last(
     figure.legend(
         handles=handles, loc="outside lower center", ncols=2, frameon=False, labelcolor=INK, fontsize=8
     )
-    said = "; ".join(
+    words = "; ".join(
         f"{_label(row, factors)}, seed {row['seed']}: "
         + ", ".join(f"{m} {100 * row['best'][m]:.1f} and {100 * row['last'][m]:.1f}" for m in measures)
         for row in rows
     )
-    return Plot(figure, "best and last", f"Dot chart: accuracy in per cent at best and last epoch. {said}.")
+    return Plot(figure, "best and last", f"Dot chart: accuracy in per cent at best and last epoch. {words}.")
 
 
 def _points(row: Mapping[str, Any], column: str) -> list[tuple[int, float]]:

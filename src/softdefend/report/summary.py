@@ -7,7 +7,7 @@ from statistics import fmean
 
 from softdefend.report.figures import norm_label
 from softdefend.report.runs import Group, RunRecord, setting
-from softdefend.report.tables import Cell, Row, attack_label, result
+from softdefend.report.tables import Estimate, Row, attack_label, result
 
 _MOST_NAMED = 4
 
@@ -24,7 +24,7 @@ def threat(run: RunRecord) -> str:
 
 
 def heading(runs: Sequence[RunRecord]) -> str:
-    """Data, threat and network; several of a kind are all named."""
+    """Data, threat and network; where the runs differ, all are named."""
     parts = [
         {data_name(run): None for run in runs},
         {threat(run): None for run in runs},
@@ -45,8 +45,8 @@ def summary(groups: Sequence[Group], rows: Sequence[Row]) -> str:
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def _mean(cell: Cell | None) -> float:
-    return cell.mean if cell else float("-inf")
+def _mean(estimate: Estimate | None) -> float:
+    return estimate.mean if estimate else float("-inf")
 
 
 def _lead(evaluated: Sequence[tuple[Group, Row]]) -> str:
@@ -93,10 +93,10 @@ def _certainty(group: Group, rival: Group, first: Row, second: Row) -> str:
 def _last_by_seed(group: Group, attack: str) -> dict[int, float]:
     rates: dict[int, list[float]] = {}
     for run in group.runs:
-        found = result(run, "last", attack)
-        if found:
-            rates.setdefault(run.seed, []).append(found["rate"])
-    return {seed: fmean(several) for seed, several in rates.items()}
+        last = result(run, "last", attack)
+        if last:
+            rates.setdefault(run.seed, []).append(last["rate"])
+    return {seed: fmean(every) for seed, every in rates.items()}
 
 
 def _differences(rows: Sequence[Row]) -> str:

@@ -18,7 +18,7 @@ _SPELLED = {"autoattack": "AutoAttack", "square": "Square", "worst": "worst of a
 
 
 @dataclass(frozen=True)
-class Cell:
+class Estimate:
     """One number of a table, in [0, 1] (a difference: in [-1, 1]).
 
     Attributes:
@@ -38,9 +38,9 @@ class Cell:
 class Triple:
     """The best and the last checkpoint, and best minus last over the runs that have both."""
 
-    best: Cell | None
-    last: Cell | None
-    difference: Cell | None
+    best: Estimate | None
+    last: Estimate | None
+    difference: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def comparison_rows(runs: Sequence[RunRecord], attack: str | None = None) -> lis
 
     Args:
         runs: the runs to compare.
-        attack: which attack of the evaluations, or ``"worst"`` for all of them at once; by default PGD-20,
+        attack: which attack of the evaluations, or ``"worst"`` for the worst of all; by default PGD-20,
             or the first attack there is where no run has been attacked with PGD-20.
     """
     attack = default_attack(runs) if attack is None else attack
@@ -93,47 +93,54 @@ def result(run: RunRecord, which: str, measure: str) -> dict[str, Any] | None:
     evaluation = run.evaluations.get(which)
     if evaluation is None:
         return None
-    found: dict[str, Any] | None
-    found = evaluation.get(measure) if measure in ("clean", "worst") else evaluation["attacks"].get(measure)
-    return found
+    results = evaluation if measure in ("clean", "worst") else evaluation["attacks"]
+    rate: dict[str, Any] | None = results.get(measure)
+    return rate
 
 
-def cell(values: Sequence[float], interval: tuple[float, float] | None = None) -> Cell | None:
-    """Mean and sample standard deviation; None for no values. The interval is kept for one value only."""
+def estimate(values: Sequence[float], interval: tuple[float, float] | None = None) -> Estimate | None:
+    """Mean and sample standard deviation; None for no values. The interval is that of a single value."""
     if not values:
         return None
     if len(values) == 1:
-        return Cell(values[0], None, 1, interval)
-    return Cell(statistics.fmean(values), statistics.stdev(values), len(values))
+        return Estimate(values[0], None, 1, interval)
+    return Estimate(statistics.fmean(values), statistics.stdev(values), len(values))
 
 
 def _triple(runs: Sequence[RunRecord], measure: str) -> Triple:
-    pairs = [(result(run, "best", measure), result(run, "last", measure)) for run in runs]
-    alike = [_asked(run, "best") == _asked(run, "last") for run in runs]
+    best, last = ([result(run, which, measure) for run in runs] for which in ("best", "last"))
+    comparable = [_conditions(run, "best") == _conditions(run, "last") for run in runs]
     both = [
-        best["rate"] - last["rate"]
-        for (best, last), same in zip(pairs, alike, strict=True)
-        if best and last and same
+        one["rate"] - other["rate"]
+        for one, other, same in zip(best, last, comparable, strict=True)
+        if one and other and same
     ]
-    return Triple(_cell([best for best, _ in pairs]), _cell([last for _, last in pairs]), cell(both))
+    return Triple(_estimate(best), _estimate(last), estimate(both))
 
 
-def _asked(run: RunRecord, which: str) -> list[Any]:
-    """What figures must share to be subtracted from each other: the images, and how they were attacked."""
+def _conditions(run: RunRecord, which: str) -> list[Any]:
+    """What accuracies must share to be subtracted from each other: the images, and how they were attacked."""
     evaluation = run.evaluations.get(which, {})
     settings = evaluation.get("settings") or {}
     names = ("norm", "eps", "seed", "precision", "batch_size")
     return [evaluation.get("n"), *(settings.get(name) for name in names)]
 
 
-def _cell(results: Sequence[dict[str, Any] | None]) -> Cell | None:
-    present = [found for found in results if found]
+def _estimate(results: Sequence[dict[str, Any] | None]) -> Estimate | None:
+    present = [result for result in results if result]
     low, high = (present[0].get("low"), present[0].get("high")) if present else (None, None)
     interval = (low, high) if is_number(low) and is_number(high) else None
-    return cell([found["rate"] for found in present], interval)
+    return estimate([result["rate"] for result in present], interval)
 
 
-def percent(value: Cell | None, *, signed: bool = False) -> str:
+def number_text(value: Any) -> str:
+    """A count or measure from a file as text; a dash where it is none."""
+    if not is_number(value):
+        return ABSENT
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
+
+def percent(value: Estimate | None, *, signed: bool = False) -> str:
     """``54.33 ± 0.21`` in per cent (or points, with a sign, for a difference); a dash where absent."""
     if value is None:
         return ABSENT

@@ -1,0 +1,38 @@
+"""Write a page: the one place where words from outside become HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from softdefend.report.content import Section
+from softdefend.report.embed import png_uri, svg_uri
+
+
+@cache
+def environment() -> Environment:
+    """The templates of ``templates/``. All text is escaped, and a name that is not given is an error."""
+    made = Environment(
+        loader=PackageLoader("softdefend.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"svg_uri": svg_uri, "png_uri": png_uri}
+    return made
+
+
+def render_page(title: str, about: str, sections: Iterable[Section], *, summary: str = "") -> bytes:
+    """One HTML page that needs nothing but itself.
+
+    Args:
+        title: the heading.
+        about: what the page is about, below the title.
+        sections: the parts of the page.
+        summary: what stands out at the top.
+    """
+    template = environment().get_template("page.html.j2")
+    return template.render(title=title, about=about, sections=list(sections), summary=summary).encode()
