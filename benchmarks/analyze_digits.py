@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from softdefend.analysis import AnalyzeSettings, Wishes, analyze_runs, audit_run
-from softdefend.analysis.command import write_audit
-from softdefend.analysis.page import Found
+from softdefend.analysis import AnalysisRequest, AnalyzeSettings, analyze_runs, audit_run, write_audit
+from softdefend.analysis.results import Measurement
 from softdefend.core.environment import environment
 from softdefend.experiments.config import resolve
 from softdefend.experiments.pipeline import train
@@ -36,7 +35,7 @@ def trained(folder: Path) -> list[str]:
     ]
 
 
-def values(parts: dict[str, Found]) -> dict[str, Any]:
+def values(parts: dict[str, Measurement]) -> dict[str, Any]:
     """What the document's table says of one run's last network."""
     norms = parts["gradients"].result["last_layer"]["adversarial"]
     memory = parts["gradients"].result["memorisation"]["clean"]
@@ -68,14 +67,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/analyze_digits.json"))
     args = parser.parse_args()
     runs, device = trained(args.folder), torch.device("cpu")
-    wishes = Wishes(which=("last",), settings=SETTINGS)
-    found = analyze_runs(runs, args.folder / "analysis", wishes, device, progress=True)
+    request = AnalysisRequest(which=("last",), settings=SETTINGS)
+    analysis = analyze_runs(runs, args.folder / "analysis", request, device, progress=True)
     audit = audit_run(runs[1], at=(100,), baseline=True)
     write_audit(audit, args.folder / "audit", top=60)
     content = {
         "runs": {
-            run: values({part: one for part, every in found.parts.items() for one in every if one.run == run})
-            for run in found.records
+            run: values(
+                {
+                    part: one
+                    for part, results in analysis.parts.items()
+                    for one in results.measurements
+                    if one.run == run
+                }
+            )
+            for run in analysis.records
         },
         "audit": audit.comparison,
         "environment": environment(device),

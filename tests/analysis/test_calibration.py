@@ -10,8 +10,8 @@ from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.metrics import brier_score_loss, log_loss
 
-from softdefend.analysis import calibration
-from softdefend.analysis.subjects import open_runs
+from softdefend.analysis import calibration, human_labels
+from softdefend.analysis.runs import open_runs
 from softdefend.core.errors import SettingError
 
 BINS = 7
@@ -106,7 +106,7 @@ def test_total_variation_is_the_mass_that_must_move():
 def test_agreement_with_people_counts_ties_for_us():
     human = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
     ours = torch.tensor([[0.1, 0.8, 0.1], [0.6, 0.2, 0.2], [0.9, 0.05, 0.05]], dtype=torch.float64)
-    found = calibration.against_people(ours, human)
+    found = calibration.compare_with_people(ours, human)
     assert found["agreement"] == pytest.approx(2 / 3)
     theirs = stats.spearmanr(
         stats.entropy(ours.numpy(), axis=1), stats.entropy(human.numpy(), axis=1)
@@ -125,7 +125,7 @@ def votes(tmp_path: Path) -> Path:
 
 def test_votes_in_the_sources_order_reach_the_training_images(refined, votes):
     (run,) = open_runs([str(refined)], torch.device("cpu"))
-    people = calibration.read_people(run, str(votes), ("a", "b", "c"), None)
+    people = human_labels.read_human_labels(run, str(votes), ("a", "b", "c"), None)
     truth = run.bundle.train.clean_labels
     expected = (2 * torch.eye(10)[truth] + torch.eye(10)[(truth + 1) % 10]) / 3
     torch.testing.assert_close(people.train.float(), expected)
@@ -138,9 +138,9 @@ def test_three_votes_agree_with_cifar_10ns_own_aggregate():
     if not path.is_file():
         pytest.skip(f"no real data: {path} does not exist (set SOFTDEFEND_DATA)")
     keys = ("random_label1", "random_label2", "random_label3")
-    arrays = calibration._arrays("--train_votes", str(path), (*keys, "aggre_label"))
-    labels = [calibration._votes(str(path), key, arrays[key], 50_000, 10) for key in keys]
-    human = calibration.distribution(labels, 10)
+    arrays = human_labels._arrays("--train_votes", str(path), (*keys, "aggre_label"))
+    labels = [human_labels._votes(str(path), key, arrays[key], 50_000, 10) for key in keys]
+    human = human_labels.distribution(labels, 10)
     torch.testing.assert_close(human.sum(dim=1), torch.ones(50_000, dtype=torch.float64))
     majority = human.amax(dim=1) > 0.5
     assert majority.double().mean() > 0.9
@@ -151,7 +151,7 @@ def test_counts_become_shares_of_the_test_images(refined, tmp_path):
     (run,) = open_runs([str(refined)], torch.device("cpu"))
     counts = np.random.default_rng(0).integers(1, 9, (len(run.bundle.test), 10))
     np.savez(tmp_path / "counts.npz", counts=counts)
-    people = calibration.read_people(run, None, (), str(tmp_path / "counts.npz"))
+    people = human_labels.read_human_labels(run, None, (), str(tmp_path / "counts.npz"))
     np.testing.assert_allclose(people.test, counts / counts.sum(axis=1, keepdims=True))
 
 
@@ -162,17 +162,17 @@ def test_counts_become_shares_of_the_test_images(refined, tmp_path):
 def test_votes_that_do_not_fit_are_refused(refined, votes, keys, given):
     (run,) = open_runs([str(refined)], torch.device("cpu"))
     with pytest.raises(SettingError, match="--train_votes") as caught:
-        calibration.read_people(run, str(votes), keys, None)
+        human_labels.read_human_labels(run, str(votes), keys, None)
     assert given in str(caught.value)
 
 
 def test_files_that_are_no_votes_are_refused(refined, tmp_path):
     (run,) = open_runs([str(refined)], torch.device("cpu"))
     with pytest.raises(SettingError, match=r"an existing \.npz file"):
-        calibration.read_people(run, None, (), str(tmp_path / "nothing.npz"))
+        human_labels.read_human_labels(run, None, (), str(tmp_path / "nothing.npz"))
     (tmp_path / "text.npz").write_text("text")
     with pytest.raises(SettingError, match="plain integer arrays"):
-        calibration.read_people(run, None, (), str(tmp_path / "text.npz"))
+        human_labels.read_human_labels(run, None, (), str(tmp_path / "text.npz"))
     np.savez(tmp_path / "other.npz", counts=np.ones((5, 10), np.int64))
     with pytest.raises(SettingError, match="a vote in each row"):
-        calibration.read_people(run, None, (), str(tmp_path / "other.npz"))
+        human_labels.read_human_labels(run, None, (), str(tmp_path / "other.npz"))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from softdefend.analysis.overfitting import overfitting
+from softdefend.analysis.parts.overfitting import measure_overfitting
 from softdefend.report import RunRecord
 
 
@@ -19,7 +19,7 @@ def row(epoch: int, train: float, val: float | None, test: float | None, lr: flo
 
 
 def test_best_is_the_earlier_of_equals_and_the_difference_is_what_was_lost():
-    found = overfitting(
+    found = measure_overfitting(
         record(
             row(1, 0.3, 0.25, 0.2), row(2, 0.5, 0.45, 0.4), row(3, 0.6, 0.45, 0.35), row(4, 0.9, 0.4, 0.25)
         )
@@ -34,7 +34,7 @@ def test_best_is_the_earlier_of_equals_and_the_difference_is_what_was_lost():
 
 
 def test_without_monitored_test_images_the_gap_is_to_validation_images():
-    found = overfitting(record(row(1, 0.3, None, None), row(2, 0.5, 0.2, None)))
+    found = measure_overfitting(record(row(1, 0.3, None, None), row(2, 0.5, 0.2, None)))
     assert found["held_out"] == "val"
     assert found["gap_robust"] == [None, pytest.approx(0.3)]
     assert found["curves"]["test_robust"] == [None, None]
@@ -42,10 +42,10 @@ def test_without_monitored_test_images_the_gap_is_to_validation_images():
 
 def test_drops_of_the_learning_rate_are_named_by_the_epoch_before():
     rates = [0.1, 0.1, 0.01, 0.01, 0.001]
-    found = overfitting(record(*(row(i, 0.1, 0.1, 0.1, lr) for i, lr in enumerate(rates, start=1))))
+    found = measure_overfitting(record(*(row(i, 0.1, 0.1, 0.1, lr) for i, lr in enumerate(rates, start=1))))
     assert found["learning_rate_drops"] == [2, 4]
 
 
 def test_a_run_that_has_finished_no_epoch_has_nothing():
-    found = overfitting(record())
+    found = measure_overfitting(record())
     assert (found["best"], found["last"], found["difference"], found["epochs"]) == (None, None, None, [])

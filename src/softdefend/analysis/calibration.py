@@ -6,19 +6,12 @@ a row (its *confidence*) with how often that class is right.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
-
-from softdefend.analysis.subjects import Opened, Subject, attack_images, draw, logits_of, source_positions
-from softdefend.attacks import PGD
-from softdefend.core.errors import SettingError
 
 _SMALL = 1e-12
 _BELOW_ONE = 1 - 2**-24
@@ -93,8 +86,8 @@ def reliability(probability: Tensor, label: Tensor, bins: int) -> list[dict[str,
 
 
 def _confidence(probability: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    confidence, said = probability.double().max(dim=1)
-    return confidence, (said == label).double()
+    confidence, prediction = probability.double().max(dim=1)
+    return confidence, (prediction == label).double()
 
 
 def quality(probability: Tensor, label: Tensor, bins: int) -> dict[str, Any]:
@@ -135,7 +128,7 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
     return 0.5 * (p.double() - q.double()).abs().sum(dim=1)
 
 
-def against_people(probability: Tensor, human: Tensor) -> dict[str, Any]:
+def compare_with_people(probability: Tensor, human: Tensor) -> dict[str, Any]:
     """How far rows [n, k] are from the distributions of human labels [n, k].
 
     Returns:
@@ -156,134 +149,3 @@ def against_people(probability: Tensor, human: Tensor) -> dict[str, Any]:
         "agreement": float(top.double().mean()),
         "entropy_rank_correlation": rank,
     }
-
-
-@dataclass(frozen=True, eq=False)
-class People:
-    """Distributions of human labels, rows [n, k] summing to one, in the order of the run's own images.
-
-    Attributes:
-        train: for the training images, or None.
-        test: for the test images, or None.
-    """
-
-    train: Tensor | None = None
-    test: Tensor | None = None
-
-
-def read_people(run: Opened, train: str | None, train_keys: tuple[str, ...], test: str | None) -> People:
-    """Read human labels and put them in the order of the run's images.
-
-    Args:
-        train: .npz with one array of labels [n] for each annotator, in the order of the data source, as
-            CIFAR-10N has it.
-        train_keys: these arrays.
-        test: .npz with ``counts`` [n, k], how many people chose each class of each test image, as CIFAR-10H
-            has it.
-
-    Raises:
-        SettingError: a file that cannot be read or does not fit.
-    """
-    votes = None
-    if train is not None:
-        at = source_positions(run)
-        arrays = _arrays("--train_votes", train, train_keys)
-        labels = [_votes(train, name, array, int(at.max()) + 1, run.k) for name, array in arrays.items()]
-        votes = distribution([one[at] for one in labels], run.k)
-    counts = None
-    if test is not None:
-        array = _arrays("--test_votes", test, ("counts",))["counts"]
-        wanted = (len(run.bundle.test), run.k)
-        if array.shape != wanted or array.dtype.kind not in "iu" or (array.sum(axis=1) < 1).any():
-            given = f"counts {array.dtype} {list(array.shape)} in {test}"
-            raise SettingError("--test_votes", given, f"whole numbers {list(wanted)}, a vote in each row")
-        whole = torch.from_numpy(array.astype(np.int64))
-        counts = whole.double() / whole.sum(dim=1, keepdim=True)
-    return People(votes, counts)
-
-
-def distribution(labels: list[Tensor], k: int) -> Tensor:
-    """The share of annotators that chose each class, [n, k], from the labels [n] of each of them."""
-    return torch.stack([nn.functional.one_hot(one, k).double() for one in labels]).mean(dim=0)
-
-
-def check_there(flag: str, path: str | None) -> None:
-    """Refuse a file of human labels that is named and not there.
-
-    Raises:
-        SettingError: it names the flag.
-    """
-    if path is not None and not Path(path).is_file():
-        raise SettingError(flag, path, "an existing .npz file")
-
-
-def _arrays(flag: str, path: str, keys: tuple[str, ...]) -> dict[str, np.ndarray[Any, Any]]:
-    check_there(flag, path)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in keys if key not in file.files]
-            if missing or not keys:
-                raise SettingError(
-                    flag, f"{path} without {', '.join(missing)}", f"arrays {', '.join(file.files)}"
-                )
-            return {key: file[key] for key in keys}
-    except SettingError:
-        raise
-    except Exception as error:  # numpy raises many kinds for a file that is no archive
-        raise SettingError(flag, f"{path} ({error})", "an .npz file of plain integer arrays") from None
-
-
-def _votes(path: str, name: str, array: np.ndarray[Any, Any], least: int, k: int) -> Tensor:
-    fits = array.dtype.kind in "iu" and array.ndim == 1 and len(array) >= least
-    if not fits or array.min() < 0 or array.max() >= k:
-        given = f"{name} {array.dtype} {list(array.shape)} in {path}"
-        raise SettingError("--train_votes", given, f"one label in 0..{k - 1} for each image of the source")
-    return torch.from_numpy(array.astype(np.int64))
-
-
-def measure(
-    subject: Subject, people: People, *, test: int, steps: int, bins: int, batch_size: int, seed: int
-) -> dict[str, Any]:
-    """Predictions on test images, clean and under PGD, and the label memory on training images.
-
-    Args:
-        test: test images, drawn; all where there are fewer.
-        steps: of PGD, at the trained threat.
-        bins: of ECE, adaptive ECE and the reliability diagram.
-    """
-    run, net = subject.run, subject.net
-    index = draw(run.test.n, test, seed, "test")
-    batch = run.test.take(index.to(run.device))
-    adversarial = attack_images(
-        net, run.test, index, PGD(steps=steps), run.threat, seed=seed, batch_size=batch_size
-    )
-    result: dict[str, Any] = {"attack": f"pgd-{steps}", "predictions": {}, "people": {}, "targets": None}
-    for kind, image in (("clean", batch.image), ("adversarial", adversarial)):
-        probability = logits_of(net, image, batch_size).double().softmax(dim=1).cpu()
-        result["predictions"][kind] = quality(probability, batch.label.cpu(), bins)
-        if people.test is not None:
-            result["people"][f"{kind} predictions, test"] = against_people(probability, people.test[index])
-    if subject.memory is not None:
-        result["targets"], extra = _targets(subject, people, bins)
-        result["people"] |= extra
-    return result
-
-
-def _targets(subject: Subject, people: People, bins: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    run, memory = subject.run, subject.memory
-    assert memory is not None
-    train = run.bundle.train
-    everything = torch.arange(len(train))
-    targets = subject.targets(everything)
-    given = nn.functional.one_hot(train.labels, run.k).double()
-    rows = {"memory": memory} | ({} if targets is None else {"targets": targets})
-    truth = train.labels if train.clean_labels is None else train.clean_labels
-    result = {
-        "judged_by": "given labels" if train.clean_labels is None else "clean labels",
-        **{name: quality(table, truth, bins) for name, table in rows.items()},
-    }
-    if people.train is None:
-        return result, {}
-    human = people.train
-    compared = {f"{name}, training": against_people(table, human) for name, table in rows.items()}
-    return result, {"given labels, training": against_people(given, human), **compared}

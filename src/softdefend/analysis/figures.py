@@ -6,21 +6,23 @@ dark scheme, and a text for those who do not see the figure.
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from softdefend.analysis.results import Measurement, PartResults
 from softdefend.report.embed import INK
-from softdefend.report.figures import Plot
+from softdefend.report.figures import Plot, add_legend, canvas, plain_text
 
 DASHES = ("-", "--", ":")
+
+_FEWEST_EPOCHS = 3
 
 
 @dataclass(frozen=True)
@@ -79,23 +81,49 @@ def line_plot(
     if diagonal:
         axes.plot([0, 1], [0, 1], color=INK, lw=1, ls=(0, (1, 3)))
         handles.append(Line2D([], [], color=INK, lw=1, ls=(0, (1, 3)), label="calibrated"))
-    legend(figure, handles)
-    said = "; ".join(_ends(curve) for curve in curves)
-    return Plot(figure, title, f"Line chart: {title}. {said}.")
+    _add_legend(figure, handles)
+    ends = "; ".join(_ends(curve) for curve in curves)
+    return Plot(figure, title, f"Line chart: {title}. {ends}.")
 
 
 def _ends(curve: Curve) -> str:
     name = f"{curve.run}, {curve.kind}" if curve.kind else curve.run
     if not len(curve.x):
         return f"{name}: nothing"
-    return (
-        f"{name}: {_said(curve.y[0])} at {_said(curve.x[0])} to {_said(curve.y[-1])} at {_said(curve.x[-1])}"
-    )
+    first, last = (f"{_digits(curve.y[i])} at {_digits(curve.x[i])}" for i in (0, -1))
+    return f"{name}: {first} to {last}"
 
 
-def _said(value: float | None) -> str:
+def _digits(value: float | None) -> str:
     """Three digits; results hold None for what is not finite."""
     return "not finite" if value is None else f"{value:.3g}"
+
+
+def course_plot(
+    results: PartResults,
+    title: str,
+    ylabel: str,
+    values: Mapping[str, Callable[[Mapping[str, Any]], float | None]],
+) -> Plot | None:
+    """Values by epoch where a run's checkpoints were measured; None where they are fewer than three.
+
+    Args:
+        values: by its name in the legend, what is drawn of a result; a value of None leaves a point out.
+    """
+    curves = []
+    for run in dict.fromkeys(one.run for one in results.measurements):
+        # Of one epoch a checkpoint knows most, and the best weights come without a memory.
+        known = sorted((one for one in results.measurements if one.run == run), key=_precedence)
+        by_epoch = {one.epoch: one.result for one in known if one.epoch is not None}
+        for kind, value in values.items():
+            points = [(epoch, y) for epoch in sorted(by_epoch) if (y := value(by_epoch[epoch])) is not None]
+            if len(points) >= _FEWEST_EPOCHS:
+                curves.append(Curve(run, kind, *map(list, zip(*points, strict=True))))
+    return line_plot(title, curves, results.color, xlabel="epoch", ylabel=ylabel, markers=True)
+
+
+def _precedence(measurement: Measurement) -> int:
+    return {"best": 0, "last": 1}.get(measurement.weights, 2)
 
 
 def dot_plot(
@@ -125,7 +153,7 @@ def dot_plot(
             axes.errorbar([value], [y], xerr=[error], color=color[run], lw=1)
         fill = color[run] if kind == kinds[0] else "none"
         axes.plot([value], [y], "o", color=color[run], mfc=fill, ms=5.5)
-    axes.set_yticks(range(len(rows)), [short(row, 26) for row in rows])
+    axes.set_yticks(range(len(rows)), [plain_text(row, 26) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=min(0.0, *(value for *_, value in values)))
     handles = _handles(runs, color)
@@ -134,11 +162,11 @@ def dot_plot(
             Line2D([], [], color=INK, marker="o", ls="", mfc=INK if not i else "none", ms=5, label=kind)
             for i, kind in enumerate(kinds)
         ]
-    legend(figure, handles)
-    said = "; ".join(
+    _add_legend(figure, handles)
+    words = "; ".join(
         f"{row}, {run}{', ' if kind else ''}{kind}: {value:.4g}" for row, run, kind, value in values
     )
-    return Plot(figure, title, f"Dot chart: {title}. {said}.")
+    return Plot(figure, title, f"Dot chart: {title}. {words}.")
 
 
 def surface_plot(
@@ -162,38 +190,12 @@ def surface_plot(
     axes.set_aspect("equal")
     center = loss[len(axis) // 2][len(axis) // 2]
     ends = f"{lowest:.3g} at the lowest, {float(np.nanmax(grid)):.3g} at the highest point"
-    return Plot(figure, title, f"Contour lines: {title}. Loss {_said(center)} at the network, {ends}.")
-
-
-def canvas(ylabel: str, xlabel: str, height: float = 3.2) -> tuple[Figure, Axes]:
-    """An empty figure as wide as a phone shows it well, with one pair of axes."""
-    figure = Figure(figsize=(5.2, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_xlabel(xlabel, color=INK)
-    axes.set_ylabel(ylabel, color=INK)
-    axes.tick_params(colors=INK, which="both")
-    axes.grid(color=INK, alpha=0.13, lw=0.7)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
-    return figure, axes
+    return Plot(figure, title, f"Contour lines: {title}. Loss {_digits(center)} at the network, {ends}.")
 
 
 def _handles(runs: Sequence[str], color: Mapping[str, str]) -> list[Line2D]:
     return [Line2D([], [], color=color[run], lw=3, label=run) for run in dict.fromkeys(runs)]
 
 
-def legend(figure: Figure, handles: Sequence[Artist]) -> None:
-    """A legend below the figure, which grows by what it takes."""
-    labels = [short(str(handle.get_label()), 50) for handle in handles]
-    columns = 1 if max(map(len, labels)) > 26 else 2
-    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // columns))
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK, fontsize=9
-    )
-
-
-def short(text: str, longest: int) -> str:
-    """Text as it is: no formula in it, nothing hidden by a leading underscore, no longer than fits."""
-    cut = textwrap.shorten(text, longest, placeholder="…").replace("$", r"\$")
-    return f" {cut}" if cut.startswith("_") else cut
+def _add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    add_legend(figure, handles, longest=50, longest_of_two=26)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from softdefend.analysis.subjects import Subject, attack_images, draw, per_sample_loss
+from softdefend.analysis.probe import per_sample_loss
 from softdefend.attacks import value_and_gradient
 from softdefend.core.rng import stream
 from softdefend.core.threat import ThreatModel
@@ -244,78 +244,3 @@ def local_linearity(
         here = threat.project(image, threat.ascend(here, direction, float(threat.eps) / 4))
     with torch.no_grad():
         return torch.maximum(best, gap(here))
-
-
-def measure(
-    subject: Subject,
-    *,
-    probe: int,
-    points: int,
-    span: float,
-    eigen_steps: int,
-    linearity_steps: int,
-    batch_size: int,
-    seed: int,
-) -> dict[str, Any]:
-    """All of the above, on training images with their given labels, as attacked in training.
-
-    Args:
-        probe: training images.
-        points: of each axis of the surface; 0 leaves the surface out.
-        span: of the surface.
-        eigen_steps: Hessian-vector products at most in each of two rounds; 0 leaves the eigenvalue out.
-        linearity_steps: of the search for the largest gap.
-    """
-    run, net = subject.run, subject.net
-    index = draw(run.train.n, probe, seed, "probe")
-    batch = run.train.take(index.to(run.device))
-    adversarial = attack_images(
-        net, run.train, index, run.training_attack, run.threat, seed=seed, batch_size=batch_size
-    )
-    l1, l2 = input_gradients(net, batch.image, batch.label, batch_size)
-    gaps = _gaps(subject, batch.image, batch.label, linearity_steps, batch_size, seed)
-    parameters = parameters_of(net)
-    result: dict[str, Any] = {
-        "probe": len(index),
-        "loss": {
-            kind: mean_loss(net, parameters, image, batch.label, batch_size)
-            for kind, image in (("clean", batch.image), ("adversarial", adversarial))
-        },
-        "input_gradient": {"l1": _spread(l1), "l2": _spread(l2)},
-        "linearity_gap": _spread(gaps),
-        "surface": None,
-        "eigenvalue": None,
-    }
-    if points:
-        result["surface"] = surface(
-            net, adversarial, batch.label, points=points, span=span, batch_size=batch_size, seed=seed
-        )
-    if eigen_steps:
-        product, size = hessian_product(net, adversarial, batch.label, batch_size)
-        start = stream(seed, "analyse/eigenvector")
-        found = largest_eigenvalue(product, size, start, steps=eigen_steps, tolerance=1e-3)
-        result["eigenvalue"] = {"value": found.value, "steps": found.steps, "residual": found.residual}
-    return result
-
-
-def _gaps(subject: Subject, image: Tensor, label: Tensor, steps: int, batch_size: int, seed: int) -> Tensor:
-    found = []
-    with tf32(False):
-        pairs = zip(torch.split(image, batch_size), torch.split(label, batch_size), strict=True)
-        for number, (x, t) in enumerate(pairs):
-            generator = stream(seed, "analyse/linearity", step=number, device=x.device)
-
-            def loss(candidate: Tensor, t: Tensor = t) -> Tensor:
-                return per_sample_loss(subject.net(candidate).float(), t)
-
-            found.append(local_linearity(loss, x, subject.run.threat, steps=steps, generator=generator))
-    return torch.cat(found)
-
-
-def _spread(values: Tensor) -> dict[str, float]:
-    values = values.double().cpu()
-    return {
-        "mean": float(values.mean()),
-        "median": float(values.median()),
-        "p95": float(values.quantile(0.95)),
-    }

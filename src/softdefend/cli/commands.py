@@ -170,26 +170,26 @@ def methods(arguments: Sequence[str]) -> None:
 
 def analyze(arguments: Sequence[str]) -> None:
     """``softdefend analyze``; imported here, for it takes seconds."""
-    from softdefend.analysis import analyze as command
+    from softdefend.cli.analyze import analyze as command
 
     command(arguments)
 
 
 def labels(arguments: Sequence[str]) -> None:
     """``softdefend labels``."""
-    from softdefend.analysis import audit_labels
+    from softdefend.cli.labels import audit_labels
 
     audit_labels(arguments)
 
 
 def _analyze_parser() -> ArgumentParser:
-    from softdefend.analysis.command import analyze_parser
+    from softdefend.cli.analyze import analyze_parser
 
     return analyze_parser()
 
 
 def _labels_parser() -> ArgumentParser:
-    from softdefend.analysis.command import audit_parser
+    from softdefend.cli.labels import audit_parser
 
     return audit_parser()
 

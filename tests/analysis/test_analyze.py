@@ -1,27 +1,59 @@
-"""The two commands from words to files."""
+"""Analyses and label audits of two small runs: what is measured, found again, written and shown."""
 
 from __future__ import annotations
 
 import csv
+import html
 import json
-import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from softdefend.analysis import command
+from softdefend.analysis import (
+    AnalysisRequest,
+    AnalyzeSettings,
+    Geometry,
+    Gradients,
+    analyze,
+    analyze_runs,
+    audit_run,
+    label_audit,
+    write_audit,
+)
 from softdefend.analysis.figures import surface_plot
-from softdefend.analysis.label_audit import DEFAULT_SCORE, SCORES
-from softdefend.analysis.label_audit import predictions as all_predictions
+from softdefend.analysis.label_scores import DEFAULT_SCORE, SCORES
+from softdefend.analysis.probe import predict_training_images
 from softdefend.core.errors import SettingError
 
-_QUICK = """
-    --probe 40 --whole 8 --chunk 4 --test 40 --steps 2 --bins 5 --components 3 --points 3 --eigen_steps 5
-    --linearity_steps 2 --contrast_steps 20 --batch_size 16 --device cpu --progress false
-"""
-QUICK = _QUICK.split()
+QUICK = AnalyzeSettings(
+    probe=40,
+    whole=8,
+    chunk=4,
+    test=40,
+    steps=2,
+    bins=5,
+    components=3,
+    points=3,
+    eigen_steps=5,
+    linearity_steps=2,
+    contrast_steps=20,
+    batch_size=16,
+)
+
+
+def run_analysis(
+    folders: list[Path], output: Path, settings: AnalyzeSettings = QUICK, **request: Any
+) -> dict[str, Any]:
+    """Analyze runs, and read what was written."""
+    asked = AnalysisRequest(settings=settings, **request)
+    analyze_runs([str(folder) for folder in folders], output, asked, torch.device("cpu"))
+    found: dict[str, Any] = json.loads((output / "analysis.json").read_text())
+    return found
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -54,7 +86,7 @@ def analyzed(refined, plain, tmp_path_factory) -> tuple[Path, dict[str, bytes], 
     """The results of every part for two runs, and the runs' bytes before and after."""
     output = tmp_path_factory.mktemp("output")
     before = contents(refined)
-    command.analyze([str(refined), str(plain), "--output", str(output), *QUICK])
+    run_analysis([refined, plain], output)
     return output, before, contents(refined)
 
 
@@ -99,16 +131,15 @@ def test_a_second_time_nothing_is_measured_again(analyzed, refined, plain, monke
 
     output = analyzed[0]
     before = contents(output)
-    monkeypatch.setattr(command, "open_subject", never)
-    command.analyze([str(refined), str(plain), "--output", str(output), *QUICK])
+    monkeypatch.setattr(analyze, "open_network", never)
+    run_analysis([refined, plain], output)
     assert contents(output) == before
 
 
 def test_an_interrupted_analysis_goes_on(refined, tmp_path, monkeypatch):
-    words = [str(refined), "--output", str(tmp_path / "out"), "--which", "last", *QUICK]
-    words += ["--parts", "gradients", "geometry"]
+    asked = {"which": ("last",), "parts": ("gradients", "geometry")}
     calls: list[str] = []
-    measure = command.gradients.measure
+    measure = Gradients.measure
 
     def counted(*given: object, **more: object) -> dict[str, object]:
         calls.append("gradients")
@@ -117,35 +148,33 @@ def test_an_interrupted_analysis_goes_on(refined, tmp_path, monkeypatch):
     def interrupted(*_: object, **__: object) -> dict[str, object]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command.gradients, "measure", counted)
+    monkeypatch.setattr(Gradients, "measure", counted)
     with monkeypatch.context() as once:
-        once.setattr(command.landscape, "measure", interrupted)
+        once.setattr(Geometry, "measure", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            command.analyze(words)
-    command.analyze(words)
+            run_analysis([refined], tmp_path / "out", **asked)
+    run_analysis([refined], tmp_path / "out", **asked)
     assert calls == ["gradients"]
     assert len(list((tmp_path / "out" / "results").iterdir())) == 2
+
+
+def test_a_damaged_or_foreign_result_is_measured_again(refined, tmp_path):
+    asked = {"which": ("last",), "parts": ("geometry",)}
+    first = run_analysis([refined], tmp_path / "out", **asked)
+    (path,) = (tmp_path / "out" / "results").iterdir()
+    whole = path.read_text()
+    for content in (whole[:-20], whole.replace('"seed": 0', '"seed": 1'), '{"result": {}, "epoch": 1}'):
+        path.write_text(content)
+        assert run_analysis([refined], tmp_path / "out", **asked) == first
+        assert path.read_text() == whole
 
 
 def test_other_settings_are_measured_anew(analyzed, refined):
     output = analyzed[0]
     before = set(contents(output / "results"))
-    command.analyze(
-        [
-            str(refined),
-            "--output",
-            str(output),
-            *QUICK,
-            "--parts",
-            "geometry",
-            "--which",
-            "last",
-            "--points",
-            "0",
-        ]
-    )
+    found = run_analysis([refined], output, replace(QUICK, points=0), parts=("geometry",), which=("last",))
     assert len(set(contents(output / "results")) - before) == 1
-    assert json.loads((output / "analysis.json").read_text())["geometry"][0]["result"]["surface"] is None
+    assert found["geometry"][0]["result"]["surface"] is None
 
 
 COURSES = [
@@ -166,11 +195,10 @@ def test_kept_checkpoints_show_the_course_over_training(tiny_run, analyzed, tmp_
         "--optim.epochs 4 --save.archive 1 --data.noise symmetric --data.noise_rate 0.3 --label SGLR "
         "--label.start 0.2"
     )
-    command.analyze([str(run), "--output", str(tmp_path / "out"), *QUICK, "--which", "checkpoints"])
+    rows = run_analysis([run], tmp_path / "out", which=("checkpoints",))["gradients"]
     page = Page((tmp_path / "out" / "analysis.html").read_text())
     drawn = {alt.split(". ")[0]: alt for alt in page.alts if alt and "by epoch" in alt}
     assert {f"Line chart: {title}" for title in COURSES} <= set(drawn)
-    rows = json.loads((tmp_path / "out" / "analysis.json").read_text())["gradients"]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     first, last = (rows[i]["result"]["last_layer"]["adversarial"]["given"]["wrong_mean"] for i in (0, -1))
     assert f"wrong labels: {first:.3g} at 1 to {last:.3g} at 4" in drawn[f"Line chart: {COURSES[0]}"]
@@ -178,47 +206,20 @@ def test_kept_checkpoints_show_the_course_over_training(tiny_run, analyzed, tmp_
 
 
 def test_a_reference_network_judges_where_the_truth_is_not_known(plain, tmp_path):
-    words = [str(plain), "--output", str(tmp_path), *QUICK, "--parts", "gradients", "--which", "last"]
-    command.analyze(words)
-    unknown = json.loads((tmp_path / "analysis.json").read_text())["gradients"][0]["result"]
+    asked = {"parts": ("gradients",), "which": ("last",)}
+    unknown = run_analysis([plain], tmp_path, **asked)["gradients"][0]["result"]
     assert unknown["judged_by"] == "unknown"
     assert unknown["memorisation"] == {}
-    command.analyze([*words, "--reference", str(plain)])
-    judged = json.loads((tmp_path / "analysis.json").read_text())["gradients"][0]["result"]
+    judged = run_analysis([plain], tmp_path, **asked, reference=str(plain))["gradients"][0]["result"]
     assert judged["judged_by"].startswith("disagreement with")
     share = judged["last_layer"]["clean"]["given"]["fraction_wrong"]
     assert judged["memorisation"]["clean"]["wrong"] == round(40 * share) > 0
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("RUN --parts nonsense", "--parts: got 'nonsense'"),
-        ("RUN --which newest", "--which: got 'newest'"),
-        ("RUN --probe 3", "--probe: got 3"),
-        ("RUN --points 4", "--points: got 4"),
-        ("RUN --span 0", "--span: got 0"),
-        ("RUN --probe many", "probe: got many"),
-        ("RUN --depth 3", "depth: got an unknown setting"),
-        ("RUN --output RUN/analysis", "inside the run"),
-        ("RUN --reference /no/such/run --parts gradients", "run folder: got /no/such/run"),
-        ("/no/such/run", "run folder: got /no/such/run"),
-        ("RUN --device tpu", "runtime.device: got 'tpu'"),
-        ("", "run: got nothing"),
-    ],
-)
-def test_analyze_refuses_in_one_line(words, said, refined):
-    with pytest.raises(SettingError, match=re.escape(said)) as caught:
-        command.analyze(words.replace("RUN", str(refined)).split())
-    assert "\n" not in str(caught.value)
-
-
 @pytest.fixture(scope="module")
 def audited(refined, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("audit")
-    command.audit_labels(
-        ["audit", str(refined), "--output", str(output), "--top", "12", "--at", "10", "--device", "cpu"]
-    )
+    write_audit(audit_run(str(refined), at=[10]), output, top=12)
     return output
 
 
@@ -247,23 +248,22 @@ def test_the_audits_gallery_shows_the_most_suspicious(audited):
     assert sum("Training image" in (alt or "") for alt in page.alts) == 12
 
 
-def test_a_run_without_a_memory_is_one_line(plain, tmp_path):
+def test_a_run_without_a_memory_is_one_line(plain):
     with pytest.raises(SettingError, match=r"holds no label memory \(Hard and PGDAT\)"):
-        command.audit_labels(["audit", str(plain), "--output", str(tmp_path), "--device", "cpu"])
-    assert list(tmp_path.iterdir()) == []
+        audit_run(str(plain))
 
 
 def test_predictions_rank_the_labels_of_a_run_without_a_memory(plain, tmp_path):
-    words = ["audit", str(plain), "--output", str(tmp_path), "--device", "cpu", "--source", "prediction"]
-    command.audit_labels(words)
-    found = command.audit_run(str(plain), source="prediction")
-    believed = all_predictions(found.subject, 500)
-    expected = SCORES[DEFAULT_SCORE](believed, found.subject.run.bundle.train.labels).numpy()
+    audit = audit_run(str(plain), source="prediction")
+    write_audit(audit, tmp_path)
+    run = audit.network.run
+    believed = predict_training_images(audit.network.net, run.train, 500)
+    expected = SCORES[DEFAULT_SCORE](believed, run.bundle.train.labels).numpy()
     with open(tmp_path / "labels.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         assert float(row["score"]) == pytest.approx(expected[int(row["index"])], abs=1e-4)
-    assert "network's predictions" in (tmp_path / "audit.html").read_text().replace("&#x27;", "'")
+    assert "network's predictions" in html.unescape((tmp_path / "audit.html").read_text())
     assert json.loads((tmp_path / "audit.json").read_text())["source"] == "prediction"
 
 
@@ -273,16 +273,15 @@ def test_a_memory_that_has_not_moved_is_refused(tiny_run):
         path.unlink()  # the last epoch refines
     (run / "last.safetensors").unlink()
     with pytest.raises(SettingError, match="label memory still is the given labels"):
-        command.audit_run(str(run))
+        audit_run(str(run))
 
 
-def test_votes_that_are_not_there_are_refused_also_beside_kept_results(refined, tmp_path):
-    words = ["--parts", "labels", "--which", "last"]
-    words = [str(refined), "--output", str(tmp_path / "out"), *QUICK, *words]
-    command.analyze(words)
-    for flag in ("--train_votes", "--test_votes"):
-        with pytest.raises(SettingError, match=f"{flag}: got /nowhere.npz"):
-            command.analyze([*words, flag, "/nowhere.npz"])
+def test_votes_that_are_not_there_are_refused_also_beside_stored_results(refined, tmp_path):
+    asked = {"parts": ("labels",), "which": ("last",)}
+    run_analysis([refined], tmp_path / "out", **asked)
+    for name in ("train_votes", "test_votes"):
+        with pytest.raises(SettingError, match=f"--{name}: got /nowhere.npz"):
+            run_analysis([refined], tmp_path / "out", **asked, **{name: "/nowhere.npz"})
 
 
 def test_a_surface_with_holes_is_drawn_and_said():
@@ -295,24 +294,8 @@ def test_a_surface_with_holes_is_drawn_and_said():
 
 def test_without_cleanlab_the_baseline_is_left_out_or_refused(refined, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cleanlab.rank", None)
-    monkeypatch.setattr(command, "installed", lambda: False)
-    found = command.audit_run(str(refined))
-    assert not any(line["name"].startswith("cleanlab") for line in found.comparison)
+    monkeypatch.setattr(label_audit, "cleanlab_is_installed", lambda: False)
+    audit = audit_run(str(refined))
+    assert not any(line["name"].startswith("cleanlab") for line in audit.comparison)
     with pytest.raises(SettingError, match=r"softdefend\[analysis\]"):
-        command.audit_run(str(refined), baseline=True)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("repair RUN", "labels: got 'repair'"),
-        ("audit RUN --score luck", "--score: got 'luck'"),
-        ("audit RUN --source luck", "--source: got 'luck'"),
-        ("audit RUN --top 0", "--top: got 0"),
-        ("audit RUN --output RUN", "inside the run"),
-        ("audit", "run: got nothing"),
-    ],
-)
-def test_the_audit_refuses_in_one_line(words, said, refined):
-    with pytest.raises(SettingError, match=re.escape(said)):
-        command.audit_labels(words.replace("RUN", str(refined)).split())
+        audit_run(str(refined), baseline=True)

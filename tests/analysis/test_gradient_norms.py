@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softdefend.analysis.gradients import (
+from softdefend.analysis.gradient_norms import (
     last_layer,
     last_layer_norms,
     memorisation,

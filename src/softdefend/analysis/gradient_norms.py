@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from softdefend.analysis.subjects import Subject, attack_images, draw, logits_of, per_sample_loss
+from softdefend.analysis.probe import logits_of, per_sample_loss
 from softdefend.core.errors import SettingError
 from softdefend.execution.modes import tf32
 
@@ -84,7 +84,7 @@ def whole_network_norms(net: nn.Module, image: Tensor, target: Tensor, chunk: in
         net: in eval mode: in train mode batch normalization would tie samples together.
         image: [m, c, h, w].
         target: [m, k].
-        chunk: samples at once.
+        chunk: samples whose gradients are in memory together.
     """
     parameters = {name: p.detach() for name, p in net.named_parameters()}
     buffers = {name: b.detach() for name, b in net.named_buffers()}
@@ -135,7 +135,7 @@ def _quantiles(values: Tensor) -> list[float] | None:
 
 
 def memorisation(prediction: Tensor, given: Tensor, wrong: Tensor, truth: Tensor | None) -> dict[str, Any]:
-    """What a network says of wrongly labelled samples.
+    """What a network predicts for wrongly labelled samples.
 
     Args:
         prediction, given: [m] int64.
@@ -151,86 +151,3 @@ def memorisation(prediction: Tensor, given: Tensor, wrong: Tensor, truth: Tensor
     if truth is not None:
         share["recovered"] = int((prediction == truth)[wrong].sum()) / n if n else None
     return {"wrong": n, **share}
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """Which labels of the training set are taken to be wrong.
-
-    Attributes:
-        source: in words.
-        wrong: [n] bool, or None where there is no way to tell.
-        truth: [n] int64, where the clean labels are known.
-    """
-
-    source: str
-    wrong: Tensor | None
-    truth: Tensor | None
-
-
-def judge(subject: Subject, reference: Tensor | None, reference_name: str = "") -> Judgement:
-    """By the clean labels where the run has them, else by a reference network's predictions [n]."""
-    train = subject.run.bundle.train
-    if train.clean_labels is not None:
-        return Judgement("clean labels", train.labels != train.clean_labels, train.clean_labels)
-    if reference is not None:
-        return Judgement(f"disagreement with {reference_name}", train.labels != reference.cpu(), None)
-    return Judgement("unknown", None, None)
-
-
-def measure(
-    subject: Subject,
-    judgement: Judgement,
-    *,
-    probe: int,
-    whole: int,
-    chunk: int,
-    batch_size: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Gradient norms on a fixed probe set of training images, clean and as attacked in training.
-
-    Targets are the given labels and, where these weights came with a label memory, also the refined ones.
-
-    Args:
-        probe: training images.
-        whole: how many of them, evenly spread, get the whole network's norm; 0 for none.
-        chunk: samples at once there.
-    """
-    run, net = subject.run, subject.net
-    index = draw(run.train.n, probe, seed, "probe")
-    batch = run.train.take(index.to(run.device))
-    adversarial = attack_images(
-        net, run.train, index, run.training_attack, run.threat, seed=seed, batch_size=batch_size
-    )
-    wrong = None if judgement.wrong is None else judgement.wrong[index]
-    targets = {"given": nn.functional.one_hot(batch.label, run.k).float()}
-    if (refined := subject.targets(index)) is not None:
-        targets["refined"] = refined.to(run.device)
-    result: dict[str, Any] = {
-        "probe": len(index),
-        "judged_by": judgement.source,
-        "last_layer": {},
-        "whole_network": {},
-        "memorisation": {},
-    }
-    for kind, image in (("clean", batch.image), ("adversarial", adversarial)):
-        seen = last_layer(net, image, batch_size)
-        result["last_layer"][kind] = {
-            name: spread(last_layer_norms(seen, target).cpu(), wrong) for name, target in targets.items()
-        }
-        if wrong is not None:
-            truth = None if judgement.truth is None else judgement.truth[index]
-            said = seen.logits.argmax(dim=1).cpu()
-            result["memorisation"][kind] = memorisation(said, batch.label.cpu(), wrong, truth)
-    if whole:
-        # Spread over the probe set, which is in the order of the data: that may be one class after another.
-        few = torch.arange(min(whole, len(index))) * len(index) // min(whole, len(index))
-        result["whole_network"]["adversarial"] = {
-            name: spread(
-                whole_network_norms(net, adversarial[few], target[few], chunk).cpu(),
-                None if wrong is None else wrong[few],
-            )
-            for name, target in targets.items()
-        }
-    return result

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +19,7 @@ from sklearn.neighbors import KDTree, NearestNeighbors
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from softdefend.analysis.gradients import last_layer
 from softdefend.analysis.landscape import Parameters, parameters_of
-from softdefend.analysis.subjects import Subject, attack_images, draw, initial
-from softdefend.core.errors import SettingError
 from softdefend.core.rng import key, stream
 from softdefend.execution.modes import tf32
 
@@ -68,7 +64,7 @@ def information_in_weights(
         image: [m, c, h, w], of the training set.
         label: [m] int64, as given.
         n: size of the training set.
-        batch_size: images at once.
+        batch_size: images in a batch.
     """
     now = parameters_of(net)
     step = {name: p - before[name].to(p) for name, p in now.items()}
@@ -146,9 +142,9 @@ def _log_likelihood(
         warnings.filterwarnings("ignore", message="The number of unique classes", category=UserWarning)
         fitted = LogisticRegression(C=c, max_iter=1000).fit(x[fit], label[fit])
     place = np.searchsorted(known, label[measure]).clip(max=len(known) - 1)
-    said = fitted.predict_proba(x[measure])[np.arange(len(measure)), place]
-    said = np.where(known[place] == label[measure], said, 0.0)
-    return float(np.log((len(fit) * said + 1 / len(classes)) / (len(fit) + 1)).mean())
+    probability = fitted.predict_proba(x[measure])[np.arange(len(measure)), place]
+    probability = np.where(known[place] == label[measure], probability, 0.0)
+    return float(np.log((len(fit) * probability + 1 / len(classes)) / (len(fit) + 1)).mean())
 
 
 def label_information_neighbors(features: Matrix, label: NDArray[np.int64], neighbors: int = 3) -> float:
@@ -296,10 +292,10 @@ def reduced(values: Matrix, components: int) -> Matrix:
     count = min(components, *values.shape)
     # the full solver draws no random numbers
     pca = PCA(count, svd_solver="full")
-    found = pca.fit_transform(values)
+    projected = pca.fit_transform(values)
     spread = np.sqrt(pca.explained_variance_)
-    heard = spread > _ROUNDING * spread[0]
-    return np.asarray(found[:, heard] / spread[heard], dtype=np.float64)
+    distinct = spread > _ROUNDING * spread[0]
+    return np.asarray(projected[:, distinct] / spread[distinct], dtype=np.float64)
 
 
 def mutual_information(
@@ -324,53 +320,3 @@ def mutual_information(
         "input_bound": contrastive_information(small_x, small_t, seed=seed, steps=contrast_steps),
         "input_neighbors": neighbor_information(small_x, small_t, neighbors),
     }
-
-
-def measure(
-    subject: Subject,
-    *,
-    probe: int,
-    test: int,
-    components: int,
-    neighbors: int,
-    contrast_steps: int,
-    batch_size: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Information in the weights, and of the last hidden representation, clean and as attacked in training.
-
-    Args:
-        probe, test: training and test images, at most; as many of one as of the other.
-        components: principal components of image and representation for the neighbor-based estimators and
-            the contrastive bound.
-        neighbors: k of the neighbor-based estimators.
-        contrast_steps: of training the contrastive bound's critic.
-    """
-    run, net = subject.run, subject.net
-    before = parameters_of(initial(run))
-    result: dict[str, Any] = {"weights": {}, "representation": {}, "training_images": run.train.n}
-    # As many of both: what neighbors find depends on how many there are.
-    count = min(probe, test, run.train.n, run.test.n)
-    if neighbors >= count:
-        raise SettingError("--neighbors", neighbors, f"fewer than the {count} images that are measured")
-    for split, data, name in (("train", run.train, "probe"), ("test", run.test, "test")):
-        index = draw(data.n, count, seed, name)
-        batch = data.take(index.to(run.device))
-        adversarial = attack_images(
-            net, data, index, run.training_attack, run.threat, seed=seed, batch_size=batch_size
-        )
-        for kind, image in (("clean", batch.image), ("adversarial", adversarial)):
-            seen = last_layer(net, image, batch_size)
-            result["representation"][f"{split}, {kind}"] = mutual_information(
-                image,
-                seen.features,
-                batch.label,
-                components=components,
-                neighbors=neighbors,
-                contrast_steps=contrast_steps,
-                seed=seed,
-            )
-            if split == "train":
-                found = information_in_weights(net, before, image, batch.label, data.n, batch_size)
-                result["weights"][kind] = dict(vars(found))
-    return result

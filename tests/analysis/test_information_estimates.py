@@ -10,7 +10,7 @@ from scipy.stats import norm
 from sklearn.feature_selection import mutual_info_classif, mutual_info_regression
 from torch import nn
 
-from softdefend.analysis import information
+from softdefend.analysis import information_estimates as information
 from softdefend.analysis.landscape import parameters_of
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softdefend.attacks import PGD, Attack, cross_entropy
+from softdefend.attacks import PGD
+from softdefend.core.digest import file_digest
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.core.rule import RunInfo
@@ -22,19 +23,17 @@ from softdefend.data import DataBundle, DataSettings, Resident, fingerprint, loa
 from softdefend.data.holdout import complement, draw_by_class
 from softdefend.data.sources import read
 from softdefend.evaluation import load_weights
-from softdefend.execution.modes import attacked, tf32
 from softdefend.experiments.config import Experiment
 from softdefend.experiments.pipeline import make_net, open_run
 from softdefend.labels.memory import LabelMemory
-from softdefend.report import RunRecord, read_run
-from softdefend.report.runs import group_runs
+from softdefend.report.runs import RunRecord, group_runs, read_run
 from softdefend.training import checkpoint
 
 WHICH = ("best", "last", "checkpoints", "archived")
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
+class AnalyzedRun:
     """A run folder, its configuration and its data, in memory.
 
     Attributes:
@@ -75,7 +74,7 @@ class Opened:
         return replace(configured, loss="ce", start=start)
 
     @cached_property
-    def identity(self) -> list[str | None]:
+    def data_digests(self) -> list[str | None]:
         """What tells the run's data from others: training and validation, test, and the labels before noise,
         which say what is wrong (None where there was none)."""
         clean = self.bundle.train.clean_labels
@@ -92,13 +91,13 @@ class Opened:
         """The test images on the device."""
         return Resident(self.bundle.test, self.device)
 
-    def about(self, net: nn.Module | None = None) -> RunInfo:
+    def rule_info(self, net: nn.Module | None = None) -> RunInfo:
         """What the run's rules are set up with."""
         return RunInfo(self.bundle.train.labels, self.k, self.experiment.optim.epochs, net)
 
 
 @dataclass(frozen=True)
-class Weights:
+class SavedWeights:
     """A file that holds weights.
 
     Attributes:
@@ -113,7 +112,7 @@ class Weights:
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class AnalyzedNetwork:
     """One network of one run.
 
     Attributes:
@@ -127,8 +126,8 @@ class Subject:
         refines: whether the memory is the label rule's, which trains towards it.
     """
 
-    run: Opened
-    weights: Weights
+    run: AnalyzedRun
+    weights: SavedWeights
     net: nn.Module
     epoch: int | None
     memory: Tensor | None = field(default=None, repr=False)
@@ -146,7 +145,7 @@ class Subject:
         return r * self.memory[index] + (1 - r) * given
 
 
-def open_runs(folders: Sequence[str], device: torch.device) -> list[Opened]:
+def open_runs(folders: Sequence[str], device: torch.device) -> list[AnalyzedRun]:
     """Open run folders; runs of the same data settings share their images.
 
     Raises:
@@ -155,15 +154,15 @@ def open_runs(folders: Sequence[str], device: torch.device) -> list[Opened]:
     records = [read_run(Path(folder)) for folder in dict.fromkeys(folders)]
     bundles: dict[DataSettings, DataBundle] = {}
     opened = []
-    for record, name in zip(records, names(records), strict=True):
+    for record, name in zip(records, unique_names(records), strict=True):
         experiment = open_run(record.folder)
         if experiment.data not in bundles:
             bundles[experiment.data] = load(experiment.data)
-        opened.append(Opened(name, record, experiment, bundles[experiment.data], device))
+        opened.append(AnalyzedRun(name, record, experiment, bundles[experiment.data], device))
     return opened
 
 
-def names(records: Sequence[RunRecord]) -> list[str]:
+def unique_names(records: Sequence[RunRecord]) -> list[str]:
     """A name for each run that no other has: the recipe, then its seed, then its folder where needed."""
     recipe = {run.folder.resolve(): group.label for group in group_runs(records) for run in group.runs}
     short = [recipe[record.folder.resolve()] for record in records]
@@ -173,28 +172,33 @@ def names(records: Sequence[RunRecord]) -> list[str]:
     return [b if first.count(a) > 1 else a for a, b in zip(first, placed, strict=True)]
 
 
-def weights_of(folder: Path, which: Sequence[str]) -> list[Weights]:
+def find_weights(folder: Path, which: Sequence[str]) -> list[SavedWeights]:
     """The weights that a run folder holds now, in the order of ``which``.
 
-    ``last`` of a run that is still going is its newest checkpoint; ``checkpoints`` are all that are kept,
+    ``last`` of a run that is still going is its newest checkpoint. ``checkpoints`` are all checkpoints,
     ``archived`` those of every ``save.archive``-th epoch.
 
     Raises:
         SettingError: an unknown name in ``which``, or ``archived`` of a run without ``save.archive``.
     """
-    kept = sorted((folder / "checkpoints").glob("step-*.ckpt"))
-    found: list[tuple[str, Path]] = []
+    checkpoints = checkpoint_paths(folder)
+    files: list[tuple[str, Path]] = []
     for name in which:
         if name not in WHICH:
             raise SettingError("--which", repr(name), " or ".join(WHICH))
         if name in ("checkpoints", "archived"):
             stride = _archived_every(folder) if name == "archived" else 1
-            found += [(path.stem, path) for path in kept if checkpoint.step_of(path) % stride == 0]
+            files += [(path.stem, path) for path in checkpoints if checkpoint.step_of(path) % stride == 0]
         elif (path := folder / f"{name}.safetensors").is_file():
-            found.append((name, path))
-        elif name == "last" and kept:
-            found.append((name, kept[-1]))
-    return [weights for name, path in found if (weights := _hashed(name, path))]
+            files.append((name, path))
+        elif name == "last" and checkpoints:
+            files.append((name, checkpoints[-1]))
+    return [weights for name, path in files if (weights := _hashed(name, path))]
+
+
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """The checkpoints that a run folder holds now, the newest last."""
+    return sorted((folder / "checkpoints").glob("step-*.ckpt"))
 
 
 def _archived_every(folder: Path) -> int:
@@ -208,14 +212,14 @@ def _archived_every(folder: Path) -> int:
     return int(epochs * rows[0]["step"] / rows[0]["epoch"]) if rows else 1
 
 
-def _hashed(name: str, path: Path) -> Weights | None:
+def _hashed(name: str, path: Path) -> SavedWeights | None:
     try:
-        return Weights(name, path, hashlib.sha256(path.read_bytes()).hexdigest())
-    except FileNotFoundError:  # a run that is still going lets its oldest checkpoint go
+        return SavedWeights(name, path, file_digest(path))
+    except FileNotFoundError:  # a run that is still going deletes its oldest checkpoint
         return None
 
 
-def open_subject(run: Opened, weights: Weights) -> Subject:
+def open_network(run: AnalyzedRun, weights: SavedWeights) -> AnalyzedNetwork:
     """The network that predicts (the average where the weight rule keeps one), with the label memory that
     was saved with it.
 
@@ -226,7 +230,7 @@ def open_subject(run: Opened, weights: Weights) -> Subject:
     state: dict[str, Any] | None = None
     if weights.path.suffix == ".ckpt":
         state = checkpoint.load(weights.path)
-        net, epoch = _predicting(run, net, state), state["epoch"]
+        net, epoch = _predicting_network(run, net, state), state["epoch"]
     else:
         epoch = load_weights(net, weights.path).get("epoch")
         if weights.name == "last":
@@ -236,8 +240,8 @@ def open_subject(run: Opened, weights: Weights) -> Subject:
     net = net.to(run.device).eval()
     for parameter in net.parameters():
         parameter.requires_grad_(False)
-    memory, refines = beliefs(run, state) if state else (None, False)
-    return Subject(run, weights, net, epoch, memory, refines)
+    memory, refines = read_memory(run, state) if state else (None, False)
+    return AnalyzedNetwork(run, weights, net, epoch, memory, refines)
 
 
 def newest_state(folder: Path) -> dict[str, Any] | None:
@@ -249,11 +253,11 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
     return checkpoint.CheckpointFolder(folder / "checkpoints").load()
 
 
-def _predicting(run: Opened, net: nn.Module, state: dict[str, Any]) -> nn.Module:
+def _predicting_network(run: AnalyzedRun, net: nn.Module, state: dict[str, Any]) -> nn.Module:
     rule = copy.deepcopy(run.experiment.weight)
     try:
         net.load_state_dict(state["net"])
-        rule.setup(run.about(net))
+        rule.setup(run.rule_info(net))
         rule.load_state_dict(state["weight"])
     except (KeyError, RuntimeError) as error:
         raise SettingError(
@@ -262,7 +266,7 @@ def _predicting(run: Opened, net: nn.Module, state: dict[str, Any]) -> nn.Module
     return rule.prediction
 
 
-def beliefs(run: Opened, state: dict[str, Any]) -> tuple[Tensor | None, bool]:
+def read_memory(run: AnalyzedRun, state: dict[str, Any]) -> tuple[Tensor | None, bool]:
     """Rows [n, k] of the memory in a checkpoint, summing to one, and whether the label rule trains on them.
 
     The label rule's memory goes before an objective's. A row that has not been filled yet is the one-hot
@@ -274,7 +278,7 @@ def beliefs(run: Opened, state: dict[str, Any]) -> tuple[Tensor | None, bool]:
         if not any(str(name).startswith("memory") for name in saved):
             continue
         rule = copy.deepcopy(getattr(run.experiment.recipe, part))
-        rule.setup(run.about())
+        rule.setup(run.rule_info())
         rule.load_state_dict(saved)
         for table in vars(rule).values():
             if isinstance(table, LabelMemory):
@@ -291,12 +295,12 @@ def _filled(rows: Tensor, labels: Tensor) -> Tensor:
     return torch.where(total > 0, rows / total.clamp_min(1e-12), given)
 
 
-def initial(run: Opened) -> nn.Module:
+def initial_network(run: AnalyzedRun) -> nn.Module:
     """The network as it was before training, on the CPU: a function of the run's seed."""
     return make_net(run.experiment, run.bundle)
 
 
-def source_positions(run: Opened) -> Tensor:
+def source_positions(run: AnalyzedRun) -> Tensor:
     """Where each training image stands in the data source, [n] int64.
 
     The draws of :func:`softdefend.data.load` are made again and the images compared.
@@ -320,51 +324,3 @@ def source_positions(run: Opened) -> Tensor:
             "data.source", f"{settings.source}, not what the run had", "the source as it was in training"
         )
     return at
-
-
-def draw(n: int, count: int, seed: int, name: str) -> Tensor:
-    """``count`` of n positions (all, where there are fewer), ascending, [m] int64: the same for every run of
-    the same size."""
-    order = torch.randperm(n, generator=stream(seed, f"analyse/{name}"))
-    return order[:count].sort().values
-
-
-def batches(index: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    """Numbered pieces of ``index`` [m] of at most ``size``."""
-    yield from enumerate(torch.split(index, size))
-
-
-def attack_images(
-    net: nn.Module,
-    data: Resident,
-    index: Tensor,
-    attack: Attack,
-    threat: ThreatModel,
-    *,
-    seed: int,
-    batch_size: int,
-) -> Tensor:
-    """Adversarial images [m, c, h, w] of the samples ``index`` [m], against their given labels.
-
-    In eval mode and float32; the result is projected once more.
-    """
-    found = []
-    with attacked(net, "eval"), tf32(False):
-        for number, part in batches(index.to(data.labels.device), batch_size):
-            batch = data.take(part)
-            generator = stream(seed, f"analyse/{attack.name}", step=number, device=batch.image.device)
-            adversarial = attack(net, batch.image, batch.label, threat, generator=generator).detach()
-            found.append(threat.project(batch.image, adversarial))
-    return torch.cat(found)
-
-
-@torch.no_grad()
-def logits_of(net: nn.Module, image: Tensor, batch_size: int) -> Tensor:
-    """Logits [m, k] float32 of images [m, c, h, w], piece by piece."""
-    with tf32(False):
-        return torch.cat([net(part).float() for part in torch.split(image, batch_size)])
-
-
-def per_sample_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy [b] with labels [b] or probabilities [b, k]: what all parts mean by the loss."""
-    return cross_entropy(logits, target)
