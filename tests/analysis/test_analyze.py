@@ -17,8 +17,6 @@ import torch
 from softdefend.analysis import (
     AnalysisRequest,
     AnalyzeSettings,
-    Geometry,
-    Gradients,
     analyze,
     analyze_runs,
     audit_run,
@@ -27,6 +25,8 @@ from softdefend.analysis import (
 )
 from softdefend.analysis.figures import surface_plot
 from softdefend.analysis.label_scores import DEFAULT_SCORE, SCORES
+from softdefend.analysis.parts.geometry import Geometry
+from softdefend.analysis.parts.gradients import Gradients
 from softdefend.analysis.probe import predict_training_images
 from softdefend.core.errors import SettingError
 

@@ -18,7 +18,6 @@ class AnalysisPart(ABC):
     """One part of an analysis. Subclass :class:`RunPart` or :class:`NetworkPart`.
 
     Attributes:
-        name: as in ``--parts`` and in the results.
         needs: names of the fields of ``AnalyzeSettings`` that the result depends on. They are part of what a
             stored result is found by: a setting that is read and not named here would give results of
             another value.
@@ -26,16 +25,16 @@ class AnalysisPart(ABC):
         order: where its section stands on the page, the smallest first.
 
     Args:
+        name: the registered one, as in ``--parts`` and in the results.
         request: what the analysis is to contain.
     """
 
-    name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
     revision: ClassVar[int] = 1
     order: ClassVar[int] = 100
 
-    def __init__(self, request: AnalysisRequest) -> None:
-        self.request, self.settings = request, request.settings
+    def __init__(self, name: str, request: AnalysisRequest) -> None:
+        self.name, self.request, self.settings = name, request, request.settings
 
     def prepare(self, runs: Sequence[AnalyzedRun]) -> None:  # noqa: B027  most parts need nothing else
         """Open and check what the part needs beside the runs, before anything is measured.
@@ -83,5 +82,4 @@ def make_parts(request: AnalysisRequest) -> list[AnalysisPart]:
     for name in names:
         if name not in PARTS:
             raise SettingError("--parts", repr(name), ", ".join(PARTS.names()))
-    kinds = sorted((PARTS[name] for name in names), key=lambda kind: (kind.order, kind.name))
-    return [kind(request) for kind in kinds]
+    return [PARTS[name](name, request) for name in sorted(names, key=lambda name: (PARTS[name].order, name))]

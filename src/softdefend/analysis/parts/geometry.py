@@ -17,7 +17,7 @@ from softdefend.analysis.landscape import (
     parameters_of,
     surface,
 )
-from softdefend.analysis.part import NetworkPart
+from softdefend.analysis.part import PARTS, NetworkPart
 from softdefend.analysis.probe import attack_images, draw_positions, per_sample_loss
 from softdefend.analysis.results import PartResults, number
 from softdefend.analysis.runs import AnalyzedNetwork
@@ -27,11 +27,11 @@ from softdefend.report.content import Block, Paragraph, Section, Table, figures
 from softdefend.report.figures import Plot
 
 
+@PARTS.register("geometry")
 class Geometry(NetworkPart):
     """Loss surface, largest Hessian eigenvalue, input gradients and local linearity, on training images with
     their given labels, as attacked in training."""
 
-    name = "geometry"
     needs = ("probe", "points", "span", "eigen_steps", "linearity_steps", "batch_size", "seed")
     order = 50
 

@@ -18,7 +18,7 @@ from softdefend.analysis.gradient_norms import (
     spread,
     whole_network_norms,
 )
-from softdefend.analysis.part import NetworkPart
+from softdefend.analysis.part import PARTS, NetworkPart
 from softdefend.analysis.probe import attack_images, draw_positions, predict_training_images
 from softdefend.analysis.request import AnalysisRequest
 from softdefend.analysis.results import PartResults, folded_table, number, percent
@@ -52,6 +52,7 @@ class LabelJudgement:
     truth: Tensor | None
 
 
+@PARTS.register("gradients")
 class Gradients(NetworkPart):
     """Gradient norms on a fixed probe set of training images, clean and as attacked in training.
 
@@ -59,12 +60,11 @@ class Gradients(NetworkPart):
     Labels are judged by the clean labels where the run has them, else by a reference network.
     """
 
-    name = "gradients"
     needs = ("probe", "whole", "batch_size", "seed")
     order = 20
 
-    def __init__(self, request: AnalysisRequest) -> None:
-        super().__init__(request)
+    def __init__(self, name: str, request: AnalysisRequest) -> None:
+        super().__init__(name, request)
         self._reference: tuple[AnalyzedRun, SavedWeights] | None = None
         self._predictions: dict[str, Tensor] = {}
 

@@ -9,7 +9,7 @@ from softdefend.analysis.figures import course_plot, dot_plot
 from softdefend.analysis.gradient_norms import last_layer
 from softdefend.analysis.information_estimates import information_in_weights, mutual_information
 from softdefend.analysis.landscape import parameters_of
-from softdefend.analysis.part import NetworkPart
+from softdefend.analysis.part import PARTS, NetworkPart
 from softdefend.analysis.probe import attack_images, draw_positions
 from softdefend.analysis.results import PartResults, folded_table, number
 from softdefend.analysis.runs import AnalyzedNetwork, AnalyzedRun, initial_network
@@ -25,11 +25,11 @@ _ESTIMATES = {
 }
 
 
+@PARTS.register("information")
 class Information(NetworkPart):
     """Information in the weights, and in the last hidden representation, on clean images and on images
     attacked as in training."""
 
-    name = "information"
     needs = ("probe", "test", "components", "neighbors", "contrast_steps", "batch_size", "seed")
     order = 40
 

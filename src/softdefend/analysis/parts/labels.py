@@ -12,7 +12,7 @@ from torch import nn
 from softdefend.analysis.calibration import compare_with_people, quality
 from softdefend.analysis.figures import Curve, course_plot, line_plot
 from softdefend.analysis.human_labels import HumanLabels, check_exists, read_human_labels
-from softdefend.analysis.part import NetworkPart
+from softdefend.analysis.part import PARTS, NetworkPart
 from softdefend.analysis.probe import attack_images, draw_positions, logits_of
 from softdefend.analysis.results import PartResults, folded_table, number, percent
 from softdefend.analysis.runs import AnalyzedNetwork, AnalyzedRun
@@ -25,11 +25,11 @@ _QUALITY = ("accuracy", "confidence", "entropy", "ece", "adaptive_ece", "brier",
 _SHARES = ("accuracy", "confidence", "ece", "adaptive_ece")
 
 
+@PARTS.register("labels")
 class LabelQuality(NetworkPart):
     """Predictions on test images, clean and under PGD at the trained threat, and the label memory on training
     images; compared with human labels where there are some."""
 
-    name = "labels"
     needs = ("test", "steps", "bins", "batch_size", "seed")
     order = 30
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from softdefend.analysis.part import RunPart
+from softdefend.analysis.part import PARTS, RunPart
 from softdefend.analysis.results import PartResults, percent
 from softdefend.analysis.runs import AnalyzedRun
 from softdefend.report.content import Paragraph, Section, Table, figures
@@ -23,10 +23,10 @@ _HELD_OUT = {"test": "test images", "val": "validation images"}
 _ENDS = ("best", "last", "difference")
 
 
+@PARTS.register("overfitting")
 class Overfitting(RunPart):
     """What robust accuracy was lost between the best and the last epoch."""
 
-    name = "overfitting"
     order = 10
 
     def measure(self, run: AnalyzedRun) -> dict[str, Any]:
