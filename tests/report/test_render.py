@@ -12,7 +12,7 @@ from page_tools import Page
 
 from softdefend.report import content
 from softdefend.report.figures import Plot
-from softdefend.report.render import environment, render_page
+from softdefend.report.render import render_page, templates
 
 EVIL = "</td><script>alert('x')</script> & \"quoted\""
 IMAGE = np.zeros((1, 2, 2), np.float32)
@@ -98,4 +98,4 @@ def test_captions_have_lines_and_styles() -> None:
 
 def test_a_name_that_a_template_is_not_given_is_an_error() -> None:
     with pytest.raises(UndefinedError):
-        environment().from_string("{{ forgotten }}").render()
+        templates().from_string("{{ forgotten }}").render()

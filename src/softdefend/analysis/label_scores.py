@@ -178,15 +178,15 @@ def confident_learning(belief: Tensor, given: Tensor, source: str) -> list[Ranki
     flagged = np.asarray(filters.find_label_issues(y, p, n_jobs=1), dtype=bool)
     rows = []
     for method in ("self_confidence", "normalized_margin"):
-        adjusted = _every_class(y, p.shape[1])
+        adjusted = _has_every_class(y, p.shape[1])
         score = ranks.get_label_quality_scores(y, p, method=method, adjust_pred_probs=adjusted)
         words = method.replace("_", " ") + (", adjusted" if adjusted else "")
         rows.append(Ranking(f"cleanlab {words} ({source})", np.asarray(score, np.float64), flagged))
     return rows
 
 
-def _every_class(label: NDArray[np.int64], k: int) -> bool:
-    """Class thresholds are means over the samples of a class: they need one."""
+def _has_every_class(label: NDArray[np.int64], k: int) -> bool:
+    """Whether each class has a sample. Class thresholds are means over the samples of a class."""
     return bool(len(np.unique(label)) == k)
 
 

@@ -67,16 +67,16 @@ class AnalyzedRun:
 
     @property
     def training_attack(self) -> PGD:
-        """The attack of the training, climbing cross-entropy from a uniform start: one measure for runs of
-        different objectives."""
+        """The attack of the training, with cross-entropy as its loss and, where the objective chooses the
+        start, a uniform one. Runs of different objectives are then held against one measure."""
         configured = self.experiment.recipe.attack
         start = "uniform" if configured.start == "auto" else configured.start
         return replace(configured, loss="ce", start=start)
 
     @cached_property
     def data_digests(self) -> list[str | None]:
-        """What tells the run's data from others: training and validation, test, and the labels before noise,
-        which say what is wrong (None where there was none)."""
+        """Digests of the run's data: training and validation, test, and the labels before noise (None where
+        there was none)."""
         clean = self.bundle.train.clean_labels
         digest = None if clean is None else hashlib.sha256(clean.numpy().tobytes()).hexdigest()
         return [self.bundle.fingerprint, fingerprint(self.bundle.test), digest]
@@ -120,9 +120,9 @@ class AnalyzedNetwork:
         weights: where the network came from.
         net: in eval mode, on the run's device, parameters frozen.
         epoch: epochs trained, or None where the file does not say.
-        memory: [n, k] float32 on the CPU: what the label rule, or an objective with a memory, believed of the
-            training images at that epoch, rows summing to one; None where neither keeps one, or none was
-            saved with these weights.
+        memory: [n, k] float32 on the CPU, rows summing to one: the probabilities that the label rule, or an
+            objective with a memory, had stored for the training images at that epoch. None where neither
+            has a memory, or none was saved with these weights.
         refines: whether the memory is the label rule's, which trains towards it.
     """
 
@@ -134,7 +134,7 @@ class AnalyzedNetwork:
     refines: bool = False
 
     def targets(self, index: Tensor) -> Tensor | None:
-        """What the label rule trains towards on the samples ``index`` [m], [m, k]; None without its memory.
+        """The targets [m, k] of the label rule on the samples ``index`` [m]; None without its memory.
 
         A rule with a share ``r`` mixes the memory with the given label.
         """
@@ -163,7 +163,7 @@ def open_runs(folders: Sequence[str], device: torch.device) -> list[AnalyzedRun]
 
 
 def unique_names(records: Sequence[RunRecord]) -> list[str]:
-    """A name for each run that no other has: the recipe, then its seed, then its folder where needed."""
+    """Give each run a name of its own: the recipe, with the seed and the folder where they are needed."""
     recipe = {run.folder.resolve(): group.label for group in group_runs(records) for run in group.runs}
     short = [recipe[record.folder.resolve()] for record in records]
     seeded = [f"{name}, seed {record.seed}" for name, record in zip(short, records, strict=True)]
@@ -173,7 +173,7 @@ def unique_names(records: Sequence[RunRecord]) -> list[str]:
 
 
 def find_weights(folder: Path, which: Sequence[str]) -> list[SavedWeights]:
-    """The weights that a run folder holds now, in the order of ``which``.
+    """Find the weights that a run folder holds now, in the order of ``which``.
 
     ``last`` of a run that is still going is its newest checkpoint. ``checkpoints`` are all checkpoints,
     ``archived`` those of every ``save.archive``-th epoch.
@@ -220,8 +220,8 @@ def _hashed(name: str, path: Path) -> SavedWeights | None:
 
 
 def open_network(run: AnalyzedRun, weights: SavedWeights) -> AnalyzedNetwork:
-    """The network that predicts (the average where the weight rule keeps one), with the label memory that
-    was saved with it.
+    """Open the network that predicts: the average where the weight rule has one. The label memory that was
+    saved with it comes along.
 
     Raises:
         SettingError: a file that is gone, damaged, or of another network.
@@ -267,7 +267,7 @@ def _predicting_network(run: AnalyzedRun, net: nn.Module, state: dict[str, Any])
 
 
 def read_memory(run: AnalyzedRun, state: dict[str, Any]) -> tuple[Tensor | None, bool]:
-    """Rows [n, k] of the memory in a checkpoint, summing to one, and whether the label rule trains on them.
+    """Read the memory in a checkpoint: rows [n, k] summing to one, and whether the label rule trains on them.
 
     The label rule's memory goes before an objective's. A row that has not been filled yet is the one-hot
     given label. (None, False) where there is none.
@@ -296,12 +296,12 @@ def _filled(rows: Tensor, labels: Tensor) -> Tensor:
 
 
 def initial_network(run: AnalyzedRun) -> nn.Module:
-    """The network as it was before training, on the CPU: a function of the run's seed."""
+    """Build the network as it was before training, on the CPU. It is a function of the run's seed."""
     return make_net(run.experiment, run.bundle)
 
 
 def source_positions(run: AnalyzedRun) -> Tensor:
-    """Where each training image stands in the data source, [n] int64.
+    """Find where each training image stands in the data source, [n] int64.
 
     The draws of :func:`softdefend.data.load` are made again and the images compared.
 

@@ -1,4 +1,4 @@
-"""Write a page: the one place where words from outside become HTML."""
+"""Write a page. This is the only place where text becomes HTML."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from softdefend.report.embed import png_uri, svg_uri
 
 
 @cache
-def environment() -> Environment:
+def templates() -> Environment:
     """The templates of ``templates/``. All text is escaped, and a name that is not given is an error."""
     made = Environment(
         loader=PackageLoader("softdefend.report"),
@@ -34,5 +34,5 @@ def render_page(title: str, about: str, sections: Iterable[Section], *, summary:
         sections: the parts of the page.
         summary: what stands out at the top.
     """
-    template = environment().get_template("page.html.j2")
+    template = templates().get_template("page.html.j2")
     return template.render(title=title, about=about, sections=list(sections), summary=summary).encode()
