@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
-from softdefend.labels.base import LabelRule, Predictions
+from softdefend.labels.base import LABELS, LabelRule, Predictions
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
@@ -47,6 +47,7 @@ def cosine(first: float, last: float, progress: float) -> float:
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+@LABELS.register("ADR")
 class ADR(LabelRule):
     """Labels rectified by an exponential moving average of the network itself.
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softdefend.attacks.losses import cross_entropy
+from softdefend.core.registry import Registry
 from softdefend.core.rule import Rule, RunInfo
 from softdefend.execution.modes import BNMode as BNMode
 
@@ -146,3 +147,7 @@ class LabelRule(Rule, ABC):
     def one_hot(self, label: Tensor) -> Tensor:
         """Labels [b] as probabilities [b, k] float32."""
         return F.one_hot(label, self.k).float()
+
+
+LABELS: Registry[type[LabelRule]] = Registry("labels")
+"""Every label rule by the name of its class."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
-from softdefend.labels.base import LabelRule, Predictions, SoftTerm, Supervision
+from softdefend.labels.base import LABELS, LabelRule, Predictions, SoftTerm, Supervision
 from softdefend.labels.teachers import Loaded, Teacher, fingerprint, image_channels, load_teacher
 from softdefend.models import check_logits
 
@@ -30,6 +30,7 @@ def mixture(terms: tuple[SoftTerm, ...]) -> Tensor:
     return torch.stack([term.coefficient / total * term.target for term in terms]).sum(dim=0)
 
 
+@LABELS.register("KD")
 class KD(LabelRule):
     """The given label and the softened predictions of two trained networks, each with its own loss term.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from softdefend.labels.base import BNMode, Predictions, Supervision
+from softdefend.labels.base import LABELS, BNMode, Predictions, Supervision
 from softdefend.labels.refined import RefinedRule
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def certainty(target: Tensor) -> Tensor:
     return largest / largest.mean()
 
 
+@LABELS.register("SAT")
 class SAT(RefinedRule):
     """Labels refined by the network's own clean predictions, averaged over time per sample; samples count by
     how sure their label is.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softdefend.core.errors import SettingError
-from softdefend.labels.base import BNMode, Predictions
+from softdefend.labels.base import LABELS, BNMode, Predictions
 from softdefend.labels.refined import RefinedRule
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def interpolate(memory: Tensor, one_hot: Tensor, r: float) -> Tensor:
     return r * memory + (1 - r) * one_hot
 
 
+@LABELS.register("SGLR")
 class SGLR(RefinedRule):
     """Labels refined by the network's own predictions, averaged over time per sample; no teacher.
 

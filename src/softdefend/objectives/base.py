@@ -10,6 +10,7 @@ from torch import Tensor
 
 from softdefend.attacks import PGD, Attack, AttackLoss, Forward
 from softdefend.attacks.pgd import Start
+from softdefend.core.registry import Registry
 from softdefend.core.rule import Rule
 from softdefend.core.threat import ThreatModel
 from softdefend.labels import Predictions, Supervision
@@ -67,3 +68,7 @@ class Objective(Rule, ABC):
             batch: as for :meth:`inner_loss`.
             supervision: what the label rule says of the b samples.
         """
+
+
+OBJECTIVES: Registry[type[Objective]] = Registry("objectives")
+"""Every objective by the name of its class."""

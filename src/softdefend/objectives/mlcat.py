@@ -11,6 +11,7 @@ from torch import Tensor
 from softdefend.core.errors import SettingError
 from softdefend.labels import Predictions, Supervision
 from softdefend.objectives.at import PGDAT
+from softdefend.objectives.base import OBJECTIVES
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
@@ -31,6 +32,7 @@ def lift(loss: Tensor, least: float) -> Tensor:
     return torch.where(loss < least, least, loss)
 
 
+@OBJECTIVES.register("MLCAT")
 class MLCAT(PGDAT):
     """PGD-AT that does not let a sample's loss fall below a minimum: small losses are scaled up to it.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from softdefend.core.errors import SettingError
 from softdefend.labels import Predictions, Supervision
 from softdefend.objectives.at import PGDAT
+from softdefend.objectives.base import OBJECTIVES
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
@@ -28,6 +29,7 @@ def reverse_cross_entropy(logits: Tensor, target: Tensor, floor: float) -> Tenso
     return -(F.softmax(logits, dim=1) * target.log().clamp_min(floor)).sum(dim=1)
 
 
+@OBJECTIVES.register("SCE")
 class SCE(PGDAT):
     """PGD-AT with alpha CE(f(x'), target) + beta RCE: the reverse cross-entropy -sum p log target is bounded,
     and so tolerates labels that are wrong. The attack climbs the plain cross-entropy. 23 forward units with

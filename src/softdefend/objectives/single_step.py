@@ -13,6 +13,7 @@ from softdefend.attacks import PGD, Attack, AttackLoss, Forward, cross_entropy, 
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.objectives.at import PGDAT
+from softdefend.objectives.base import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def _positive(name: str, value: float) -> float:
     return value
 
 
+@OBJECTIVES.register("NFGSM")
 class NFGSM(PGDAT):
     """PGD-AT whose attack is one step from strong noise: x + eta, eta ~ U(-noise eps, noise eps), then
     alpha eps along the gradient's sign, each cut to [0, 1] and neither to the ball.
@@ -81,6 +83,7 @@ class NFGSM(PGDAT):
         return _NoisyStep(self.noise, self.alpha)
 
 
+@OBJECTIVES.register("FGSMRS")
 class FGSMRS(PGDAT):
     """PGD-AT whose attack is one long step from a uniform start in the ball, projected back into it.
 

@@ -14,7 +14,7 @@ from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
 from softdefend.labels import Predictions, Supervision
 from softdefend.objectives.at import PGDAT
-from softdefend.objectives.base import Objective
+from softdefend.objectives.base import OBJECTIVES, Objective
 from softdefend.objectives.trades import TRADES
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ class _Ensembling(Objective):
         self.memory.copy_(state["memory"])
 
 
+@OBJECTIVES.register("TE")
 class TE(_Ensembling, PGDAT):
     """PGD-AT + w ||p(x') - z||^2, in the attack as in the update, where z is a moving average over epochs of
     the network's predictions on the clean image: ``t <- alpha t + (1 - alpha) p(x)`` from zero, ``z = t /
@@ -149,6 +150,7 @@ class TE(_Ensembling, PGDAT):
         return base + self.pull(predictions.adversarial, batch) if self.active else base
 
 
+@OBJECTIVES.register("TRADESTE")
 class TRADESTE(_Ensembling, TRADES):
     """TRADES + w ||p(x) - z||^2 with the memory of :class:`TE`; the attack climbs
     beta KL(p(x) || p(x')) + w ||p(x') - z||^2.

@@ -13,12 +13,13 @@ from softdefend.attacks import AttackLoss, Forward, kl_divergence, kl_from
 from softdefend.attacks.pgd import Start
 from softdefend.core.errors import SettingError
 from softdefend.labels import Predictions, Supervision
-from softdefend.objectives.base import Objective
+from softdefend.objectives.base import OBJECTIVES, Objective
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
 
 
+@OBJECTIVES.register("TRADES")
 class TRADES(Objective):
     """CE(f(x), target) + beta KL(p(x) || p(x')), the attack climbing the same divergence.
 

@@ -13,12 +13,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
-from softdefend.weights.base import WeightRule
+from softdefend.weights.base import WEIGHTS, WeightRule
 
 SWABatchNorm = Literal["reestimate", "copy"]
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
+@WEIGHTS.register("EMA")
 class EMA(WeightRule):
     """Exponential moving average of the weights; the average predicts, the plain weights train.
 
@@ -71,6 +72,7 @@ class EMA(WeightRule):
         self.averaged.n_averaged.fill_(state["updates"])
 
 
+@WEIGHTS.register("SWA")
 class SWA(WeightRule):
     """Stochastic weight averaging: the equally weighted mean of the weights at the ends of epochs predicts.
 

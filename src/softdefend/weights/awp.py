@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
-from softdefend.weights.base import Plain, WeightRule
+from softdefend.weights.base import WEIGHTS, Plain, WeightRule
 
 _TINY = 1e-20
 """Keeps a direction finite where a gradient vanishes; the authors' value."""
@@ -30,6 +30,7 @@ def ascent(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
     return list(torch._foreach_mul(list(slopes), ratios))
 
 
+@WEIGHTS.register("AWP")
 class AWP(WeightRule):
     """Takes the gradient where the loss is worst nearby, so that the weights settle in flat places.
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 
+from softdefend.core.registry import Registry
 from softdefend.core.rule import Rule, RunInfo
 
 
@@ -49,5 +50,10 @@ class WeightRule(Rule):
         return self.net
 
 
+WEIGHTS: Registry[type[WeightRule]] = Registry("weights")
+"""Every weight rule by the name of its class."""
+
+
+@WEIGHTS.register("Plain")
 class Plain(WeightRule):
     """The trained weights, no averaging."""
