@@ -19,7 +19,8 @@ from softdefend.labels.kd import mixture
 from softdefend.labels.teachers import fingerprint
 from softdefend.objectives import PGDAT, TRADES
 from softdefend.training import Engine, OptimSettings, Recipe, RuntimeSettings
-from softdefend.training.step import Phase, TrainStep, make_optimizer
+from softdefend.training.optim import make_optimizer
+from softdefend.training.step import Phase, TrainStep
 from tiny import K, about, batch_of
 
 PHASE = Phase("fixed", "fixed", "fixed")
@@ -145,7 +146,7 @@ def test_one_step_equals_the_published_rule_rederived_in_float64():
         for part, (_, weight) in zip((rule.standard_net, rule.robust_net), rule._forwards, strict=True)
     ]
     attack = PGD(steps=3, step_size=Budget("2/255"), start="none")
-    recipe = Recipe(ThreatModel("linf", Budget("8/255")), attack, rule, PGDAT(), attack_bn="train")
+    recipe = Recipe(rule, threat=ThreatModel("linf", Budget("8/255")), attack=attack, attack_bn="train")
     optim = OptimSettings(lr=0.1, momentum=0.0, weight_decay=0.0)
     step = _DoubleStep(
         net,

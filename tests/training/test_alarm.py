@@ -17,7 +17,15 @@ from softdefend.data import AugmentSettings, Resident
 from softdefend.evaluation import Evaluator
 from softdefend.report import read_run
 from softdefend.report.curves import by_epoch
-from softdefend.training import Recipe, RuntimeSettings, SaveSettings, Schedule, Trainer, ValidateSettings
+from softdefend.training import (
+    Recipe,
+    RuntimeSettings,
+    SaveSettings,
+    Schedule,
+    TrainConfig,
+    Trainer,
+    ValidateSettings,
+)
 from softdefend.training.alarm import collapsed, describe, trains_on_one_step
 
 
@@ -60,7 +68,7 @@ def test_both_thresholds_are_needed():
     ],
 )
 def test_runs_that_train_on_one_gradient_step_are_watched(objective, steps, expected):
-    recipe = Recipe(ThreatModel(), PGD(steps=steps), Hard(), objective)
+    recipe = Recipe(objective=objective, attack=PGD(steps=steps))
     assert trains_on_one_step(recipe) is expected
 
 
@@ -88,11 +96,9 @@ def train_digits(digits, tmp_path):
             for width in (64, 128, 128):
                 layers += [nn.Linear(width, 128), nn.BatchNorm1d(128), nn.ReLU()]
             net = nn.Sequential(*layers, nn.Linear(128, 10))
-        trainer = Trainer(
-            net,
-            digits,
-            Recipe(ThreatModel("linf", "0.3"), PGD(steps=10, start=start), Hard(), objective),
-            tmp_path / folder,
+        threat, attack = ThreatModel("linf", "0.3"), PGD(steps=10, start=start)
+        config = TrainConfig(
+            recipe=Recipe(objective=objective, threat=threat, attack=attack),
             optim=OptimSettings(
                 epochs=12, batch_size=80, lr=0.2, weight_decay=0, schedule=Schedule(milestones=(0.9,))
             ),
@@ -100,8 +106,8 @@ def train_digits(digits, tmp_path):
             validate=ValidateSettings(attack=PGD(steps=10), alarm=alarm, every=every),
             runtime=RuntimeSettings(device="cpu", threads=1),
             save=SaveSettings(),
-            progress=False,
         )
+        trainer = Trainer(net, digits, config, tmp_path / folder, progress=False)
         trainer.watched = trainer.watched if watch is None else watch
         made.append(trainer)
         return trainer

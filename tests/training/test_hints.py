@@ -15,7 +15,7 @@ from softdefend.attacks import PGD
 from softdefend.core.errors import DivergenceError
 from softdefend.core.threat import ThreatModel
 from softdefend.data import AugmentSettings, from_tensors
-from softdefend.training import OptimSettings, Recipe, RuntimeSettings, Trainer, ValidateSettings
+from softdefend.training import OptimSettings, Recipe, RuntimeSettings, TrainConfig, Trainer, ValidateSettings
 from softdefend.training.hints import hints
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "table1.json"
@@ -132,17 +132,17 @@ def test_a_run_says_it_once_and_goes_on(tmp_path, capsys, label, uniform, times)
     """An untrained network's own predictions are uniform; with no memory they are the labels."""
     torch.manual_seed(0)
     images, labels = torch.rand(40, 1, 4, 4), torch.arange(40) % 4
-    trainer = Trainer(
-        nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 4)),
-        from_tensors(images, labels, validation=8),
-        Recipe(ThreatModel("linf", "0.05"), PGD(steps=2), label, TRADES() if times else PGDAT()),
-        tmp_path / "run",
+    objective = TRADES() if times else PGDAT()
+    config = TrainConfig(
+        recipe=Recipe(label, objective, threat=ThreatModel("linf", "0.05"), attack=PGD(steps=2)),
         optim=OptimSettings(epochs=3, batch_size=8, lr=1e-4),
         augment=AugmentSettings("none"),
         validate=ValidateSettings(attack=PGD(steps=2)),
         runtime=RuntimeSettings(device="cpu", threads=1),
-        progress=False,
     )
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 4))
+    data = from_tensors(images, labels, validation=8)
+    trainer = Trainer(net, data, config, tmp_path / "run", progress=False)
     trainer.fit()
     trainer.folder.close()
     assert trainer.epoch == 3
@@ -160,17 +160,16 @@ def guesses(tmp_path, monkeypatch):
 
     def train(alarm):
         torch.manual_seed(0)
-        trainer = Trainer(
-            nn.Sequential(nn.Flatten(), nn.Linear(16, 4)),
-            from_tensors(torch.full((40, 1, 4, 4), 0.5), torch.arange(40) % 4, validation=8),
-            Recipe(ThreatModel("linf", "0.05"), PGD(steps=2), Hard(), PGDAT()),
-            tmp_path / alarm,
+        config = TrainConfig(
+            recipe=Recipe(threat=ThreatModel("linf", "0.05"), attack=PGD(steps=2)),
             optim=OptimSettings(epochs=4, batch_size=8, lr=1e-4),
             augment=AugmentSettings("none"),
             validate=ValidateSettings(attack=PGD(steps=2), alarm=alarm),
             runtime=RuntimeSettings(device="cpu", threads=1),
-            progress=False,
         )
+        net = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
+        data = from_tensors(torch.full((40, 1, 4, 4), 0.5), torch.arange(40) % 4, validation=8)
+        trainer = Trainer(net, data, config, tmp_path / alarm, progress=False)
         try:
             trainer.fit()
         finally:

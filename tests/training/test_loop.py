@@ -38,10 +38,12 @@ def test_no_pass_over_the_images_leaves_one_alone(make_trainer, size):
     assert min(sizes) > 1
 
 
-def test_a_checkpoint_of_another_seed_is_refused_also_without_a_configuration(make_trainer):
+def test_a_checkpoint_of_another_seed_is_refused_also_where_the_configuration_was_changed(make_trainer):
     first = make_trainer(Hard(), PGDAT(), seed=0)
     first.fit()
     first.folder.close()
+    path = first.folder.path / "config.yaml"
+    path.write_text(path.read_text().replace("seed: 0", "seed: 1", 1))
     with pytest.raises(CheckpointError, match="another seed"):
         make_trainer(Hard(), PGDAT(), seed=1).fit()
 

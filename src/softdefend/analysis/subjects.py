@@ -250,7 +250,7 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _predicting(run: Opened, net: nn.Module, state: dict[str, Any]) -> nn.Module:
-    rule = copy.deepcopy(run.experiment.weight)
+    rule = copy.deepcopy(run.experiment.recipe.weight)
     try:
         net.load_state_dict(state["net"])
         rule.setup(run.about(net))

@@ -46,21 +46,8 @@ def make_net(experiment: Experiment, bundle: DataBundle) -> nn.Module:
 
 def make_trainer(experiment: Experiment, bundle: DataBundle) -> Trainer:
     """What trains the experiment, in its folder: new, or to be continued."""
-    return Trainer(
-        make_net(experiment, bundle),
-        bundle,
-        experiment.recipe,
-        experiment.folder,
-        optim=experiment.optim,
-        augment=experiment.augment,
-        validate=experiment.validate,
-        runtime=experiment.runtime,
-        save=experiment.save,
-        weight=experiment.weight,
-        seed=experiment.seed,
-        config=experiment.config,
-        progress=experiment.progress,
-    )
+    net = make_net(experiment, bundle)
+    return Trainer(net, bundle, experiment, experiment.folder, progress=experiment.progress)
 
 
 def train(experiment: Experiment, *, say: Callable[[str], None] = print) -> Path:

@@ -3,10 +3,7 @@ exactly that step, and nothing else (Wong et al., arXiv 2001.03994)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from softdefend.training.step import Recipe
+from softdefend.training.config import Recipe
 
 GAP = 0.2
 """FGSM must leave at least this much more accuracy than the validation attack; Wong et al. stop a run whose

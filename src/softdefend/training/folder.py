@@ -23,7 +23,7 @@ from softdefend.core.yaml_files import flatten, read_yaml
 from softdefend.training.checkpoint import CheckpointFolder, snapshot
 
 # What may change between a run and its continuation without changing a result.
-RESUMABLE = ("folder", "resume", "progress", "save", "evaluate", "data.cache")
+RESUMABLE = ("save", "evaluate", "data.cache")
 PATHS = ("data.source", "data.noise_file")
 """Settings that may be spelt otherwise, as long as they lead to the same place."""
 _SHOWN = 4  # changed settings that one message names

@@ -7,93 +7,30 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from softdefend.attacks import FGSM, PGD
+from softdefend.attacks import FGSM
 from softdefend.core import rng
 from softdefend.core.errors import DivergenceError, SettingError
 from softdefend.core.rule import Rule, RunInfo
-from softdefend.data import Augmented, AugmentSettings, DataBundle, Resident, fingerprint
+from softdefend.data import Augmented, DataBundle, Resident, fingerprint
 from softdefend.evaluation.autoattack import Ensemble
 from softdefend.evaluation.evaluate import Evaluator
 from softdefend.evaluation.preflight import check_eps
-from softdefend.execution.engine import Engine, RuntimeSettings
-from softdefend.execution.search import Precision, check_precision
+from softdefend.execution.engine import Engine
 from softdefend.training.alarm import collapsed, describe, trains_on_one_step
 from softdefend.training.checkpoint import CheckpointError
+from softdefend.training.config import TrainConfig
 from softdefend.training.folder import RunFolder
 from softdefend.training.hints import hints
-from softdefend.training.step import METERS, OptimSettings, Phase, Recipe, TrainStep, make_optimizer
-from softdefend.weights import Plain, WeightRule
-
-
-@dataclass(frozen=True)
-class ValidateSettings:
-    """What is measured after an epoch. The best checkpoint is chosen by robust validation accuracy."""
-
-    attack: PGD = PGD(steps=10)
-    """The attack on validation images."""
-    every: int = 1
-    """Epochs between validations, >= 1; the last epoch is always validated."""
-    size: int | None = None
-    """Validation images used, at most; all when null."""
-    test_size: int = 0
-    """Test images measured for the learning curve only, never for selection; 0 for none."""
-    batch_size: int = 500
-    """Images at once."""
-    precision: Precision = "exact"
-    """In which the attack searches: exact, strict or fast, as evaluate.precision."""
-    alarm: Literal["warn", "stop", "off"] = "warn"
-    """What to do about catastrophic overfitting, which is looked for where training takes one attack step,
-    and about a network that still guesses after 5,000 steps: warn (one line), stop (keeping the best
-    checkpoint) or off."""
-
-    def __post_init__(self) -> None:
-        check_precision(self.precision, "validate.precision")
-        if self.alarm not in ("warn", "stop", "off"):
-            raise SettingError("validate.alarm", repr(self.alarm), "warn, stop or off")
-        for name, value, least in (
-            ("every", self.every, 1),
-            ("size", 1 if self.size is None else self.size, 1),
-            ("test_size", self.test_size, 0),
-            ("batch_size", self.batch_size, 1),
-        ):
-            if value < least:
-                raise SettingError(f"validate.{name}", value, f"a whole number >= {least}")
-
-
-@dataclass(frozen=True)
-class SaveSettings:
-    """How often the run can be picked up again."""
-
-    every_steps: int | None = None
-    """Steps between checkpoints within an epoch; only at the end of epochs when null."""
-    keep: int = 2
-    """Checkpoints to keep, >= 2: a damaged newest one leaves a previous good one."""
-    archive: int | None = None
-    """Epochs between checkpoints that are kept for good, for analyses by epoch; none when null."""
-    tensorboard: bool = False
-    """Also write TensorBoard events (needs the tensorboard extra)."""
-
-    def __post_init__(self) -> None:
-        if self.every_steps is not None and self.every_steps < 1:
-            raise SettingError("save.every_steps", self.every_steps, "a whole number >= 1, or null")
-        if self.archive is not None and self.archive < 1:
-            raise SettingError("save.archive", self.archive, "a whole number >= 1, or null")
-        if self.keep < 2:
-            raise SettingError("save.keep", self.keep, "a whole number >= 2")
-        if self.tensorboard and find_spec("tensorboard") is None:
-            raise SettingError(
-                "save.tensorboard", "true", "false, or pip install 'softdefend[tensorboard]' first"
-            )
-
+from softdefend.training.optim import make_optimizer
+from softdefend.training.plain import plain_config
+from softdefend.training.step import METERS, Phase, TrainStep
 
 # A mean loss this many times that of guessing, or of the first step, has nothing left to learn from.
 _DIVERGED = 20.0
@@ -109,12 +46,8 @@ class Trainer:
     Args:
         net: images [b, c, h, w] in [0, 1] to logits [b, k].
         bundle: training, validation and test data.
-        recipe: label rule, objective, threat and training attack.
+        config: all settings of the run.
         folder: the run folder; created where absent, continued where it holds a checkpoint.
-        optim, augment, validate, runtime, save: settings, see each class.
-        weight: the weight rule.
-        seed: of every random draw.
-        config: the resolved configuration, for the folder and for the check on resume.
         progress: show progress bars.
 
     Raises:
@@ -125,31 +58,24 @@ class Trainer:
         self,
         net: nn.Module,
         bundle: DataBundle,
-        recipe: Recipe,
+        config: TrainConfig,
         folder: Path | str,
         *,
-        optim: OptimSettings | None = None,
-        augment: AugmentSettings | None = None,
-        validate: ValidateSettings | None = None,
-        runtime: RuntimeSettings | None = None,
-        save: SaveSettings | None = None,
-        weight: WeightRule | None = None,
-        seed: int = 0,
-        config: Mapping[str, Any] | None = None,
         progress: bool = True,
     ) -> None:
-        self.optim, self.augment = optim or OptimSettings(), augment or AugmentSettings()
-        self.validate, self.save = validate or ValidateSettings(), save or SaveSettings()
-        self.engine = Engine(runtime or RuntimeSettings())
-        self.bundle, self.recipe, self.weight = bundle, recipe, weight or Plain()
-        self.seed, self.progress = seed, progress
+        recorded = plain_config(config)
+        recorded.setdefault("data", {"source": bundle.name})
+        self.config, self.bundle, self.progress = config, bundle, progress
+        self.recipe, self.optim = config.recipe, config.optim
+        self.validate, self.save = config.validate, config.save
+        self.engine = Engine(config.runtime)
         self.k = len(bundle.classes)
-        check_eps(recipe.threat, bundle.train.images[0].numel())
+        check_eps(self.recipe.threat, bundle.train.images[0].numel())
         device, channels_last = self.engine.device, bool(self.engine.settings.channels_last)
         self.net = net.to(device)
         if channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.train_data = Augmented(bundle.train, device, self.augment, channels_last=channels_last)
+        self.train_data = Augmented(bundle.train, device, config.augment, channels_last=channels_last)
         self.validation_data = Resident(bundle.validation, device, channels_last=channels_last)
         self.test_data = Resident(bundle.test, device, channels_last=channels_last)
         self.test_fingerprint = fingerprint(bundle.test)
@@ -165,11 +91,11 @@ class Trainer:
         )
         self.optimizer = make_optimizer(self.net, self.optim, device)
         run = RunInfo(self.train_data.labels, self.k, self.optim.epochs, self.net, self.engine.autocast)
-        self.rules: tuple[Rule, ...] = (recipe.label, recipe.objective, self.weight)
+        self.rules: tuple[Rule, ...] = self.recipe.rules
         for rule in self.rules:
             rule.setup(run)
-        self.step = TrainStep(self.net, self.train_data, recipe, self.optimizer, self.engine, self.weight)
-        self.watched = self.validate.alarm != "off" and trains_on_one_step(recipe)
+        self.step = TrainStep(self.net, self.train_data, self.recipe, self.optimizer, self.engine)
+        self.watched = self.validate.alarm != "off" and trains_on_one_step(self.recipe)
         self.warned: set[str] = set()
         self.epoch = self.done = 0  # epochs finished; steps finished in the current one
         self.best: dict[str, Any] = {}
@@ -180,8 +106,8 @@ class Trainer:
         if self.save.archive is not None:
             self.folder.checkpoints.stride = self.save.archive * self.steps_per_epoch
         try:
-            self.folder.write_config(config or {})
-            self.folder.write_environment(device, seed)
+            self.folder.write_config(recorded)
+            self.folder.write_environment(device, config.seed)
         except BaseException:
             self.folder.close()
             raise
@@ -226,13 +152,13 @@ class Trainer:
     def _release(self, which: str, metadata: Mapping[str, Any], *, pending: bool = False) -> None:
         """Weights that predict, with the test images they are to be measured on."""
         metadata = {**metadata, "test_data": self.test_fingerprint}
-        self.folder.save_model(which, self.weight.prediction, metadata, pending=pending)
+        self.folder.save_model(which, self.recipe.weight.prediction, metadata, pending=pending)
 
     def _train_epoch(self) -> dict[str, Any]:
         phase = Phase(*(rule.phase(self.epoch) for rule in self.rules))
         views = self.recipe.objective.views
-        begun = self.augment.begun(self.epoch, self.optim.epochs)
-        plan = self.train_data.plan(seed=self.seed, epoch=self.epoch, views=views, begun=begun)
+        begun = self.config.augment.begun(self.epoch, self.optim.epochs)
+        plan = self.train_data.plan(seed=self.config.seed, epoch=self.epoch, views=views, begun=begun)
         with tqdm(
             total=self.steps_per_epoch,
             initial=self.done,
@@ -245,7 +171,7 @@ class Trainer:
                 for rule in self.rules:
                     rule.advance(self.epoch + self.done / self.steps_per_epoch)
                 rows = plan[self.done * self.batch_size : (self.done + 1) * self.batch_size]
-                self.step(rows, phase, rng.key(self.seed, "step", self.epoch, self.done))
+                self.step(rows, phase, rng.key(self.config.seed, "step", self.epoch, self.done))
                 for rule in self.rules:
                     rule.after_step()
                 self.done += 1
@@ -257,7 +183,7 @@ class Trainer:
                 if self.save.every_steps and self.done % self.save.every_steps == 0:
                     self._check()
                     self._save()
-        self.weight.end_epoch(self.epoch, self._training_images)
+        self.recipe.weight.end_epoch(self.epoch, self._training_images)
         row, failure = self._end_epoch(phase.label)
         if failure is not None:
             self._alarm(*failure)
@@ -395,14 +321,14 @@ class Trainer:
 
     def _evaluator(self, name: str, data: Resident) -> Evaluator:
         """The one that measures a split, made anew only where another network predicts than before."""
-        net, known = self.weight.prediction, self._evaluators.get(name)
+        net, known = self.recipe.weight.prediction, self._evaluators.get(name)
         if known is None or known.searching.net is not net:
             known = self._evaluators[name] = Evaluator(
                 net,
                 data,
                 self.recipe.threat,
                 batch_size=self.validate.batch_size,
-                seed=self.seed,
+                seed=self.config.seed,
                 precision=self.validate.precision,
             )
         return known
@@ -425,12 +351,12 @@ class Trainer:
             "epoch": self.epoch,
             "done": self.done,
             "fingerprint": self.bundle.fingerprint,
-            "seed": self.seed,
+            "seed": self.config.seed,
             "net": self.net.state_dict(),
             "momentum": [self.optimizer.state[p]["momentum_buffer"] for p in params]
             if self.optim.momentum
             else [],
-            "weight": self.weight.state_dict(),
+            "weight": self.recipe.weight.state_dict(),
             "label": self.recipe.label.state_dict(),
             "objective": self.recipe.objective.state_dict(),
             "meters": self.step.meters,
@@ -469,7 +395,7 @@ class Trainer:
             self._refuse_without_checkpoints()
             self.folder.truncate("metrics.jsonl", 0)
             return
-        if (state.get("fingerprint"), state.get("seed")) != (self.bundle.fingerprint, self.seed):
+        if (state.get("fingerprint"), state.get("seed")) != (self.bundle.fingerprint, self.config.seed):
             raise CheckpointError(
                 str(self.folder.path),
                 "a checkpoint of other data or another seed",
