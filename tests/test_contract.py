@@ -134,7 +134,8 @@ def test_a_run_cut_anywhere_and_continued_ends_in_the_same_bits(
     assert_same(final(whole), final(last))
     for name in ("metrics.jsonl", "best.safetensors", "last.safetensors"):
         assert (whole.folder.path / name).read_bytes() == (last.folder.path / name).read_bytes(), name
-    evaluated = Evaluator(last.recipe.weight.prediction, last.test_data, last.recipe.threat)([PGD(steps=2)])
+    evaluator = Evaluator(last.recipe.weight.prediction, last.validator.test_data, last.recipe.threat)
+    evaluated = evaluator([PGD(steps=2)])
     assert 0 <= evaluated.robust("pgd-2").rate <= evaluated.clean.rate <= 1
 
 

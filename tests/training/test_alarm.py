@@ -108,7 +108,7 @@ def train_digits(digits, tmp_path):
             save=SaveSettings(),
         )
         trainer = Trainer(net, digits, config, tmp_path / folder, progress=False)
-        trainer.watched = trainer.watched if watch is None else watch
+        trainer.validator.watched = trainer.validator.watched if watch is None else watch
         made.append(trainer)
         return trainer
 
@@ -121,7 +121,7 @@ def rows_of(trainer):
     return [json.loads(line) for line in (trainer.folder.path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_it_fires_on_a_run_that_collapses_says_so_once_and_goes_on(train_digits, capsys):
+def test_it_fires_on_a_run_that_collapses_says_so_once_and_goes_on(train_digits, caplog):
     """FGSM without a random start: accuracy under FGSM rises from epoch to epoch, under PGD-10 it is lost."""
     trainer = train_digits(FGSMRS(alpha=1.0))
     trainer.fit()
@@ -132,20 +132,20 @@ def test_it_fires_on_a_run_that_collapses_says_so_once_and_goes_on(train_digits,
     assert sum(flags) >= 3
     assert rows[-1]["val_fgsm"] > 0.25
     assert rows[-1]["val_robust"] < 0.1
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "catastrophic" in line]
+    warnings = [text for text in caplog.messages if "catastrophic" in text]
     assert len(warnings) == 1
     assert f"epoch {1 + flags.index(True)}:" in warnings[0]
 
 
-def test_it_is_silent_on_a_run_with_pgd_that_is_as_hard(train_digits, capsys):
+def test_it_is_silent_on_a_run_with_pgd_that_is_as_hard(train_digits, caplog):
     """The same network, data and eps; watched although PGD training is not."""
-    assert not train_digits(PGDAT(), start="auto", folder="unwatched").watched
+    assert not train_digits(PGDAT(), start="auto", folder="unwatched").validator.watched
     trainer = train_digits(PGDAT(), start="auto", watch=True)
     trainer.fit()
     rows = rows_of(trainer)
     assert not any(row["catastrophic_overfitting"] for row in rows)
     assert rows[-1]["val_robust"] > 0.15
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
 
 
 def test_stop_ends_like_a_divergence_at_the_same_epoch_also_when_started_again(train_digits):

@@ -59,7 +59,7 @@ def test_a_continued_run_remembers_the_loss_of_its_first_step(make_trainer):
     trainer.folder.close()
     again = make_trainer(Hard(), PGDAT(), save=SaveSettings())
     again.fit()
-    assert again.first_loss == trainer.first_loss
+    assert again.state.first_loss == trainer.state.first_loss
 
 
 def test_weights_that_are_there_keep_their_date(make_trainer):

@@ -69,7 +69,7 @@ def test_the_best_checkpoint_is_the_first_with_the_highest_validation_robust_acc
     figures = [row["val_robust"] for row in rows_of(trainer)]
     best = 1 + int(np.argmax(figures))
     saved = load_file(trainer.folder.path / "best.safetensors")
-    assert trainer.best == {"epoch": best, "val_robust": max(figures)}
+    assert trainer.state.best == {"epoch": best, "val_robust": max(figures)}
     assert all(torch.equal(saved[key], seen[best][key]) for key in saved)
     last = load_file(trainer.folder.path / "last.safetensors")
     assert all(torch.equal(last[key], seen[8][key]) for key in last)
@@ -216,7 +216,7 @@ def test_a_weight_that_is_not_finite_stops_before_it_is_saved(make_trainer):
 
     def spoil(plan, phase):
         step(plan, phase)
-        if trainer.done == trainer.steps_per_epoch - 1:  # no loss of this epoch has seen it
+        if trainer.state.done == trainer.steps_per_epoch - 1:  # no loss of this epoch has seen it
             with torch.no_grad():
                 trainer.net[0].weight[0, 0, 0, 0] = float("inf")
 
