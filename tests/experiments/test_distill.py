@@ -100,7 +100,7 @@ def test_killed_in_every_stage_it_ends_in_the_same_bytes(here, made):
 def test_stages_differ_in_the_recipe_alone(here, monkeypatch):
     """Resolved settings of the three stages; nothing is trained."""
     experiments = []
-    monkeypatch.setattr("softdefend.experiments.pipeline.train", lambda made, say: experiments.append(made))
+    monkeypatch.setattr("softdefend.experiments.pipeline.train", experiments.append)
     words = [*SMALL, "--config", "digits_demo", "--label.temperature", "3"]
     kd_swa(words, Path("runs"), say=silent)
     standard, robust, student = experiments
@@ -137,7 +137,7 @@ def test_standard_training_makes_no_adversarial_image(here, made):
 
 def test_teachers_that_exist_already_are_not_trained(here, monkeypatch):
     experiments = []
-    monkeypatch.setattr("softdefend.experiments.pipeline.train", lambda made, say: experiments.append(made))
+    monkeypatch.setattr("softdefend.experiments.pipeline.train", experiments.append)
     with pytest.raises(SettingError, match=r"--robust: got elsewhere/last\.safetensors, no such file"):
         kd_swa(SMALL, Path("runs"), robust="elsewhere/last.safetensors", say=silent)
     assert experiments == []  # before anything is trained for it

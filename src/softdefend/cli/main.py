@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from softdefend import __version__
 from softdefend.cli import commands
+from softdefend.cli.console import log_to_console
 from softdefend.core.docstrings import field_docstrings
 from softdefend.core.errors import DivergenceError, SettingError
 from softdefend.core.threat import Budget, ThreatModel
@@ -253,7 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 2 bad input, 3 training diverged, 130 interrupted,
     141 nobody reads our output any more."""
     try:
-        run(sys.argv[1:] if arguments is None else arguments)
+        with log_to_console():
+            run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except SettingError as error:
         print(f"softdefend: error: {error}", file=sys.stderr)

@@ -74,7 +74,7 @@ def kd_swa(
         stages = {"standard teacher": clean, **stages}
     for number, (stage, experiment) in enumerate(stages.items(), start=1):
         say(f"stage {number} of {len(stages)}: {stage}")
-        pipeline.train(experiment, say=say)
+        pipeline.train(experiment)
     return student.folder
 
 
