@@ -10,7 +10,7 @@ from softdefend.core.errors import SettingError
 from softdefend.experiments import pipeline
 from softdefend.experiments.config import Experiment, first_given, resolve
 from softdefend.labels import KD
-from softdefend.labels.teachers import check_place
+from softdefend.labels.teachers import check_teacher_path
 from softdefend.training.plain import plain_config
 
 _CLEAN = {"class_path": "PGD", "init_args": {"steps": 0, "start": "none"}}
@@ -56,7 +56,7 @@ def kd_swa(
         raise SettingError(name, "a value for all stages", accepted)
     for role, given in (("--standard", standard), ("--robust", robust)):
         if given is not None:
-            check_place(given, role)
+            check_teacher_path(given, role)
     taught = [
         f"--label.standard={standard or folder / 'standard'}",
         f"--label.robust={robust or folder / 'robust'}",

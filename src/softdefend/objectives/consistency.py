@@ -36,8 +36,8 @@ class Consistency(PGDAT):
     """PGD-AT on two augmentations of each image, whose attacked predictions are pulled together:
     CE over both views + weight JSD(p_T(x1'), p_T(x2')).
 
-    Both views are attacked at once and forwarded at once, so batch normalization sees 2b images. 46 forward
-    units with PGD-10.
+    Both views are one batch in the attack and in the forward, so batch normalization sees 2b images. 46
+    forward units with PGD-10.
 
     Args:
         weight: lambda, >= 0.

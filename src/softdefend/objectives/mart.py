@@ -35,7 +35,7 @@ def likeliest_wrong(logits: Tensor, label: Tensor) -> Tensor:
 @OBJECTIVES.register("MART")
 class MART(Objective):
     """Boosted cross-entropy of the adversarial images, CE(f(x'), target) - log(1 - max_wrong p(x')), plus
-    beta KL(p(x) || p(x')) (1 - p_y(x)): images that the network gets wrong clean are pulled the most.
+    beta KL(p(x) || p(x')) (1 - p_y(x)): images that the network misclassifies clean are pulled the most.
 
     Margin and weighting use the given label, also where a label rule believes another target. Gradient
     flows through p(x) in the divergence and in its weight, as in the authors' code; the attack climbs the

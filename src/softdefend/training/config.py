@@ -161,7 +161,7 @@ def check_type(name: str, value: object, hint: Any) -> None:
     raise SettingError(name, given, accepted)
 
 
-_WORDS = {int: "a whole number", str: "text", bool: "true or false"}
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def _check_types(settings: Any) -> None:
@@ -175,7 +175,9 @@ def _fits(value: object, hint: Any) -> bool:
         return value in get_args(hint)
     if get_args(hint):
         return any(_fits(value, one) for one in get_args(hint))
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    if isinstance(value, bool) and hint in (int, float):
+        return False
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def _without_none(hint: Any) -> Any:
