@@ -12,7 +12,7 @@ from softdefend.labels import Hard
 from softdefend.objectives import PGDAT
 from softdefend.training import OptimSettings, SaveSettings, Schedule, ValidateSettings
 from softdefend.training.checkpoint import CheckpointError
-from softdefend.training.folder import _same_place
+from softdefend.training.folder import _same_file
 from tiny import Killed
 
 
@@ -74,5 +74,5 @@ def test_weights_that_are_there_keep_their_date(make_trainer):
 
 def test_a_place_that_is_not_there_is_no_place(tmp_path):
     there, gone = str(tmp_path), str(tmp_path / "gone")
-    assert _same_place(there, f"{there}/.")
-    assert not _same_place(gone, f"{there}/./gone")
+    assert _same_file(there, f"{there}/.")
+    assert not _same_file(gone, f"{there}/./gone")

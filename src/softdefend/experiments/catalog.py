@@ -16,7 +16,7 @@ from softdefend.experiments.config import Experiment, packaged, resolve
 from softdefend.labels import Hard, LabelRule
 from softdefend.objectives import PGDAT, Objective
 from softdefend.training.config import RULES, flat_hints
-from softdefend.training.step import mixing_refusal
+from softdefend.training.mixture import mixing_refusal
 from softdefend.weights import Plain, WeightRule
 
 STEPS = 10

@@ -56,9 +56,9 @@ class OptimSettings:
 
 
 def make_optimizer(net: nn.Module, settings: OptimSettings, device: torch.device) -> torch.optim.SGD:
-    """SGD whose momentum exists from the start, so that the first step is like every other.
+    """Make SGD with momentum buffers from the start, so that the first step is like every other.
 
-    On a GPU the learning rate is a device tensor: a captured step reads it, the host writes it.
+    On a GPU the learning rate is a device tensor, which the host writes and a captured step reads.
 
     Raises:
         SettingError: nothing to train.

@@ -24,11 +24,11 @@ class ValidateSettings:
     test_size: int = 0
     """Test images measured for the learning curve only, never for selection; 0 for none."""
     batch_size: int = 500
-    """Images at once."""
+    """Images of a batch."""
     precision: Precision = "exact"
-    """In which the attack searches: exact, strict or fast, as evaluate.precision."""
+    """Precision of the attack: exact, strict or fast, as evaluate.precision."""
     alarm: Literal["warn", "stop", "off"] = "warn"
-    """What to do about catastrophic overfitting, which is looked for where training takes one attack step,
+    """What to do about catastrophic overfitting, which is watched for where training takes one attack step,
     and about a network that still guesses after 5,000 steps: warn (one line), stop (keeping the best
     checkpoint) or off."""
 
@@ -48,7 +48,7 @@ class ValidateSettings:
 
 @dataclass(frozen=True)
 class SaveSettings:
-    """How often the run can be picked up again."""
+    """Checkpoints, and what else is written during training."""
 
     every_steps: int | None = None
     """Steps between checkpoints within an epoch; only at the end of epochs when null."""

@@ -15,19 +15,18 @@ from torch import Tensor, nn
 from softdefend.attacks import Forward
 from softdefend.core import rng
 from softdefend.core.errors import SettingError
-from softdefend.core.rule import Rule
 from softdefend.data import Batch, Resident
 from softdefend.execution.engine import Engine
 from softdefend.execution.fused import FusedNet, FusedThreat, agree, fused, refusal
 from softdefend.execution.modes import attacked, set_mode
 from softdefend.labels import BNMode, Predictions, Supervision
 from softdefend.training.config import Recipe
-from softdefend.training.mixture import Mixture
+from softdefend.training.mixture import Mixture, mixing_refusal
 from softdefend.training.targets import check_form, check_rows
 
 
 class Phase(NamedTuple):
-    """What each rule does in an epoch; a step is captured once for each that occurs."""
+    """What each rule does in an epoch. A step is captured once for every phase that occurs."""
 
     label: str
     objective: str
@@ -35,33 +34,25 @@ class Phase(NamedTuple):
 
 
 METERS = ("samples", "loss", "adversarial_correct", "clean_correct", "target_entropy")
-
-
-def mixing_refusal(rule: Rule) -> str | None:
-    """Why a rule cannot be trained on images that CutMix has mixed; None where it can."""
-    if not rule.mixes:
-        return "what it does for an image and its one label has no meaning for a mixture of two"
-    if getattr(rule, "views", 1) > 1:
-        return "views of one image would be mixtures of different labels"
-    return None
+"""What a step adds up over an epoch."""
 
 
 def _compiled(net: nn.Module) -> Forward:
     """The network compiled for every mode and batch size it will meet."""
     import torch._dynamo  # not part of torch's own import
 
-    # Beyond this many versions, counted per process, torch goes on uncompiled: a comparison of many recipes
-    # makes more than the 8 it allows.
+    # Beyond this many versions in a process torch runs uncompiled. It allows 8, which is too few for a
+    # comparison of many recipes.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     compiled: Forward = torch.compile(net, dynamic=False)
     return compiled
 
 
 def _fused(net: nn.Module, data: Resident, recipe: Recipe, engine: Engine) -> FusedNet | None:
-    """The network as fused kernels for the attack, where it is to have them.
+    """The network as fused kernels for the attack; None where it has none.
 
     Raises:
-        SettingError: ``runtime.fused`` asks for what cannot be.
+        SettingError: ``runtime.fused`` is true and the network or the settings do not allow it.
     """
     wanted = engine.settings.fused
     if wanted is False:
@@ -79,7 +70,7 @@ def _fused(net: nn.Module, data: Resident, recipe: Recipe, engine: Engine) -> Fu
 
 
 def _dropout(key: int) -> int:
-    """The seed of what a network with dropout draws, apart from that of the attack's starts."""
+    """The seed of a network's dropout, other than that of the attack's starts."""
     return rng.key(key, "dropout")
 
 
@@ -154,23 +145,23 @@ class TrainStep:
 
     def _body(self, plan: Tensor, phase: Phase) -> None:
         (label, objective, weight), views = self.recipe.rules, self.recipe.objective.views
-        first = Mixture(self.data.batch(plan), self.data.share(plan))
+        first = Mixture(self.data.batch(plan), self.data.share(plan))  # the first view
         index, image = first.batch.index, first.batch.image
         if views > 1:
             image = torch.cat([image, *(self.data.batch(plan, view).image for view in range(1, views))])
         batch = Batch(index, image, first.label)
-        away_from = first.attack_target(label, phase.label)
-        away_from = away_from.repeat(views, *[1] * (away_from.ndim - 1))
+        attack_target = first.attack_target(label, phase.label)
+        attack_target = attack_target.repeat(views, *[1] * (attack_target.ndim - 1))
         with attacked(self.net, self.recipe.attack_bn):
-            forward = self._searching(batch.image)
-            loss = objective.inner_loss(forward, batch, away_from)
+            forward = self._attack_forward(batch.image)
+            loss = objective.inner_loss(forward, batch, attack_target)
             adversarial = self.attack(
-                forward, batch.image, away_from, self._threat, loss=loss, generator=self.generator
+                forward, batch.image, attack_target, self._threat, loss=loss, generator=self.generator
             )
         self.optimizer.zero_grad(set_to_none=True)
-        # A first look at the trained weights leaves running statistics to the second, at the perturbed ones.
-        twice = weight.perturbs(phase.weight)
-        mode: BNMode = "batch" if twice else "train"
+        # With perturbed weights only the second forward, which is at these, moves running statistics.
+        perturbs = weight.perturbs(phase.weight)
+        mode: BNMode = "batch" if perturbs else "train"
         set_mode(self.net, mode)
         predictions = objective.predict(self.forward, batch.image, adversarial)
         seen = predictions.detach().first(len(index))
@@ -179,7 +170,7 @@ class TrainStep:
         supervision = first.supervise(label, adversarial[: len(index)], seen, phase.label)
         self._check(supervision, seen, phase.label)
         total = objective.outer_loss(predictions, batch, supervision)
-        if twice:
+        if perturbs:
             with weight.perturbed(total):
                 set_mode(self.net, "train")
                 predictions = objective.predict(self.forward, batch.image, adversarial)
@@ -188,8 +179,8 @@ class TrainStep:
             self._update(total)
         self._measure(batch.label, seen, supervision, total)
 
-    def _searching(self, image: Tensor) -> Forward:
-        """The network as the attack asks it: fused kernels, where they do what it does on such a batch."""
+    def _attack_forward(self, image: Tensor) -> Forward:
+        """The network for the attack: fused kernels where they compute the same on such a batch."""
         if self._fused is None:
             return self.forward
         self._fused.refresh()
@@ -204,17 +195,17 @@ class TrainStep:
                 return True
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a compiler's, which knows many
+        except Exception as error:  # a compiler fails in many ways
             why = " ".join(str(error).split())[:160]
         what = f"batches of {len(image)} images are attacked without fused kernels, which is slower: {why}"
         warnings.warn(what, RuntimeWarning, stacklevel=2)
         return False
 
     def _check(self, supervision: Supervision, seen: Predictions, phase: str) -> None:
-        """Refuse what is no label.
+        """Check what the label rule returned.
 
         Raises:
-            SettingError: it is none.
+            SettingError: targets that are no distributions.
         """
         label, (size, k) = self.recipe.label, seen.adversarial.shape
         check_form(label, supervision, size, k)
@@ -253,7 +244,7 @@ class TrainStep:
         return [*self.net.parameters(), *self.net.buffers(), *momentum, *kept, self.meters]
 
     def _capture(self, plan: Tensor, phase: Phase, key: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Record the step's kernels; the rehearsals that capture needs leave no trace in the state."""
+        """Record the step's kernels. Capture needs rehearsals; the state is then put back as it was."""
         before = [tensor.detach().clone() for tensor in self._state()]
         static_plan = plan.clone()
         side = torch.cuda.Stream(self.engine.device)  # type: ignore[no-untyped-call]
