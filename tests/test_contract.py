@@ -306,7 +306,7 @@ def test_a_rules_state_is_plain_and_all_that_a_run_needs_to_go_on(make_trainer, 
 
 
 @pytest.mark.parametrize("names", ALONE, ids="-".join)
-def test_a_rule_keeps_the_laws_of_a_captured_step(make_trainer, names):
+def test_a_rule_keeps_the_invariants_of_a_captured_step(make_trainer, names):
     """As far as a CPU can tell; the first step of a phase is a rehearsal and may read the host."""
     trainer, chosen = single(make_trainer, names, "run")
     outside = isinstance(chosen, WeightRule)  # its after_step and end_epoch are never captured
@@ -437,13 +437,13 @@ def test_a_rule_or_setting_that_is_spelt_wrong_is_named(words, said):
 
 
 @pytest.mark.parametrize(
-    ("room", "base"), [("labels", "label"), ("objectives", "objective"), ("weights", "weight")]
+    ("folder", "base"), [("labels", "label"), ("objectives", "objective"), ("weights", "weight")]
 )
-def test_every_rule_that_is_written_is_public_and_has_a_test(room, base):
-    tests = "".join(path.read_text() for path in (ROOT / "tests" / room).glob("test_*.py"))
+def test_every_rule_that_is_written_is_public_and_has_a_test(folder, base):
+    tests = "".join(path.read_text() for path in (ROOT / "tests" / folder).glob("test_*.py"))
     found = 0
-    for path in (ROOT / "src" / "softdefend" / room).glob("*.py"):
-        module = importlib.import_module(f"softdefend.{room}.{path.stem}".removesuffix(".__init__"))
+    for path in (ROOT / "src" / "softdefend" / folder).glob("*.py"):
+        module = importlib.import_module(f"softdefend.{folder}.{path.stem}".removesuffix(".__init__"))
         for name, kind in vars(module).items():
             own = inspect.isclass(kind) and kind.__module__ == module.__name__
             if (
@@ -453,7 +453,7 @@ def test_every_rule_that_is_written_is_public_and_has_a_test(room, base):
                 and not inspect.isabstract(kind)
             ):
                 found += 1
-                assert name in RULES[base], f"put @{room.upper()}.register({name!r}) above class {name}"
+                assert name in RULES[base], f"put @{folder.upper()}.register({name!r}) above class {name}"
                 assert name in softdefend.__all__, f"add {name} to softdefend/__init__.py and its __all__"
-                assert re.search(rf"\b{name}\b", tests), f"write a test that uses {name} in tests/{room}/"
+                assert re.search(rf"\b{name}\b", tests), f"write a test that uses {name} in tests/{folder}/"
     assert found >= 2
