@@ -25,8 +25,15 @@ from softdefend.data import AugmentSettings, Batch, from_tensors
 from softdefend.labels import LabelRule
 from softdefend.models.resnet import BasicBlock
 from softdefend.objectives import Objective
-from softdefend.training import OptimSettings, Recipe, RuntimeSettings, Trainer, ValidateSettings
-from softdefend.weights import WeightRule
+from softdefend.training import (
+    OptimSettings,
+    Recipe,
+    RuntimeSettings,
+    TrainConfig,
+    Trainer,
+    ValidateSettings,
+)
+from softdefend.weights import Plain, WeightRule
 
 FOLDER = Path(os.environ.get("SOFTDEFEND_CHECKOUTS", ""))
 EPOCHS, BATCH, K = 6, 12, 5
@@ -102,18 +109,15 @@ def ours(
 ) -> Trainer:
     """A finished run of ours: 36 random images, five classes, three steps an epoch, drops at 1/2 and 3/4."""
     torch.manual_seed(0)
-    trainer = Trainer(
-        network(),
-        from_tensors(torch.rand(60, 3, 8, 8), torch.arange(60) % K, validation=12),
-        Recipe(ThreatModel("linf", eps), attack, label, objective, attack_bn),
-        folder,
+    config = TrainConfig(
+        recipe=Recipe(label, objective, weight or Plain(), ThreatModel("linf", eps), attack, attack_bn),
         optim=OptimSettings(epochs=epochs, batch_size=BATCH, lr=0.05, weight_decay=5e-4),
         augment=AugmentSettings("none"),
         validate=ValidateSettings(attack=PGD(steps=1)),
         runtime=RuntimeSettings(device="cpu", threads=1),
-        weight=weight,
-        progress=False,
     )
+    data = from_tensors(torch.rand(60, 3, 8, 8), torch.arange(60) % K, validation=12)
+    trainer = Trainer(network(), data, config, folder, progress=False)
     trainer.fit()
     trainer.folder.close()
     return trainer
@@ -138,7 +142,7 @@ def theirs(trainer: Trainer, optimizer: torch.optim.Optimizer, step: Callable[[B
             group["lr"] = trainer.optim.lr * trainer.optim.schedule.factor(
                 epoch - 1, 0.0, trainer.optim.epochs
             )
-        order = trainer.train_data.plan(seed=trainer.seed, epoch=epoch - 1, views=1, begun=False)
+        order = trainer.train_data.plan(seed=trainer.config.seed, epoch=epoch - 1, views=1, begun=False)
         for number in range(trainer.steps_per_epoch):
             step(trainer.train_data.batch(order[number * BATCH : (number + 1) * BATCH]), epoch)
 

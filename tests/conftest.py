@@ -11,8 +11,16 @@ from softdefend.attacks import PGD
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import AugmentSettings, DataBundle, from_tensors
-from softdefend.training import OptimSettings, Recipe, RuntimeSettings, SaveSettings, Trainer
-from softdefend.training.trainer import ValidateSettings
+from softdefend.training import (
+    OptimSettings,
+    Recipe,
+    RuntimeSettings,
+    SaveSettings,
+    TrainConfig,
+    Trainer,
+    ValidateSettings,
+)
+from softdefend.weights import Plain
 from tiny import K, tiny_net
 
 
@@ -49,7 +57,8 @@ def make_trainer(bundle, make_net, tmp_path):
     def make(
         label, objective, weight=None, folder="run", net=None, data=bundle, attack=None, **settings
     ) -> Trainer:
-        recipe = Recipe(ThreatModel("linf", Budget("0.1")), attack or PGD(steps=3), label, objective)
+        threat = ThreatModel("linf", Budget("0.1"))
+        recipe = Recipe(label, objective, weight or Plain(), threat, attack or PGD(steps=3))
         defaults = {
             "optim": OptimSettings(epochs=3, batch_size=16, lr=0.1),
             "augment": AugmentSettings("crop-flip", pad=1),
@@ -57,15 +66,9 @@ def make_trainer(bundle, make_net, tmp_path):
             "runtime": RuntimeSettings(device="cpu", threads=1),
             "save": SaveSettings(every_steps=1),
         }
-        trainer = Trainer(
-            net or make_net(),
-            data,
-            recipe,
-            tmp_path / folder,
-            weight=weight,
-            progress=False,
-            **{**defaults, **settings},
-        )
+        brought = {"data": None, "net": None, "evaluate": None}
+        config = TrainConfig(recipe=recipe, **{**brought, **defaults, **settings})
+        trainer = Trainer(net or make_net(), data, config, tmp_path / folder, progress=False)
         made.append(trainer)
         return trainer
 

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import itertools
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,17 +26,17 @@ from softdefend.core.rule import RunInfo
 from softdefend.data import Batch, DataBundle, DataSettings, load
 from softdefend.evaluation import Evaluator
 from softdefend.execution.modes import attacked
-from softdefend.experiments.api import plain
 from softdefend.experiments.catalog import combined
-from softdefend.experiments.complaints import RULES, rules
 from softdefend.experiments.config import packaged, resolve
 from softdefend.labels import Predictions, SoftTerm, Supervision
+from softdefend.training.config import RULES, flat_hints
+from softdefend.training.plain import plain
 from softdefend.training.step import Phase
 from softdefend.weights import WeightRule
 from tiny import K, Killed, tiny_net
 
 ROOT = Path(__file__).parent.parent
-LABELS, OBJECTIVES, WEIGHTS = rules("label"), rules("objective"), rules("weight")
+LABELS, OBJECTIVES, WEIGHTS = (RULES[kind].names() for kind in ("label", "objective", "weight"))
 BOTH = [f"AWP+{name}" for name in WEIGHTS if name != "Plain" and getattr(softdefend, name)().passes == 1]
 GRID = list(itertools.product(LABELS, OBJECTIVES, [*WEIGHTS, *BOTH]))
 GENTLE = {
@@ -133,7 +134,8 @@ def test_a_run_cut_anywhere_and_continued_ends_in_the_same_bits(
     assert_same(final(whole), final(last))
     for name in ("metrics.jsonl", "best.safetensors", "last.safetensors"):
         assert (whole.folder.path / name).read_bytes() == (last.folder.path / name).read_bytes(), name
-    evaluated = Evaluator(last.weight.prediction, last.test_data, last.recipe.threat)([PGD(steps=2)])
+    evaluator = Evaluator(last.recipe.weight.prediction, last.validator.test_data, last.recipe.threat)
+    evaluated = evaluator([PGD(steps=2)])
     assert 0 <= evaluated.robust("pgd-2").rate <= evaluated.clean.rate <= 1
 
 
@@ -153,7 +155,7 @@ def test_training_learns_and_reports_what_it_measured(make_trainer, bundle, labe
     assert [row["epoch"] for row in rows] == list(range(1, epochs + 1))
     # Of all 96 images: of the 16 that are held out one more or less would decide.
     splits = (bundle.train, bundle.validation, bundle.test)
-    net = trainer.weight.prediction.eval()
+    net = trainer.recipe.weight.prediction.eval()
     with torch.no_grad():
         right = [
             net(part.images.float() / (255 if part.images.dtype == torch.uint8 else 1)).argmax(1)
@@ -283,7 +285,7 @@ def test_a_rules_state_is_plain_and_all_that_a_run_needs_to_go_on(make_trainer, 
     """Also state that begins with the run's last epochs: another object that takes it over does the same."""
     (first, chosen), (second, other) = (single(make_trainer, names, folder) for folder in ("a", "b"))
     one_step(first, LONG - 2)
-    first.weight.end_epoch(LONG - 2, first._training_images)
+    first.recipe.weight.end_epoch(LONG - 2, first._training_images)
     one_step(first, LONG - 1)
     saved = copy.deepcopy(chosen.state_dict())
     plain_types = (torch.Tensor, int, float, str) if isinstance(chosen, WeightRule) else (torch.Tensor,)
@@ -294,15 +296,17 @@ def test_a_rules_state_is_plain_and_all_that_a_run_needs_to_go_on(make_trainer, 
     assert_same(other.state_dict(), saved)
     for trainer in (first, second):
         one_step(trainer, LONG - 1)
-        trainer.weight.end_epoch(LONG - 1, trainer._training_images)
+        trainer.recipe.weight.end_epoch(LONG - 1, trainer._training_images)
     why = f"state_dict of {type(chosen).__name__} leaves something out, or load_state_dict does not take it"
     assert_same(first.net.state_dict(), second.net.state_dict(), why)
-    assert_same(first.weight.prediction.state_dict(), second.weight.prediction.state_dict(), why)
+    assert_same(
+        first.recipe.weight.prediction.state_dict(), second.recipe.weight.prediction.state_dict(), why
+    )
     assert_same(chosen.state_dict(), other.state_dict(), why)
 
 
 @pytest.mark.parametrize("names", ALONE, ids="-".join)
-def test_a_rule_keeps_the_laws_of_a_captured_step(make_trainer, names):
+def test_a_rule_keeps_the_invariants_of_a_captured_step(make_trainer, names):
     """As far as a CPU can tell; the first step of a phase is a rehearsal and may read the host."""
     trainer, chosen = single(make_trainer, names, "run")
     outside = isinstance(chosen, WeightRule)  # its after_step and end_epoch are never captured
@@ -370,12 +374,21 @@ def test_every_preset_resolves_with_every_protocol(protocol, preset):
     assert experiment.name == preset
 
 
-def test_a_rule_preset_and_protocol_may_live_outside_the_package(tmp_path, monkeypatch):
-    """The example of CONTRIBUTING.md, by its import path."""
+@pytest.fixture
+def example(request, tmp_path, monkeypatch):
+    """The example of CONTRIBUTING.md in a module of somebody's own; afterwards it is forgotten."""
+    module = getattr(request, "param", "rules_of_mine")
     code = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)[1]
-    (tmp_path / "rules_of_mine.py").write_text(code)
+    (tmp_path / f"{module}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    rule_of_mine = "{class_path: rules_of_mine.Prior, init_args: {smoothing: 0.2}}"
+    yield module
+    RULES["label"].unregister("Prior")
+    sys.modules.pop(module, None)
+
+
+def test_a_rule_preset_and_protocol_may_live_outside_the_package(example, tmp_path):
+    """By its import path."""
+    rule_of_mine = f"{{class_path: {example}.Prior, init_args: {{smoothing: 0.2}}}}"
     (tmp_path / "preset.yaml").write_text(f"name: my-prior\nlabel: {rule_of_mine}\n")
     (tmp_path / "protocol.yaml").write_text("optim: {epochs: 7}\nlabel: Smooth\n")
     files = ["--config", str(tmp_path / "protocol.yaml"), "--preset", str(tmp_path / "preset.yaml")]
@@ -387,6 +400,16 @@ def test_a_rule_preset_and_protocol_may_live_outside_the_package(tmp_path, monke
     batch = Batch(torch.tensor([0]), torch.zeros(1, 1, 2, 2), torch.tensor([0]))
     target = mine.target(batch, Predictions(torch.zeros(1, 3)), mine.phase(0))
     torch.testing.assert_close(target, torch.tensor([[0.95, 0.0, 0.05]]))
+
+
+@pytest.mark.parametrize("example", ["rules_of_mine", "rules_of_another"], indirect=True)
+def test_the_examples_name_means_the_class_that_is_registered(example):
+    """Also where a class of the same name is left in the process, as here the second time."""
+    module = importlib.import_module(example)
+    for smoothing in ("0.2", "0.3"):
+        label = resolve(["--label", "Prior", "--label.smoothing", smoothing]).recipe.label
+        assert type(label) is module.Prior
+        assert label.smoothing == float(smoothing)
 
 
 BESIDE = "settings beside class_path; accepted: {class_path: NAME, init_args: {SETTING: VALUE}}"
@@ -414,22 +437,23 @@ def test_a_rule_or_setting_that_is_spelt_wrong_is_named(words, said):
 
 
 @pytest.mark.parametrize(
-    ("room", "base"), [("labels", "label"), ("objectives", "objective"), ("weights", "weight")]
+    ("folder", "base"), [("labels", "label"), ("objectives", "objective"), ("weights", "weight")]
 )
-def test_every_rule_that_is_written_is_public_and_has_a_test(room, base):
-    tests = "".join(path.read_text() for path in (ROOT / "tests" / room).glob("test_*.py"))
+def test_every_rule_that_is_written_is_public_and_has_a_test(folder, base):
+    tests = "".join(path.read_text() for path in (ROOT / "tests" / folder).glob("test_*.py"))
     found = 0
-    for path in (ROOT / "src" / "softdefend" / room).glob("*.py"):
-        module = importlib.import_module(f"softdefend.{room}.{path.stem}".removesuffix(".__init__"))
+    for path in (ROOT / "src" / "softdefend" / folder).glob("*.py"):
+        module = importlib.import_module(f"softdefend.{folder}.{path.stem}".removesuffix(".__init__"))
         for name, kind in vars(module).items():
             own = inspect.isclass(kind) and kind.__module__ == module.__name__
             if (
                 own
-                and issubclass(kind, RULES[base])
-                and kind is not RULES[base]
+                and issubclass(kind, flat_hints()[base])
+                and kind is not flat_hints()[base]
                 and not inspect.isabstract(kind)
             ):
                 found += 1
+                assert name in RULES[base], f"put @{folder.upper()}.register({name!r}) above class {name}"
                 assert name in softdefend.__all__, f"add {name} to softdefend/__init__.py and its __all__"
-                assert re.search(rf"\b{name}\b", tests), f"write a test that uses {name} in tests/{room}/"
+                assert re.search(rf"\b{name}\b", tests), f"write a test that uses {name} in tests/{folder}/"
     assert found >= 2

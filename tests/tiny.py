@@ -1,4 +1,4 @@
-"""Constants and helpers that several test rooms share."""
+"""Constants and helpers that several folders of tests share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def about(net: nn.Module, labels: Tensor | None = None, epochs: int = 10) -> Run
 
 
 def believed(target: Tensor, label: Tensor | None = None) -> Supervision:
-    """What a rule says that wants ``target`` [b, k] and nothing else."""
+    """The supervision of a rule that returns ``target`` [b, k] and nothing else."""
     return Supervision(target.argmax(1) if label is None else label, target)
 
 

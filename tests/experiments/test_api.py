@@ -18,9 +18,9 @@ from softdefend.attacks import Attack
 from softdefend.core.rng import stream
 from softdefend.data import AugmentSettings
 from softdefend.execution.randomness import Draws
-from softdefend.experiments.api import plain
 from softdefend.labels import SoftTerm, Supervision
 from softdefend.training import RuntimeSettings, ValidateSettings
+from softdefend.training.plain import plain
 
 K = 3
 THREAT = sd.ThreatModel("linf", "0.06")
@@ -84,7 +84,7 @@ def test_the_recipe_is_in_the_folder(trained):
     assert config["label"]["class_path"].endswith("SGLR")
     assert config["label"]["init_args"]["start"] == 0.5
     assert config["optim"]["epochs"] == 8
-    assert config["attack"]["steps"] == 2
+    assert config["attack"]["init_args"]["steps"] == 2
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 11), (5, 12, 4), (3, 8, 8)], ids=str)
@@ -203,7 +203,7 @@ def test_an_argument_that_a_rule_does_not_keep_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
     assert plain(Computed(2.0))["init_args"] == {"strength": 2.0}
     averaged = plain(sd.AWP(average=sd.EMA(0.5)))["init_args"]["average"]
-    assert averaged == {"class_path": "softdefend.weights.averaging.EMA", "init_args": {"decay": 0.5}}
+    assert averaged == {"class_path": "softdefend.EMA", "init_args": {"decay": 0.5}}
 
 
 def test_networks_among_a_rules_arguments_are_left_to_its_state(tmp_path):

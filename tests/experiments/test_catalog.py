@@ -13,8 +13,8 @@ import softdefend
 from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
 from softdefend.experiments.catalog import PUBLISHED, STEPS, Method, catalog, table, units
-from softdefend.experiments.complaints import rules
 from softdefend.experiments.config import packaged, resolve
+from softdefend.training.config import RULES
 from softdefend.training.step import Phase
 from tiny import K
 
@@ -26,15 +26,17 @@ def methods() -> list[Method]:
     return catalog()
 
 
-def test_a_rule_without_defaults_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rule_without_defaults_is_named() -> None:
     class Demanding(softdefend.Hard):
         def __init__(self, share: float) -> None:
             self.share = share
 
-    monkeypatch.setattr(softdefend, "Demanding", Demanding, raising=False)
-    monkeypatch.setattr(softdefend, "__all__", [*softdefend.__all__, "Demanding"])
-    with pytest.raises(SettingError, match=r"^Demanding: got .*'share'.*; accepted: a default for every"):
-        catalog()
+    RULES["label"].register("Demanding")(Demanding)
+    try:
+        with pytest.raises(SettingError, match=r"^Demanding: got .*'share'.*; accepted: a default for every"):
+            catalog()
+    finally:
+        RULES["label"].unregister("Demanding")
 
 
 class Tolls(nn.Module):
@@ -61,9 +63,7 @@ def test_costs_are_what_a_step_in_the_last_epoch_counts(preset, make_net, make_t
     if isinstance(recipe.label, softdefend.KD):
         recipe.label.standard, recipe.label.robust = Tolls(make_net(K)), Tolls(make_net(K, seed=1))
     net = Tolls(make_net())
-    trainer = make_trainer(
-        recipe.label, recipe.objective, experiment.weight, net=net, attack=replace(recipe.attack, steps=STEPS)
-    )
+    trainer = make_trainer(*recipe.rules, net=net, attack=replace(recipe.attack, steps=STEPS))
     last = trainer.optim.epochs - 1
     for rule in trainer.rules:
         rule.advance(last + 0.5)
@@ -75,7 +75,7 @@ def test_costs_are_what_a_step_in_the_last_epoch_counts(preset, make_net, make_t
         module.size, module.units = 8, 0.0
     trainer.step(torch.cat(columns, dim=1), phase, key=2)
     counted = net.units + sum(module.units for module in others)
-    assert counted == pytest.approx(units(recipe.label, recipe.objective, experiment.weight))
+    assert counted == pytest.approx(units(*recipe.rules))
 
 
 def trained_elsewhere(label: object) -> list[nn.Module]:
@@ -85,7 +85,7 @@ def trained_elsewhere(label: object) -> list[nn.Module]:
 
 def test_every_public_rule_and_preset_is_listed_with_what_it_is(methods):
     names = [method.name for method in methods if method.kind != "preset"]
-    assert names == [name for kind in ("label", "objective", "weight") for name in rules(kind)]
+    assert names == [name for kind in ("label", "objective", "weight") for name in RULES[kind].names()]
     assert {m.name for m in methods if m.kind == "preset"} == set(packaged("preset"))
     for method in methods:
         assert len(method.summary) > 10, method
@@ -106,7 +106,7 @@ def test_rules_that_remember_single_images_are_refused_where_images_are_mixed(me
     refused = {method.name for method in methods if method.refusal}
     assert refused >= {"SAT", "SGLR", "Consistency", "MART", "TE", "TRADESTE"}
     images = 23  # no size that a network's tensors have
-    for name in (*rules("label"), *rules("objective"), *rules("weight")):
+    for name in (name for rules in RULES.values() for name in rules.names()):
         chosen = getattr(softdefend, name)(**({"robust": make_net()} if name == "KD" else {}))
         chosen.setup(RunInfo(torch.arange(images) % K, K, 10, make_net()))
         kept = [value for value in chosen.state_dict().values() if isinstance(value, Tensor) and value.ndim]

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from softdefend.core.errors import SettingError
 from softdefend.experiments.distill import kd_swa
+from softdefend.training.plain import plain_config
 from softdefend.training.step import TrainStep
 from tiny import Killed
 
@@ -99,13 +100,16 @@ def test_killed_in_every_stage_it_ends_in_the_same_bytes(here, made):
 def test_stages_differ_in_the_recipe_alone(here, monkeypatch):
     """Resolved settings of the three stages; nothing is trained."""
     experiments = []
-    monkeypatch.setattr("softdefend.experiments.pipeline.train", lambda made, say: experiments.append(made))
+    monkeypatch.setattr("softdefend.experiments.pipeline.train", experiments.append)
     words = [*SMALL, "--config", "digits_demo", "--label.temperature", "3"]
     kd_swa(words, Path("runs"), say=silent)
     standard, robust, student = experiments
-    own = {"name", "folder", "label", "weight"}
+    own = {"name", "label", "weight"}
+    assert len({experiment.folder for experiment in experiments}) == 3
+    settings = plain_config(student)
     for other, further in ((robust, set()), (standard, {"attack", "validate"})):
-        differing = {key for key in student.config if student.config[key] != other.config[key]}
+        others = plain_config(other)
+        differing = {key for key in settings if settings[key] != others[key]}
         assert differing == own | further
     assert (standard.recipe.attack.steps, standard.recipe.attack.start) == (0, "none")
     assert (standard.validate.attack.steps, standard.validate.attack.start) == (0, "none")
@@ -114,7 +118,7 @@ def test_stages_differ_in_the_recipe_alone(here, monkeypatch):
     assert student.optim.schedule.milestones == robust.optim.schedule.milestones == (0.25, 0.75)
     assert {e.recipe.attack_bn for e in experiments} == {"train"}
     assert {e.seed for e in experiments} == {3}
-    assert type(student.weight).__name__ == "SWA"
+    assert type(student.recipe.weight).__name__ == "SWA"
     label = student.recipe.label
     assert (label.standard, label.robust) == ("runs/standard", "runs/robust")
     assert (label.hard_weight, label.standard_weight, label.robust_weight) == (0.3, 0.1, 0.6)
@@ -133,7 +137,7 @@ def test_standard_training_makes_no_adversarial_image(here, made):
 
 def test_teachers_that_exist_already_are_not_trained(here, monkeypatch):
     experiments = []
-    monkeypatch.setattr("softdefend.experiments.pipeline.train", lambda made, say: experiments.append(made))
+    monkeypatch.setattr("softdefend.experiments.pipeline.train", experiments.append)
     with pytest.raises(SettingError, match=r"--robust: got elsewhere/last\.safetensors, no such file"):
         kd_swa(SMALL, Path("runs"), robust="elsewhere/last.safetensors", say=silent)
     assert experiments == []  # before anything is trained for it

@@ -17,7 +17,8 @@ from softdefend.labels import ADR, Predictions
 from softdefend.labels.adr import cosine, rectify
 from softdefend.objectives import PGDAT, TRADES
 from softdefend.training import Engine, OptimSettings, Recipe, RuntimeSettings
-from softdefend.training.step import Phase, TrainStep, make_optimizer
+from softdefend.training.optim import make_optimizer
+from softdefend.training.step import Phase, TrainStep
 from tiny import K, about, batch_of
 
 PHASE = Phase("fixed", "fixed", "fixed")
@@ -103,7 +104,7 @@ def test_three_steps_equal_a_float64_re_derivation():
         net, OptimSettings(lr=0.5, momentum=0.0, weight_decay=0.0), torch.device("cpu")
     )
     attack = PGD(steps=3, step_size=Budget("2/255"), start="none")
-    recipe = Recipe(ThreatModel("linf", Budget("8/255")), attack, rule, PGDAT())
+    recipe = Recipe(rule, threat=ThreatModel("linf", Budget("8/255")), attack=attack)
     step = _DoubleStep(
         net, Resident(Split(x_all, labels), "cpu"), recipe, optimizer, Engine(RuntimeSettings(device="cpu"))
     )

@@ -16,10 +16,11 @@ from softdefend.data import AugmentSettings, Resident, Split
 from softdefend.labels import KD, Predictions
 from softdefend.labels.base import SoftTerm
 from softdefend.labels.kd import mixture
-from softdefend.labels.teachers import fingerprint
+from softdefend.labels.teachers import weights_digest
 from softdefend.objectives import PGDAT, TRADES
 from softdefend.training import Engine, OptimSettings, Recipe, RuntimeSettings
-from softdefend.training.step import Phase, TrainStep, make_optimizer
+from softdefend.training.optim import make_optimizer
+from softdefend.training.step import Phase, TrainStep
 from tiny import K, about, batch_of
 
 PHASE = Phase("fixed", "fixed", "fixed")
@@ -139,13 +140,13 @@ def test_one_step_equals_the_published_rule_rederived_in_float64():
     x_all = torch.rand(12, 1, 6, 6, generator=stream(0, "img"))
     rule = KD(standard=teacher(1).double(), robust=teacher(2).double())
     rule.setup(about(net, labels))
-    rule._unchecked.clear()
+    rule._to_check.clear()
     rule._forwards = [
         (lambda image, part=part: part(image.double()), weight)
         for part, (_, weight) in zip((rule.standard_net, rule.robust_net), rule._forwards, strict=True)
     ]
     attack = PGD(steps=3, step_size=Budget("2/255"), start="none")
-    recipe = Recipe(ThreatModel("linf", Budget("8/255")), attack, rule, PGDAT(), attack_bn="train")
+    recipe = Recipe(rule, threat=ThreatModel("linf", Budget("8/255")), attack=attack, attack_bn="train")
     optim = OptimSettings(lr=0.1, momentum=0.0, weight_decay=0.0)
     step = _DoubleStep(
         net,
@@ -192,13 +193,13 @@ class _DoubleStep(TrainStep):
 @pytest.mark.parametrize(("objective", "updates"), [(PGDAT(), 1), (TRADES(), 2)])
 def test_teachers_are_frozen_copies_in_eval_mode(make_trainer, objective, updates):
     given = {"standard": teacher(1).train(), "robust": teacher(2).train()}
-    before = [fingerprint(net) for net in given.values()]
+    before = [weights_digest(net) for net in given.values()]
     rule = KD(**given)
     trainer = make_trainer(rule, objective)
     trainer.fit()
     nets = [rule.standard_net, rule.robust_net]
     for net, was in zip([*nets, *given.values()], [*before, *before], strict=True):
-        assert torch.equal(fingerprint(net), was)
+        assert torch.equal(weights_digest(net), was)
     for net in nets:
         assert not any(module.training for module in net.modules())
         assert not any(p.requires_grad or p.grad is not None for p in net.parameters())

@@ -15,9 +15,9 @@ from softdefend.core.rule import RunInfo
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import Batch, Resident, Split
 from softdefend.labels import SGLR, Hard, Predictions
-from softdefend.objectives import PGDAT
 from softdefend.training import Engine, OptimSettings, Recipe, RuntimeSettings
-from softdefend.training.step import Phase, TrainStep, make_optimizer
+from softdefend.training.optim import make_optimizer
+from softdefend.training.step import Phase, TrainStep
 
 N, K = 12, 5
 LABELS = torch.arange(N) % K
@@ -189,7 +189,7 @@ def test_one_step_equals_the_reference_rule_rederived_in_float64():
     rule.setup(RunInfo(LABELS, K, 10))
     optim = OptimSettings(lr=0.1, momentum=0.0, weight_decay=0.0)
     optimizer = make_optimizer(net, optim, torch.device("cpu"))
-    recipe = Recipe(threat, PGD(steps=10, step_size=Budget("2/255"), start="none"), rule, PGDAT())
+    recipe = Recipe(rule, threat=threat, attack=PGD(steps=10, step_size=Budget("2/255"), start="none"))
     step = _DoubleStep(
         net, Resident(Split(images, LABELS), "cpu"), recipe, optimizer, Engine(RuntimeSettings(device="cpu"))
     )

@@ -14,7 +14,7 @@ from torch import nn
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.core.weight_files import to_bytes
-from softdefend.labels.teachers import Teacher, fingerprint, image_channels, load_teacher
+from softdefend.labels.teachers import Teacher, image_channels, load_teacher, weights_digest
 from softdefend.models import NetSettings, build
 
 NET = NetSettings("small_cnn", width=4)
@@ -88,16 +88,16 @@ def test_a_module_is_copied_and_left_alone():
     assert_same(loaded.net, make())
 
 
-def test_fingerprints_tell_weights_names_and_shapes_apart():
+def test_digests_tell_weights_names_and_shapes_apart():
     net = make()
-    assert fingerprint(net).shape == (32,)
-    assert torch.equal(fingerprint(net), fingerprint(make()))
+    assert weights_digest(net).shape == (32,)
+    assert torch.equal(weights_digest(net), weights_digest(make()))
     others = [make(seed=1), make(k=5), nn.Sequential(net)]
     changed = make()
     with torch.no_grad():
         changed.get_buffer("net.features.1.running_mean")[0] += 1e-7
     for other in [*others, changed]:
-        assert not torch.equal(fingerprint(net), fingerprint(other))
+        assert not torch.equal(weights_digest(net), weights_digest(other))
 
 
 def test_channels_are_read_off_the_first_convolution():

@@ -17,7 +17,15 @@ from softdefend.data import AugmentSettings, Resident
 from softdefend.evaluation import Evaluator
 from softdefend.report import read_run
 from softdefend.report.curves import by_epoch
-from softdefend.training import Recipe, RuntimeSettings, SaveSettings, Schedule, Trainer, ValidateSettings
+from softdefend.training import (
+    Recipe,
+    RuntimeSettings,
+    SaveSettings,
+    Schedule,
+    TrainConfig,
+    Trainer,
+    ValidateSettings,
+)
 from softdefend.training.alarm import collapsed, describe, trains_on_one_step
 
 
@@ -60,7 +68,7 @@ def test_both_thresholds_are_needed():
     ],
 )
 def test_runs_that_train_on_one_gradient_step_are_watched(objective, steps, expected):
-    recipe = Recipe(ThreatModel(), PGD(steps=steps), Hard(), objective)
+    recipe = Recipe(objective=objective, attack=PGD(steps=steps))
     assert trains_on_one_step(recipe) is expected
 
 
@@ -88,11 +96,9 @@ def train_digits(digits, tmp_path):
             for width in (64, 128, 128):
                 layers += [nn.Linear(width, 128), nn.BatchNorm1d(128), nn.ReLU()]
             net = nn.Sequential(*layers, nn.Linear(128, 10))
-        trainer = Trainer(
-            net,
-            digits,
-            Recipe(ThreatModel("linf", "0.3"), PGD(steps=10, start=start), Hard(), objective),
-            tmp_path / folder,
+        threat, attack = ThreatModel("linf", "0.3"), PGD(steps=10, start=start)
+        config = TrainConfig(
+            recipe=Recipe(objective=objective, threat=threat, attack=attack),
             optim=OptimSettings(
                 epochs=12, batch_size=80, lr=0.2, weight_decay=0, schedule=Schedule(milestones=(0.9,))
             ),
@@ -100,9 +106,9 @@ def train_digits(digits, tmp_path):
             validate=ValidateSettings(attack=PGD(steps=10), alarm=alarm, every=every),
             runtime=RuntimeSettings(device="cpu", threads=1),
             save=SaveSettings(),
-            progress=False,
         )
-        trainer.watched = trainer.watched if watch is None else watch
+        trainer = Trainer(net, digits, config, tmp_path / folder, progress=False)
+        trainer.validator.watched = trainer.validator.watched if watch is None else watch
         made.append(trainer)
         return trainer
 
@@ -115,7 +121,7 @@ def rows_of(trainer):
     return [json.loads(line) for line in (trainer.folder.path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_it_fires_on_a_run_that_collapses_says_so_once_and_goes_on(train_digits, capsys):
+def test_it_fires_on_a_run_that_collapses_says_so_once_and_goes_on(train_digits, caplog):
     """FGSM without a random start: accuracy under FGSM rises from epoch to epoch, under PGD-10 it is lost."""
     trainer = train_digits(FGSMRS(alpha=1.0))
     trainer.fit()
@@ -126,20 +132,20 @@ def test_it_fires_on_a_run_that_collapses_says_so_once_and_goes_on(train_digits,
     assert sum(flags) >= 3
     assert rows[-1]["val_fgsm"] > 0.25
     assert rows[-1]["val_robust"] < 0.1
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "catastrophic" in line]
+    warnings = [text for text in caplog.messages if "catastrophic" in text]
     assert len(warnings) == 1
     assert f"epoch {1 + flags.index(True)}:" in warnings[0]
 
 
-def test_it_is_silent_on_a_run_with_pgd_that_is_as_hard(train_digits, capsys):
+def test_it_is_silent_on_a_run_with_pgd_that_is_as_hard(train_digits, caplog):
     """The same network, data and eps; watched although PGD training is not."""
-    assert not train_digits(PGDAT(), start="auto", folder="unwatched").watched
+    assert not train_digits(PGDAT(), start="auto", folder="unwatched").validator.watched
     trainer = train_digits(PGDAT(), start="auto", watch=True)
     trainer.fit()
     rows = rows_of(trainer)
     assert not any(row["catastrophic_overfitting"] for row in rows)
     assert rows[-1]["val_robust"] > 0.15
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
 
 
 def test_stop_ends_like_a_divergence_at_the_same_epoch_also_when_started_again(train_digits):

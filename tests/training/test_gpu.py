@@ -11,8 +11,8 @@ import torch
 import softdefend
 from softdefend import AWP, EMA, PGDAT, SGLR, SWA, Hard, OptimSettings
 from softdefend.data import AugmentSettings
-from softdefend.experiments.complaints import rules
 from softdefend.training import RuntimeSettings, SaveSettings
+from softdefend.training.config import RULES
 from softdefend.training.step import Phase
 from tiny import Killed, tiny_net
 
@@ -31,8 +31,8 @@ def weights(trainer) -> torch.Tensor:
     return torch.cat([v.float().flatten() for v in trainer.net.state_dict().values()])
 
 
-PAIRS = [(label, "PGDAT") for label in rules("label") if label != "Hard"]
-PAIRS += [("Hard", objective) for objective in rules("objective")] + [("SGLR", "TRADES")]
+PAIRS = [(label, "PGDAT") for label in RULES["label"].names() if label != "Hard"]
+PAIRS += [("Hard", objective) for objective in RULES["objective"].names()] + [("SGLR", "TRADES")]
 
 
 def rule(name):
@@ -95,7 +95,7 @@ def test_captured_steps_that_perturb_and_augment_equal_eager_steps(make_trainer,
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         trainer.fit()
-        average = trainer.weight.prediction.state_dict().values()
+        average = trainer.recipe.weight.prediction.state_dict().values()
         results.append(torch.cat([weights(trainer), *(v.float().flatten() for v in average)]))
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
 

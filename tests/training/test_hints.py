@@ -15,7 +15,7 @@ from softdefend.attacks import PGD
 from softdefend.core.errors import DivergenceError
 from softdefend.core.threat import ThreatModel
 from softdefend.data import AugmentSettings, from_tensors
-from softdefend.training import OptimSettings, Recipe, RuntimeSettings, Trainer, ValidateSettings
+from softdefend.training import OptimSettings, Recipe, RuntimeSettings, TrainConfig, Trainer, ValidateSettings
 from softdefend.training.hints import hints
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "table1.json"
@@ -128,25 +128,25 @@ def test_the_published_labels_of_adr_are_nearly_uniform_and_nothing_is_said():
         (ADR(interpolation_low=0.95), True, 0),  # as published: nothing to warn of
     ],
 )
-def test_a_run_says_it_once_and_goes_on(tmp_path, capsys, label, uniform, times):
+def test_a_run_says_it_once_and_goes_on(tmp_path, caplog, label, uniform, times):
     """An untrained network's own predictions are uniform; with no memory they are the labels."""
     torch.manual_seed(0)
     images, labels = torch.rand(40, 1, 4, 4), torch.arange(40) % 4
-    trainer = Trainer(
-        nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 4)),
-        from_tensors(images, labels, validation=8),
-        Recipe(ThreatModel("linf", "0.05"), PGD(steps=2), label, TRADES() if times else PGDAT()),
-        tmp_path / "run",
+    objective = TRADES() if times else PGDAT()
+    config = TrainConfig(
+        recipe=Recipe(label, objective, threat=ThreatModel("linf", "0.05"), attack=PGD(steps=2)),
         optim=OptimSettings(epochs=3, batch_size=8, lr=1e-4),
         augment=AugmentSettings("none"),
         validate=ValidateSettings(attack=PGD(steps=2)),
         runtime=RuntimeSettings(device="cpu", threads=1),
-        progress=False,
     )
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 4))
+    data = from_tensors(images, labels, validation=8)
+    trainer = Trainer(net, data, config, tmp_path / "run", progress=False)
     trainer.fit()
     trainer.folder.close()
-    assert trainer.epoch == 3
-    assert capsys.readouterr().err.count("nearly uniform") == times
+    assert trainer.state.epoch == 3
+    assert caplog.text.count("nearly uniform") == times
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert (rows[-1]["target_entropy"] > 0.9 * math.log(4)) is uniform
     assert [row.get("hints") for row in rows] == [["uniform"] if times else None] * 3
@@ -160,17 +160,16 @@ def guesses(tmp_path, monkeypatch):
 
     def train(alarm):
         torch.manual_seed(0)
-        trainer = Trainer(
-            nn.Sequential(nn.Flatten(), nn.Linear(16, 4)),
-            from_tensors(torch.full((40, 1, 4, 4), 0.5), torch.arange(40) % 4, validation=8),
-            Recipe(ThreatModel("linf", "0.05"), PGD(steps=2), Hard(), PGDAT()),
-            tmp_path / alarm,
+        config = TrainConfig(
+            recipe=Recipe(threat=ThreatModel("linf", "0.05"), attack=PGD(steps=2)),
             optim=OptimSettings(epochs=4, batch_size=8, lr=1e-4),
             augment=AugmentSettings("none"),
             validate=ValidateSettings(attack=PGD(steps=2), alarm=alarm),
             runtime=RuntimeSettings(device="cpu", threads=1),
-            progress=False,
         )
+        net = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
+        data = from_tensors(torch.full((40, 1, 4, 4), 0.5), torch.arange(40) % 4, validation=8)
+        trainer = Trainer(net, data, config, tmp_path / alarm, progress=False)
         try:
             trainer.fit()
         finally:
@@ -181,24 +180,23 @@ def guesses(tmp_path, monkeypatch):
     return train
 
 
-def test_a_stuck_run_says_so_and_goes_on(guesses, capsys):
+def test_a_stuck_run_says_so_and_goes_on(guesses, caplog):
     assert guesses("warn") == [["guessing"], None, ["stuck"], None]
-    said_of_it = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert len(said_of_it) == 2
-    assert "after 9 steps robust accuracy on training images is" in said_of_it[1]
-    assert "not likely to rise" in said_of_it[1]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "after 9 steps robust accuracy on training images is" in caplog.messages[1]
+    assert "not likely to rise" in caplog.messages[1]
 
 
-def test_a_stuck_run_is_not_spoken_of_where_the_alarm_is_off(guesses, capsys):
+def test_a_stuck_run_is_not_reported_where_the_alarm_is_off(guesses, caplog):
     assert guesses("off") == [["guessing"], None, ["stuck"], None]
-    assert "not likely to rise" not in capsys.readouterr().err
+    assert "not likely to rise" not in caplog.text
 
 
-def test_a_stuck_run_ends_where_the_alarm_stops(guesses, capsys, tmp_path):
+def test_a_stuck_run_ends_where_the_alarm_stops(guesses, caplog, tmp_path):
     with pytest.raises(
         DivergenceError, match=r"after 9 steps .*optim.schedule.warmup.*best checkpoint is of epoch 1"
     ):
         guesses("stop")
-    assert "not likely to rise" not in capsys.readouterr().err  # the error says it
+    assert "not likely to rise" not in caplog.text  # the error says it
     assert len((tmp_path / "stop/metrics.jsonl").read_text().splitlines()) == 3
     assert (tmp_path / "stop/best.safetensors").is_file()

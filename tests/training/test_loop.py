@@ -12,7 +12,7 @@ from softdefend.labels import Hard
 from softdefend.objectives import PGDAT
 from softdefend.training import OptimSettings, SaveSettings, Schedule, ValidateSettings
 from softdefend.training.checkpoint import CheckpointError
-from softdefend.training.folder import _same_place
+from softdefend.training.folder import _same_file
 from tiny import Killed
 
 
@@ -38,10 +38,12 @@ def test_no_pass_over_the_images_leaves_one_alone(make_trainer, size):
     assert min(sizes) > 1
 
 
-def test_a_checkpoint_of_another_seed_is_refused_also_without_a_configuration(make_trainer):
+def test_a_checkpoint_of_another_seed_is_refused_also_where_the_configuration_was_changed(make_trainer):
     first = make_trainer(Hard(), PGDAT(), seed=0)
     first.fit()
     first.folder.close()
+    path = first.folder.path / "config.yaml"
+    path.write_text(path.read_text().replace("seed: 0", "seed: 1", 1))
     with pytest.raises(CheckpointError, match="another seed"):
         make_trainer(Hard(), PGDAT(), seed=1).fit()
 
@@ -57,7 +59,7 @@ def test_a_continued_run_remembers_the_loss_of_its_first_step(make_trainer):
     trainer.folder.close()
     again = make_trainer(Hard(), PGDAT(), save=SaveSettings())
     again.fit()
-    assert again.first_loss == trainer.first_loss
+    assert again.state.first_loss == trainer.state.first_loss
 
 
 def test_weights_that_are_there_keep_their_date(make_trainer):
@@ -72,5 +74,5 @@ def test_weights_that_are_there_keep_their_date(make_trainer):
 
 def test_a_place_that_is_not_there_is_no_place(tmp_path):
     there, gone = str(tmp_path), str(tmp_path / "gone")
-    assert _same_place(there, f"{there}/.")
-    assert not _same_place(gone, f"{there}/./gone")
+    assert _same_file(there, f"{there}/.")
+    assert not _same_file(gone, f"{there}/./gone")

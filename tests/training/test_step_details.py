@@ -9,7 +9,7 @@ from softdefend.core.errors import SettingError
 from softdefend.labels import SGLR, Hard, Predictions, Supervision
 from softdefend.objectives import PGDAT
 from softdefend.training import OptimSettings
-from softdefend.training.step import _check_rows
+from softdefend.training.targets import check_rows
 
 
 @pytest.mark.parametrize("row", [0, 3, 5])
@@ -19,7 +19,7 @@ def test_one_row_that_does_not_sum_to_one_is_enough(row, factor):
     rows[row] *= factor
     said = Supervision(torch.zeros(6).long(), rows)
     with pytest.raises(SettingError, match=rf"a row that sums to {factor:g}"):
-        _check_rows(Hard(), said, Predictions(torch.zeros(6, 4)))
+        check_rows(Hard(), said, Predictions(torch.zeros(6, 4)))
 
 
 @pytest.mark.parametrize("mode", ["train", "batch", "eval"])
@@ -28,8 +28,8 @@ def test_a_clean_forward_of_a_rule_leaves_the_network_in_training_mode(make_trai
         SGLR(start=0.0, clean_bn=mode), PGDAT(), optim=OptimSettings(epochs=1, batch_size=16)
     )
     after = []
-    advance = trainer.weight.after_step
-    trainer.weight.after_step = lambda: (
+    advance = trainer.recipe.weight.after_step
+    trainer.recipe.weight.after_step = lambda: (
         after.append((all(m.training for m in trainer.net.modules()), trainer.net[1].track_running_stats))
         or advance()
     )

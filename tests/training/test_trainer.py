@@ -16,6 +16,7 @@ from softdefend.data import AugmentSettings, Resident
 from softdefend.evaluation import Evaluator
 from softdefend.execution.engine import Engine, resolve_device
 from softdefend.training import RuntimeSettings, SaveSettings, ValidateSettings, checkpoint
+from tiny import Killed
 
 
 def rows_of(trainer):
@@ -68,7 +69,7 @@ def test_the_best_checkpoint_is_the_first_with_the_highest_validation_robust_acc
     figures = [row["val_robust"] for row in rows_of(trainer)]
     best = 1 + int(np.argmax(figures))
     saved = load_file(trainer.folder.path / "best.safetensors")
-    assert trainer.best == {"epoch": best, "val_robust": max(figures)}
+    assert trainer.state.best == {"epoch": best, "val_robust": max(figures)}
     assert all(torch.equal(saved[key], seen[best][key]) for key in saved)
     last = load_file(trainer.folder.path / "last.safetensors")
     assert all(torch.equal(last[key], seen[8][key]) for key in last)
@@ -215,7 +216,7 @@ def test_a_weight_that_is_not_finite_stops_before_it_is_saved(make_trainer):
 
     def spoil(plan, phase):
         step(plan, phase)
-        if trainer.done == trainer.steps_per_epoch - 1:  # no loss of this epoch has seen it
+        if trainer.state.done == trainer.steps_per_epoch - 1:  # no loss of this epoch has seen it
             with torch.no_grad():
                 trainer.net[0].weight[0, 0, 0, 0] = float("inf")
 
@@ -323,15 +324,18 @@ def test_bf16_and_channels_last_train_on_the_cpu_and_keep_fp32_weights(make_trai
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_events_hold_the_metrics_also_after_a_resume(make_trainer):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for epochs in (2, 3):  # a longer run over the same folder continues it
-        trainer = make_trainer(
-            Hard(),
-            PGDAT(),
-            optim=OptimSettings(epochs=epochs, batch_size=16),
-            save=SaveSettings(tensorboard=True),
-        )
-        trainer.fit()
-        trainer.folder.close()
+
+    def stop(row):
+        if row["epoch"] == 2:
+            raise Killed
+
+    optim, save = OptimSettings(epochs=3, batch_size=16), SaveSettings(tensorboard=True)
+    first = make_trainer(Hard(), PGDAT(), optim=optim, save=save)
+    with pytest.raises(Killed):
+        first.fit(on_epoch=stop)
+    first.folder.close()
+    trainer = make_trainer(Hard(), PGDAT(), optim=optim, save=save)
+    trainer.fit()
     reader = events.EventAccumulator(str(trainer.folder.path / "tensorboard"))
     reader.Reload()
     points = [(event.step, event.value) for event in reader.Scalars("val_robust")]
@@ -339,6 +343,6 @@ def test_tensorboard_events_hold_the_metrics_also_after_a_resume(make_trainer):
 
 
 def test_tensorboard_that_is_not_installed_is_refused_before_training(monkeypatch):
-    monkeypatch.setattr("softdefend.training.trainer.find_spec", lambda name: None)
+    monkeypatch.setattr("softdefend.training.settings.find_spec", lambda name: None)
     with pytest.raises(SettingError, match=r"save\.tensorboard: got true"):
         SaveSettings(tensorboard=True)

@@ -13,8 +13,9 @@ from softdefend.core.rng import stream
 from softdefend.core.threat import Budget
 from softdefend.data import Resident, Split
 from softdefend.execution.engine import Engine
-from softdefend.training import RuntimeSettings
-from softdefend.training.step import Phase, Recipe, TrainStep, make_optimizer
+from softdefend.training import Recipe, RuntimeSettings
+from softdefend.training.optim import make_optimizer
+from softdefend.training.step import Phase, TrainStep
 from softdefend.weights import AWP, EMA, SWA
 from softdefend.weights.awp import ascent
 from tiny import K, Killed, about
@@ -51,10 +52,10 @@ def make_step(net, rule, label=None, objective=None, optim=None, kind=TrainStep)
     label, objective = label or Hard(), objective or PGDAT()
     for part in (rule, label, objective):
         part.setup(about(net, LABELS))
-    recipe = Recipe(THREAT, PGD(steps=3, start="none"), label, objective)
+    recipe = Recipe(label, objective, rule, THREAT, PGD(steps=3, start="none"))
     optimizer = make_optimizer(net, optim, torch.device("cpu"))
     engine = Engine(RuntimeSettings(device="cpu"))
-    return kind(net, Resident(Split(IMAGES, LABELS), "cpu"), recipe, optimizer, engine, rule)
+    return kind(net, Resident(Split(IMAGES, LABELS), "cpu"), recipe, optimizer, engine)
 
 
 def naive_step(net, optimizer, x, adversarial, gamma, loss):
@@ -227,7 +228,7 @@ def test_an_average_inside_is_the_same_average_outside(make_trainer):
     inside = make_trainer(Hard(), PGDAT(), AWP(average=EMA(0.6)), folder="inside")
     inside.fit()
     outside = make_trainer(Hard(), PGDAT(), AWP(), folder="outside")
-    after, averaged, count = outside.weight.after_step, {}, itertools.count()
+    after, averaged, count = outside.recipe.weight.after_step, {}, itertools.count()
 
     def follow():
         after()
@@ -237,14 +238,14 @@ def test_an_average_inside_is_the_same_average_outside(make_trainer):
             old = averaged.get(name, torch.zeros_like(weight))
             averaged[name] = decay * old + (1 - decay) * weight.detach()
 
-    outside.weight.after_step = follow
+    outside.recipe.weight.after_step = follow
     outside.fit()
     live = weights_of(outside.net)
     for name, value in weights_of(inside.net).items():
         assert torch.equal(value, live[name]), name
-    for name, weight in inside.weight.prediction.named_parameters():
+    for name, weight in inside.recipe.weight.prediction.named_parameters():
         torch.testing.assert_close(weight, averaged[name])
-    assert outside.weight.prediction is outside.net
+    assert outside.recipe.weight.prediction is outside.net
 
 
 @pytest.mark.parametrize("average", [lambda: EMA(0.6), lambda: SWA(start=0.0), lambda: SWA(start=0.4)])
@@ -272,8 +273,8 @@ def test_a_run_with_an_average_inside_resumes_to_the_bit(make_trainer, average):
     for name in ("metrics.jsonl", "best.safetensors", "last.safetensors"):
         assert (whole.folder.path / name).read_bytes() == (last.folder.path / name).read_bytes(), name
     for ours, theirs in zip(
-        whole.weight.prediction.state_dict().values(),
-        last.weight.prediction.state_dict().values(),
+        whole.recipe.weight.prediction.state_dict().values(),
+        last.recipe.weight.prediction.state_dict().values(),
         strict=True,
     ):
         assert torch.equal(ours, theirs)

@@ -146,19 +146,19 @@ def test_a_run_predicts_with_the_mean_of_its_epochs_and_with_statistics_of_all_i
 
     def keep(row):
         ends.append([p.detach().double().numpy().copy() for p in trainer.net.parameters()])
-        count.append(int(trainer.weight.averaged.n_averaged))
+        count.append(int(trainer.recipe.weight.averaged.n_averaged))
 
     trainer.fit(on_epoch=keep)
     assert count == [0, 0, 1, 2, 3]
     means = [np.mean(values, axis=0) for values in zip(*ends[2:], strict=True)]
-    for ours, mean in zip(trainer.weight.prediction.parameters(), means, strict=True):
+    for ours, mean in zip(trainer.recipe.weight.prediction.parameters(), means, strict=True):
         np.testing.assert_allclose(ours.detach(), mean, atol=1e-6)
-    net = copy.deepcopy(trainer.weight.prediction)
+    net = copy.deepcopy(trainer.recipe.weight.prediction)
     for module in net.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     update_bn(iter(torch.split(trainer.train_data.take(torch.arange(48)).image, 16)), net)
-    for ours, theirs in zip(trainer.weight.prediction.buffers(), net.buffers(), strict=True):
+    for ours, theirs in zip(trainer.recipe.weight.prediction.buffers(), net.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

@@ -254,7 +254,7 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _predicting_network(run: AnalyzedRun, net: nn.Module, state: dict[str, Any]) -> nn.Module:
-    rule = copy.deepcopy(run.experiment.weight)
+    rule = copy.deepcopy(run.experiment.recipe.weight)
     try:
         net.load_state_dict(state["net"])
         rule.setup(run.rule_info(net))

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import inspect
 import os
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
@@ -19,6 +15,8 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from softdefend import __version__
 from softdefend.cli import commands
+from softdefend.cli.console import log_to_console
+from softdefend.core.docstrings import field_docstrings
 from softdefend.core.errors import DivergenceError, SettingError
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import DataSettings, describe, load
@@ -85,23 +83,13 @@ _EXTRAS = {
 
 def _add_settings(parser: ArgumentParser) -> None:
     """One flag for each field of EvaluateSettings, absent from what is parsed unless it is given."""
-    hints, texts = get_type_hints(EvaluateSettings), attribute_docstrings(EvaluateSettings)
+    hints, texts = get_type_hints(EvaluateSettings), field_docstrings(EvaluateSettings)
     for name in (field.name for field in fields(EvaluateSettings)):
+        text = texts[name].replace("%", "%%")  # argparse formats it
         several, absent = get_origin(hints[name]) is tuple, argparse.SUPPRESS
         kind = get_args(hints[name])[0] if several else hints[name]
         nargs = "+" if several else None
-        parser.add_argument(f"--{name}", type=kind, nargs=nargs, default=absent, help=texts[name])
-
-
-def attribute_docstrings(settings: type) -> dict[str, str]:
-    """The string below each field of a dataclass, in one line; empty where there is none."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(settings))).body
-    texts = dict.fromkeys((field.name for field in fields(settings)), "")
-    for one, below in pairwise(getattr(definition, "body", [])):
-        match one, below:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                texts[name] = " ".join(text.split()).replace("%", "%%")  # argparse formats it
-    return texts
+        parser.add_argument(f"--{name}", type=kind, nargs=nargs, default=absent, help=text)
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
@@ -266,7 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 2 bad input, 3 training diverged, 130 interrupted,
     141 nobody reads our output any more."""
     try:
-        run(sys.argv[1:] if arguments is None else arguments)
+        with log_to_console():
+            run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except SettingError as error:
         print(f"softdefend: error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What label rules, objectives and weight rules have in common: a life along a run."""
+"""The base of label rules, objectives and weight rules: what training calls, and when."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ class RunInfo:
 class Rule:
     """Base of the three kinds of rules.
 
-    Everything in a rule that changes over epochs is either a ``phase`` or a tensor on the device that
-    :meth:`advance` writes: within a phase the rule does the same tensor operations at every step, reads
-    nothing back to the host and has no data-dependent branch, so that a step can be captured once per phase.
+    A step is captured as a CUDA graph once per phase. Within a phase a rule therefore does the same tensor
+    operations at every step, reads nothing back to the host and has no branch that depends on data. What
+    changes over epochs is either the ``phase`` or a tensor on the device that :meth:`advance` writes.
     """
 
     source: ClassVar[str] = ""
     """Where the rule was published, such as ``Zhang et al., ICML 2019, arXiv 1901.08573``."""
 
     mixes: ClassVar[bool] = True
-    """Whether the rule makes sense where augmentation mixes the images of a batch (CutMix): not if it keeps
-    beliefs about single images, or treats an image by its one label."""
+    """Whether the rule can train on images that CutMix has mixed. It cannot if it remembers single images, or
+    treats an image by its one label."""
 
     def setup(self, run: RunInfo) -> None:
         """Called once before training, and before :meth:`load_state_dict` on a resume."""
@@ -59,7 +59,7 @@ class Rule:
         return "fixed"
 
     def advance(self, epoch: float) -> None:
-        """Called by the host before every step with the position in the run, in epochs; must depend on
+        """Called by the host before every step with the position in the run, in epochs. It must depend on
         nothing else, so that a resumed run needs no history."""
 
     def after_step(self) -> None:

@@ -28,7 +28,8 @@ from softdefend.experiments.catalog import units
 from softdefend.experiments.config import Experiment, resolve
 from softdefend.labels import KD
 from softdefend.models import build
-from softdefend.training.step import Phase, TrainStep, make_optimizer
+from softdefend.training.optim import make_optimizer
+from softdefend.training.step import Phase, TrainStep
 
 CLASSES, SIZE = 10, 32
 """Classes and side in pixels of the random RGB images that steps are timed on: CIFAR-10's."""
@@ -173,7 +174,7 @@ def _ours(
             for _ in range(settings.repeats)
         )
     recipe = experiment.recipe
-    work = units(recipe.label, recipe.objective, experiment.weight, recipe.attack.steps)
+    work = units(*recipe.rules, recipe.attack.steps)
     return {
         "ms": round(ms, 4),
         "seconds_per_epoch": round(ms * (settings.images // size) / 1e3, 3),
@@ -198,13 +199,12 @@ def _prepare(
     if channels_last:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(net, experiment.optim, device)
-    rules = (recipe.label, recipe.objective, experiment.weight)
-    for rule in rules:
+    for rule in recipe.rules:
         rule.setup(RunInfo(data.labels, CLASSES, epochs, net, engine.autocast))
         rule.advance(epochs - 0.5)
-    step = TrainStep(net, data, recipe, optimizer, engine, experiment.weight)
+    step = TrainStep(net, data, recipe, optimizer, engine)
     step.set_lr(1e-3)  # small: the weights of a hundred steps on noise must stay finite
-    phase = Phase(*(rule.phase(epochs - 1) for rule in rules))
+    phase = Phase(*(rule.phase(epochs - 1) for rule in recipe.rules))
     plan = data.plan(seed=0, epoch=0, views=recipe.objective.views)
     made = iter(range(sys.maxsize))
 
@@ -212,7 +212,7 @@ def _prepare(
         number = next(made)
         start = number % 8 * size
         step(plan[start : start + size], phase, number)
-        for rule in rules:
+        for rule in recipe.rules:
             rule.after_step()
 
     def first() -> None:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from softdefend.core.errors import SettingError
-from softdefend.experiments.complaints import RULES, rules
 from softdefend.experiments.config import Experiment, packaged, resolve
-from softdefend.labels import LabelRule
-from softdefend.objectives import Objective
-from softdefend.training.step import mixing_refusal
-from softdefend.weights import WeightRule
+from softdefend.labels import Hard, LabelRule
+from softdefend.objectives import PGDAT, Objective
+from softdefend.training.config import RULES, flat_hints
+from softdefend.training.mixture import mixing_refusal
+from softdefend.weights import Plain, WeightRule
 
 STEPS = 10
 """Steps of the attack that costs are stated for: PGD-10."""
@@ -115,14 +115,12 @@ def catalog() -> list[Method]:
     Raises:
         SettingError: a rule that cannot be made without arguments.
     """
-    import softdefend
-
     found = []
-    for kind in ("label", "objective", "weight"):
-        for name in rules(kind):
-            made = _with_defaults(getattr(softdefend, name))
+    for kind in RULES:
+        for name, rule in RULES[kind].items():
+            made = _with_defaults(rule)
             refusal = mixing_refusal(made) or ""
-            summary = _summary(RULES[kind], made)
+            summary = _summary(flat_hints()[kind], made)
             found.append(Method(kind, name, summary, made.source, _own_units(made), refusal))
     return [*found, *map(_preset, packaged("preset"))]
 
@@ -137,10 +135,6 @@ def _with_defaults(rule: type) -> Any:
 
 
 def _own_units(rule: LabelRule | Objective | WeightRule) -> float:
-    from softdefend.labels import Hard
-    from softdefend.objectives import PGDAT
-    from softdefend.weights import Plain
-
     if isinstance(rule, Objective):
         return rule.units(STEPS)
     label = rule if isinstance(rule, LabelRule) else Hard()
@@ -158,7 +152,7 @@ def _preset(name: str) -> Method:
     experiment = resolve(["--preset", name])
     combination = combined(experiment)
     recipe = experiment.recipe
-    cost = units(recipe.label, recipe.objective, experiment.weight)
+    cost = units(*recipe.rules)
     source = "" if name in OURS else PUBLISHED.get(combination, "")
     return Method("preset", name, _comment(name), source, cost, combination=combination)
 
@@ -166,7 +160,7 @@ def _preset(name: str) -> Method:
 def combined(experiment: Experiment) -> tuple[str, str, str]:
     """Names of an experiment's label rule, objective and weight rule."""
     recipe = experiment.recipe
-    return type(recipe.label).__name__, type(recipe.objective).__name__, weight_name(experiment.weight)
+    return type(recipe.label).__name__, type(recipe.objective).__name__, weight_name(recipe.weight)
 
 
 def _comment(preset: str) -> str:
@@ -224,7 +218,7 @@ def _section(title: str, methods: Iterable[Method], kind: str, markdown: bool) -
 
 def _grid(markdown: bool) -> str:
     """Label rules by objectives; a cell names the weight rules it was published with."""
-    labels, objectives = rules("label"), rules("objective")
+    labels, objectives = RULES["label"].names(), RULES["objective"].names()
     rows = []
     for label in labels:
         cells = [label]

@@ -13,17 +13,14 @@ from jsonargparse import ArgumentParser
 
 from softdefend.attacks import PGD
 from softdefend.core.errors import SettingError
-from softdefend.labels import LabelRule
-from softdefend.objectives import Objective
-from softdefend.weights import WeightRule
+from softdefend.training.config import RULES, flat_hints
 
-RULES: dict[str, type] = {
-    "label": LabelRule,
-    "objective": Objective,
-    "weight": WeightRule,
+CLASSES: dict[str, type] = {
+    **{kind: flat_hints()[kind] for kind in RULES},
     "attack": PGD,
     "validate.attack": PGD,
 }
+"""Settings that name a class, and its base."""
 
 _TYPES = {
     "int": "a whole number",
@@ -121,11 +118,12 @@ def _wrong_rule(text: str, setting: str) -> SettingError | None:
     failed = re.search(r"Problem with given class_path '([^']+)': (?!Parser key)(.+)", text)
     # Python's own words for a class_path that is null.
     null = re.search("argument of type 'NoneType' is not .*iterable$", text)
-    if setting not in RULES or not (given or failed or null):
+    if setting not in CLASSES or not (given or failed or null):
         return None
     what = given[1] if given else f"{failed[1]} ({failed[2]})" if failed else "null"
-    own = f"the import path of your own subclass of {RULES[setting].__name__}"
-    return SettingError(setting, what, " or ".join([*rules(setting), own]))
+    known = RULES[setting].names() if setting in RULES else [CLASSES[setting].__name__]
+    own = f"the import path of your own subclass of {CLASSES[setting].__name__}"
+    return SettingError(setting, what, " or ".join([*known, own]))
 
 
 def _wrong_value(text: str, setting: str) -> SettingError | None:
@@ -151,11 +149,3 @@ def _type(annotation: str) -> str:
 def _arguments_of(path: str) -> list[str]:
     module, _, name = path.rpartition(".")
     return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
-
-
-def rules(kind: str) -> list[str]:
-    """Names of the classes that stand for a rule, such as ``label``, in a configuration."""
-    import softdefend
-
-    members = (getattr(softdefend, name) for name in softdefend.__all__)
-    return sorted(m.__name__ for m in members if isinstance(m, type) and issubclass(m, RULES[kind]))

@@ -19,49 +19,21 @@ from typing import Any, get_args, get_type_hints
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 from jsonargparse.typing import register_type
 
-from softdefend.attacks import PGD
 from softdefend.core.errors import SettingError
-from softdefend.core.threat import Budget, ThreatModel
+from softdefend.core.rule import Rule
+from softdefend.core.threat import Budget
 from softdefend.core.yaml_files import flatten, read_yaml
-from softdefend.data import AugmentSettings, DataSettings
+from softdefend.data import DataSettings
 from softdefend.evaluation import EvaluateSettings
-from softdefend.experiments.complaints import RULES, readable
-from softdefend.labels import BNMode, LabelRule
+from softdefend.experiments.complaints import CLASSES, readable
+from softdefend.experiments.rule_names import RuleNames
 from softdefend.models import NetSettings
-from softdefend.objectives import Objective
-from softdefend.training import (
-    OptimSettings,
-    Recipe,
-    RuntimeSettings,
-    SaveSettings,
-    ValidateSettings,
-)
-from softdefend.weights import WeightRule
+from softdefend.training.config import TrainConfig, flat, flat_docstrings, flat_hints, nest
+from softdefend.training.plain import plain
 
 register_type(Budget, serializer=str, deserializer=Budget)
 
 _FOLDERS = {"config": "protocols", "preset": "presets"}
-
-_HINTS: dict[str, Any] = {
-    "name": str,
-    "seed": int,
-    "progress": bool,
-    "data": DataSettings,
-    "augment": AugmentSettings,
-    "net": NetSettings,
-    "threat": ThreatModel,
-    "attack": PGD,
-    "attack_bn": BNMode,
-    "label": LabelRule,
-    "objective": Objective,
-    "weight": WeightRule,
-    "optim": OptimSettings,
-    "validate": ValidateSettings,
-    "runtime": RuntimeSettings,
-    "save": SaveSettings,
-    "evaluate": EvaluateSettings,
-}
-"""Settings that must have a value."""
 
 
 def packaged(kind: str) -> dict[str, Path]:
@@ -84,26 +56,29 @@ def find(kind: str, name: str) -> Path:
     raise SettingError(f"--{kind}", repr(name), f"the path of a YAML file, or one of {', '.join(shipped)}")
 
 
-def expand(arguments: Sequence[str]) -> list[str]:
-    """Write ``--config NAME`` and ``--preset NAME`` as paths, protocols first: a preset wins over a protocol
-    wherever both speak, and dotted overrides win over both.
+def split_files(words: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Separate ``--config NAME`` and ``--preset NAME`` from the other words.
+
+    Returns:
+        The content of the files, protocols first: a preset wins over a protocol wherever both say something,
+        and dotted overrides win over both; then the other words.
 
     Raises:
         SettingError: an unknown name, a name missing, or a file that is no configuration.
     """
-    files: dict[str, list[str]] = {kind: [] for kind in _FOLDERS}
-    rest: list[str] = []
-    words = iter(arguments)
-    for word in words:
+    files: dict[str, list[dict[str, Any]]] = {kind: [] for kind in _FOLDERS}
+    others: list[str] = []
+    rest = iter(words)
+    for word in rest:
         flag, equals, value = word.partition("=")
         kind = flag.removeprefix("--")
         if flag in ("--config", "--preset"):
-            path = find(kind, value if equals else next(words, ""))
-            _refuse_misfits(read_yaml(path), _HINTS)
-            files[kind].append(f"--config={path}")
+            content = read_yaml(find(kind, value if equals else next(rest, "")))
+            _refuse_misfits(content, _hints())
+            files[kind].append(content)
         else:
-            rest.append(word)
-    return [*files["config"], *files["preset"], *rest]
+            others.append(word)
+    return [*files["config"], *files["preset"]], others
 
 
 def first_given(words: Sequence[str], names: Container[str]) -> str | None:
@@ -122,8 +97,11 @@ def make_parser(prog: str = "softdefend train") -> ArgumentParser:
         epilog=f"protocols: {', '.join(packaged('config'))}; presets: {', '.join(packaged('preset'))}",
     )
     parser.add_argument("--config", action=ActionConfigFile, help="a protocol, by name or path")
-    parser.add_argument("--name", type=str, default="run", help="what tables and figures call this recipe")
-    parser.add_argument("--seed", type=int, default=0, help="of every random draw in training")
+    defaults, texts = flat(TrainConfig()), flat_docstrings()
+    for name, hint in flat_hints().items():
+        default = plain(defaults[name]) if isinstance(defaults[name], Rule) else defaults[name]
+        text = texts[name].replace("%", "%%")  # argparse formats it
+        parser.add_argument(f"--{name}", type=hint, default=default, help=text)
     parser.add_argument("--folder", type=str | None, default=None, help="run folder (runs/NAME-seedSEED)")
     parser.add_argument(
         "--resume",
@@ -132,32 +110,6 @@ def make_parser(prog: str = "softdefend train") -> ArgumentParser:
         help="continue from this checkpoint, in place of the newest",
     )
     parser.add_argument("--progress", type=bool, default=True, help="show progress bars")
-    parser.add_argument("--data", type=DataSettings, default=DataSettings())
-    parser.add_argument("--augment", type=AugmentSettings, default=AugmentSettings())
-    parser.add_argument("--net", type=NetSettings, default=NetSettings())
-    parser.add_argument("--threat", type=ThreatModel, default=ThreatModel())
-    parser.add_argument("--attack", type=PGD, default=PGD(), help="the attack inside training")
-    parser.add_argument(
-        "--attack_bn",
-        type=BNMode,
-        default="eval",
-        help="batch normalization while attacking in training: eval (SGLS, TRADES), train (Rice et al., AWP) "
-        "or batch (batch statistics, running ones untouched)",
-    )
-    parser.add_argument(
-        "--label", type=LabelRule, default={"class_path": "Hard"}, help="which label do we believe?"
-    )
-    parser.add_argument(
-        "--objective", type=Objective, default={"class_path": "PGDAT"}, help="what do we minimise?"
-    )
-    parser.add_argument(
-        "--weight", type=WeightRule, default={"class_path": "Plain"}, help="at which weights?"
-    )
-    parser.add_argument("--optim", type=OptimSettings, default=OptimSettings())
-    parser.add_argument("--validate", type=ValidateSettings, default=ValidateSettings())
-    parser.add_argument("--runtime", type=RuntimeSettings, default=RuntimeSettings())
-    parser.add_argument("--save", type=SaveSettings, default=SaveSettings())
-    parser.add_argument("--evaluate", type=EvaluateSettings, default=EvaluateSettings())
     return parser
 
 
@@ -167,26 +119,16 @@ def _parser() -> ArgumentParser:
     return make_parser()
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """A resolved configuration, as plain values and as objects."""
+@dataclass(frozen=True, kw_only=True)
+class Experiment(TrainConfig):
+    """A run of the command line: its settings, with data, network and evaluation, and where it runs."""
 
-    config: dict[str, Any]
-    name: str
-    seed: int
-    folder: Path
-    resume: Path | None
-    progress: bool
     data: DataSettings
-    augment: AugmentSettings
     net: NetSettings
-    recipe: Recipe
-    weight: WeightRule
-    optim: OptimSettings
-    validate: ValidateSettings
-    runtime: RuntimeSettings
-    save: SaveSettings
     evaluate: EvaluateSettings
+    folder: Path
+    resume: Path | None = None
+    progress: bool = True
 
 
 def resolve(arguments: Sequence[str] | dict[str, Any]) -> Experiment:
@@ -195,54 +137,45 @@ def resolve(arguments: Sequence[str] | dict[str, Any]) -> Experiment:
     Raises:
         SettingError: an unknown key, a value of the wrong type or outside its range.
     """
-    parser = _parser()
+    parser, names = _parser(), RuleNames()
+    if isinstance(arguments, dict):
+        _refuse_misfits(arguments, _hints())
+        files, words = [arguments], list[str]()
+    else:
+        files, words = split_files(arguments)
     try:
-        if isinstance(arguments, dict):
-            _refuse_misfits(arguments, _HINTS)
-            parsed = parser.parse_object(arguments)
-        else:
-            parsed = parser.parse_args(expand(arguments))
+        parsed = None
+        for content in files:
+            parsed = parser.parse_object(names.in_content(content), parsed)
+        parsed = parser.parse_args(names.in_words(words), parsed)
     except argparse.ArgumentError as error:
         raise readable(error, parser) from error
     # The parser has validated what it parsed; once more would take a fifth as long as all the rest.
-    config = json.loads(parser.dump(parsed, format="json", skip_unset=False, skip_validation=True))
-    _refuse_misfits(config, _HINTS)
+    tree = json.loads(parser.dump(parsed, format="json", skip_unset=False, skip_validation=True))
+    _refuse_misfits(tree, _hints())
     try:
         made = parser.instantiate(parsed)
+        settings = nest({name: made[name] for name in flat_hints()})
     except SettingError as error:
-        raise _located(error, config) from error
-    if not -(2**63) <= made.seed < 2**63:
-        raise SettingError("seed", made.seed, "a whole number from -2^63 to 2^63 - 1")
+        raise _located(error, tree) from error
     if not made.folder and (made.name in ("", "..") or Path(made.name).name != made.name):
         raise SettingError("name", repr(made.name), "a name without folders, or a --folder beside it")
     return Experiment(
-        config=config,
-        name=made.name,
-        seed=made.seed,
+        **settings,
         folder=Path(made.folder or f"runs/{made.name}-seed{made.seed}"),
         resume=Path(made.resume) if made.resume else None,
         progress=made.progress,
-        recipe=Recipe(made.threat, made.attack, made.label, made.objective, made.attack_bn),
-        **{
-            key: made[key]
-            for key in (
-                "data",
-                "augment",
-                "net",
-                "weight",
-                "optim",
-                "validate",
-                "runtime",
-                "save",
-                "evaluate",
-            )
-        },
     )
 
 
-def _located(error: SettingError, config: Mapping[str, Any]) -> SettingError:
+def _hints() -> dict[str, Any]:
+    """Types of what must have a value."""
+    return {**flat_hints(), "progress": bool}
+
+
+def _located(error: SettingError, tree: Mapping[str, Any]) -> SettingError:
     """The error with its setting's whole name: a ``Schedule`` does not know that it is ``optim.schedule``."""
-    values = {key.replace(".init_args", ""): value for key, value in flatten(config).items()}
+    values = {key.replace(".init_args", ""): value for key, value in flatten(tree).items()}
     named = [key for key in values if f".{key}".endswith(f".{error.setting}")]
     exact = [key for key in named if str(values[key]) == str(error.given).strip("'")]
     return SettingError((exact or named or [error.setting])[0], error.given, error.accepted)
@@ -254,7 +187,7 @@ def _refuse_misfits(content: Mapping[str, Any], hints: Mapping[str, Any], prefix
         hint, setting = hints.get(name), f"{prefix}{name}"
         if value is None and hint is not None and type(None) not in get_args(hint):
             raise SettingError(setting, "null", "a value, as --help says")
-        if not is_dataclass(hint) or (isinstance(value, str) and setting in RULES):
+        if not is_dataclass(hint) or (isinstance(value, str) and setting in CLASSES):
             continue
         if not isinstance(value, Mapping):
             names = ", ".join(field.name for field in fields(hint))

@@ -10,7 +10,8 @@ from softdefend.core.errors import SettingError
 from softdefend.experiments import pipeline
 from softdefend.experiments.config import Experiment, first_given, resolve
 from softdefend.labels import KD
-from softdefend.labels.teachers import check_place
+from softdefend.labels.teachers import check_teacher_path
+from softdefend.training.plain import plain_config
 
 _CLEAN = {"class_path": "PGD", "init_args": {"steps": 0, "start": "none"}}
 """The attack that leaves images as they are: it makes PGD-AT standard training, and clean accuracy what the
@@ -55,7 +56,7 @@ def kd_swa(
         raise SettingError(name, "a value for all stages", accepted)
     for role, given in (("--standard", standard), ("--robust", robust)):
         if given is not None:
-            check_place(given, role)
+            check_teacher_path(given, role)
     taught = [
         f"--label.standard={standard or folder / 'standard'}",
         f"--label.robust={robust or folder / 'robust'}",
@@ -68,12 +69,12 @@ def kd_swa(
     if robust is None:
         stages = {"robust teacher": _teacher(student, folder / "robust"), **stages}
     if standard is None:
-        validate = {**student.config["validate"], "attack": _CLEAN}
+        validate = {**plain_config(student)["validate"], "attack": _CLEAN}
         clean = _teacher(student, folder / "standard", attack=_CLEAN, validate=validate)
         stages = {"standard teacher": clean, **stages}
     for number, (stage, experiment) in enumerate(stages.items(), start=1):
         say(f"stage {number} of {len(stages)}: {stage}")
-        pipeline.train(experiment, say=say)
+        pipeline.train(experiment)
     return student.folder
 
 
@@ -81,7 +82,7 @@ def _teacher(student: Experiment, folder: Path, **changes: Any) -> Experiment:
     """PGD-AT with the student's settings."""
     return resolve(
         {
-            **student.config,
+            **plain_config(student),
             "name": f"{student.name}-{folder.name}",
             "folder": str(folder),
             "label": {"class_path": "Hard"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,8 @@ from softdefend.report import comparison_rows, read_run, text_table, write_repor
 from softdefend.report.runs import OUTSIDE
 from softdefend.training import Trainer
 
+log = logging.getLogger(__name__)
+
 WHICH = ("best", "last")
 
 
@@ -46,24 +49,11 @@ def make_net(experiment: Experiment, bundle: DataBundle) -> nn.Module:
 
 def make_trainer(experiment: Experiment, bundle: DataBundle) -> Trainer:
     """What trains the experiment, in its folder: new, or to be continued."""
-    return Trainer(
-        make_net(experiment, bundle),
-        bundle,
-        experiment.recipe,
-        experiment.folder,
-        optim=experiment.optim,
-        augment=experiment.augment,
-        validate=experiment.validate,
-        runtime=experiment.runtime,
-        save=experiment.save,
-        weight=experiment.weight,
-        seed=experiment.seed,
-        config=experiment.config,
-        progress=experiment.progress,
-    )
+    net = make_net(experiment, bundle)
+    return Trainer(net, bundle, experiment, experiment.folder, progress=experiment.progress)
 
 
-def train(experiment: Experiment, *, say: Callable[[str], None] = print) -> Path:
+def train(experiment: Experiment) -> Path:
     """Train, evaluate best and last checkpoint on the test images, write the report; continue where the
     folder holds an unfinished run.
 
@@ -73,16 +63,17 @@ def train(experiment: Experiment, *, say: Callable[[str], None] = print) -> Path
     bundle = load(experiment.data)
     trainer = make_trainer(experiment, bundle)
     try:
-        say(f"{experiment.name}, seed {experiment.seed}, on {trainer.engine.device}: {experiment.folder}")
-        trainer.fit(experiment.resume, on_epoch=lambda row: say(epoch_line(row, experiment.optim.epochs)))
         device = trainer.engine.device
+        log.info("%s, seed %d, on %s: %s", experiment.name, experiment.seed, device, experiment.folder)
+        epochs = experiment.optim.epochs
+        trainer.fit(experiment.resume, on_epoch=lambda row: log.info(epoch_line(row, epochs)))
     finally:
         trainer.folder.close()
     net = make_net(experiment, bundle)
     for which in WHICH:
-        evaluate_run(experiment, bundle, net, which, experiment.evaluate, device=device, say=say)
+        evaluate_run(experiment, bundle, net, which, experiment.evaluate, device=device)
     report = write_report([read_run(experiment.folder)], experiment.folder / "report.html")
-    say(f"report: {report}")
+    log.info("report: %s", report)
     return experiment.folder
 
 
@@ -356,15 +347,12 @@ def _test_only(net: nn.Module, images: Tensor, labels: Tensor, device: torch.dev
     return DataBundle("tensors", test, test, test, classes, fingerprint="")
 
 
-def train_all(
-    runs: Mapping[str, Sequence[str]], *, together: int = 1, say: Callable[[str], None] = print
-) -> list[Experiment]:
+def train_all(runs: Mapping[str, Sequence[str]], *, together: int = 1) -> list[Experiment]:
     """Train several runs; finished ones are kept, unfinished ones continued.
 
     Args:
         runs: words of ``softdefend train`` by what messages call the run; a folder of its own in each.
         together: runs at once. Above one each is a process of its own that writes to ``FOLDER.log``.
-        say: takes lines of progress.
 
     Raises:
         SettingError: words that do not resolve, before anything runs; or what a run refuses.
@@ -372,14 +360,14 @@ def train_all(
     experiments = [resolve(words) for words in runs.values()]
     if together == 1:
         for experiment in experiments:
-            train(experiment, say=say)
+            train(experiment)
         return experiments
     logs = [experiment.folder.with_name(f"{experiment.folder.name}.log") for experiment in experiments]
     jobs = [
         Job(name, ("train", *words), log, pinned=experiment.runtime.device != "auto")
         for (name, words), log, experiment in zip(runs.items(), logs, experiments, strict=True)
     ]
-    side_by_side(jobs, together, say=say)
+    side_by_side(jobs, together)
     return experiments
 
 
@@ -390,7 +378,6 @@ def compare(
     folder: Path,
     *,
     together: int = 1,
-    say: Callable[[str], None] = print,
 ) -> tuple[str, Path]:
     """Train every preset with every seed under one protocol; one table, one report.
 
@@ -420,6 +407,6 @@ def compare(
         for seed in seeds:
             place = f"--folder={folder}/{Path(preset).stem}-seed{seed}"
             words[f"{preset}, seed {seed}"] = [*arguments, "--preset", preset, "--seed", str(seed), place]
-    experiments = train_all(words, together=together, say=say)
+    experiments = train_all(words, together=together)
     runs = [read_run(experiment.folder) for experiment in experiments]
     return text_table(comparison_rows(runs)), write_report(runs, folder / "report.html")

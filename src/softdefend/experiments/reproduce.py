@@ -197,7 +197,7 @@ def reproduce(
         f"{run.name}, seed {seed}": _words(study, run, seed, place, overrides)
         for (run, seed), place in zip(made, places, strict=True)
     }
-    pipeline.train_all(words, together=together, say=say)
+    pipeline.train_all(words, together=together)
     rows = [_row(study, *pair, place) for pair, place in zip(made, places, strict=True)]
     for row, place in zip(rows, places, strict=True):
         _write_json(folder / f"{place.name}.json", row)

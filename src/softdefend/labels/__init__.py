@@ -1,7 +1,7 @@
 """Label rules: which label do we believe? One file each; see docs/methods for their cards."""
 
 from softdefend.labels.adr import ADR
-from softdefend.labels.base import BNMode, LabelRule, Predictions, SoftTerm, Supervision
+from softdefend.labels.base import LABELS, BNMode, LabelRule, Predictions, SoftTerm, Supervision
 from softdefend.labels.hard import Hard
 from softdefend.labels.kd import KD
 from softdefend.labels.sat import SAT
@@ -11,6 +11,7 @@ from softdefend.labels.smooth import Smooth
 __all__ = [
     "ADR",
     "KD",
+    "LABELS",
     "SAT",
     "SGLR",
     "BNMode",

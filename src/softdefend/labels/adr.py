@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
-from softdefend.labels.base import LabelRule, Predictions
+from softdefend.labels.base import LABELS, LabelRule, Predictions
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 def rectify(
     logits: Tensor, label: Tensor, temperature: float | Tensor, interpolation: float | Tensor
 ) -> Tensor:
-    """The label drawn towards a teacher's prediction, as far as the teacher ranks the label's class first.
+    """Mix the label with a teacher's prediction, the less the lower the teacher ranks the label's class.
 
-    With p = softmax(logits / temperature), each sample's share of p is the interpolation less what the
-    label's class lacks to the largest, max_c p_c - p_y, cut to [0, 1]; the rest is the given label, whose
-    class thus stays the most probable.
+    With p = softmax(logits / temperature), the target is share * p + (1 - share) * onehot(y). Each sample's
+    share is the interpolation minus the gap between the largest probability and that of the label,
+    max_c p_c - p_y, cut to [0, 1]. The label's class thus stays the most probable.
 
     Args:
         logits: the teacher's, [b, k].
@@ -37,8 +37,8 @@ def rectify(
         [b, k], rows summing to one.
     """
     p = F.softmax(logits / temperature, dim=1)
-    lack = p.amax(dim=1, keepdim=True) - p.gather(1, label[:, None])
-    share = (interpolation - lack).clamp(0, 1)
+    gap = p.amax(dim=1, keepdim=True) - p.gather(1, label[:, None])
+    share = (interpolation - gap).clamp(0, 1)
     return share * p + (1 - share) * F.one_hot(label, p.shape[1])
 
 
@@ -47,13 +47,14 @@ def cosine(first: float, last: float, progress: float) -> float:
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+@LABELS.register("ADR")
 class ADR(LabelRule):
     """Labels rectified by an exponential moving average of the network itself.
 
-    The average (weights and buffers, in eval mode) predicts the clean image once a step; :func:`rectify`
-    makes the target of it, which the attack climbs away from too. Over the run the temperature falls and the
-    interpolation rises along half a cosine, at every step. Defaults are those of the authors' code for
-    CIFAR-10 and ResNet-18 without AWP.
+    The average (weights and buffers, in eval mode) predicts the clean image once a step. :func:`rectify`
+    turns that prediction into the target, which is also what the attack climbs away from. Over the run the
+    temperature falls and the interpolation rises along half a cosine, at every step. Defaults are those of
+    the authors' code for CIFAR-10 and ResNet-18 without AWP.
 
     Args:
         decay: weight of the teacher's old weights per step, in [0, 1].
@@ -110,7 +111,7 @@ class ADR(LabelRule):
         self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
         # On the device: a captured step reads what the host writes between steps.
         self.temperature, self.interpolation = torch.zeros(2, device=run.labels.device).unbind()
-        self._held: tuple[Tensor, Tensor] | None = None
+        self._cached: tuple[Tensor, Tensor] | None = None
         self.advance(0.0)
 
     def advance(self, epoch: float) -> None:
@@ -126,14 +127,14 @@ class ADR(LabelRule):
 
     @torch.no_grad()
     def _rectified(self, batch: Batch) -> Tensor:
-        """From one forward of the teacher a step, though a step asks more than once about its images."""
-        if self._held is None or self._held[0] is not batch.image:
-            self._held = batch.image, self._forward(batch.image)
-        return rectify(self._held[1], batch.label, self.temperature, self.interpolation)
+        """The target, from one forward of the teacher a step: a step needs it more than once."""
+        if self._cached is None or self._cached[0] is not batch.image:
+            self._cached = batch.image, self._forward(batch.image)
+        return rectify(self._cached[1], batch.label, self.temperature, self.interpolation)
 
     @torch.no_grad()
     def after_step(self) -> None:
-        self._held = None
+        self._cached = None
         teacher, live = zip(*self._averaged, strict=True)
         torch._foreach_lerp_(teacher, live, 1 - self.decay)
         for count, now in self._copied:  # batches that BatchNorm has seen
@@ -143,5 +144,5 @@ class ADR(LabelRule):
         return {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._held = None
+        self._cached = None
         self.teacher.load_state_dict({name.removeprefix("teacher."): value for name, value in state.items()})

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softdefend.attacks.losses import cross_entropy
+from softdefend.core.registry import Registry
 from softdefend.core.rule import Rule, RunInfo
 from softdefend.execution.modes import BNMode as BNMode
 
@@ -54,16 +55,16 @@ class SoftTerm:
 
 @dataclass(frozen=True)
 class Supervision:
-    """What a label rule says of a batch, and how the objectives charge for departing from it."""
+    """Targets of a batch, and the label loss that objectives take of logits."""
 
     label: Tensor
     """[b] int64: the labels as given."""
     target: Tensor
-    """[b, k], rows summing to one, without gradient: what is believed."""
+    """[b, k], rows summing to one, without gradient: the labels that the rule believes."""
     weight: Tensor | None = None
-    """[b], mean one: how much each sample counts in the label loss; all the same when None."""
+    """[b], mean one: how much each sample counts in the label loss. All count the same when None."""
     terms: tuple[SoftTerm, ...] = ()
-    """The label loss where it is more than the cross-entropy with ``target``."""
+    """Parts of the label loss, in place of the cross-entropy with ``target``; none for that alone."""
 
     def cross_entropy(self, logits: Tensor) -> Tensor:
         """The label loss of each sample, [b], for logits [b, k]: where an objective's paper has CE(f, y)."""
@@ -95,17 +96,17 @@ class LabelRule(Rule, ABC):
     """
 
     clean_bn: BNMode = "train"
-    """How a clean forward that only this rule asks for treats batch normalization."""
+    """Batch normalization in a clean forward that only this rule needs."""
 
     extra_units: ClassVar[float] = 0.0
-    """Forward units a step that the rule adds, besides a clean forward asked for by :meth:`needs_clean`. A
-    unit is one forward of a batch; a gradient with respect to images, or to weights, is one more."""
+    """Forward units that the rule adds to a step; a clean forward that :meth:`needs_clean` is not counted. A
+    unit is one forward of a batch. A gradient with respect to images, or to weights, is one more."""
 
     asks_clean: ClassVar[bool] = False
-    """Whether :meth:`needs_clean` in some phase."""
+    """Whether :meth:`needs_clean` returns True in some phase."""
 
     softens_all: ClassVar[bool] = False
-    """Whether nearly uniform labels are what the rule as published comes to, not a run gone wrong."""
+    """Whether the published rule arrives at nearly uniform labels. Training then does not warn of them."""
 
     k: int
 
@@ -118,8 +119,8 @@ class LabelRule(Rule, ABC):
         return False
 
     def attack_target(self, batch: Batch, phase: str) -> Tensor:
-        """What the attack climbs away from: labels [b] or probabilities [b, k]. The given label, unless
-        a rule says otherwise."""
+        """What the attack climbs away from: labels [b] or probabilities [b, k]. This base returns the given
+        label."""
         return batch.label
 
     @abstractmethod
@@ -135,7 +136,7 @@ class LabelRule(Rule, ABC):
     def supervise(
         self, batch: Batch, adversarial: Tensor, predictions: Predictions, phase: str
     ) -> Supervision:
-        """All that the objective needs to charge for labels: the target, unless a rule says more.
+        """Targets and label loss for the objective. This base returns :meth:`target` alone.
 
         Args:
             batch, predictions, phase: as for :meth:`target`.
@@ -146,3 +147,7 @@ class LabelRule(Rule, ABC):
     def one_hot(self, label: Tensor) -> Tensor:
         """Labels [b] as probabilities [b, k] float32."""
         return F.one_hot(label, self.k).float()
+
+
+LABELS: Registry[type[LabelRule]] = Registry("labels")
+"""Every label rule by the name of its class."""

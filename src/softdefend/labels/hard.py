@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from softdefend.labels.base import LabelRule, Predictions
+from softdefend.labels.base import LABELS, LabelRule, Predictions
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
 
 
+@LABELS.register("Hard")
 class Hard(LabelRule):
     """One-hot targets: adversarial training as Madry et al. (arXiv 1706.06083) have it."""
 

@@ -40,8 +40,8 @@ class LabelMemory(ABC):
     def update(self, index: Tensor, probability: Tensor) -> Tensor:
         """Move the rows of ``index`` [b] towards ``probability`` [b, k] and return them, [b, k].
 
-        What is returned is exact; what is kept is what the storage holds of it. An index may appear once at
-        most in a batch.
+        The returned rows are exact; the memory keeps what its storage can hold of them. No index may appear
+        twice in a batch.
         """
         rows = self.momentum * self.read(index) + (1 - self.momentum) * probability
         self._write(index, rows)
@@ -126,10 +126,10 @@ def make_memory(storage: str, labels: Tensor, k: int, momentum: float) -> LabelM
 
 
 def check_storage(storage: str) -> None:
-    """Refuse a storage that :func:`make_memory` does not know.
+    """Check the name of a storage.
 
     Raises:
-        SettingError: it is none.
+        SettingError: :func:`make_memory` does not know it.
     """
     if storage not in ("float32", "float16") and not _TOP.fullmatch(storage):
         raise SettingError("label.storage", repr(storage), "float32, float16, or top-M such as top-32")

@@ -1,4 +1,4 @@
-"""What rules share that begin with the given label and go over to a memory of predictions."""
+"""The base of rules that begin with the given label and later refine it with a memory of predictions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from softdefend.labels.memory import check_storage, make_memory
 
 
 class RefinedRule(LabelRule):
-    """A memory row per sample, averaged with ``alpha``; phase ``hard`` before the start, ``refined`` after.
+    """Keeps one memory row per sample, averaged with ``alpha``. The phase is ``hard`` before the start and
+    ``refined`` after it.
 
     Args:
         alpha: weight of the old memory row, in [0, 1].
         start: fraction of the run after which refinement begins, in [0, 1].
-        clean_bn: batch normalization of the clean forward that refinement asks for.
+        clean_bn: batch normalization of the clean forward that refinement needs.
         storage: of the memory.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from softdefend.labels.base import BNMode, Predictions, Supervision
+from softdefend.labels.base import LABELS, BNMode, Predictions, Supervision
 from softdefend.labels.refined import RefinedRule
 
 if TYPE_CHECKING:
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
 
 
 def certainty(target: Tensor) -> Tensor:
-    """How sure each row of ``target`` [b, k] is, against the batch: w_i = max_c t_ic, divided by its mean
-    over the batch, [b]."""
+    """Weights [b] of the rows of ``target`` [b, k]: w_i = max_c t_ic, divided by its mean over the batch."""
     largest = target.amax(dim=1)
     return largest / largest.mean()
 
 
+@LABELS.register("SAT")
 class SAT(RefinedRule):
     """Labels refined by the network's own clean predictions, averaged over time per sample; samples count by
     how sure their label is.
 
     From the start epoch on, every step moves the sample's memory row, ``t <- alpha t + (1 - alpha) p(x)``,
-    and trains towards it with weight ``max_c t_c``, normalized to mean one over the batch; before it, towards
-    the given label, all samples alike. The attack climbs away from the given label. Defaults are those of the
-    authors' TRADES + SAT on CIFAR-10.
+    and trains towards it with weight ``max_c t_c``, normalized to mean one over the batch. Before it, the
+    target is the given label and all weights are equal. The attack climbs away from the given label. Defaults
+    are those of the authors' TRADES + SAT on CIFAR-10.
 
     Args:
         alpha: weight of the old memory row, in [0, 1].
         start: fraction of the run after which refinement begins, in [0, 1]: the first refined epoch, counted
             from one, is the ceiling of ``start * epochs`` (the code's 70 of 100).
-        weighted: weigh the samples' label loss by certainty, as the authors do; other terms of an objective,
-            such as TRADES' divergence, are not (but SCE's reverse one, which is a label loss too).
+        weighted: weigh the samples' label loss by certainty, as the authors do. SCE's reverse cross-entropy
+            is a label loss too. Other terms of an objective, such as TRADES' divergence, are not weighed.
         clean_bn: batch normalization of the clean forward where the objective makes none of its own (PGD-AT).
         storage: of the memory: ``float32``, ``float16``, or ``top-M``, which keeps the M largest entries of a
             row; see :mod:`softdefend.labels.memory` for bytes and errors.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softdefend.core.errors import SettingError
-from softdefend.labels.base import BNMode, Predictions
+from softdefend.labels.base import LABELS, BNMode, Predictions
 from softdefend.labels.refined import RefinedRule
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def self_guide(
     clean_logits: Tensor, adversarial_logits: Tensor, clean_weight: float, temperature: float
 ) -> Tensor:
-    """What the network itself believes: lambda * p(x) + (1 - lambda) * p(x'), [b, k].
+    """The network's own prediction, lambda * p(x) + (1 - lambda) * p(x'), [b, k].
 
     Args:
         clean_logits, adversarial_logits: [b, k].
@@ -36,12 +36,13 @@ def interpolate(memory: Tensor, one_hot: Tensor, r: float) -> Tensor:
     return r * memory + (1 - r) * one_hot
 
 
+@LABELS.register("SGLR")
 class SGLR(RefinedRule):
     """Labels refined by the network's own predictions, averaged over time per sample; no teacher.
 
     From the start epoch on, every step moves the sample's memory row,
     ``t <- alpha t + (1 - alpha) (lambda p(x) + (1 - lambda) p(x'))``, and trains towards
-    ``r t + (1 - r) onehot(y)``; before it, towards the given label. Defaults are those of the authors'
+    ``r t + (1 - r) onehot(y)``. Before it, the target is the given label. Defaults are those of the authors'
     published code (SGLS), where r is absent, that is 1.
 
     Args:
@@ -51,10 +52,10 @@ class SGLR(RefinedRule):
             with the hard label, 0 the hard label alone.
         temperature: of the predictions that enter the memory, > 0.
         start: fraction of the run after which refinement begins, in [0, 1]: the first refined epoch,
-            counted from one, is the ceiling of ``start * epochs`` (the code's 90 of 200; 17 of 36); at 1
-            the last epoch alone is refined.
+            counted from one, is the ceiling of ``start * epochs`` (the code's 90 of 200; 17 of 36). At 1
+            only the last epoch is refined.
         clean_bn: batch normalization of the extra clean forward. ``train`` (the code) updates running
-            statistics with clean images too. Without effect where the objective makes its own clean
+            statistics with clean images too. It has no effect where the objective makes its own clean
             forward, as TRADES does.
         attack_label: what the attack climbs away from: ``hard`` (the code) or ``refined``, the sample's
             target as the memory stands before this step.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from softdefend.core.errors import SettingError
-from softdefend.labels.base import LabelRule, Predictions
+from softdefend.labels.base import LABELS, LabelRule, Predictions
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
@@ -31,6 +31,7 @@ def smooth(one_hot: Tensor, smoothing: float, convention: Convention) -> Tensor:
     return one_hot * (1 - smoothing) + smoothing / k
 
 
+@LABELS.register("Smooth")
 class Smooth(LabelRule):
     """Smoothed targets; the attack climbs away from the hard label.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from softdefend.core.digest import checksum
 from softdefend.core.errors import SettingError
 from softdefend.core.weight_files import load_weights_file, read_weights
 from softdefend.core.yaml_files import read_yaml
@@ -23,18 +23,18 @@ _ACCEPTED = "a run folder, a weights file in one, or a weights file with the set
 
 @dataclass(frozen=True)
 class Teacher:
-    """Where a teacher lies, for files that do not stand in the folder of a run."""
+    """A file of weights and its network, for files that are not in the folder of a run."""
 
     weights: str
     """A run folder (its best weights are taken), one of its weights files such as RUN/last.safetensors, or
     another file of weights: safetensors, or a state dict written by torch.save."""
     net: NetSettings | None = None
-    """The network that the weights belong to; null: the one that the run folder names. Weights without a
-    normalizing first layer are run on pixels as they are."""
+    """The network that the weights belong to; null for the one that the run folder names. Weights without a
+    normalizing first layer get pixels as they are."""
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedTeacher:
     """A teacher in eval mode, frozen, on the CPU."""
 
     net: nn.Module
@@ -42,11 +42,11 @@ class Loaded:
     """[c, h, w] of the images it was trained on, where its run folder shows some."""
 
 
-def check_place(given: str, setting: str) -> None:
-    """Refuse a place where no teacher lies, before anything is trained for it.
+def check_teacher_path(given: str, setting: str) -> None:
+    """Check that there is a teacher at a path, before anything is trained for it.
 
     Raises:
-        SettingError: nothing there, or a run folder without weights.
+        SettingError: there is nothing, or a run folder without weights.
     """
     path = Path(given).expanduser()
     if not path.exists():
@@ -55,19 +55,19 @@ def check_place(given: str, setting: str) -> None:
         raise SettingError(setting, f"{path}, without best.safetensors", _ACCEPTED)
 
 
-def load_teacher(given: object, k: int, channels: int) -> Loaded:
+def load_teacher(given: object, k: int, channels: int) -> LoadedTeacher:
     """A teacher for images of ``channels`` channels and ``k`` classes.
 
     Args:
-        given: a path as :attr:`Teacher.weights` has it, a :class:`Teacher`, or a module, of which a copy is
-            taken.
+        given: a path as :attr:`Teacher.weights` describes it, a :class:`Teacher`, or a module, which is
+            copied.
         k, channels: of the data.
 
     Raises:
         SettingError: nothing there, a damaged file, or weights that do not fit such a network.
     """
     if isinstance(given, nn.Module):
-        return Loaded(_frozen(copy.deepcopy(given).cpu()))
+        return LoadedTeacher(_frozen(copy.deepcopy(given).cpu()))
     if not isinstance(given, (str, Path, Teacher)):
         raise SettingError("teacher", f"a {type(given).__name__}", "a path, a Teacher or a torch.nn.Module")
     teacher = given if isinstance(given, Teacher) else Teacher(str(given))
@@ -85,16 +85,13 @@ def load_teacher(given: object, k: int, channels: int) -> Loaded:
             settings, num_classes=k, in_channels=channels, mean=[0.0] * channels, std=[1.0] * channels
         )
     load_weights_file(net if normalizes else net.get_submodule("net"), path, content)
-    return Loaded(_frozen(net), _trained_shape(path.parent) if config.is_file() else None)
+    return LoadedTeacher(_frozen(net), _trained_shape(path.parent) if config.is_file() else None)
 
 
-def fingerprint(net: nn.Module) -> Tensor:
-    """SHA-256 of the weights, names and shapes included, [32] uint8."""
-    digest = hashlib.sha256()
-    for name, value in net.state_dict().items():
-        digest.update(f"{name}/{value.dtype}/{list(value.shape)}/".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+def weights_digest(net: nn.Module) -> Tensor:
+    """sha256 of the weights, names and shapes included, as [32] uint8: a checkpoint holds tensors."""
+    digest = checksum((name, value.detach().cpu()) for name, value in net.state_dict().items())
+    return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
 
 
 def image_channels(net: nn.Module) -> int:

@@ -1,7 +1,7 @@
 """Objectives: what do we minimise? One file each; see docs/methods for their cards."""
 
 from softdefend.objectives.at import PGDAT
-from softdefend.objectives.base import Objective
+from softdefend.objectives.base import OBJECTIVES, Objective
 from softdefend.objectives.consistency import Consistency
 from softdefend.objectives.mart import MART
 from softdefend.objectives.mlcat import MLCAT
@@ -15,6 +15,7 @@ __all__ = [
     "MART",
     "MLCAT",
     "NFGSM",
+    "OBJECTIVES",
     "PGDAT",
     "SCE",
     "TE",

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from softdefend.attacks import AttackLoss, Forward, cross_entropy
 from softdefend.labels import Predictions, Supervision
-from softdefend.objectives.base import Objective
+from softdefend.objectives.base import OBJECTIVES, Objective
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
 
 
+@OBJECTIVES.register("PGDAT")
 class PGDAT(Objective):
     """Cross-entropy of the adversarial images: min E max CE(f(x'), target). 23 forward units with PGD-10."""
 

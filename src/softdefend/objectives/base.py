@@ -10,6 +10,7 @@ from torch import Tensor
 
 from softdefend.attacks import PGD, Attack, AttackLoss, Forward
 from softdefend.attacks.pgd import Start
+from softdefend.core.registry import Registry
 from softdefend.core.rule import Rule
 from softdefend.core.threat import ThreatModel
 from softdefend.labels import Predictions, Supervision
@@ -22,10 +23,10 @@ class Objective(Rule, ABC):
     """One training objective."""
 
     start: ClassVar[Start] = "uniform"
-    """Where the reference starts its attack; used where the training attack says ``auto``."""
+    """Where the reference code starts its attack; used where ``attack.start`` is ``auto``."""
     views: ClassVar[int] = 1
-    """Differently augmented views of each image in a batch. With v of them ``image`` and logits have v b
-    rows, view after view; labels and targets keep b."""
+    """Differently augmented views of each image in a batch. With v views ``image`` and logits have v b rows,
+    view after view; labels and targets keep b rows."""
     forwards: ClassVar[int] = 1
     """Forwards of the update, each with its gradient: three units."""
     extra_units: ClassVar[float] = 0.0
@@ -36,16 +37,16 @@ class Objective(Rule, ABC):
         return 2 * steps
 
     def units(self, steps: int) -> float:
-        """Forward units of a step, of all views, with the hard label at the trained weights."""
+        """Forward units of a step with all views, for the hard label and the plain weight rule."""
         return self.views * (self.attack_units(steps) + 3 * self.forwards + self.extra_units)
 
     def training_attack(self, configured: PGD, threat: ThreatModel) -> Attack:
-        """The attack inside training, from the one configured."""
+        """The attack inside training, made from the configured one."""
         return replace(configured, start=self.start) if configured.start == "auto" else configured
 
     @abstractmethod
     def inner_loss(self, forward: Forward, batch: Batch, target: Tensor) -> AttackLoss:
-        """What the attack climbs. Called once a step, before the attack.
+        """The loss that the attack climbs. Called once a step, before the attack.
 
         Args:
             forward: the network as the attack sees it (frozen parameters).
@@ -55,8 +56,8 @@ class Objective(Rule, ABC):
 
     @abstractmethod
     def predict(self, net: Forward, image: Tensor, adversarial: Tensor) -> Predictions:
-        """The forwards the update needs, with their graph, in the reference's order. Weight rules that
-        perturb the weights ask for them twice."""
+        """The forwards that the update needs, with their graph, in the order of the reference code. Called
+        twice where the weight rule perturbs the weights."""
 
     @abstractmethod
     def outer_loss(self, predictions: Predictions, batch: Batch, supervision: Supervision) -> Tensor:
@@ -65,5 +66,9 @@ class Objective(Rule, ABC):
         Args:
             predictions: what :meth:`predict` returned, logits [v b, k].
             batch: as for :meth:`inner_loss`.
-            supervision: what the label rule says of the b samples.
+            supervision: targets of the b samples, from the label rule.
         """
+
+
+OBJECTIVES: Registry[type[Objective]] = Registry("objectives")
+"""Every objective by the name of its class."""

@@ -13,6 +13,7 @@ from softdefend.attacks import kl_divergence
 from softdefend.core.errors import SettingError
 from softdefend.labels import Predictions, Supervision
 from softdefend.objectives.at import PGDAT
+from softdefend.objectives.base import OBJECTIVES
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
@@ -30,12 +31,13 @@ def jensen_shannon(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     return 0.5 * (kl_divergence(log_p, log_mean) + kl_divergence(log_q, log_mean))
 
 
+@OBJECTIVES.register("Consistency")
 class Consistency(PGDAT):
     """PGD-AT on two augmentations of each image, whose attacked predictions are pulled together:
     CE over both views + weight JSD(p_T(x1'), p_T(x2')).
 
-    Both views are attacked at once and forwarded at once, so batch normalization sees 2b images. 46 forward
-    units with PGD-10.
+    Both views are one batch in the attack and in the forward, so batch normalization sees 2b images. 46
+    forward units with PGD-10.
 
     Args:
         weight: lambda, >= 0.

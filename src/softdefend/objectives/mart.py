@@ -12,7 +12,7 @@ from softdefend.attacks import AttackLoss, Forward, cross_entropy, kl_divergence
 from softdefend.attacks.pgd import Start
 from softdefend.core.errors import SettingError
 from softdefend.labels import Predictions, Supervision
-from softdefend.objectives.base import Objective
+from softdefend.objectives.base import OBJECTIVES, Objective
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
@@ -32,9 +32,10 @@ def likeliest_wrong(logits: Tensor, label: Tensor) -> Tensor:
     return -(1.0001 - probability.gather(1, rival).squeeze(1) + 1e-12).log()
 
 
+@OBJECTIVES.register("MART")
 class MART(Objective):
     """Boosted cross-entropy of the adversarial images, CE(f(x'), target) - log(1 - max_wrong p(x')), plus
-    beta KL(p(x) || p(x')) (1 - p_y(x)): images that the network gets wrong clean are pulled the most.
+    beta KL(p(x) || p(x')) (1 - p_y(x)): images that the network misclassifies clean are pulled the most.
 
     Margin and weighting use the given label, also where a label rule believes another target. Gradient
     flows through p(x) in the divergence and in its weight, as in the authors' code; the attack climbs the

@@ -11,37 +11,39 @@ from torch import Tensor
 from softdefend.core.errors import SettingError
 from softdefend.labels import Predictions, Supervision
 from softdefend.objectives.at import PGDAT
+from softdefend.objectives.base import OBJECTIVES
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
 
 _SMALLEST = 1e-6
-"""Below this loss float32 has hardly a digit of it left, and a factor l_min / loss would be noise."""
+"""A smaller loss has hardly an exact digit in float32, and a factor l_min / loss would be noise."""
 
 
 def scale_up(loss: Tensor, least: float) -> Tensor:
-    """Losses [b] of which the small ones are multiplied up to ``least``, the factor a constant: where
-    loss < least the gradient is that of the loss times least / loss."""
+    """Losses [b] with the small ones multiplied up to ``least``. The factor is a constant: where loss < least
+    the gradient is that of the loss, times least / loss."""
     constant = loss.detach()
     return loss * (least / constant.clamp_min(_SMALLEST)).clamp_min(1)
 
 
 def lift(loss: Tensor, least: float) -> Tensor:
-    """Losses [b] of which the small ones are replaced by ``least``, without gradient."""
+    """Losses [b] with the small ones replaced by ``least``, which has no gradient."""
     return torch.where(loss < least, least, loss)
 
 
+@OBJECTIVES.register("MLCAT")
 class MLCAT(PGDAT):
     """PGD-AT that does not let a sample's loss fall below a minimum: small losses are scaled up to it.
 
-    Samples that have become easy drive robust overfitting; scaled up, they go on weighing. 23 forward units
-    with PGD-10.
+    Samples that have become easy drive robust overfitting. Scaled up, they keep their influence. 23 forward
+    units with PGD-10.
 
     Args:
         l_min: the least loss of a sample in nats, > 0; the code's 1.5 (CIFAR-10).
-        gradient: ``scaled`` takes the factor l_min / loss as a constant, so that a small loss pulls l_min /
-            loss times as hard; ``published`` is what the authors' code computes: the factor is not cut from
-            the graph, loss times factor is the constant l_min, and such samples have no gradient at all.
+        gradient: ``scaled`` takes the factor l_min / loss as a constant, so that the gradient of a small loss
+            is multiplied by it. ``published`` is what the authors' code computes: the factor stays in the
+            graph, loss times factor is the constant l_min, and such samples have no gradient at all.
 
     Raises:
         SettingError: ``l_min`` is not positive or not finite, or an unknown ``gradient``.

@@ -11,6 +11,7 @@ from torch import Tensor
 from softdefend.core.errors import SettingError
 from softdefend.labels import Predictions, Supervision
 from softdefend.objectives.at import PGDAT
+from softdefend.objectives.base import OBJECTIVES
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
@@ -23,20 +24,21 @@ def reverse_cross_entropy(logits: Tensor, target: Tensor, floor: float) -> Tenso
     Args:
         logits: [b, k].
         target: [b, k] probabilities.
-        floor: what log 0 counts as, < 0.
+        floor: the value taken for log 0, < 0.
     """
     return -(F.softmax(logits, dim=1) * target.log().clamp_min(floor)).sum(dim=1)
 
 
+@OBJECTIVES.register("SCE")
 class SCE(PGDAT):
     """PGD-AT with alpha CE(f(x'), target) + beta RCE: the reverse cross-entropy -sum p log target is bounded,
-    and so tolerates labels that are wrong. The attack climbs the plain cross-entropy. 23 forward units with
+    so that wrong labels do little harm. The attack climbs the plain cross-entropy. 23 forward units with
     PGD-10.
 
     Args:
         alpha: weight of the cross-entropy, >= 0; the authors' 0.1 for CIFAR-10 (6 for CIFAR-100).
         beta: weight of the reverse cross-entropy, >= 0; the authors' 1 for CIFAR-10 (0.1 for CIFAR-100).
-        log_zero: A, what log 0 counts as, < 0; the authors' code clips targets at 1e-4, which is -9.21.
+        log_zero: A, the value taken for log 0, < 0; the authors' code clips targets at 1e-4, which is -9.21.
 
     Raises:
         SettingError: a value outside these ranges, or both weights zero.

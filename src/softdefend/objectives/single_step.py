@@ -13,12 +13,13 @@ from softdefend.attacks import PGD, Attack, AttackLoss, Forward, cross_entropy, 
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.objectives.at import PGDAT
+from softdefend.objectives.base import OBJECTIVES
 
 
 @dataclass(frozen=True)
 class _NoisyStep(Attack):
-    """Noise, then one step from it. A training perturbation and no attack of the threat model: the result
-    lies up to (noise + alpha) eps from the image, cut to [0, 1] only."""
+    """Noise, then one step from it. This is a training perturbation, not an attack within the threat model:
+    the result is up to (noise + alpha) eps away from the image and is cut to [0, 1] only."""
 
     noise: float
     alpha: float
@@ -51,11 +52,12 @@ def _positive(name: str, value: float) -> float:
     return value
 
 
+@OBJECTIVES.register("NFGSM")
 class NFGSM(PGDAT):
     """PGD-AT whose attack is one step from strong noise: x + eta, eta ~ U(-noise eps, noise eps), then
     alpha eps along the gradient's sign, each cut to [0, 1] and neither to the ball.
 
-    Of the training attack's settings none has an effect. With an l2 threat, which the paper does not treat,
+    The settings of the training attack have no effect. With an l2 threat, which the paper does not treat,
     the noise is uniform in the l2 ball of radius noise eps and the step the normalized gradient. 5 forward
     units.
 
@@ -81,11 +83,12 @@ class NFGSM(PGDAT):
         return _NoisyStep(self.noise, self.alpha)
 
 
+@OBJECTIVES.register("FGSMRS")
 class FGSMRS(PGDAT):
     """PGD-AT whose attack is one long step from a uniform start in the ball, projected back into it.
 
     Of the training attack's settings only ``attack.start`` has an effect, unless it is ``auto``: with
-    ``none`` and alpha 1 this is plain FGSM. Works in l2 as PGD does. 5 forward units.
+    ``none`` and alpha 1 this is plain FGSM. In l2 the step is PGD's. 5 forward units.
 
     Args:
         alpha: length of the step in units of eps, > 0; the code's 10/255 at eps 8/255 is 1.25.

@@ -14,7 +14,7 @@ from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
 from softdefend.labels import Predictions, Supervision
 from softdefend.objectives.at import PGDAT
-from softdefend.objectives.base import Objective
+from softdefend.objectives.base import OBJECTIVES, Objective
 from softdefend.objectives.trades import TRADES
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def weight_from_reference(k: int, published: float = 300.0) -> float:
-    """The weight of a squared distance that the authors' code means by ``published``: it averages over
-    classes as well as samples, so 300 is 30 with 10 classes and 3 with 100.
+    """The weight of a squared distance that equals a weight in the authors' code, which averages over classes
+    as well as samples: its 300 is 30 with 10 classes and 3 with 100.
 
     Args:
         k: number of classes.
@@ -47,7 +47,7 @@ def ramp(epoch: float, start: float, end: float) -> float:
 
 
 class _Ensembling(Objective):
-    """The memory of clean predictions and the ramp of its weight; a base objective stands behind it."""
+    """The memory of clean predictions and the ramp of its weight, to be mixed with a base objective."""
 
     mixes = False
     memory: Tensor
@@ -67,15 +67,15 @@ class _Ensembling(Objective):
 
     def setup(self, run: RunInfo) -> None:
         super().setup(run)
-        # Rows [n, k] that start at zero, 4 n k bytes; their sum 1 - alpha^m after m updates says how much of
-        # the average is there, so that dividing by it corrects for the start.
+        # Rows [n, k] that start at zero, 4 n k bytes. After m updates a row sums to 1 - alpha^m; dividing by
+        # that sum corrects for the start.
         self.memory = torch.zeros(len(run.labels), run.k, device=run.labels.device)
         self.scale = torch.zeros((), device=run.labels.device)
         self.ends = self.ramp_start * run.epochs, self.ramp_end * run.epochs
         self.active = False
 
     def share(self, epoch: float) -> float:
-        """Of the full weight at zero-based ``epoch``: constant within an epoch, counted from one."""
+        """Share of the full weight at zero-based ``epoch``, constant within an epoch."""
         return ramp(math.floor(epoch) + 1, *self.ends)
 
     def phase(self, epoch: int) -> str:
@@ -86,19 +86,19 @@ class _Ensembling(Objective):
         self.scale.fill_(self.weight * self.share(epoch))
 
     def remember(self, batch: Batch, logits: Tensor) -> Tensor:
-        """Move the rows of the batch towards its clean prediction; their ensemble, [b, k]."""
+        """Move the rows of the batch towards its clean prediction, and return their ensemble, [b, k]."""
         prediction = F.softmax(logits.float(), dim=1)
         rows = self.alpha * self.memory[batch.index] + (1 - self.alpha) * prediction
         self.memory.index_copy_(0, batch.index, rows)
         return self.ensemble(batch.index)
 
     def ensemble(self, index: Tensor) -> Tensor:
-        """What the network has predicted for the samples ``index`` [b] over the epochs, [b, k]."""
+        """The mean prediction for the samples ``index`` [b] over the epochs, [b, k]."""
         rows = self.memory[index]
         return rows / rows.sum(dim=1, keepdim=True)
 
     def pull(self, logits: Tensor, batch: Batch) -> Tensor:
-        """w ||p - z||^2, mean over the batch; z as the step's clean forward left it."""
+        """w ||p - z||^2, mean over the batch; the step's clean forward has updated z."""
         return self.scale * squared_distance(logits, self.ensemble(batch.index)).mean()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -108,17 +108,18 @@ class _Ensembling(Objective):
         self.memory.copy_(state["memory"])
 
 
+@OBJECTIVES.register("TE")
 class TE(_Ensembling, PGDAT):
     """PGD-AT + w ||p(x') - z||^2, in the attack as in the update, where z is a moving average over epochs of
     the network's predictions on the clean image: ``t <- alpha t + (1 - alpha) p(x)`` from zero, ``z = t /
     sum t``.
 
-    The prediction is that of the network as it is attacked (eval mode unless ``attack_bn`` says otherwise),
-    before the attack. Nothing happens before the ramp starts. 23 forward units with PGD-10, then 24.
+    The prediction is made before the attack, in the mode in which the network is attacked (``attack_bn``,
+    by default eval mode). Before the ramp starts this is plain PGD-AT. 23 forward units with PGD-10, then 24.
 
     Args:
         weight: w at the end of the ramp, >= 0, of the squared distance itself: the code's 300 with 10
-            classes; see :func:`weight_from_reference` for others.
+            classes; see :func:`weight_from_reference` for other numbers of classes.
         alpha: weight of the old memory row, in [0, 1).
         ramp_start, ramp_end: fractions of the run; w is 0 before the first and full after the second: the
             code's epochs 90 and 150 of 200, counted from one.
@@ -149,11 +150,12 @@ class TE(_Ensembling, PGDAT):
         return base + self.pull(predictions.adversarial, batch) if self.active else base
 
 
+@OBJECTIVES.register("TRADESTE")
 class TRADESTE(_Ensembling, TRADES):
     """TRADES + w ||p(x) - z||^2 with the memory of :class:`TE`; the attack climbs
     beta KL(p(x) || p(x')) + w ||p(x') - z||^2.
 
-    The clean forward of TRADES's attack is the one that the memory sees. 27 forward units with PGD-10.
+    The memory takes the clean forward of TRADES's attack. 27 forward units with PGD-10.
 
     Args:
         beta: weight of the divergence, >= 0; the code's 6.

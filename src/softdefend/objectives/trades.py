@@ -13,18 +13,20 @@ from softdefend.attacks import AttackLoss, Forward, kl_divergence, kl_from
 from softdefend.attacks.pgd import Start
 from softdefend.core.errors import SettingError
 from softdefend.labels import Predictions, Supervision
-from softdefend.objectives.base import Objective
+from softdefend.objectives.base import OBJECTIVES, Objective
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
 
 
+@OBJECTIVES.register("TRADES")
 class TRADES(Objective):
     """CE(f(x), target) + beta KL(p(x) || p(x')), the attack climbing the same divergence.
 
     As in the authors' code, gradient flows through p(x) too, and the attack starts from Gaussian noise of
-    0.001. The code makes a third forward of the clean images per step, with the same logits and one more
-    update of batch-normalization statistics; it is left out here. 27 forward units with PGD-10 (code: 39).
+    0.001. The code makes a third forward of the clean images per step, which gives the same logits and
+    updates batch-normalization statistics once more. It is left out here. 27 forward units with PGD-10 (code:
+    39).
 
     Args:
         beta: weight of the divergence, >= 0; the code's 6.

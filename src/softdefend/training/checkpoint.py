@@ -1,4 +1,4 @@
-"""Files that survive a crash, and are refused when they did not.
+"""Checkpoint files that survive a crash. Damaged ones are detected and refused.
 
 A checkpoint is a header, the SHA-256 of the body, its length, and the body: tensors, numbers, strings,
 lists and dicts as ``torch.save`` writes them, read back with ``weights_only=True`` only. The checksum is
@@ -88,18 +88,18 @@ class CheckpointFolder:
 
     Args:
         folder: where they lie.
-        keep: how many to keep, >= 2, so that a damaged newest one leaves a previous good one.
+        keep: how many to keep, >= 2: if the newest is damaged, a good one is left.
         writer: writes them; one of its own when None.
     """
 
     stride: int | None = None
-    """Steps between checkpoints that are kept beside the newest; none when None."""
+    """Checkpoints whose step is a multiple of this are never deleted; none are kept so when None."""
 
     def __init__(self, folder: Path, keep: int = 2, writer: Writer | None = None) -> None:
         self.folder, self.keep, self.writer = folder, keep, writer or Writer()
 
     def paths(self) -> list[Path]:
-        """Oldest first; what was given to :meth:`save` is among them."""
+        """All checkpoints, the oldest first; those that :meth:`save` was given are on disk then."""
         self.writer.wait()
         return self._paths()
 
@@ -107,10 +107,10 @@ class CheckpointFolder:
         return sorted(path for path in self.folder.glob("step-*.ckpt") if path.stem[5:].isdecimal())
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write the state after ``step`` updates, then let the oldest go.
+        """Write the state after ``step`` updates, then delete the oldest checkpoints.
 
-        Training may go on at once: the state is copied here, and written in the background where the writer
-        has one. Until it is, and after a kill, the checkpoints before it stand.
+        The state is copied first, so that training may go on while it is written in the background. The
+        earlier checkpoints stay until the new one is complete.
 
         Raises:
             SettingError: an earlier state could not be written.
@@ -127,8 +127,8 @@ class CheckpointFolder:
         return path
 
     def abandon(self, step: int) -> None:
-        """Put the checkpoints of later steps aside, into ``abandoned/``: the run goes on from ``step``, and
-        they must neither count as the newest nor crowd out new ones."""
+        """Move the checkpoints of later steps into ``abandoned/``, as the run goes on from ``step``. They must
+        not count as the newest, nor crowd out new ones."""
         for path in self.paths():
             if step_of(path) > step:
                 move(path, self.folder / "abandoned" / path.name)

@@ -22,11 +22,12 @@ from softdefend.core.weight_files import read_metadata, to_bytes
 from softdefend.core.yaml_files import flatten, read_yaml
 from softdefend.training.checkpoint import CheckpointFolder, snapshot
 
-# What may change between a run and its continuation without changing a result.
-RESUMABLE = ("folder", "resume", "progress", "save", "evaluate", "data.cache")
+RESUMABLE = ("save", "evaluate", "data.cache")
+"""Settings that may change between a run and its continuation: they change no result of training."""
 PATHS = ("data.source", "data.noise_file")
-"""Settings that may be spelt otherwise, as long as they lead to the same place."""
-_SHOWN = 4  # changed settings that one message names
+"""Settings that may be spelt differently if they lead to the same file or folder."""
+_SHOWN = 4
+"""Changed settings that one message names."""
 
 
 class RunFolder:
@@ -78,20 +79,24 @@ class RunFolder:
                 "no such file beside checkpoints",
                 "the settings that the run began with, or another --folder",
             )
-        # The settings of an earlier start that did not get anywhere bind nobody.
-        if path.exists() and self._begun():
+        # A start that got nowhere leaves its settings behind; they need not be kept.
+        if path.exists() and self._has_results():
             self._compare(read_yaml(path), config)
         write_atomic(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
 
     def _compare(self, began: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """Refuse settings that a run did not begin with."""
+        """Compare settings with those that a run began with.
+
+        Raises:
+            SettingError: some have changed that must not.
+        """
         before, now = flatten(began), flatten(json.loads(json.dumps(config)))
         changed = sorted(
             key
             for key in before.keys() | now.keys()
             if before.get(key) != now.get(key)
             and not {key, key.split(".")[0]} & {*RESUMABLE}
-            and not (key in PATHS and _same_place(before.get(key), now.get(key)))
+            and not (key in PATHS and _same_file(before.get(key), now.get(key)))
         )
         if changed:
             shown, rest = changed[:_SHOWN], changed[_SHOWN:]
@@ -102,21 +107,21 @@ class RunFolder:
                 "the settings it began with, or another --folder",
             )
 
-    def _begun(self) -> bool:
-        """Whether there is something of a run, or of an evaluation, to be continued or lost."""
+    def _has_results(self) -> bool:
+        """Whether the folder holds anything of a run or of an evaluation."""
         metrics = self.path / "metrics.jsonl"
         rows = metrics.is_file() and metrics.stat().st_size > 0
-        kept = bool(self.checkpoints.paths()) or any(self.path.glob("*.safetensors"))
-        return rows or kept or (self.path / "evaluation").exists()
+        weights = bool(self.checkpoints.paths()) or any(self.path.glob("*.safetensors"))
+        return rows or weights or (self.path / "evaluation").exists()
 
     def write_environment(self, device: torch.device, seed: int) -> None:
-        """Versions, machine and commit, for whoever wants to repeat the run."""
+        """Write versions, machine and commit, unless they are there already."""
         path = self.path / "environment.json"
         try:
-            kept = isinstance(json.loads(path.read_bytes()), dict)
+            present = isinstance(json.loads(path.read_bytes()), dict)
         except (OSError, ValueError):
-            kept = False  # no file, or a damaged one that no report could read
-        if not kept:
+            present = False  # no file, or a damaged one that no report could read
+        if not present:
             write_atomic(path, json.dumps({**environment(device), "seed": seed}, indent=1).encode())
 
     def append(self, name: str, row: Mapping[str, Any]) -> int:
@@ -162,12 +167,15 @@ class RunFolder:
     def save_model(
         self, name: str, net: nn.Module, metadata: Mapping[str, Any], *, pending: bool = False
     ) -> None:
-        """Weights as safetensors, with ``metadata``. A file that already holds them keeps its date: what was
-        evaluated from it stays valid.
+        """Write weights as safetensors, with ``metadata``. A file that already holds them keeps its date, so
+        that evaluations of it stay valid.
 
         Args:
-            pending: put them beside the file of that name, until :meth:`settle` puts them in its place: not
-                before a checkpoint knows of them, since a kill would leave the older checkpoint with them.
+            name: of the file, without its suffix.
+            net: what has the weights.
+            metadata: plain values.
+            pending: write them to another file, until :meth:`settle` renames it. That is to happen once a
+                checkpoint knows of them: a kill would otherwise leave an older checkpoint with newer weights.
         """
         tensors, path = snapshot(dict(net.state_dict())), self.path / f"{name}.safetensors"
 
@@ -179,7 +187,7 @@ class RunFolder:
         self.writer(write)
 
     def settle(self, name: str) -> None:
-        """Put pending weights in their place, once all that was given to be written before is."""
+        """Give pending weights their final name, after all that is still to be written."""
 
         def replace() -> None:
             if self._pending(name).is_file():
@@ -188,7 +196,11 @@ class RunFolder:
         self.writer(replace)
 
     def recall(self, name: str, epoch: int | None) -> bool:
-        """After a kill: settle pending weights of ``epoch``, drop others; is the file now of that epoch?"""
+        """Bring pending weights in order after a kill: settle those of ``epoch``, remove others.
+
+        Returns:
+            Whether the file is now of that epoch.
+        """
         pending, path = self._pending(name), self.path / f"{name}.safetensors"
         if pending.is_file():
             if _epoch_of(pending) == epoch:
@@ -201,8 +213,8 @@ class RunFolder:
         return self.path / f".{name}.pending.safetensors"
 
 
-def _same_place(one: object, other: object) -> bool:
-    """Whether both are paths to one file or folder that is there."""
+def _same_file(one: object, other: object) -> bool:
+    """Whether both are paths to one existing file or folder."""
     if not (isinstance(one, str) and isinstance(other, str)):
         return False
     one, other = os.path.expanduser(one), os.path.expanduser(other)
@@ -210,7 +222,7 @@ def _same_place(one: object, other: object) -> bool:
 
 
 def _whole_lines(path: Path) -> None:
-    """Cut off half a line that a failing disk or power cut left at the end: it would spoil the next one."""
+    """Remove an incomplete last line, left by a failing disk or a power cut: it would spoil the next one."""
     if not path.exists() or not path.stat().st_size:
         return
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""What an epoch's row says of a run that goes wrong quietly, and which setting may help."""
+"""Signs in an epoch's row that a run goes wrong quietly, and settings that may help."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 FIRST_STEPS = 1000
-"""After these a network has left the accuracy of guessing, or stands there: PGD-AT of a ResNet-18 on CIFAR-10
-reaches 25% within them."""
+"""Steps after which a network that learns is better than guessing: PGD-AT of a ResNet-18 on CIFAR-10 reaches
+25% within them."""
 STUCK_STEPS = 5000
-"""A network that still guesses after these is not expected to leave. Of the runs in benchmarks/results that
-guessed after FIRST_STEPS those that left had done so by step 4,212; the one that had not never did."""
+"""Steps after which a network that still guesses is expected to go on guessing. Of the runs in
+benchmarks/results that guessed after FIRST_STEPS, those that learned did so by step 4,212; one never did."""
 NEAR_GUESSING = 0.03
-"""Accuracy above that of guessing that counts as none; 0.3 / k where that is less, for many classes."""
+"""Accuracy above that of guessing that still counts as guessing; 0.3 / k where that is less."""
 UNIFORM = 0.9
-"""Share of ln k from which the mean entropy of the labels is called uniform. SGLR on PGD-AT ends at 0.70 on
-CIFAR-10 after 200 epochs; what passes 0.9 was seen to go on to 1."""
+"""Share of ln k above which the mean entropy of the labels counts as uniform. SGLR on PGD-AT ends at 0.70 on
+CIFAR-10 after 200 epochs; runs that passed 0.9 were seen to reach 1."""
 
 
 def hints(
     row: Mapping[str, Any], steps_per_epoch: int, k: int, *, soft: bool = False
 ) -> Iterator[tuple[str, str]]:
-    """Name and text, in one line, of everything to be said after this epoch.
+    """Names of the signs that an epoch shows, each with a text of one line.
 
     Args:
         row: of ``metrics.jsonl``: ``epoch``, ``step``, ``train_robust`` in [0, 1], ``target_entropy`` [nats].
         steps_per_epoch: of training.
-        k: classes, at least 2 for anything to be said.
-        soft: whether nearly uniform labels are as they should be; nothing is then said of them.
+        k: number of classes; one class gives no sign.
+        soft: whether nearly uniform labels are as they should be and no sign.
     """
     if k < 2:
         return

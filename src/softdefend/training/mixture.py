@@ -1,4 +1,4 @@
-"""What label rules say of images that may be parts of two."""
+"""Targets of images that CutMix may have mixed of two."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from softdefend.core.rule import Rule
 from softdefend.data import Batch
 from softdefend.data.regions import partners
 from softdefend.labels import LabelRule, Predictions, Supervision
@@ -14,17 +15,17 @@ from softdefend.labels import LabelRule, Predictions, Supervision
 
 @dataclass(frozen=True)
 class Mixture:
-    """A batch, and how much of each image is its own.
+    """A batch, and the share of each image that is its own.
 
-    CutMix weighs two labels by their shares of the image's pixels. Here a rule is asked twice, what it says
-    of the image with its own label and with its partner's, and the answers are weighed: for the given label
-    that is CutMix, and it holds for any rule whose answer depends on nothing but image and label.
+    CutMix weighs two labels by their shares of the image's pixels. Here the rule makes two targets, for the
+    image with its own label and with its partner's, and these are weighed. For the given label that is
+    CutMix; it is right for any rule whose target depends on image and label alone.
     """
 
     batch: Batch
     """Labels and indices of the images' own parts."""
     share: Tensor | None
-    """[b]; None where no image is mixed, and everything is as the rule says."""
+    """[b]; None where no image is mixed. The targets are then the rule's own."""
 
     @property
     def partner(self) -> Batch:
@@ -33,7 +34,7 @@ class Mixture:
 
     @property
     def label(self) -> Tensor:
-        """[b]: of the larger part."""
+        """Labels [b] of the larger parts."""
         if self.share is None:
             return self.batch.label
         return torch.where(self.share >= 0.5, self.batch.label, self.partner.label)
@@ -67,3 +68,12 @@ class Mixture:
         assert self.share is not None
         share = self.share[:, None]
         return share * own + (1 - share) * other
+
+
+def mixing_refusal(rule: Rule) -> str | None:
+    """The reason why a rule cannot be trained on images that CutMix has mixed; None where it can."""
+    if not rule.mixes:
+        return "what it does for an image and its one label has no meaning for a mixture of two"
+    if getattr(rule, "views", 1) > 1:
+        return "views of one image would be mixtures of different labels"
+    return None

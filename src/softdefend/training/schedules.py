@@ -20,12 +20,12 @@ class Schedule:
         milestones: fractions of the run, increasing, in (0, 1); 0.5 of 200 epochs drops after 100 epochs.
             Rounded to whole epochs, halves to the even one.
         gamma: factor at a milestone, in (0, 1].
-        one_based: count epochs from one when comparing with milestones, as the published SGLS code does:
-            every drop comes one epoch earlier (after 99 epochs of 200).
+        one_based: count epochs from one when comparing with milestones, as the published SGLS code does.
+            Every drop then comes one epoch earlier (after 99 epochs of 200).
         peak: fraction of the run at which ``cyclic`` peaks, in (0, 1).
-        warmup: fraction of the run, in [0, 1), over which what ``kind`` says is multiplied by a share that
-            rises linearly from 0 to 1. 0, as in the published protocols, starts at the full rate; a network
-            may then stay at the accuracy of guessing for some epochs.
+        warmup: fraction of the run, in [0, 1), over which the factor of ``kind`` is multiplied by a number
+            that rises linearly from 0 to 1. With 0, as in the published protocols, the run starts at the full
+            rate. A network may then stay at the accuracy of guessing for some epochs.
 
     Raises:
         SettingError: a value outside these ranges.

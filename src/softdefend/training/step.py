@@ -7,98 +7,26 @@ whole of it can be captured as a CUDA graph, once per phase and batch size.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from softdefend.attacks import PGD, Forward
+from softdefend.attacks import Forward
 from softdefend.core import rng
 from softdefend.core.errors import SettingError
-from softdefend.core.rule import Rule
-from softdefend.core.threat import ThreatModel
 from softdefend.data import Batch, Resident
 from softdefend.execution.engine import Engine
 from softdefend.execution.fused import FusedNet, FusedThreat, agree, fused, refusal
 from softdefend.execution.modes import attacked, set_mode
-from softdefend.labels import BNMode, LabelRule, Predictions, Supervision
-from softdefend.objectives import Objective
-from softdefend.training.mixture import Mixture
-from softdefend.training.schedules import Schedule
-from softdefend.weights import Plain, WeightRule
-
-
-@dataclass(frozen=True)
-class OptimSettings:
-    """The optimizer and the length of the run: SGD with momentum, as the field's protocols have it.
-
-    Raises:
-        SettingError: a value outside its range.
-    """
-
-    epochs: int = 200
-    """Passes over the training data, >= 1."""
-    batch_size: int = 128
-    """Images per step, >= 1."""
-    lr: float = 0.1
-    """Base learning rate, > 0."""
-    momentum: float = 0.9
-    """In [0, 1)."""
-    nesterov: bool = False
-    """Nesterov's form of momentum."""
-    weight_decay: float = 5e-4
-    """>= 0, on every parameter, as the reference codes do."""
-    drop_last: bool = True
-    """Leave the last, smaller batch of an epoch out. The reference codes train on it (false)."""
-    schedule: Schedule = Schedule()
-    """Learning rate over the run."""
-
-    def __post_init__(self) -> None:
-        checks = (
-            ("epochs", self.epochs, self.epochs >= 1, "a whole number >= 1"),
-            ("batch_size", self.batch_size, self.batch_size >= 1, "a whole number >= 1"),
-            ("lr", self.lr, 0 < self.lr < float("inf"), "a positive number"),
-            ("momentum", self.momentum, 0 <= self.momentum < 1, "a number in [0, 1)"),
-            ("weight_decay", self.weight_decay, 0 <= self.weight_decay < float("inf"), "a number >= 0"),
-            (
-                "nesterov",
-                self.nesterov,
-                not self.nesterov or self.momentum > 0,
-                "true only with momentum > 0",
-            ),
-        )
-        for name, value, good, accepted in checks:
-            if not good:
-                raise SettingError(f"optim.{name}", value, accepted)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The three independent answers, and the threat and attack they are trained against.
-
-    Raises:
-        SettingError: an attack with a loss of its own: in training the objective says what it climbs.
-    """
-
-    threat: ThreatModel
-    attack: PGD
-    label: LabelRule
-    objective: Objective
-    attack_bn: BNMode = "eval"
-
-    def __post_init__(self) -> None:
-        if self.attack.loss != "ce":
-            accepted = "ce, the default: in training the objective says what the attack climbs"
-            raise SettingError("attack.loss", repr(self.attack.loss), accepted)
-        step = float(self.attack.step_size or 0)
-        if self.threat.norm == "linf" and step > 1:
-            accepted = "at most 1: pixel values lie in [0, 1], so 2 levels of 255 are 2/255"
-            raise SettingError("attack.step_size", self.attack.step_size, accepted)
+from softdefend.labels import BNMode, Predictions, Supervision
+from softdefend.training.config import Recipe
+from softdefend.training.mixture import Mixture, mixing_refusal
+from softdefend.training.targets import check_form, check_rows
 
 
 class Phase(NamedTuple):
-    """What each rule does in an epoch; a step is captured once for each that occurs."""
+    """What each rule does in an epoch. A step is captured once for every phase that occurs."""
 
     label: str
     objective: str
@@ -106,59 +34,25 @@ class Phase(NamedTuple):
 
 
 METERS = ("samples", "loss", "adversarial_correct", "clean_correct", "target_entropy")
-
-
-def make_optimizer(net: nn.Module, settings: OptimSettings, device: torch.device) -> torch.optim.SGD:
-    """SGD whose momentum exists from the start, so that the first step is like every other.
-
-    On a GPU the learning rate is a device tensor: a captured step reads it, the host writes it.
-
-    Raises:
-        SettingError: nothing to train.
-    """
-    on_gpu = device.type == "cuda"
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    if not parameters:
-        raise SettingError("net", f"{type(net).__name__} without trainable parameters", "some to train")
-    optimizer = torch.optim.SGD(
-        parameters,
-        lr=torch.tensor(settings.lr, device=device) if on_gpu else settings.lr,
-        momentum=settings.momentum,
-        nesterov=settings.nesterov,
-        weight_decay=settings.weight_decay,
-        fused=True if on_gpu else None,
-    )
-    if settings.momentum > 0:
-        for parameter in optimizer.param_groups[0]["params"]:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
-def mixing_refusal(rule: Rule) -> str | None:
-    """Why a rule cannot be trained on images that CutMix has mixed; None where it can."""
-    if not rule.mixes:
-        return "what it does for an image and its one label has no meaning for a mixture of two"
-    if getattr(rule, "views", 1) > 1:
-        return "views of one image would be mixtures of different labels"
-    return None
+"""What a step adds up over an epoch."""
 
 
 def _compiled(net: nn.Module) -> Forward:
     """The network compiled for every mode and batch size it will meet."""
     import torch._dynamo  # not part of torch's own import
 
-    # Beyond this many versions, counted per process, torch goes on uncompiled: a comparison of many recipes
-    # makes more than the 8 it allows.
+    # Beyond this many versions in a process torch runs uncompiled. It allows 8, which is too few for a
+    # comparison of many recipes.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     compiled: Forward = torch.compile(net, dynamic=False)
     return compiled
 
 
 def _fused(net: nn.Module, data: Resident, recipe: Recipe, engine: Engine) -> FusedNet | None:
-    """The network as fused kernels for the attack, where it is to have them.
+    """The network as fused kernels for the attack; None where it has none.
 
     Raises:
-        SettingError: ``runtime.fused`` asks for what cannot be.
+        SettingError: ``runtime.fused`` is true and the network or the settings do not allow it.
     """
     wanted = engine.settings.fused
     if wanted is False:
@@ -175,56 +69,8 @@ def _fused(net: nn.Module, data: Resident, recipe: Recipe, engine: Engine) -> Fu
     return None
 
 
-def _refuse(rule: LabelRule, what: str, size: int, k: int) -> NoReturn:
-    accepted = f"[b, k] = [{size}, {k}] of floating-point numbers >= 0, rows summing to one"
-    raise SettingError("label", f"{type(rule).__name__}, which returned {what}", accepted)
-
-
-def _check_form(rule: LabelRule, said: Supervision, size: int, k: int) -> None:
-    """Refuse what would train to nonsense by its shape or type; asks the host only.
-
-    Raises:
-        SettingError: targets that are not [size, k], or not floating-point numbers.
-    """
-    terms = {f"a term {n} with a target": term.target for n, term in enumerate(said.terms)}
-    for name, rows in {"a target": said.target, **terms}.items():
-        if tuple(rows.shape) != (size, k) or not rows.is_floating_point():
-            kind = str(rows.dtype).removeprefix("torch.")
-            _refuse(rule, f"{name} {list(rows.shape)} of {kind}", size, k)
-    weight = said.weight
-    if weight is not None and tuple(weight.shape) != (size,):
-        given = f"{type(rule).__name__}, which returned sample weights {list(weight.shape)}"
-        raise SettingError("label", given, f"[b] = [{size}], mean one, or None")
-
-
-_DRIFT = 0.05
-"""How far the sum of a row may lie from one: a float16 memory whose momentum is 0.99 comes to 0.02."""
-
-
-@torch.no_grad()
-def _check_rows(rule: LabelRule, said: Supervision, seen: Predictions) -> None:
-    """Refuse targets that are no distributions. Reads the device, so it must not be captured.
-
-    Raises:
-        SettingError: rows with a negative or an unbounded entry, or that do not sum to one.
-    """
-    logits = [seen.adversarial] if seen.clean is None else [seen.adversarial, seen.clean]
-    if not all(bool(rows.isfinite().all()) for rows in logits):
-        return  # a network that has diverged, which the trainer says in its own words
-    for rows in (said.target, *(term.target for term in said.terms)):
-        size, k = rows.shape
-        if not rows.isfinite().all():
-            _refuse(rule, "a target that is not finite", size, k)
-        least, sums = float(rows.min()), rows.float().sum(dim=1)
-        worst = float(sums[(sums - 1).abs().argmax()])
-        if least < 0:
-            _refuse(rule, f"a target with an entry of {least:.4g}", size, k)
-        if abs(worst - 1) > _DRIFT:
-            _refuse(rule, f"a target with a row that sums to {worst:.4g}", size, k)
-
-
 def _dropout(key: int) -> int:
-    """The seed of what a network with dropout draws, apart from that of the attack's starts."""
+    """The seed of a network's dropout, other than that of the attack's starts."""
     return rng.key(key, "dropout")
 
 
@@ -234,10 +80,9 @@ class TrainStep:
     Args:
         net: the network, on the engine's device; its own object is never wrapped or replaced.
         data: the training split; plain, or :class:`~softdefend.data.Augmented`.
-        recipe: what to train.
-        optimizer: from :func:`make_optimizer`.
+        recipe: what to train; its rules have been set up.
+        optimizer: from :func:`~softdefend.training.optim.make_optimizer`.
         engine: device and precision.
-        weight: at which weights the gradient is taken; set up by the caller.
 
     Raises:
         SettingError: a rule that cannot be trained on images that ``data`` mixes; in a step, a label rule
@@ -251,11 +96,9 @@ class TrainStep:
         recipe: Recipe,
         optimizer: torch.optim.SGD,
         engine: Engine,
-        weight: WeightRule | None = None,
     ) -> None:
         self.net, self.data, self.recipe, self.optimizer, self.engine = net, data, recipe, optimizer, engine
-        self.weight = weight or Plain()
-        for rule in (recipe.label, recipe.objective, self.weight) if data.mixes else ():
+        for rule in recipe.rules if data.mixes else ():
             if reason := mixing_refusal(rule):
                 given = f"CutMix with {type(rule).__name__}"
                 raise SettingError("augment.cutmix", given, f"0: {reason}")
@@ -301,24 +144,24 @@ class TrainStep:
             return self._forward(image).float()
 
     def _body(self, plan: Tensor, phase: Phase) -> None:
-        objective, label, views = self.recipe.objective, self.recipe.label, self.recipe.objective.views
-        first = Mixture(self.data.batch(plan), self.data.share(plan))
+        (label, objective, weight), views = self.recipe.rules, self.recipe.objective.views
+        first = Mixture(self.data.batch(plan), self.data.share(plan))  # the first view
         index, image = first.batch.index, first.batch.image
         if views > 1:
             image = torch.cat([image, *(self.data.batch(plan, view).image for view in range(1, views))])
         batch = Batch(index, image, first.label)
-        away_from = first.attack_target(label, phase.label)
-        away_from = away_from.repeat(views, *[1] * (away_from.ndim - 1))
+        attack_target = first.attack_target(label, phase.label)
+        attack_target = attack_target.repeat(views, *[1] * (attack_target.ndim - 1))
         with attacked(self.net, self.recipe.attack_bn):
-            forward = self._searching(batch.image)
-            loss = objective.inner_loss(forward, batch, away_from)
+            forward = self._attack_forward(batch.image)
+            loss = objective.inner_loss(forward, batch, attack_target)
             adversarial = self.attack(
-                forward, batch.image, away_from, self._threat, loss=loss, generator=self.generator
+                forward, batch.image, attack_target, self._threat, loss=loss, generator=self.generator
             )
         self.optimizer.zero_grad(set_to_none=True)
-        # A first look at the trained weights leaves running statistics to the second, at the perturbed ones.
-        twice = self.weight.perturbs(phase.weight)
-        mode: BNMode = "batch" if twice else "train"
+        # With perturbed weights only the second forward, which is at these, moves running statistics.
+        perturbs = weight.perturbs(phase.weight)
+        mode: BNMode = "batch" if perturbs else "train"
         set_mode(self.net, mode)
         predictions = objective.predict(self.forward, batch.image, adversarial)
         seen = predictions.detach().first(len(index))
@@ -327,8 +170,8 @@ class TrainStep:
         supervision = first.supervise(label, adversarial[: len(index)], seen, phase.label)
         self._check(supervision, seen, phase.label)
         total = objective.outer_loss(predictions, batch, supervision)
-        if twice:
-            with self.weight.perturbed(total):
+        if perturbs:
+            with weight.perturbed(total):
                 set_mode(self.net, "train")
                 predictions = objective.predict(self.forward, batch.image, adversarial)
                 self._update(objective.outer_loss(predictions, batch, supervision))
@@ -336,8 +179,8 @@ class TrainStep:
             self._update(total)
         self._measure(batch.label, seen, supervision, total)
 
-    def _searching(self, image: Tensor) -> Forward:
-        """The network as the attack asks it: fused kernels, where they do what it does on such a batch."""
+    def _attack_forward(self, image: Tensor) -> Forward:
+        """The network for the attack: fused kernels where they compute the same on such a batch."""
         if self._fused is None:
             return self.forward
         self._fused.refresh()
@@ -352,22 +195,22 @@ class TrainStep:
                 return True
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a compiler's, which knows many
+        except Exception as error:  # a compiler fails in many ways
             why = " ".join(str(error).split())[:160]
         what = f"batches of {len(image)} images are attacked without fused kernels, which is slower: {why}"
         warnings.warn(what, RuntimeWarning, stacklevel=2)
         return False
 
-    def _check(self, said: Supervision, seen: Predictions, phase: str) -> None:
-        """Refuse what is no label.
+    def _check(self, supervision: Supervision, seen: Predictions, phase: str) -> None:
+        """Check what the label rule returned.
 
         Raises:
-            SettingError: it is none.
+            SettingError: targets that are no distributions.
         """
         label, (size, k) = self.recipe.label, seen.adversarial.shape
-        _check_form(label, said, size, k)
+        check_form(label, supervision, size, k)
         if phase not in self._checked:  # in a rehearsal: never while a graph is recorded
-            _check_rows(label, said, seen)
+            check_rows(label, supervision, seen)
             self._checked.add(phase)
 
     def _update(self, total: Tensor) -> None:
@@ -401,7 +244,7 @@ class TrainStep:
         return [*self.net.parameters(), *self.net.buffers(), *momentum, *kept, self.meters]
 
     def _capture(self, plan: Tensor, phase: Phase, key: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Record the step's kernels; the rehearsals that capture needs leave no trace in the state."""
+        """Record the step's kernels. Capture needs rehearsals; the state is then put back as it was."""
         before = [tensor.detach().clone() for tensor in self._state()]
         static_plan = plan.clone()
         side = torch.cuda.Stream(self.engine.device)  # type: ignore[no-untyped-call]

@@ -2,6 +2,13 @@
 
 from softdefend.weights.averaging import EMA, SWA
 from softdefend.weights.awp import AWP
-from softdefend.weights.base import Plain, WeightRule
+from softdefend.weights.base import WEIGHTS, Plain, WeightRule
 
-__all__ = ["AWP", "EMA", "SWA", "Plain", "WeightRule"]
+__all__ = [
+    "AWP",
+    "EMA",
+    "SWA",
+    "WEIGHTS",
+    "Plain",
+    "WeightRule",
+]

@@ -13,18 +13,20 @@ from torch.optim.swa_utils import AveragedModel
 
 from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
-from softdefend.weights.base import WeightRule
+from softdefend.weights.base import WEIGHTS, WeightRule
 
 SWABatchNorm = Literal["reestimate", "copy"]
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
+@WEIGHTS.register("EMA")
 class EMA(WeightRule):
     """Exponential moving average of the weights; the average predicts, the plain weights train.
 
-    Batch-normalization statistics are the live network's, copied at every step. In the first steps the
-    decay is min(decay, (1 + t) / (10 + t)), so that the start is forgotten. (Rebuilds of Gowal et al.,
-    arXiv 2010.03593, use the same formula after copying the weights for the first 2.5% of the run.)
+    Batch-normalization statistics are those of the trained network, copied at every step. In the first steps
+    the decay is min(decay, (1 + t) / (10 + t)), so that the first weights are soon forgotten. (Rebuilds of
+    Gowal et al., arXiv 2010.03593, use the same formula after copying the weights for the first 2.5% of the
+    run.)
 
     Args:
         decay: weight of the old average per step, in [0, 1).
@@ -71,11 +73,12 @@ class EMA(WeightRule):
         self.averaged.n_averaged.fill_(state["updates"])
 
 
+@WEIGHTS.register("SWA")
 class SWA(WeightRule):
     """Stochastic weight averaging: the equally weighted mean of the weights at the ends of epochs predicts.
 
-    The plain weights train, and predict until the first average. The mean has no batch-normalization
-    statistics of its own: :func:`reestimate` measures them after every average.
+    The plain weights are trained, and predict until the first average. The mean has no batch-normalization
+    statistics of its own; :func:`reestimate` measures them after every average.
 
     Args:
         start: fraction of the run, in [0, 1], after which averaging begins: the first averaged epoch,
@@ -136,10 +139,10 @@ def reestimate(
 ) -> None:
     """Measure the running statistics of batch normalization anew: their mean over all batches.
 
-    Every batch counts the same, as in ``torch.optim.swa_utils.update_bn``: the images of a smaller last one
-    count for more. Unlike there, everything but batch normalization is in eval mode: the statistics are
-    those of the network that will predict, without dropout, and nothing is drawn. Without batch
-    normalization nothing is done. The network is left in eval mode.
+    Every batch counts the same, as in ``torch.optim.swa_utils.update_bn``, whatever its size. Unlike there,
+    everything but batch normalization is in eval mode: the statistics are those of the network that will
+    predict, without dropout, and no random number is drawn. A network without batch normalization is not
+    touched; any other is left in eval mode.
 
     Args:
         net: the network.

@@ -12,38 +12,39 @@ from torch import Tensor, nn
 
 from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
-from softdefend.weights.base import Plain, WeightRule
+from softdefend.weights.base import WEIGHTS, Plain, WeightRule
 
 _TINY = 1e-20
 """Keeps a direction finite where a gradient vanishes; the authors' value."""
 
 
 @torch.no_grad()
-def ascent(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
-    """Steepest ascent, tensor by tensor as long as the weights themselves: ||w|| g / ||g||.
+def ascent(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients, each scaled to the length of its weights: ||w|| g / ||g||, and zero where g is zero.
 
     Args:
-        weights, slopes: tensors of equal shapes; zero where a slope is zero throughout.
+        weights, gradients: tensors of equal shapes.
     """
-    lengths, steepness = torch._foreach_norm(list(weights)), torch._foreach_norm(list(slopes))
+    lengths, steepness = torch._foreach_norm(list(weights)), torch._foreach_norm(list(gradients))
     ratios = torch._foreach_div(lengths, torch._foreach_add(steepness, _TINY))
-    return list(torch._foreach_mul(list(slopes), ratios))
+    return list(torch._foreach_mul(list(gradients), ratios))
 
 
+@WEIGHTS.register("AWP")
 class AWP(WeightRule):
-    """Takes the gradient where the loss is worst nearby, so that the weights settle in flat places.
+    """Takes the gradient where the loss is worst nearby, so that the weights settle in flat regions.
 
-    Each step looks twice at the same adversarial images and targets. The first look, at the trained weights,
-    gives the direction; the loss and its gradient are then taken at w + v, with ||v_l|| = gamma ||w_l|| in
-    every layer, and the update that follows from them is made to w. Perturbed are the trainable parameters of
-    more than one dimension: weights of convolutions and linear layers, no biases, no normalization. As in the
-    authors' code the attack is made once, at w, and weight decay is of w + v.
+    Each step makes two forwards of the same adversarial images and targets. The first, at the trained weights
+    w, gives the direction of the perturbation v, with ||v_l|| = gamma ||w_l|| in every layer. The second is
+    made at w + v; its gradient updates w. Perturbed are the trainable parameters of more than one dimension:
+    weights of convolutions and linear layers, no biases, no normalization. As in the authors' code the attack
+    is made once, at w, and weight decay is of w + v.
 
     Args:
         gamma: length of the perturbation relative to each layer's weights, > 0; the authors' 0.01 for PGD-AT
             and 0.005 for TRADES.
         warmup: fraction of the run, in [0, 1], whose epochs are trained without perturbation, rounded up.
-        average: a rule that averages the weights that AWP trains, such as EMA or SWA; None for none.
+        average: a rule that averages the weights that AWP trains, such as EMA or SWA; none when None.
 
     Raises:
         SettingError: a value outside these ranges, or an ``average`` that perturbs weights itself.
@@ -61,11 +62,12 @@ class AWP(WeightRule):
             accepted = "a rule that averages, such as EMA or SWA, or null"
             raise SettingError("weight.average", type(average).__name__, accepted)
         self.gamma, self.warmup = gamma, warmup
-        self.average: WeightRule = average or Plain()
+        self.average = average
+        self._inner: WeightRule = average or Plain()
 
     def setup(self, run: RunInfo) -> None:
         super().setup(run)
-        self.average.setup(run)
+        self._inner.setup(run)
         # 1e-9: a product such as 0.05 * 200 may round to just above a whole number of epochs.
         self.first_epoch = math.ceil(self.warmup * run.epochs - 1e-9)
         self.weights: list[Tensor] = [p for p in self.net.parameters() if p.requires_grad and p.ndim > 1]
@@ -81,35 +83,35 @@ class AWP(WeightRule):
 
     @contextlib.contextmanager
     def perturbed(self, loss: Tensor) -> Iterator[None]:
-        slopes = torch.autograd.grad(loss, self.weights, materialize_grads=True)
+        gradients = torch.autograd.grad(loss, self.weights, materialize_grads=True)
         trained = [weight.detach().clone() for weight in self.weights]
         with torch.no_grad():
-            moved = list(torch._foreach_add(trained, ascent(trained, slopes), alpha=self.gamma))
+            moved = list(torch._foreach_add(trained, ascent(trained, gradients), alpha=self.gamma))
             torch._foreach_copy_(self.weights, moved)
         try:
             yield
         finally:
-            # The update first, then the trained weights: without an update these come back to the bit, which
-            # subtracting the perturbation again would not give.
+            # The difference is the update. Adding the trained weights to it restores them exactly where there
+            # was no update; subtracting the perturbation would round.
             with torch.no_grad():
                 torch._foreach_sub_(self.weights, moved)
                 torch._foreach_add_(self.weights, trained)
 
     def advance(self, epoch: float) -> None:
-        self.average.advance(epoch)
+        self._inner.advance(epoch)
 
     def after_step(self) -> None:
-        self.average.after_step()
+        self._inner.after_step()
 
     def end_epoch(self, epoch: int, images: Callable[[], Iterator[Tensor]]) -> None:
-        self.average.end_epoch(epoch, images)
+        self._inner.end_epoch(epoch, images)
 
     @property
     def prediction(self) -> nn.Module:
-        return self.average.prediction
+        return self._inner.prediction
 
     def state_dict(self) -> dict[str, Any]:
-        return self.average.state_dict()
+        return self._inner.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.average.load_state_dict(state)
+        self._inner.load_state_dict(state)

@@ -7,15 +7,16 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 
+from softdefend.core.registry import Registry
 from softdefend.core.rule import Rule, RunInfo
 
 
 class WeightRule(Rule):
-    """Chooses the weights at which the gradient is taken, and those that predict. This base is the plain
-    rule: the trained weights themselves, for both."""
+    """Chooses the weights at which the gradient is taken, and those that predict. In this base both are the
+    trained weights."""
 
     passes: int = 1
-    """Updates' worth of forwards and gradients that a step costs: two where weights are perturbed."""
+    """How often a step makes the forwards and gradients of an update: twice where weights are perturbed."""
     net: nn.Module
 
     def setup(self, run: RunInfo) -> None:
@@ -24,15 +25,15 @@ class WeightRule(Rule):
         self.net = run.net
 
     def perturbs(self, phase: str) -> bool:
-        """Whether the gradient is taken elsewhere than at the trained weights in this phase."""
+        """Whether the gradient is taken at perturbed weights in this phase."""
         return False
 
     def perturbed(self, loss: Tensor) -> AbstractContextManager[None]:
-        """The network at the weights where the gradient is to be taken; on leaving, back at the trained
-        ones plus whatever update was made inside.
+        """A context in which the network has the weights where the gradient is to be taken. On leaving it has
+        the trained weights again, plus the update that was made inside.
 
         Args:
-            loss: the objective's at the trained weights, with its graph, which is used up.
+            loss: the objective's at the trained weights; its graph is freed.
         """
         return nullcontext()
 
@@ -45,9 +46,14 @@ class WeightRule(Rule):
 
     @property
     def prediction(self) -> nn.Module:
-        """The network that validation, selection and release use."""
+        """The network that is validated, selected and written."""
         return self.net
 
 
+WEIGHTS: Registry[type[WeightRule]] = Registry("weights")
+"""Every weight rule by the name of its class."""
+
+
+@WEIGHTS.register("Plain")
 class Plain(WeightRule):
     """The trained weights, no averaging."""

@@ -1,0 +1,72 @@
+"""Settings of what surrounds the training steps: validation, and what is saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+from softdefend.attacks import PGD
+from softdefend.core.errors import SettingError
+from softdefend.execution.search import Precision, check_precision
+
+
+@dataclass(frozen=True)
+class ValidateSettings:
+    """What is measured after an epoch. The best checkpoint is chosen by robust validation accuracy."""
+
+    attack: PGD = PGD(steps=10)
+    """The attack on validation images."""
+    every: int = 1
+    """Epochs between validations, >= 1; the last epoch is always validated."""
+    size: int | None = None
+    """Validation images used, at most; all when null."""
+    test_size: int = 0
+    """Test images measured for the learning curve only, never for selection; 0 for none."""
+    batch_size: int = 500
+    """Images of a batch."""
+    precision: Precision = "exact"
+    """Precision of the attack: exact, strict or fast, as evaluate.precision."""
+    alarm: Literal["warn", "stop", "off"] = "warn"
+    """What to do about catastrophic overfitting, which is watched for where training takes one attack step,
+    and about a network that still guesses after 5,000 steps: warn (one line), stop (keeping the best
+    checkpoint) or off."""
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision, "validate.precision")
+        if self.alarm not in ("warn", "stop", "off"):
+            raise SettingError("validate.alarm", repr(self.alarm), "warn, stop or off")
+        for name, value, least in (
+            ("every", self.every, 1),
+            ("size", 1 if self.size is None else self.size, 1),
+            ("test_size", self.test_size, 0),
+            ("batch_size", self.batch_size, 1),
+        ):
+            if value < least:
+                raise SettingError(f"validate.{name}", value, f"a whole number >= {least}")
+
+
+@dataclass(frozen=True)
+class SaveSettings:
+    """Checkpoints, and what else is written during training."""
+
+    every_steps: int | None = None
+    """Steps between checkpoints within an epoch; only at the end of epochs when null."""
+    keep: int = 2
+    """Checkpoints to keep, >= 2: a damaged newest one leaves a previous good one."""
+    archive: int | None = None
+    """Epochs between checkpoints that are kept for good, for analyses by epoch; none when null."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (needs the tensorboard extra)."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None and self.every_steps < 1:
+            raise SettingError("save.every_steps", self.every_steps, "a whole number >= 1, or null")
+        if self.archive is not None and self.archive < 1:
+            raise SettingError("save.archive", self.archive, "a whole number >= 1, or null")
+        if self.keep < 2:
+            raise SettingError("save.keep", self.keep, "a whole number >= 2")
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise SettingError(
+                "save.tensorboard", "true", "false, or pip install 'softdefend[tensorboard]' first"
+            )
