@@ -97,7 +97,11 @@ def test_inputs_that_are_ignored_may_differ_and_no_others(store):
     assert store.find("best", {**asked, "weights": "b"}, ignoring=("attacks",)) is None
 
 
-TENSORS = {"b": torch.arange(6).view(2, 3).T, "a": torch.tensor([0.5], dtype=torch.bfloat16)}
+TENSORS = {
+    "b": torch.arange(6).view(2, 3).T,
+    "a": torch.tensor([0.5], dtype=torch.bfloat16),
+    "empty": torch.zeros(0, 3)[:, :1],
+}
 
 
 def test_tensors_are_found_by_their_inputs_and_read_back(store):

@@ -118,7 +118,7 @@ class ResultStore:
         write_atomic(self.path(name, ".safetensors"), _ordered(content))
 
     def set_aside(self, name: str, *companions: Path) -> Path | None:
-        """Copy a JSON result that another will replace to ``earlier/NAME-NUMBER.json``: it may be hours of work.
+        """Copy a JSON result to ``earlier/NAME-NUMBER.json`` before another replaces it.
 
         Args:
             name: of the result.
