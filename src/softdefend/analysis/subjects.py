@@ -24,7 +24,8 @@ from softdefend.data.sources import read
 from softdefend.evaluation import load_weights
 from softdefend.execution.modes import attacked, tf32
 from softdefend.experiments.config import Experiment
-from softdefend.experiments.pipeline import make_net, open_run
+from softdefend.experiments.evaluate import open_run
+from softdefend.experiments.network import make_net
 from softdefend.labels.memory import LabelMemory
 from softdefend.report import RunRecord, read_run
 from softdefend.report.runs import group_runs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import logging
 import os
 import re
 import sys
@@ -22,11 +23,11 @@ from softdefend.cli import commands
 from softdefend.core.errors import DivergenceError, SettingError
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import DataSettings, describe, load
-from softdefend.evaluation import EvaluateSettings
-from softdefend.evaluation.examine import Extras
+from softdefend.evaluation import EvaluateSettings, Requests
 from softdefend.experiments import pipeline
 from softdefend.experiments.complaints import parse
 from softdefend.experiments.config import make_parser, resolve
+from softdefend.experiments.evaluate import evaluate, evaluate_external, open_run
 from softdefend.report import comparison_rows, markdown_table, read_run, text_table, write_report
 
 EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 3, 130, 141
@@ -108,17 +109,17 @@ def _evaluate(arguments: Sequence[str]) -> None:
     given = parse(_evaluate_parser(), arguments)
     _refuse_mixture(given, arguments)
     changes = {f.name: getattr(given, f.name) for f in fields(EvaluateSettings) if hasattr(given, f.name)}
-    extras = Extras(
+    requests = Requests(
         audit=given.audit_size if given.audit else 0,
         corruptions=given.corruptions,
         robustbench=Path(given.robustbench) if given.robustbench else None,
         log=Path(given.log) if given.log else None,
     )
-    also = {"extras": extras, "transfer": given.transfer, "device": given.device}
+    also = {"requests": requests, "transfer": given.transfer, "device": given.device}
     if given.model:
         threat = ThreatModel(given.norm or "linf", given.eps or Budget("8/255"))
         settings = EvaluateSettings(**changes)
-        pipeline.evaluate_outside(
+        evaluate_external(
             given.model,
             Path(given.weights),
             given.data,
@@ -129,11 +130,11 @@ def _evaluate(arguments: Sequence[str]) -> None:
         )
         return
     for folder in map(Path, given.run):
-        experiment = pipeline.open_run(folder)
+        experiment = open_run(folder)
         trained = experiment.recipe.threat
         threat = ThreatModel(given.norm or trained.norm, trained.eps if given.eps is None else given.eps)
         print(folder)
-        pipeline.evaluate(experiment, given.which, replace(experiment.evaluate, **changes), threat, **also)
+        evaluate(experiment, given.which, replace(experiment.evaluate, **changes), threat, **also)
 
 
 def _refuse_mixture(given: argparse.Namespace, arguments: Sequence[str]) -> None:
@@ -262,9 +263,28 @@ def run(arguments: Sequence[str]) -> None:
     )
 
 
+class _Console(logging.StreamHandler):  # type: ignore[type-arg]
+    """Bare messages: warnings on stderr, all others on stdout, whatever these are at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise  # a broken pipe ends the program
+
+
+def _log_to_console() -> None:
+    logger = logging.getLogger("softdefend")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Console) for handler in logger.handlers):
+        logger.addHandler(_Console())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 2 bad input, 3 training diverged, 130 interrupted,
     141 nobody reads our output any more."""
+    _log_to_console()
     try:
         run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()

@@ -151,7 +151,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     """What a weights file holds, on the CPU, without executing anything in it.
 
     Raises:
-        SettingError: no such file, a damaged one, or a pickle that asks for more than tensors and plain values.
+        SettingError: no such file, damage, or a pickle that asks for more than tensors and plain values.
     """
     accepted = "safetensors, or a state dict written by torch.save"
     if path.suffix == ".safetensors":

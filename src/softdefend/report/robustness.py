@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softdefend.evaluation.exchange import after_each
-from softdefend.evaluation.table import Table
+from softdefend.evaluation.table import Table, after_each
 from softdefend.report.blocks import Report, figures, number, paragraph, picture, swatched, titled
 from softdefend.report.details import Details, Gallery, is_number
 from softdefend.report.figures import MOST_CLASSES, confusion_plot, steps_plot
