@@ -52,6 +52,8 @@ from softdefend.execution.batches import images_at_once
 from softdefend.execution.engine import resolve_device
 from softdefend.execution.modes import attacked, tf32
 from softdefend.experiments import pipeline
+from softdefend.experiments.evaluate import open_run
+from softdefend.experiments.network import make_net
 from softdefend.models import NetSettings, build
 
 Case = tuple[str, nn.Module, Resident, ThreatModel, int]
@@ -71,9 +73,9 @@ def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
 
 def from_run(folder: Path, args: argparse.Namespace, device: torch.device) -> Case:
     """Network, test images and threat of a run folder."""
-    experiment = pipeline.open_run(folder)
+    experiment = open_run(folder)
     bundle = load(experiment.data)
-    net = pipeline.make_net(experiment, bundle)
+    net = make_net(experiment, bundle)
     load_weights(net, folder / f"{args.which}.safetensors")
     trained_on = experiment.recipe.threat
     threat = ThreatModel(args.norm or trained_on.norm, args.eps or trained_on.eps)

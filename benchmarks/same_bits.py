@@ -7,8 +7,8 @@ Everything runs on the CPU with one thread: short trainings on the digits with p
 rule, objective and weight rule; every attack, the three AutoAttack ensembles, the audit, corruptions and
 transfer on three of the networks through the command line; and every attack called directly from Python. A
 digest is the sha256 of weights, of metrics, of per-sample records, or of the numbers of a JSON file in their
-order (names of keys and weights may change, times and versions are left out). Digests are equal on the same machine with
-the same torch version only.
+order (names of keys and weights may change, times and versions are left out). Digests are equal on the same
+machine with the same torch version only.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SHARED_ATTACKS = (
     *("pgd-5-kl", "apgd-ce-20x2", "apgd-dlr-20", "apgd-t-10x2", "apgd-ce-5-eot3", "fab-10x2", "fab-t-20"),
     *("square-150", "fmn-30", "deepfool"),
 )
-NOT_COMPARED = ("seconds", "versions", "weights", "test_data", "time", "commit", "settings")
+NOT_COMPARED = ("seconds", "versions", "weights", "test_data", "time", "commit", "settings", "inputs")
 
 
 def main() -> None:

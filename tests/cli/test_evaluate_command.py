@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -12,7 +13,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,10 +26,12 @@ from torch import nn
 from softdefend import SettingError, ThreatModel
 from softdefend.cli.main import _evaluate_parser, main
 from softdefend.core.docstrings import field_docstrings
+from softdefend.core.store import ResultStore
 from softdefend.data import DataSettings, load
-from softdefend.evaluation import EvaluateSettings, Evaluator, examine
+from softdefend.evaluation import EvaluateSettings, Evaluator, checkpoint
+from softdefend.evaluation import pictures as pictures_module
 from softdefend.evaluation.corruptions import CORRUPTIONS
-from softdefend.experiments.pipeline import evaluate_network
+from softdefend.experiments.evaluate import evaluate_network
 from softdefend.report.runs import read_run
 
 Refused = Callable[..., str]
@@ -147,7 +149,9 @@ def test_killed_before_the_gallery_the_next_call_writes_it(
 ) -> None:
     words, gallery = ["evaluate", str(run_folder), *LAST], run_folder / "evaluation/last-gallery.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(examine, "write_gallery", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            pictures_module, "choose_gallery", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         assert main(words) == 130
     assert not gallery.exists()
     assert not attacked_again(words, capsys, monkeypatch)
@@ -190,12 +194,14 @@ def test_an_audit_by_other_checks_than_those_of_today_is_made_again(
 ) -> None:
     words = ["evaluate", str(run_folder), "--which", "best", "--size", "8", "--audit", "--audit_size", "4"]
     done(words, capsys)
-    path, whole = run_folder / "evaluation" / "best-audit.json", result(run_folder, "best-audit")
+    store, whole = ResultStore(run_folder / "evaluation"), result(run_folder, "best-audit")
     checks = whole["settings"]["checks"]
     fewer = {name: threshold for name, threshold in checks.items() if name != "border"}
     for known in (fewer, checks | {"border": "above 0.5"}):
         settings = whole["settings"] | {"checks": known}
-        path.write_text(json.dumps(whole | {"settings": settings, "findings": whole["findings"][1:]}))
+        inputs = whole["inputs"] | {"settings": whole["inputs"]["settings"] | {"checks": known}}
+        older = whole | {"settings": settings, "findings": whole["findings"][1:]}
+        assert store.write("best-audit", inputs, older) == store.read("best-audit")
         done(words, capsys)
         assert result(run_folder, "best-audit") == whole
 
@@ -209,16 +215,6 @@ def test_a_run_is_a_surrogate_too(
     assert list(attacks) == ["transfer-pgd-20-margin-run", "transfer-pgd-20-margin-best"]
     # both are the best checkpoint's weights: the folder's, and the file's
     assert len({rate["count"] for rate in attacks.values()}) == 1
-
-
-@pytest.mark.parametrize(("n", "left", "said"), [(20, 9, True), (20, 10, False), (12, 9, False)])
-def test_a_line_says_where_transfer_does_more_on_the_same_images(n: int, left: int, said: bool) -> None:
-    own = {"n": 20, "worst": {"count": 10, "rate": 0.5}}
-    other = {"n": n, "worst": {"count": left, "rate": left / n}}
-    lines: list[str] = []
-    examine._Examination._compare(SimpleNamespace(say=lines.append), own, other)
-    assert bool(lines) is said
-    assert all("other networks leave 45.0% robust, all attacks on this one 50.0%" in line for line in lines)
 
 
 def test_preflight_comes_before_any_attack(
@@ -238,7 +234,7 @@ def test_preflight_comes_before_any_attack(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("attacked before the preflight")
 
-    monkeypatch.setattr(examine, "preflight", refuse)
+    monkeypatch.setattr(checkpoint, "preflight", refuse)
     monkeypatch.setattr(Evaluator, "__call__", never)
     before = contents(run_folder)
     refused(["evaluate", str(run_folder), "--eps", "5/255"], "net", "a network that moves", "stands still")
@@ -279,7 +275,7 @@ def test_an_audit_comes_before_a_moving_network_is_refused(
         if assumes_determinism == assumed[-1] and len(said) == len(assumed):
             raise SettingError("net", "stop", "here")
 
-    monkeypatch.setattr(examine, "preflight", looked)
+    monkeypatch.setattr(checkpoint, "preflight", looked)
     words = ["evaluate", str(run_folder), "--which", "last", "--size", "8", "--attacks", attack]
     assert main([*words, *(["--audit", "--audit_size", "4"] if audited else [])]) == 2
     assert said == assumed
@@ -499,10 +495,10 @@ def test_folders_are_not_taken_for_each_other(
     done(["report", "theirs", str(run_folder), "--output", "both.html"], capsys)
 
 
-def test_the_same_from_python(tmp_path: Path) -> None:
+def test_the_same_from_python(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images, labels = torch.rand(12, 1, 6, 6), torch.arange(12) % 3
     net = nn.Sequential(nn.Flatten(), nn.Linear(36, 3)).train()
-    said: list[str] = []
+    caplog.set_level(logging.INFO, logger="softdefend")
     found = evaluate_network(
         net,
         (images, labels),
@@ -510,12 +506,11 @@ def test_the_same_from_python(tmp_path: Path) -> None:
         threat=ThreatModel("l2", "0.5"),
         settings=EvaluateSettings(attacks=("pgd-5",), curve_size=0),
         device="cpu",
-        say=said.append,
     )
     assert found == result(tmp_path / "mine", "last")
     with torch.no_grad():
         assert found["clean"]["count"] == int((net(images).argmax(1) == labels).sum())
-    assert said[-1] == f"report: {tmp_path / 'mine' / 'report.html'}"
+    assert caplog.messages[-1] == f"report: {tmp_path / 'mine' / 'report.html'}"
     with pytest.raises(SettingError, match="images"):
         evaluate_network(net, (2 * images, labels), tmp_path / "not")
     assert not (tmp_path / "not").exists()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import colorsys
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from checkpoint_tools import QUICK, make_checkpoint
 from PIL import Image
 from scipy import ndimage, stats
 from torch import nn
@@ -16,7 +18,14 @@ from torch import nn
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.data import split
-from softdefend.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, evaluate_corruptions
+from softdefend.evaluation.corruptions import (
+    CORRUPTIONS,
+    SEVERITIES,
+    corrupt,
+    corruption_measurement,
+    corruption_table,
+    evaluate_corruptions,
+)
 from softdefend.evaluation.distortions import (
     defocus_kernel,
     elastic_transform,
@@ -26,6 +35,7 @@ from softdefend.evaluation.distortions import (
     plasma,
     snow,
 )
+from softdefend.evaluation.measurement import measured
 
 NOISES = ("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise")
 RANDOM = (*NOISES, "glass_blur", "motion_blur", "snow", "fog", "elastic_transform")
@@ -450,3 +460,24 @@ def test_the_batch_size_is_no_part_of_the_result():
 def test_what_cannot_be_corrupted_is_refused(change, setting):
     with pytest.raises(SettingError, match=f"^{setting}: got"):
         corrupt(**{"images": pictures(), "name": "contrast", "severity": 1, **change})
+
+
+def test_a_checkpoints_corruptions_are_those_of_its_network(bundle, tmp_path):
+    checkpoint = make_checkpoint(tmp_path, bundle)
+    settings = replace(QUICK, size=10, seed=2)
+    result = measured(checkpoint, corruption_measurement(checkpoint, settings))
+    wanted = evaluate_corruptions(checkpoint.net, bundle.test, limit=10, seed=2)
+    assert {name: result[name] for name in wanted} == wanted
+    same = replace(settings, attacks=(), batch_size=3, physical_batch=2)
+    known = corruption_measurement(checkpoint, settings).settings
+    assert corruption_measurement(checkpoint, same).settings == known
+    assert corruption_measurement(checkpoint, replace(settings, seed=3)).settings != known
+
+
+def test_the_table_has_a_row_for_each_corruption_and_the_mean():
+    rates = [{"rate": share} for share in (0.5, 0.4, 0.3, 0.2, 0.1)]
+    table = corruption_table({"corruptions": {"fog": {"severities": rates, "mean": 0.3}}, "mean": 0.3})
+    head, fog, mean = (line.split() for line in table.splitlines())
+    assert head == ["corruption", "1", "2", "3", "4", "5", "mean"]
+    assert fog == ["fog", "50.0", "40.0", "30.0", "20.0", "10.0", "30.0"]
+    assert mean == ["mean", "30.0"]

@@ -18,10 +18,10 @@ from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import Resident, split
-from softdefend.evaluation import Ensemble, Evaluator, Rate
-from softdefend.evaluation.run import EvaluateSettings, scaled
+from softdefend.evaluation import Ensemble, EvaluateSettings, Evaluator, Rate
+from softdefend.evaluation.accuracy import scaled
 from softdefend.execution.batches import ON_CPU, _look, images_at_once
-from softdefend.experiments.pipeline import evaluate_network
+from softdefend.experiments.evaluate import evaluate_network
 
 THREAT = ThreatModel("linf", Budget("0.1"))
 
@@ -359,7 +359,6 @@ def test_the_curve_ends_where_a_threat_model_does(tmp_path):
         threat=threat,
         settings=wishes,
         device="cpu",
-        say=len,
     )
     radii = [point["value"] for point in found["eps_curve"]]
     assert 11 in radii
@@ -376,10 +375,10 @@ def test_the_network_says_how_many_classes_tensors_have(tmp_path, k):
     )
     with torch.no_grad():
         right = int((net(images).argmax(1) == labels).sum())
-    found = evaluate_network(net, (images, labels), tmp_path / "a", settings=wishes, device="cpu", say=len)
+    found = evaluate_network(net, (images, labels), tmp_path / "a", settings=wishes, device="cpu")
     assert found["clean"]["count"] == right
     with pytest.raises(SettingError, match=rf"net: .*shape \[2, {k}\]; .*logits \[2, {k + 1} or more\]"):
-        evaluate_network(net, (images, labels * k), tmp_path / "b", settings=wishes, device="cpu", say=len)
+        evaluate_network(net, (images, labels * k), tmp_path / "b", settings=wishes, device="cpu")
 
 
 def test_the_look_that_measures_memory_needs_no_gradient():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -11,8 +9,9 @@ from safetensors import safe_open
 from torch import nn
 
 from softdefend.core.rng import stream
+from softdefend.core.store import ResultStore
 from softdefend.data import Resident, split
-from softdefend.evaluation.gallery import hardest_first, write_gallery
+from softdefend.evaluation.gallery import choose_gallery, hardest_first
 from softdefend.evaluation.table import AttackColumns, Table
 
 N, EPS = 30, 0.1
@@ -62,19 +61,11 @@ def test_equal_use_of_the_budget_is_no_difference():
 @pytest.mark.parametrize("count", [3, 100])
 def test_the_file_holds_the_two_ends_of_the_order(case, count, tmp_path):
     net, data, table = case
-    path = tmp_path / "best-gallery.safetensors"
-    resident = Resident(data, "cpu")
-    arguments = {
-        "eps": EPS,
-        "count": count,
-        "classes": ("a", "b", "c"),
-        "batch_size": 7,
-        "about": {"eps": "0.1"},
-    }
-    write_gallery(net, resident, table, path, **arguments)
-    with safe_open(path, "numpy") as file:
+    tensors = choose_gallery(net, Resident(data, "cpu"), table, eps=EPS, count=count, batch_size=7)
+    store = ResultStore(tmp_path)
+    store.write_tensors("best-gallery", {"images": count}, tensors)
+    with safe_open(store.path("best-gallery", ".safetensors"), "numpy") as file:
         kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        metadata = file.metadata()
     with torch.no_grad():
         logits = net(data.images).numpy()
     at = np.arange(N), table.label
@@ -90,6 +81,3 @@ def test_the_file_holds_the_two_ends_of_the_order(case, count, tmp_path):
     np.testing.assert_array_equal(kept["survived"], table.survived[index])
     np.testing.assert_array_equal(kept["prediction"], table.worst_prediction[index])
     np.testing.assert_array_equal(kept["distance"], table.smallest_distance[index])
-    assert json.loads(metadata["classes"]) == ["a", "b", "c"]
-    assert metadata["attacks"] == "2"
-    assert (metadata["asked"], metadata["eps"]) == (str(count), "0.1")

@@ -17,9 +17,9 @@ from softdefend.attacks import PGD, margin
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
-from softdefend.evaluation.masking import CHECKS, Audit, audit, border, surface
+from softdefend.evaluation.masking import CHECKS, Audit, audit, boundary, surface
 from softdefend.evaluation.masking.finding import Check
-from softdefend.evaluation.masking.probe import Probe
+from softdefend.evaluation.masking.probe import Probe, random_signs
 
 ROOT = Path(__file__).parents[2]
 
@@ -293,7 +293,7 @@ def test_convergence_is_nought_at_the_best_point_one_at_the_worst_and_a_half_at_
 def test_convergence_in_linf_is_wangs_formula_over_its_range():
     """eps |g|_1 - <x - x0, g>, from nought to 2 eps |g|_1, where the box does not bind."""
     here = probe(lambda x: 1 + x.square().flatten(1).sum(1), MIDDLE)
-    point = zoo_.THREAT.project(MIDDLE, MIDDLE + 0.1 * here.signs("anywhere"))
+    point = zoo_.THREAT.project(MIDDLE, MIDDLE + 0.1 * random_signs(here, "anywhere"))
     grad = here.gradient(nn.functional.cross_entropy, point).flatten(1)
     fosc = 0.1 * grad.abs().sum(1) - ((point - MIDDLE).flatten(1) * grad).sum(1)
     wanted = (fosc / (0.2 * grad.abs().sum(1))).mean()
@@ -307,7 +307,7 @@ def two_classes(net: nn.Module, images: Tensor, threat: ThreatModel) -> tuple[Pr
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_the_walk_finds_the_border_of_a_linear_network_exactly_where_it_is(norm):
+def test_the_walk_finds_the_boundary_of_a_linear_network_exactly_where_it_is(norm):
     weight = torch.randn(12, generator=stream(0, "slope"))
     net = Plane(weight)
     images = 0.3 + 0.4 * torch.rand(60, 1, 3, 4, generator=stream(0, "images"))
@@ -315,7 +315,7 @@ def test_the_walk_finds_the_border_of_a_linear_network_exactly_where_it_is(norm)
     away = net(images)[:, 0] / dual
     eps = float(away[away > 0].median())
     probe, every = two_classes(net, images, ThreatModel(norm, Budget(eps * 1.001)))
-    assert border.walked(probe, every).tolist() == (away[away > 0] <= eps).tolist()
+    assert boundary.walk_boundary(probe, every).tolist() == (away[away > 0] <= eps).tolist()
 
 
 class Plane(nn.Module):
@@ -338,7 +338,7 @@ class Ball(nn.Module):
         return torch.stack([height, -height], 1)
 
 
-def test_the_walk_follows_a_border_that_is_curved():
+def test_the_walk_follows_a_boundary_that_is_curved():
     images = torch.rand(200, 1, 2, 3, generator=stream(0, "images"))
     depth = 0.6 - (images - 0.5).flatten(1).norm(dim=1)
     reached = []
@@ -348,7 +348,7 @@ def test_the_walk_follows_a_border_that_is_curved():
             threat = ThreatModel("l2", Budget(float(depth[row]) * eps))
             probe, every = two_classes(Ball(), images, threat)
             place = (every.labels == 0).nonzero().flatten().tolist().index(row)
-            shares.append(border.walked(probe.only(torch.tensor([place])), every).item())
+            shares.append(boundary.walk_boundary(probe.only(torch.tensor([place])), every).item())
         reached.append(sum(shares) / len(shares))
     assert reached[0] == 0
     assert reached[1] > 0.9
@@ -358,7 +358,7 @@ def test_without_an_image_of_another_class_there_is_nowhere_to_begin():
     images = torch.rand(9, 1, 3, 4, generator=stream(0, "images"))
     probe, _ = two_classes(Plane(torch.ones(12)), images, ThreatModel("linf", Budget(1.0)))
     assert 0 < len(probe) < 9
-    assert not border.walked(probe, probe).any()
+    assert not boundary.walk_boundary(probe, probe).any()
 
 
 def test_zero_and_broken_gradients_are_counted_per_image():

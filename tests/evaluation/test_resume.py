@@ -22,7 +22,18 @@ from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import fingerprint, from_tensors
-from softdefend.evaluation import Ensemble, EvaluateSettings, evaluate_checkpoint, expand, run
+from softdefend.evaluation import (
+    CheckpointSource,
+    Ensemble,
+    EvaluateSettings,
+    accuracy,
+    checkpoint,
+    evaluate_checkpoint,
+    examples,
+    expand,
+    pipeline,
+    settings,
+)
 from softdefend.evaluation.autoattack import parse
 from softdefend.evaluation.resume import StateFile
 from tiny import Killed
@@ -43,52 +54,40 @@ def case(tmp_path, monkeypatch):
     net = rugged(SHAPE).float()
     image = torch.rand(2 * N, *SHAPE, generator=stream(0, "x"))
     bundle = from_tensors(image, net(image).argmax(1), validation=8, test_fraction=0.5, name="noise")
-    members = {"small": MEMBERS}
-    monkeypatch.setattr(
-        run, "parse", lambda name, k=10: Ensemble(name, members[name]) if name in members else parse(name, k)
-    )
-    monkeypatch.setattr(run, "SAVE_EVERY", 0.0)
+    for module in (accuracy, examples, pipeline, settings):  # "small" is this test's own name
+        monkeypatch.setattr(
+            module, "parse", lambda name, k=10: Ensemble(name, MEMBERS) if name == "small" else parse(name, k)
+        )
+    monkeypatch.setattr(accuracy, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "preflight", lambda *_, **__: None)  # forwards are counted
 
     def evaluate(folder="run", threat=THREATS[0], **changes):
-        path, network = tmp_path / folder, changes.pop("network", None)
+        path, origin = tmp_path / folder, changes.pop("origin", None)
         path.mkdir(exist_ok=True)
         if not (path / "last.safetensors").exists():
             metadata = {"softdefend": json.dumps({"epoch": 1, **changes.pop("metadata", {})})}
             save_file(net.state_dict(), path / "last.safetensors", metadata=metadata)
         wanted = {
-            "attacks": ("pgd-3", "apgd-ce-4x2"),
+            "attacks": ("pgd-3", "apgd-ce-4x2", "small"),
             "curve_size": 10,
             "examples": 4,
             "batch_size": 9,
         } | changes
-        # The ensemble's name is this test's own: EvaluateSettings would refuse it.
-        settings = EvaluateSettings(**wanted)
-        object.__setattr__(settings, "attacks", (*settings.attacks, "small"))
-        identity = json.loads(json.dumps({k: str(v) for k, v in vars(settings).items()}))
-        return evaluate_checkpoint(
-            net,
-            bundle,
-            threat,
-            path,
-            "last",
-            settings,
-            identity,
-            name="last",
-            device=torch.device("cpu"),
-            data_name="noise",
-            network=network,
+        source = CheckpointSource(
+            net, bundle, path, "last", trained=threat, threat=threat, architecture="rugged", origin=origin
         )
+        return evaluate_checkpoint(source, EvaluateSettings(**wanted), device=torch.device("cpu"))
 
     return evaluate, tmp_path
 
 
 def records(folder: Path):
-    """The table, and the JSON without what a clock wrote."""
+    """The table, and the JSON without what a clock wrote and without the digest that knows of it."""
     report = json.loads((folder / "evaluation" / "last.json").read_text())
 
     def timeless(value):
         if isinstance(value, dict):
-            return {k: timeless(v) for k, v in value.items() if k != "seconds"}
+            return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "sha256")}
         return [timeless(v) for v in value] if isinstance(value, list) else value
 
     examples = (folder / "evaluation" / "examples.safetensors").read_bytes()
@@ -197,10 +196,10 @@ def test_another_networks_state_is_not_continued(case, monkeypatch, same):
     with monkeypatch.context() as patch:
         patch.setattr(StateFile, "save", deadly)
         with pytest.raises(Killed):
-            evaluate("run", network={"origin": "nets:make"})
+            evaluate("run", origin="nets:make")
     found, load = [], StateFile.load
     monkeypatch.setattr(StateFile, "load", lambda self: found.append(load(self)) or found[-1])
-    report = evaluate("run", network={"origin": "nets:make" if same else "nets:other"})
+    report = evaluate("run", origin="nets:make" if same else "nets:other")
     assert (found[0] is not None) == same
     assert report["network"]["origin"] == ("nets:make" if same else "nets:other")
     assert len(report["weights"]) == 64
@@ -327,12 +326,14 @@ def test_a_real_kill(tmp_path):
             from safetensors.torch import save_file
             from ensemble_tools import rugged
             from softdefend.data import from_tensors
-            from softdefend.evaluation import EvaluateSettings, evaluate_checkpoint, run
+            from softdefend.evaluation import CheckpointSource, EvaluateSettings, evaluate_checkpoint
+            from softdefend.evaluation import accuracy, checkpoint
             from softdefend.core.rng import stream
             from softdefend.core.threat import Budget, ThreatModel
 
             torch.set_num_threads(1)
-            run.SAVE_EVERY = 0.1
+            accuracy.SAVE_EVERY = 0.1
+            checkpoint.preflight = lambda *_, **__: None
             folder, pause = Path(sys.argv[1]), float(sys.argv[2])
             net = rugged((1, 5, 5)).float()
             folder.mkdir(exist_ok=True)
@@ -343,10 +344,13 @@ def test_a_real_kill(tmp_path):
             bundle = from_tensors(image, net(image).argmax(1), validation=8, test_fraction=0.5, name="noise")
             slow = net[0].forward
             net[0].forward = lambda x: (time.sleep(pause), slow(x))[1]
+            threat = ThreatModel("linf", Budget("0.02"))
             evaluate_checkpoint(
-                net, bundle, ThreatModel("linf", Budget("0.02")), folder, "last",
-                EvaluateSettings(("apgd-t-5", "square-100"), curve_size=0, batch_size=15), {{}},
-                name="last", device=torch.device("cpu"), data_name="noise",
+                CheckpointSource(
+                    net, bundle, folder, "last", trained=threat, threat=threat, architecture="rugged"
+                ),
+                EvaluateSettings(("apgd-t-5", "square-100"), curve_size=0, batch_size=15),
+                device=torch.device("cpu"),
             )
             """
         )

@@ -24,7 +24,8 @@ from softdefend.data.holdout import complement, draw_by_class
 from softdefend.data.sources import read
 from softdefend.evaluation import load_weights
 from softdefend.experiments.config import Experiment
-from softdefend.experiments.pipeline import make_net, open_run
+from softdefend.experiments.evaluate import open_run
+from softdefend.experiments.network import make_net
 from softdefend.labels.memory import LabelMemory
 from softdefend.report.runs import RunRecord, group_runs, read_run
 from softdefend.training import checkpoint

@@ -20,11 +20,11 @@ from softdefend.core.docstrings import field_docstrings
 from softdefend.core.errors import DivergenceError, SettingError
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import DataSettings, describe, load
-from softdefend.evaluation import EvaluateSettings
-from softdefend.evaluation.examine import Extras
+from softdefend.evaluation import EvaluateSettings, Requests
 from softdefend.experiments import pipeline
 from softdefend.experiments.complaints import parse
 from softdefend.experiments.config import make_parser, resolve
+from softdefend.experiments.evaluate import evaluate, evaluate_external, open_run
 from softdefend.report import comparison_rows, markdown_table, read_run, text_table, write_report
 
 EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 3, 130, 141
@@ -96,17 +96,17 @@ def _evaluate(arguments: Sequence[str]) -> None:
     given = parse(_evaluate_parser(), arguments)
     _refuse_mixture(given, arguments)
     changes = {f.name: getattr(given, f.name) for f in fields(EvaluateSettings) if hasattr(given, f.name)}
-    extras = Extras(
+    requests = Requests(
         audit=given.audit_size if given.audit else 0,
         corruptions=given.corruptions,
         robustbench=Path(given.robustbench) if given.robustbench else None,
         log=Path(given.log) if given.log else None,
     )
-    also = {"extras": extras, "transfer": given.transfer, "device": given.device}
+    also = {"requests": requests, "transfer": given.transfer, "device": given.device}
     if given.model:
         threat = ThreatModel(given.norm or "linf", given.eps or Budget("8/255"))
         settings = EvaluateSettings(**changes)
-        pipeline.evaluate_outside(
+        evaluate_external(
             given.model,
             Path(given.weights),
             given.data,
@@ -117,11 +117,11 @@ def _evaluate(arguments: Sequence[str]) -> None:
         )
         return
     for folder in map(Path, given.run):
-        experiment = pipeline.open_run(folder)
+        experiment = open_run(folder)
         trained = experiment.recipe.threat
         threat = ThreatModel(given.norm or trained.norm, trained.eps if given.eps is None else given.eps)
         print(folder)
-        pipeline.evaluate(experiment, given.which, replace(experiment.evaluate, **changes), threat, **also)
+        evaluate(experiment, given.which, replace(experiment.evaluate, **changes), threat, **also)
 
 
 def _refuse_mixture(given: argparse.Namespace, arguments: Sequence[str]) -> None:

@@ -1,23 +1,31 @@
-"""The one answer to "is this result there already?": JSON files that know what they were made from."""
+"""The one answer to "is this result there already?": files that know what they were made from."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from softdefend.core.digest import value_digest
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from softdefend.core.digest import checksum, value_digest
 from softdefend.core.files import write_atomic
+
+_OWN = ("inputs", "key", "sha256")
+"""What the store adds to a result."""
 
 
 class ResultStore:
-    """Results in one folder, each a JSON file ``NAME.json``.
+    """Results in one folder: JSON files ``NAME.json`` and files of tensors ``NAME.safetensors``.
 
     Beside the result a file holds ``inputs``, the plain values that the result is a function of (digests of
-    weights, data and code, the threat, settings), and ``key``, their sha256. A result counts as present where
-    the key is the same. Files that cannot be read, or whose key is not that of their inputs, count as absent.
+    weights, data and code, the threat, settings), their sha256 as ``key``, and the ``sha256`` of the result
+    itself. A result counts as present where its key is that of the inputs asked for. A file that cannot be
+    read, or that was edited since it was written, counts as absent.
 
     Args:
         folder: made with the first result.
@@ -26,23 +34,38 @@ class ResultStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def path(self, name: str) -> Path:
+    def path(self, name: str, suffix: str = ".json") -> Path:
         """The file of a result."""
-        return self.folder / f"{name}.json"
+        return self.folder / f"{name}{suffix}"
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """The content of a file, whatever it was made from; None where there is none, or no result."""
+        """The content of a JSON file, whatever it was made from; None where there is none, or no result."""
         try:
             content = json.loads(self.path(name).read_text(encoding="utf-8"))
-            intact = content["key"] == value_digest(content["inputs"])
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            wanted = value_digest(dict(content["inputs"])), value_digest(_result(content))
+            intact = (content["key"], content["sha256"]) == wanted
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
         return content if intact else None
 
-    def find(self, name: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The content of a file that was made from ``inputs``, else None."""
+    def find(
+        self, name: str, inputs: Mapping[str, Any], *, ignoring: Collection[str] = ()
+    ) -> dict[str, Any] | None:
+        """The content of a JSON file that was made from ``inputs``, else None.
+
+        Args:
+            name: of the result.
+            inputs: what it has to be made from.
+            ignoring: inputs that may differ. The caller judges them from the content.
+        """
         content = self.read(name)
-        return content if content is not None and content["key"] == value_digest(plain(inputs)) else None
+        if content is None:
+            return None
+        known, wanted = (
+            {key: value for key, value in values.items() if key not in ignoring}
+            for values in (content["inputs"], plain(inputs))
+        )
+        return content if known == wanted else None
 
     def write(self, name: str, inputs: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
         """Write a result in place of what stood there, and return the file's content.
@@ -51,8 +74,8 @@ class ResultStore:
             SettingError: the folder cannot be written; what stood there still does.
             ValueError: a number that is not finite; JSON has no word for it.
         """
-        known = plain(inputs)
-        content = {**plain(result), "inputs": known, "key": value_digest(known)}
+        known, kept = plain(inputs), _result(plain(result))
+        content = {**kept, "inputs": known, "key": value_digest(known), "sha256": value_digest(kept)}
         write_atomic(self.path(name), json.dumps(content, indent=1, allow_nan=False).encode())
         return content
 
@@ -63,8 +86,39 @@ class ResultStore:
         found = self.find(name, inputs)
         return self.write(name, inputs, make()) if found is None else found
 
+    def find_tensors(
+        self, name: str, inputs: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """Tensors and metadata of a file that was made from ``inputs``, else None."""
+        try:
+            with safe_open(self.path(name, ".safetensors"), "pt") as file:
+                metadata = dict(file.metadata() or {})
+                tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
+        except (OSError, SafetensorError):
+            return None
+        key, sha256 = value_digest(plain(inputs)), checksum(tensors.items())
+        return (tensors, metadata) if _has(metadata, key=key, sha256=sha256) else None
+
+    def write_tensors(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write tensors in place of what stood there; equal tensors and inputs make equal bytes.
+
+        Raises:
+            SettingError: the folder cannot be written; what stood there still does.
+        """
+        known = plain(inputs)
+        on_cpu = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
+        own = {"inputs": json.dumps(known), "key": value_digest(known), "sha256": checksum(on_cpu.items())}
+        content = to_safetensors(on_cpu, metadata={**(metadata or {}), **own})
+        write_atomic(self.path(name, ".safetensors"), _ordered(content))
+
     def set_aside(self, name: str, *companions: Path) -> Path | None:
-        """Copy a result that another will replace to ``earlier/NAME-NUMBER.json``: it may be hours of work.
+        """Copy a JSON result to ``earlier/NAME-NUMBER.json`` before another replaces it.
 
         Args:
             name: of the result.
@@ -92,3 +146,20 @@ class ResultStore:
 def plain(value: Any) -> Any:
     """A value as JSON gives it back: tuples as lists, keys as text."""
     return json.loads(json.dumps(value))
+
+
+def _result(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's content without what the store has added."""
+    return {name: value for name, value in content.items() if name not in _OWN}
+
+
+def _has(metadata: Mapping[str, str], **wanted: str) -> bool:
+    return all(metadata.get(name) == value for name, value in wanted.items())
+
+
+def _ordered(content: bytes) -> bytes:
+    """The same safetensors file with the keys of its header in order: the library shuffles the metadata."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of eight bytes
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]

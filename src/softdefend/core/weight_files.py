@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from softdefend.core.digest import checksum
+from softdefend.core.digest import checksum, file_digest
 from softdefend.core.errors import SettingError
 from softdefend.core.files import write_atomic
 
@@ -29,20 +29,26 @@ PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel (and DDP) and torch.compile put before the name of every weight."""
 
 _MOST_NAMED = 4
+_OF_A_RUN = "safetensors weights written by a training run"
 
 _KEY = "softdefend"
 """One key for all metadata: the format keeps no order of keys, and equal runs have equal bytes."""
 
 
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
-    """A file's content: tensors in host memory that share none of it, ``metadata`` and their sha256."""
+    """The content of a weights file: tensors, ``metadata`` and the sha256 of the tensors.
+
+    Args:
+        tensors: in host memory, of which no two share any.
+        metadata: plain values.
+    """
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    said = json.dumps({**metadata, "sha256": checksum(sorted(contiguous.items()))})
-    return to_safetensors(contiguous, metadata={_KEY: said})
+    text = json.dumps({**metadata, "sha256": checksum(sorted(contiguous.items()))})
+    return to_safetensors(contiguous, metadata={_KEY: text})
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What a file says of its weights; empty for one from elsewhere. The weights are not read.
+    """The metadata of a weights file; empty for one from elsewhere. The weights are not read.
 
     Raises:
         OSError, SafetensorError, ValueError: missing or damaged.
@@ -63,7 +69,7 @@ def read_safetensors(path: Path, accepted: str) -> tuple[dict[str, Tensor], dict
 
     Args:
         path: of the file.
-        accepted: what a message says may be there.
+        accepted: what may be there, for the message.
 
     Raises:
         SettingError: missing, damaged, or altered since it was written.
@@ -81,13 +87,27 @@ def read_safetensors(path: Path, accepted: str) -> tuple[dict[str, Tensor], dict
     return tensors, metadata
 
 
+def weights_digest(path: Path) -> str:
+    """sha256 (hex) of the bytes of a run's weights file.
+
+    Raises:
+        SettingError: no such file, or one that cannot be read.
+    """
+    try:
+        return file_digest(path)
+    except FileNotFoundError as error:
+        raise SettingError(str(path), "no such file", _OF_A_RUN) from error
+    except OSError as error:
+        raise SettingError(str(path), "a damaged or foreign file", _OF_A_RUN) from error
+
+
 def load_weights(net: nn.Module, path: Path) -> dict[str, Any]:
     """Put a run's weights into ``net`` and return their metadata.
 
     Raises:
         SettingError: missing, damaged or altered file, or weights of another network.
     """
-    tensors, metadata = read_safetensors(path, "safetensors weights written by a training run")
+    tensors, metadata = read_safetensors(path, _OF_A_RUN)
     try:
         net.load_state_dict(tensors)
     except RuntimeError as error:
@@ -98,10 +118,10 @@ def load_weights(net: nn.Module, path: Path) -> dict[str, Any]:
 
 
 def load_weights_file(net: nn.Module, path: Path, content: Mapping[str, Any] | None = None) -> list[str]:
-    """Put the weights of a file into ``net``, strictly: every name and shape must fit.
+    """Put the weights of a file into ``net``. Every name and shape must fit.
 
-    A dictionary of the weights nested in the file (:data:`NESTED`) is found, and :data:`PREFIXES` that the
-    network does not have are removed.
+    The weights may be nested in the file under one of :data:`NESTED`. :data:`PREFIXES` that the network does
+    not have are removed.
 
     Args:
         net: what takes them.
@@ -131,7 +151,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     """What a weights file holds, on the CPU, without executing anything in it.
 
     Raises:
-        SettingError: no such file; a pickle that asks for more than tensors and plain values; damage.
+        SettingError: no such file, damage, or a pickle that asks for more than tensors and plain values.
     """
     accepted = "safetensors, or a state dict written by torch.save"
     if path.suffix == ".safetensors":

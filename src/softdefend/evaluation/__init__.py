@@ -2,17 +2,21 @@
 
 from softdefend.core.weight_files import load_weights
 from softdefend.evaluation.autoattack import Ensemble, expand
+from softdefend.evaluation.checkpoint import CheckpointSource
 from softdefend.evaluation.evaluate import Evaluator
+from softdefend.evaluation.pipeline import evaluate_checkpoint
 from softdefend.evaluation.records import AttackRecord, Evaluation, Rate, Trial
-from softdefend.evaluation.run import EvaluateSettings, evaluate_checkpoint
+from softdefend.evaluation.settings import EvaluateSettings, Requests
 
 __all__ = [
     "AttackRecord",
+    "CheckpointSource",
     "Ensemble",
     "EvaluateSettings",
     "Evaluation",
     "Evaluator",
     "Rate",
+    "Requests",
     "Trial",
     "evaluate_checkpoint",
     "expand",

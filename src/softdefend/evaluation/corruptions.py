@@ -24,11 +24,14 @@ from softdefend.core import rng
 from softdefend.core.errors import SettingError
 from softdefend.data import Split
 from softdefend.evaluation import distortions
-from softdefend.evaluation.evaluate import Rate, answers
+from softdefend.evaluation.checkpoint import Checkpoint
+from softdefend.evaluation.evaluate import answers
+from softdefend.evaluation.measurement import Measurement
+from softdefend.evaluation.records import Rate
+from softdefend.evaluation.settings import EvaluateSettings
 from softdefend.execution.modes import attacked, tf32
 
 SEVERITIES = (1, 2, 3, 4, 5)
-
 
 _Corruption = Callable[[Tensor, Any, Sequence[torch.Generator]], Tensor]
 
@@ -165,3 +168,35 @@ def evaluate_corruptions(
 
 def _corruptor(name: str, severity: int, seed: int) -> Callable[[Tensor, int], Tensor]:
     return lambda image, start: corrupt(image, name, severity, seed, first=start)
+
+
+def corruption_measurement(checkpoint: Checkpoint, settings: EvaluateSettings) -> Measurement:
+    """Accuracy of a checkpoint under every corruption and severity."""
+
+    def measure() -> dict[str, Any]:
+        return evaluate_corruptions(
+            checkpoint.net,
+            checkpoint.source.bundle.test,
+            device=checkpoint.device,
+            limit=settings.size,
+            batch_size=settings.physical_batch or settings.batch_size,
+            seed=settings.seed,
+            progress=checkpoint.source.progress,
+        )
+
+    depends_on = {"size": settings.size, "seed": settings.seed, "corruptions": list(CORRUPTIONS)}
+    return Measurement("-corruptions", depends_on, measure, corruption_table)
+
+
+def corruption_table(result: dict[str, Any]) -> str:
+    """Accuracy in per cent by corruption and severity as aligned text."""
+    table = result["corruptions"]
+    width = max(len(name) for name in (*table, "corruption"))
+    lines = [f"{'corruption':<{width}}" + "".join(f"{severity:>7}" for severity in SEVERITIES) + "   mean"]
+    lines += [
+        f"{name:<{width}}"
+        + "".join(f"{100 * rate['rate']:7.1f}" for rate in row["severities"])
+        + f"{100 * row['mean']:7.1f}"
+        for name, row in table.items()
+    ]
+    return "\n".join([*lines, f"{'mean':<{width}}{'':35}{100 * result['mean']:7.1f}"])

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from softdefend.attacks import margin
-from softdefend.core.files import write_atomic
 from softdefend.data import Resident
 from softdefend.evaluation.table import Table
 from softdefend.execution.modes import attacked, tf32
@@ -35,38 +29,21 @@ def hardest_first(table: Table, clean_margin: NDArray[np.float32], eps: float) -
     return np.asarray(order[table.right[order]], dtype=np.int64)
 
 
-def write_gallery(
-    net: nn.Module,
-    data: Resident,
-    table: Table,
-    path: Path,
-    *,
-    eps: float,
-    count: int,
-    classes: tuple[str, ...],
-    batch_size: int = 500,
-    about: Mapping[str, str] | None = None,
-) -> None:
-    """Write the ``count`` hardest and ``count`` easiest images, fewer where fewer are classified correctly.
+def choose_gallery(
+    net: nn.Module, data: Resident, table: Table, *, eps: float, count: int, batch_size: int = 500
+) -> dict[str, Tensor]:
+    """The ``count`` hardest and ``count`` easiest images, fewer where fewer are classified correctly.
 
-    The safetensors file holds, for m images in the order from hardest to easiest: ``image`` [m, c, h, w]
-    float32 in [0, 1]; ``index``, ``label``, ``prediction`` (in the worst case), ``survived`` (attacks), all
-    int64; ``distance`` (float32, infinite where no attack succeeded) and ``hard`` (uint8, 1 for the first
-    half). Its metadata names the classes, the number of attacks and the ``count`` that was asked for, and
-    holds ``about``: whose images these are.
+    Returns:
+        For m images in the order from hardest to easiest: ``image`` [m, c, h, w] float32 in [0, 1];
+        ``index``, ``label``, ``prediction`` (in the worst case), ``survived`` (attacks), all int64;
+        ``distance`` (float32, infinite where no attack succeeded) and ``hard`` (uint8, 1 for the first half).
     """
-    n = len(table.label)
-    with torch.no_grad(), attacked(net, "eval"), tf32(False):
-        margins = [
-            -margin(net(batch.image).float(), batch.label).cpu()
-            for index in torch.split(torch.arange(n, device=data.labels.device), batch_size)
-            for batch in [data.take(index)]
-        ]
-    order = hardest_first(table, torch.cat(margins).numpy(), eps)
+    order = hardest_first(table, _clean_margins(net, data, len(table.label), batch_size), eps)
     half = min(count, len(order) // 2)
     chosen = np.concatenate([order[:half], order[len(order) - half :]])
-    tensors: dict[str, Tensor] = {
-        "image": data.take(torch.from_numpy(chosen).to(data.labels.device)).image.cpu().contiguous(),
+    tensors = {
+        "image": data.take(torch.from_numpy(chosen).to(data.labels.device)).image.cpu(),
         "index": torch.from_numpy(chosen),
         "hard": (torch.arange(2 * half) < half).to(torch.uint8),
     }
@@ -77,5 +54,16 @@ def write_gallery(
         ("distance", table.smallest_distance),
     ):
         tensors[name] = torch.from_numpy(column[chosen].copy())
-    metadata = {"classes": json.dumps(classes), "attacks": str(len(table.attacks)), "asked": str(count)}
-    write_atomic(path, to_safetensors(tensors, metadata={**(about or {}), **metadata}))
+    return tensors
+
+
+@torch.no_grad()
+def _clean_margins(net: nn.Module, data: Resident, n: int, batch_size: int) -> NDArray[np.float32]:
+    """How far the label's logit is above the best other one, of the first n samples."""
+    with attacked(net, "eval"), tf32(False):
+        margins = [
+            -margin(net(batch.image).float(), batch.label).cpu()
+            for index in torch.split(torch.arange(n, device=data.labels.device), batch_size)
+            for batch in [data.take(index)]
+        ]
+    return np.asarray(torch.cat(margins).numpy())

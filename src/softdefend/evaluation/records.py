@@ -92,8 +92,8 @@ class AttackRecord:
 
     @classmethod
     def of(cls, trials: Mapping[str, Trial], label: Tensor, clean: Tensor, ensemble: bool) -> AttackRecord:
-        """From trials in order; of several, a sample's image is that of the last one that attacked it, which
-        is the one that fooled the network where one did. A sample never attacked stands as it is."""
+        """From trials in order. A sample's image is that of the last trial that attacked it, which is the one
+        that fooled the network where one did. A sample that was never attacked keeps its clean prediction."""
         prediction, distance = clean.clone(), torch.zeros(len(label), dtype=torch.float32)
         for trial in trials.values():
             prediction = torch.where(trial.attacked, trial.prediction, prediction)

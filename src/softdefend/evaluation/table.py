@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,12 +63,13 @@ class Table:
 
     @property
     def worst_prediction(self) -> NDArray[np.int64]:
-        """What the network says in the worst case, [n]: the wrong class of the clean image, else that of the
+        """The predicted class in the worst case, [n]: the wrong class of the clean image, else that of the
         first attack that succeeded, else the label."""
-        said = self.clean_prediction.copy()
+        prediction = self.clean_prediction.copy()
         for columns in self.attacks.values():
-            said = np.where((said == self.label) & ~columns.robust, columns.prediction, said)
-        return said
+            right = prediction == self.label
+            prediction = np.where(right & ~columns.robust, columns.prediction, prediction)
+        return prediction
 
     @property
     def survived(self) -> NDArray[np.int64]:
@@ -121,3 +122,32 @@ def _filled(column: pa.ChunkedArray) -> NDArray[Any]:
     """A column as an array; null (a sample that a member was not given) is False or 0."""
     nothing = False if pa.types.is_boolean(column.type) else 0
     return np.asarray(column.fill_null(nothing).to_numpy())
+
+
+def after_each(result: Mapping[str, Any], table: Table | None) -> list[tuple[str, int, float]]:
+    """(attack, samples still right, its seconds), clean first, one attack upon the other.
+
+    An ensemble appears as its members.
+
+    Args:
+        result: ``evaluation/NAME.json``.
+        table: ``evaluation/NAME.parquet``; needed where there are several attacks.
+
+    Raises:
+        SettingError: several attacks and no table to intersect them in.
+    """
+    rows = _rows(result["attacks"])
+    if table is not None:
+        counts = [count for _, count in table.after_each()]
+    elif len(result["attacks"]) > 1:
+        raise SettingError("table", "none", "the evaluation's .parquet file beside its .json")
+    else:
+        counts = [int(row["count"]) for row in (result["clean"], *rows)]
+    clock = [("clean", 0.0), *((str(row["name"]), float(row["seconds"])) for row in rows)]
+    return [(name, count, seconds) for (name, seconds), count in zip(clock, counts, strict=True)]
+
+
+def _rows(attacks: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What the JSON has of each attack, and of each member of an ensemble."""
+    parts = [attack.get("members") or [{**attack, "name": name}] for name, attack in attacks.items()]
+    return [row for part in parts for row in part]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softdefend.evaluation.exchange import after_each
 from softdefend.evaluation.table import Table as PredictionTable
+from softdefend.evaluation.table import after_each
 from softdefend.report.comparison import Comparison
 from softdefend.report.content import (
     Block,

@@ -127,8 +127,10 @@ class CheckpointFolder:
         return path
 
     def abandon(self, step: int) -> None:
-        """Move the checkpoints of later steps into ``abandoned/``, as the run goes on from ``step``. They must
-        not count as the newest, nor crowd out new ones."""
+        """Move the checkpoints of later steps into ``abandoned/``, as the run goes on from ``step``.
+
+        They must not count as the newest, nor crowd out new ones.
+        """
         for path in self.paths():
             if step_of(path) > step:
                 move(path, self.folder / "abandoned" / path.name)

@@ -57,8 +57,8 @@ LOOK = 64
 """Images that these checks look at."""
 
 
-def behavior(probe: Probe) -> list[Finding]:
-    """All checks but :func:`changing`, on the first 64 images. Cost: about 15 forwards of each."""
+def check_behavior(probe: Probe) -> list[Finding]:
+    """All checks but :func:`check_changing`, on the first 64 images. Cost: about 15 forwards of each."""
     few = probe.only(torch.arange(min(LOOK, len(probe)), device=probe.device))
     with seeded(few), torch.no_grad():
         first = few.forward(few.images)
@@ -82,12 +82,12 @@ def seeded(probe: Probe, draw: int = 0) -> Iterator[None]:
 
 
 def first_look(probe: Probe) -> Tensor:
-    """Logits of the first 64 images under the first draw, one batch: what :func:`changing` compares with."""
+    """Logits of the first 64 images in one batch, which :func:`check_changing` compares with later ones."""
     with seeded(probe), torch.no_grad():
         return probe.forward(probe.images[:LOOK])
 
 
-def changing(probe: Probe, first: Tensor) -> Finding:
+def check_changing(probe: Probe, first: Tensor) -> Finding:
     """The same forward a few times over, against the one before all other checks."""
     return CHANGING.of(max(_apart(first, first_look(probe)) for _ in range(5)))
 

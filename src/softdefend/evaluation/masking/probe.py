@@ -4,16 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from softdefend.attacks import Attack, AttackLoss
+from softdefend.attacks import AttackLoss
 from softdefend.core import rng
 from softdefend.core.threat import ThreatModel
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Maps logits [b, k] and labels [b] to a loss [b]."""
+
+
+class Perturbation(Protocol):
+    """What the audit runs: an attack, or something that is called like one."""
+
+    @property
+    def name(self) -> str:
+        """Of its random stream."""
+        ...
+
+    def __call__(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        image: Tensor,
+        label: Tensor,
+        threat: ThreatModel,
+        /,
+        *,
+        loss: AttackLoss | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Adversarial images [b, c, h, w] of images [b, c, h, w] with labels [b]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +70,7 @@ class Probe:
 
     @property
     def reach(self) -> float:
-        """How far one pixel moves where all move alike to the ball's surface."""
+        """How far each pixel moves where all move equally far to the surface of the ball."""
         eps = float(self.threat.eps)
         return eps if self.threat.norm == "linf" else eps / self.images[0].numel() ** 0.5
 
@@ -54,25 +78,12 @@ class Probe:
         """With only these images, by a mask [n] or positions."""
         return replace(self, images=self.images[which], labels=self.labels[which])
 
-    def within(self, threat: ThreatModel) -> Probe:
-        """Under another threat model."""
-        return replace(self, threat=threat)
-
     def generator(self, name: str, step: int = 0) -> torch.Generator:
         """The stream of one check."""
         return rng.stream(self.seed, f"audit/{name}", step=step, device=self.device)
 
-    def signs(self, name: str, step: int = 0) -> Tensor:
-        """A random corner direction for each image, entries -1 or 1, [n, c, h, w]."""
-        noise = torch.rand(self.images.shape, generator=self.generator(name, step), device=self.device)
-        return torch.where(noise < 0.5, -1.0, 1.0)
-
-    def start(self, name: str) -> Tensor:
-        """Each image at a uniform random point of its ball, inside the box."""
-        return self.threat.random_start(self.images, self.generator(name)).clamp(0, 1)
-
     def forward(self, image: Tensor) -> Tensor:
-        """Logits [b, k] float32. Without a gradient path they get one of zeros, so that attacks can run."""
+        """Logits [b, k] float32. Logits without a gradient get one of zeros, so that attacks can run."""
         logits: Tensor = self.net(image)
         logits = logits.float()
         if not image.requires_grad:
@@ -102,7 +113,7 @@ class Probe:
 
     def attacked(
         self,
-        attack: Attack,
+        attack: Perturbation,
         *,
         loss: Callable[[Tensor], AttackLoss] | None = None,
         name: str = "",
@@ -134,3 +145,14 @@ class Probe:
     def fooled(self, adversarial: Tensor) -> Tensor:
         """Which images are classified wrongly, [n] bool."""
         return self.logits(adversarial).argmax(1) != self.labels
+
+
+def random_signs(probe: Probe, name: str, step: int = 0) -> Tensor:
+    """A random corner direction for each image, entries -1 or 1, [n, c, h, w]."""
+    noise = torch.rand(probe.images.shape, generator=probe.generator(name, step), device=probe.device)
+    return torch.where(noise < 0.5, -1.0, 1.0)
+
+
+def random_start(probe: Probe, name: str) -> Tensor:
+    """Each image at a uniform random point of its ball, inside the box."""
+    return probe.threat.random_start(probe.images, probe.generator(name)).clamp(0, 1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,12 @@ from tqdm import tqdm
 
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import ThreatModel
-from softdefend.evaluation.masking import attempts, behavior, surface
-from softdefend.evaluation.masking.finding import Audit, Finding
+from softdefend.evaluation.masking import attack_comparisons, behavior, surface
+from softdefend.evaluation.masking.finding import Audit, Check, Finding
 from softdefend.evaluation.masking.probe import Probe
 from softdefend.execution.modes import attacked, tf32
 
-CHECKS = (*behavior.CHECKS, *surface.CHECKS, *attempts.CHECKS)
+CHECKS = (*behavior.CHECKS, *surface.CHECKS, *attack_comparisons.CHECKS)
 """Everything that an audit looks at."""
 
 
@@ -75,14 +76,16 @@ def _findings(probe: Probe, right: Probe, surrogate: nn.Module | None, progress:
     """Behavior on all images, the rest on those classified correctly."""
     first = behavior.first_look(probe)
     why = _nothing_to_attack(probe, right)
+
+    def unless(checks: Sequence[Check], make: Callable[[], list[Finding]]) -> list[Finding]:
+        return [check.skipped(why) for check in checks] if why else make()
+
+    compare = partial(attack_comparisons.compare_attacks, right, surrogate)
     stages: list[tuple[str, Callable[[], list[Finding]]]] = [
-        ("behavior", lambda: behavior.behavior(probe)),
-        ("surface", lambda: [c.skipped(why) for c in surface.CHECKS] if why else surface.surface(right)),
-        (
-            "attacks",
-            lambda: [c.skipped(why) for c in attempts.CHECKS] if why else attempts.attempts(right, surrogate),
-        ),
-        ("repeat", lambda: [behavior.changing(probe, first)]),
+        ("behavior", lambda: behavior.check_behavior(probe)),
+        ("surface", lambda: unless(surface.CHECKS, lambda: surface.check_surface(right))),
+        ("attacks", lambda: unless(attack_comparisons.CHECKS, compare)),
+        ("repeat", lambda: [behavior.check_changing(probe, first)]),
     ]
     findings = []
     with tqdm(stages, desc="audit", leave=False, disable=None if progress else True) as bar:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softdefend.attacks import cross_entropy, dlr, margin
 from softdefend.evaluation.masking.finding import Check, Finding
-from softdefend.evaluation.masking.probe import Loss, Probe
+from softdefend.evaluation.masking.probe import Loss, Probe, random_signs, random_start
 from softdefend.evaluation.preflight import usual_lead
 
 _ATHALYE = "Athalye et al. 2018, arXiv 1802.00420"
@@ -111,18 +111,18 @@ EPSILON = torch.finfo(torch.float32).eps
 GRID, HALVINGS = 33, 12
 
 
-def surface(probe: Probe) -> list[Finding]:
+def check_surface(probe: Probe) -> list[Finding]:
     """All checks but :func:`convergence`; at least one image.
 
     Cost: about 70 forwards and 8 gradients of each image, and 45 forwards more of 128 images on lines.
     """
-    gap = _gap(probe)
+    lead = _lead(probe)
     return [
         _path(probe),
         _lost(CE, cross_entropy, probe),
         _lost(DLR, dlr, probe),
-        LARGE.of(gap),
-        SMALL.of(gap),
+        LARGE.of(lead),
+        SMALL.of(lead),
         _finite(probe),
         _nearby(probe),
         _jumps(probe),
@@ -145,19 +145,20 @@ def _lost(check: Check, loss: Loss, probe: Probe) -> Finding:
     """At the images and at a random start, where attacks begin; not where that start fools the network: the
     DLR is constant where the true class is third."""
     lost = torch.zeros(len(probe), dtype=torch.bool, device=probe.device)
-    for where in (probe.images, probe.start("gradients")):
+    for where in (probe.images, random_start(probe, "gradients")):
         grad = probe.gradient(loss, where).flatten(1)
         lost |= ((grad == 0).all(1) | ~grad.isfinite().all(1)) & ~probe.fooled(where)
     return check.of_flags(lost)
 
 
-def _gap(probe: Probe) -> float:
+def _lead(probe: Probe) -> float:
+    """How far the true logit is above the best other one: the median."""
     return float(probe.values(margin, probe.images).neg().median())
 
 
 def _inside(probe: Probe, room: float) -> Tensor:
     """Random points of the balls with ``room`` on either side in every pixel."""
-    return probe.start("inside").clamp(room, 1 - room)
+    return random_start(probe, "inside").clamp(room, 1 - room)
 
 
 def _finite(probe: Probe) -> Finding:
@@ -178,7 +179,7 @@ def _finite(probe: Probe) -> Finding:
     step = step.view(-1, 1, 1, 1)
     measured, claimed = [], []
     for number in range(DIRECTIONS):
-        direction = probe.signs("finite", number)
+        direction = random_signs(probe, "finite", number)
         ahead = probe.values(margin, here + step * direction)
         behind = probe.values(margin, here - step * direction)
         measured.append((ahead - behind) / (2 * step.flatten()))
@@ -199,7 +200,7 @@ def _nearby(probe: Probe) -> Finding:
     """A twentieth of eps apart on average, by another length in each pixel: no wave can keep step with it."""
     here = _inside(probe, min(probe.reach / 4, 0.25))
     length = torch.rand(here.shape, generator=probe.generator("nearby-length"), device=probe.device)
-    there = here + probe.reach / 10 * length * probe.signs("nearby")
+    there = here + probe.reach / 10 * length * random_signs(probe, "nearby")
     grads = [probe.gradient(margin, where).flatten(1) for where in (here, there)]
     return NEARBY.of(float(_correlation(*grads).median()))
 
@@ -208,7 +209,7 @@ def _jumps(probe: Probe) -> Finding:
     """Towards a corner of a ball of four times eps, and towards an image of another class."""
     drawn = torch.randperm(len(probe), generator=probe.generator("jumps-images"), device=probe.device)
     few = probe.only(drawn[:SEGMENTS].sort().values)
-    corner = (few.images + 4 * few.reach * few.signs("jumps")).clamp(0, 1)
+    corner = (few.images + 4 * few.reach * random_signs(few, "jumps")).clamp(0, 1)
     found = [jump(few, few.images, corner)]
     other = _of_another_class(few.labels)
     if other is not None:
@@ -274,7 +275,7 @@ def _flat(probe: Probe) -> Finding:
     here = probe.values(margin, probe.images)
     near, far = probe.reach / 20, probe.reach
     up = probe.gradient(margin, probe.images).nan_to_num(0, 0, 0).sign()
-    directions = [up, *(probe.signs("flat", number) for number in range(4))]
+    directions = [up, *(random_signs(probe, "flat", number) for number in range(4))]
     slopes = []
     for reach in (near, far):
         moved = [probe.values(margin, (probe.images + reach * d).clamp(0, 1)) - here for d in directions]
@@ -288,7 +289,7 @@ def _pinned(probe: Probe) -> Finding:
     here = probe.values(margin, probe.images)
     both = []
     for number in range(8):
-        step = probe.reach / 10 * probe.signs("pinned", number)
+        step = probe.reach / 10 * random_signs(probe, "pinned", number)
         ahead, behind = (probe.values(margin, probe.images + side * step) for side in (1, -1))
         both.append((ahead > here) & (behind > here))
     return PINNED.of(float(torch.stack(both).float().mean()))

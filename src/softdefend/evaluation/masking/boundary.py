@@ -1,7 +1,7 @@
-"""A walk along the decision border, begun on its far side: does it end nearer than attacks from the image?
+"""A walk along the decision boundary, begun on its far side: does it end nearer than attacks from the image?
 
-What lies between an image and the border may lead every attack astray. On the border itself nothing can:
-there the gradient of the margin is at right angles to the border, or it is not the margin's gradient.
+What lies between an image and the boundary may lead every attack astray. On the boundary itself nothing can:
+there the gradient of the margin is at right angles to the boundary, or it is not the margin's gradient.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from softdefend.attacks.fab import to_hyperplane
 from softdefend.evaluation.masking.finding import Check
 from softdefend.evaluation.masking.probe import Probe
 
-BORDER = Check(
+BOUNDARY = Check(
     "border",
     0.12,
     "above",
     "Brendel et al. 2018, arXiv 1712.04248; Croce & Hein 2020, arXiv 1907.02044",
-    "A walk along the border, begun at images of other classes, ends inside the ball where attacks from the "
-    "image find nothing: its surroundings lead them astray.",
+    "A walk along the decision boundary, begun at images of other classes, ends inside the ball where "
+    "attacks from the image find nothing: its surroundings lead them astray.",
     share=True,
 )
 
@@ -28,11 +28,11 @@ STARTS, STEPS, HALVINGS = 5, 5, 6
 
 
 @torch.no_grad()
-def walked(probe: Probe, others: Probe) -> Tensor:
-    """Which images a walk along the border fools, [n] bool.
+def walk_boundary(probe: Probe, others: Probe) -> Tensor:
+    """Which images a walk along the decision boundary fools, [n] bool.
 
-    It begins where the line to one of the nearest images of other classes crosses the border. Each step goes
-    to the point next to the image on the border as it is linearised there, and back to the border itself.
+    It begins where the line to one of the nearest images of other classes crosses the boundary. Each step
+    goes to the point of the linearized boundary that is next to the image, and back to the boundary itself.
     Cost: at most 265 forwards and 25 gradients of each image.
 
     Args:
@@ -53,21 +53,23 @@ def walked(probe: Probe, others: Probe) -> Tensor:
 def _walk(probe: Probe, beyond: Tensor) -> Tensor:
     """One walk for each image, from a wrong point [n, c, h, w] on; which images [n] it fools."""
     image, norm = probe.images, probe.threat.norm
-    point = _border(probe, image, beyond, 2 * HALVINGS)
+    point = _bisect(probe, image, beyond, 2 * HALVINGS)
     found = probe.fooled(probe.threat.project(image, point))
     for _ in range(STEPS):
         slope = probe.gradient(margin, point).nan_to_num(0, 0, 0).flatten(1)
-        # What the margin is at the image as the border sees it: it is next to nothing at the point.
+        # The linearized margin at the image: at the point itself the margin is next to nothing.
         gap = (slope * (image - point).flatten(1)).sum(1)
-        aim = (image + to_hyperplane(image.flatten(1), slope, gap, norm).view_as(image)).clamp(0, 1)
-        wrong = probe.fooled(aim).view(-1, 1, 1, 1)
-        point = _border(probe, torch.where(wrong, image, aim), torch.where(wrong, aim, point), HALVINGS)
+        next_point = image + to_hyperplane(image.flatten(1), slope, gap, norm).view_as(image)
+        next_point = next_point.clamp(0, 1)
+        wrong = probe.fooled(next_point).view(-1, 1, 1, 1)
+        right_end = torch.where(wrong, image, next_point)
+        point = _bisect(probe, right_end, torch.where(wrong, next_point, point), HALVINGS)
         found |= probe.fooled(probe.threat.project(image, point))
     return found
 
 
-def _border(probe: Probe, right: Tensor, wrong: Tensor, halvings: int) -> Tensor:
-    """The wrong end of the interval that is left of lines from right to wrong points, [n, c, h, w]."""
+def _bisect(probe: Probe, right: Tensor, wrong: Tensor, halvings: int) -> Tensor:
+    """Points just beyond the boundary on lines from right to wrong points, [n, c, h, w]."""
     for _ in range(halvings):
         middle = (right + wrong) / 2
         beyond = probe.fooled(middle).view(-1, 1, 1, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from softdefend.core.digest import file_digest
 from softdefend.core.errors import SettingError
-from softdefend.core.weight_files import load_weights_file, read_weights, save_weights
-from softdefend.evaluation.third_party import load_network
+from softdefend.core.weight_files import load_weights_file, read_weights, save_weights, weights_digest
 
 
 def make_net(seed: int = 0) -> nn.Sequential:
@@ -194,26 +193,6 @@ def test_truncated_files_are_refused(tmp_path):
                 load_weights_file(make_net(), path)
 
 
-def test_the_factory_is_called_and_its_faults_are_the_flags(tmp_path, monkeypatch):
-    (tmp_path / "nets_from_outside.py").write_text(
-        "from torch import nn\n"
-        "def make(num_classes, in_channels):\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(4 * in_channels, num_classes))\n"
-        "text = 'no network'\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "nets_from_outside", raising=False)
-    theirs = nn.Sequential(nn.Flatten(), nn.Linear(8, 5))
-    torch.save(theirs.state_dict(), tmp_path / "w.pt")
-    net, notes = load_network("nets_from_outside:make", tmp_path / "w.pt", num_classes=5, in_channels=2)
-    assert notes == []
-    assert equal(net, theirs)
-    assert not net.training
-    for wrong in ("nets_from_outside:text", "nets_from_outside:none", "no_such_module:make", "make"):
-        with pytest.raises(SettingError, match=r"^--model: got"):
-            load_network(wrong, tmp_path / "w.pt", num_classes=5, in_channels=2)
-
-
 def test_weights_are_written_once_and_tied_ones_too(tmp_path):
     net = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
     net[1].weight = net[0].weight
@@ -228,3 +207,12 @@ def test_weights_are_written_once_and_tied_ones_too(tmp_path):
     nn.init.zeros_(net[0].bias)
     save_weights(net, path, {})
     assert path.stat().st_mtime_ns > 1
+
+
+def test_the_digest_is_that_of_the_bytes_and_a_file_that_is_not_there_is_refused(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_weights(make_net(), path, {"epoch": 1})
+    assert weights_digest(path) == file_digest(path)
+    for wrong, given in ((tmp_path / "none", "no such file"), (tmp_path, "a damaged or foreign file")):
+        with pytest.raises(SettingError, match=rf"{wrong}: got {given}; accepted: safetensors weights"):
+            weights_digest(wrong)

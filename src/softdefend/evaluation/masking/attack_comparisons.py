@@ -1,20 +1,21 @@
-"""Do attacks behave as they should? More effort, more room, less knowledge against the white-box attack."""
+"""Do attacks behave as they should? White-box PGD against more effort, larger balls, less knowledge."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from softdefend.attacks import APGD, FGSM, PGD, Attack, AttackLoss, Square, cross_entropy
-from softdefend.attacks.base import Forward, Randomness, larger
+from softdefend.attacks import APGD, FGSM, PGD, AttackLoss, Square, cross_entropy
+from softdefend.attacks.base import larger
 from softdefend.core.threat import LARGEST, Budget, ThreatModel
-from softdefend.evaluation.masking.border import BORDER, walked
+from softdefend.evaluation.masking.boundary import BOUNDARY, walk_boundary
 from softdefend.evaluation.masking.finding import Check, Finding
-from softdefend.evaluation.masking.probe import Probe
+from softdefend.evaluation.masking.probe import Probe, random_signs
 from softdefend.evaluation.masking.surface import FOSC, convergence
 
 _ATHALYE = "Athalye et al. 2018, arXiv 1802.00420"
@@ -94,12 +95,12 @@ TRANSFER = Check(
     share=True,
 )
 
-CHECKS = (TEMPERATURE, SINGLE, STEPS, RESTARTS, FOSC, WIDER, HUGE, NOISE, BLACK, BORDER, TRANSFER)
+CHECKS = (TEMPERATURE, SINGLE, STEPS, RESTARTS, FOSC, WIDER, HUGE, NOISE, BLACK, BOUNDARY, TRANSFER)
 
 STEP_COUNT, QUERIES, NOISES = 20, 300, 50
 
 
-def attempts(probe: Probe, surrogate: nn.Module | None = None) -> list[Finding]:
+def compare_attacks(probe: Probe, surrogate: nn.Module | None = None) -> list[Finding]:
     """All comparisons of attacks, in the order of ``CHECKS``; at least one image.
 
     The white-box attack is PGD-20 on the cross-entropy and, where it fails, APGD-20 on the
@@ -122,7 +123,7 @@ def attempts(probe: Probe, surrogate: nn.Module | None = None) -> list[Finding]:
         rescaled = also(left.fooled(left.attacked(short, loss=scaled)))
         single = also(left.fooled(left.attacked(FGSM())))
         longer = also(left.fooled(_further(left, reached[~by_pgd], 4 * STEP_COUNT)))
-        again = also(left.fooled(left.attacked(_Loudest(short), name="again")))
+        again = also(left.fooled(left.attacked(_LargestLoss(short), name="again")))
         stationary = convergence(left, reached[~by_pgd])
         by_dlr = also(left.fooled(left.attacked(APGD(steps=STEP_COUNT, loss="dlr"))))
     else:
@@ -149,7 +150,7 @@ def _only_by(check: Check, stronger: Tensor, weaker: Tensor) -> Finding:
 
 
 def _further(probe: Probe, adversarial: Tensor, steps: int) -> Tensor:
-    """More steps of PGD from where it ended, so that a lucky start is not taken for slow progress."""
+    """More steps of PGD from where it ended. A new start could be a lucky one, which is no slow progress."""
     step_size = float(probe.threat.eps) / 4
     for _ in range(steps):
         grad = probe.gradient(cross_entropy, adversarial).nan_to_num(0, 0, 0)
@@ -158,33 +159,37 @@ def _further(probe: Probe, adversarial: Tensor, steps: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Loudest(Attack):
-    """Of four starts the one of largest loss, whether it fools the network or not: how much the landscape
-    differs from start to start. Many images of honest networks of low accuracy fall to *any* of four."""
+class _LargestLoss:
+    """Of four starts the one with the largest loss, whether it fools the network or not.
+
+    It shows how much the loss differs from start to start. Whether *any* of four starts fools the network
+    would show less: many images of honest networks of low accuracy fall to one of them.
+    """
 
     attack: PGD
     starts: ClassVar[int] = 4
-    randomness: ClassVar[Randomness] = "batch"
 
     @property
     def name(self) -> str:
+        """Of its random stream."""
         return f"{self.attack.name}x{self.starts}"
 
     def __call__(
         self,
-        forward: Forward,
+        forward: Callable[[Tensor], Tensor],
         image: Tensor,
-        target: Tensor,
+        label: Tensor,
         threat: ThreatModel,
         *,
         loss: AttackLoss | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        best, value = image, torch.full_like(target, -torch.inf, dtype=torch.float32)
+        """Adversarial images [b, c, h, w]."""
+        best, value = image, torch.full_like(label, -torch.inf, dtype=torch.float32)
         for _ in range(self.starts):
-            found = self.attack(forward, image, target, threat, loss=loss, generator=generator)
+            found = self.attack(forward, image, label, threat, loss=loss, generator=generator)
             with torch.no_grad():
-                best, value = larger(found, cross_entropy(forward(found), target), best, value)
+                best, value = larger(found, cross_entropy(forward(found), label), best, value)
         return best
 
 
@@ -195,12 +200,16 @@ def _at_temperature(size: float, label: Tensor) -> AttackLoss:
 
 def _within(probe: Probe, eps: float) -> Probe:
     """The probe in another ball, or the largest that a threat model takes."""
-    return probe.within(ThreatModel(probe.threat.norm, Budget(min(eps, LARGEST[probe.threat.norm]))))
+    norm = probe.threat.norm
+    return replace(probe, threat=ThreatModel(norm, Budget(min(eps, LARGEST[norm]))))
 
 
 def _huge(probe: Probe) -> Finding:
-    """Survivors in a ball of half the diameter of the image space (l2: at most 20), among images for which it
-    is known that something in it fools the network: uniform gray is in the ball and gets another class."""
+    """Survivors in a ball of half the diameter of the image space (l2: at most 20).
+
+    Only among images for which it is known that something in the ball fools the network: uniform gray is in
+    it and gets another class.
+    """
     side = 1.0 if probe.threat.norm == "linf" else probe.images[0].numel() ** 0.5
     huge = _within(probe, side / 2)
     gray = torch.full_like(probe.images, 0.5)
@@ -217,18 +226,18 @@ def _huge(probe: Probe) -> Finding:
 
 
 def _from_elsewhere(probe: Probe, white: Tensor, surrogate: nn.Module | None) -> list[Finding]:
-    """Noise, Square, a walk along the border and transfer, on the images that no gradient attack fooled."""
+    """Noise, Square, a walk along the boundary and transfer, on the images that no gradient attack fooled."""
     left = probe.only(~white)
-    noise, black, border, moved = (torch.zeros_like(white) for _ in range(4))
+    noise, black, walked, moved = (torch.zeros_like(white) for _ in range(4))
     if len(left):
         fooled = torch.zeros(len(left), dtype=torch.bool, device=left.device)
         for number in range(NOISES):
-            corner = left.images + left.reach * left.signs("noise", number)
+            corner = left.images + left.reach * random_signs(left, "noise", number)
             fooled |= left.fooled(left.threat.project(left.images, corner))
         noise[~white] = fooled
         black[~white] = left.fooled(left.attacked(Square(queries=QUERIES)))
-        border[~white] = walked(left, probe)
-    findings = [NOISE.of_flags(noise), BLACK.of_flags(black), BORDER.of_flags(border)]
+        walked[~white] = walk_boundary(left, probe)
+    findings = [NOISE.of_flags(noise), BLACK.of_flags(black), BOUNDARY.of_flags(walked)]
     if surrogate is None:
         return [*findings, TRANSFER.skipped("No surrogate network was given.")]
     if len(left):

@@ -1,7 +1,6 @@
-"""Results in the forms that others read: RobustBench's ``model_info`` JSON and AutoAttack's log lines.
+"""An evaluation as RobustBench's ``model_info`` JSON.
 
-Written from the files of RobustBench/robustbench (commit 78fcc9e, ``model_info/`` and ``utils.py``) and the
-log of fra31/auto-attack (commit a392200, ``autoattack.py``).
+Written from the files of RobustBench/robustbench (commit 78fcc9e, ``model_info/`` and ``utils.py``).
 """
 
 from __future__ import annotations
@@ -39,11 +38,10 @@ FIELDS: dict[str, Any] = {
 RobustBench takes the presence of ``external`` for a number."""
 
 _DATASETS = {"cifar-10-batches-py": "cifar10", "cifar-100-python": "cifar100"}
-_NORMS = {"linf": "Linf", "l2": "L2"}
 
 
 def check_standard(attacks: Mapping[str, Any] | tuple[str, ...], n: int, full: int, precision: str) -> None:
-    """Refuse what ``autoattack_acc`` may not stand for.
+    """Refuse an evaluation that ``autoattack_acc`` does not stand for.
 
     Args:
         attacks: names of the attacks.
@@ -63,7 +61,7 @@ def check_standard(attacks: Mapping[str, Any] | tuple[str, ...], n: int, full: i
         raise SettingError("--robustbench", f"an evaluation with precision {precision}", accepted)
 
 
-def robustbench(
+def model_info(
     result: Mapping[str, Any],
     table: Table | None,
     *,
@@ -118,7 +116,7 @@ def robustbench(
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two fields are the same number; published files hold numbers and ratios as text."""
+    """Whether two fields are the same number. Published files hold numbers and ratios as text."""
     try:
         return float(Budget(one)) == float(Budget(other))
     except SettingError:
@@ -126,10 +124,10 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def read_known(path: Path) -> dict[str, Any]:
-    """What an earlier file says; empty where there is none.
+    """The fields of an earlier file; empty where there is none.
 
     Raises:
-        SettingError: something else stands there.
+        SettingError: a file that is no JSON object.
     """
     if not path.exists():
         return {}
@@ -140,63 +138,6 @@ def read_known(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SettingError("--robustbench", f"{path}, which holds no object", "a new or a JSON file")
     return content
-
-
-def log_lines(result: Mapping[str, Any], table: Table | None) -> list[str]:
-    """The evaluation in the lines that AutoAttack logs: accuracy at first, after each attack, at the end.
-
-    The lines of single batches and of the adversarial images' range are left out: an evaluation keeps
-    neither.
-    """
-    steps = after_each(result, table)
-    n = result["n"]
-    names = [name for name, _, _ in steps[1:]]
-    ensembles = {ENSEMBLE: "standard", f"{ENSEMBLE}-plus": "plus", f"{ENSEMBLE}-rand": "rand"}
-    version = "standard" if names == list(STANDARD) else "custom"
-    if len(result["attacks"]) == 1:
-        version = ensembles.get(next(iter(result["attacks"])), version)
-    lines = [
-        f"using {version} version including {', '.join(names)}.",
-        f"initial accuracy: {steps[0][1] / n:.2%}",
-    ]
-    total = 0.0
-    for name, count, seconds in steps[1:]:
-        total += seconds
-        lines.append(f"robust accuracy after {name.upper()}: {count / n:.2%} (total time {total:.1f} s)")
-    if table is not None and table.attacks:
-        # As in the original, an image that no attack fooled has not been moved.
-        moved = (columns.distance[table.right & ~columns.robust] for columns in table.attacks.values())
-        largest = max(float(distances.max(initial=0.0)) for distances in moved)
-        lines.append(f"max {_NORMS[result['norm']]} perturbation: {largest:.5f}")
-    lines.append(f"robust accuracy: {steps[-1][1] / n:.2%}")
-    return lines
-
-
-def after_each(result: Mapping[str, Any], table: Table | None) -> list[tuple[str, int, float]]:
-    """(attack, samples still right, its seconds), clean first, one attack upon the other.
-
-    An ensemble appears as its members.
-
-    Raises:
-        SettingError: several attacks and no table to intersect them in.
-    """
-    clock = [("clean", 0.0), *_clock(result["attacks"])]
-    counts = [count for _, count in table.after_each()] if table else _counts_of_one(result)
-    return [(name, count, seconds) for (name, seconds), count in zip(clock, counts, strict=True)]
-
-
-def _clock(attacks: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Seconds of each attack, and of each member of an ensemble."""
-    parts = [attack.get("members") or [{**attack, "name": name}] for name, attack in attacks.items()]
-    return [(str(one["name"]), float(one["seconds"])) for part in parts for one in part]
-
-
-def _counts_of_one(result: Mapping[str, Any]) -> list[int]:
-    attacks = list(result["attacks"].values())
-    if len(attacks) > 1:
-        raise SettingError("table", "none", "the evaluation's .parquet file beside its .json")
-    each = [attack.get("members") or [{"robust": attack}] for attack in attacks]
-    return [int(result["clean"]["count"]), *(int(one["robust"]["count"]) for part in each for one in part)]
 
 
 def _ensemble_count(result: Mapping[str, Any], table: Table | None) -> int:

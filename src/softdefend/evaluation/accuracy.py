@@ -1,0 +1,200 @@
+"""Accuracy of a checkpoint on clean images and under attack: overall, by class, and against eps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from softdefend.attacks import PGD
+from softdefend.core.environment import versions
+from softdefend.core.files import write_atomic
+from softdefend.core.store import plain
+from softdefend.core.threat import LARGEST, Budget, ThreatModel
+from softdefend.evaluation.autoattack import averages_draws, parse
+from softdefend.evaluation.checkpoint import Checkpoint
+from softdefend.evaluation.evaluate import Evaluator, cost_line
+from softdefend.evaluation.records import Evaluation, Rate
+from softdefend.evaluation.resume import StateFile
+from softdefend.evaluation.settings import EvaluateSettings
+from softdefend.execution.batches import images_at_once
+
+_log = logging.getLogger(__name__)
+
+CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+"""Multiples of the trained eps at which the robust-accuracy curve is measured."""
+SAVE_EVERY = 30.0
+"""Least seconds between two saves. AutoAttack's members save within a group of batches, all other attacks at
+its end: a killed evaluation begins such a group again."""
+_WITHOUT_EFFECT = ("physical_batch", "compile", "examples")
+"""Settings that change no figure but by rounding. With another value of these it is the same evaluation."""
+
+
+def accuracy_inputs(checkpoint: Checkpoint, settings: EvaluateSettings) -> dict[str, Any]:
+    """What accuracies are a function of, for the result store."""
+    known = {name: value for name, value in asdict(settings).items() if name not in _WITHOUT_EFFECT}
+    return checkpoint.inputs(known)
+
+
+def evaluate_attacks(checkpoint: Checkpoint, settings: EvaluateSettings) -> dict[str, Any]:
+    """Clean accuracy and accuracy under each attack, from the file where it is there already.
+
+    A file that holds more than is asked for, further attacks or more images, will do.
+
+    Returns:
+        What stands in ``evaluation/NAME.json``.
+    """
+    result = find_accuracies(checkpoint, settings)
+    if result is None:
+        return measure_accuracies(checkpoint, settings)
+    name = checkpoint.source.name
+    _log.info(f"{name}: as evaluated before, on {result['n']} images; nothing is attacked anew")
+    for line in cost_lines(result):
+        _log.info(line)
+    return result
+
+
+def find_accuracies(checkpoint: Checkpoint, settings: EvaluateSettings) -> dict[str, Any] | None:
+    """A kept result that has all that is asked for, or None."""
+    inputs = accuracy_inputs(checkpoint, settings)
+    result = checkpoint.store.find(checkpoint.source.name, inputs, ignoring=("settings",))
+    if result is None:
+        return None
+    known, asked = result["inputs"]["settings"], plain(inputs["settings"])
+    open_settings = ("attacks", "size", "curve_size")
+    same = all(known.get(name) == value for name, value in asked.items() if name not in open_settings)
+    full = len(checkpoint.source.bundle.test)
+    enough = (
+        set(asked["attacks"]) <= set(result["attacks"])
+        and result["n"] >= min(settings.size or full, full)
+        and known["curve_size"] >= settings.curve_size
+    )
+    return result if same and enough else None
+
+
+def measure_accuracies(checkpoint: Checkpoint, settings: EvaluateSettings) -> dict[str, Any]:
+    """Attack the test images, and write the result and one row an image in ``evaluation/NAME.parquet``.
+
+    Killed at any moment, the same call continues from ``evaluation/NAME.state``, which is removed at the
+    end, and writes the same records. With other inputs, versions or another device it starts anew. A result
+    about the same network, data and threat that this one replaces is kept in ``evaluation/earlier``.
+
+    Returns:
+        What went into ``evaluation/NAME.json``.
+    """
+    if not averages_draws(settings.attacks):
+        checkpoint.require_determinism()
+    inputs, name, store = accuracy_inputs(checkpoint, settings), checkpoint.source.name, checkpoint.store
+    state = StateFile(
+        store.path(name, ".state"), {**inputs, "versions": versions(checkpoint.device)}, every=SAVE_EVERY
+    )
+    evaluation, report = _attack(checkpoint, settings, state)
+    if store.find(name, inputs, ignoring=("settings",)) is not None:
+        kept = store.set_aside(name, store.path(name, ".parquet"))
+        if kept is not None:
+            _log.info(f"{name}: what was evaluated before is kept as {kept}")
+    # Killed between these, no file is left that speaks of another evaluation than the others.
+    pictures = [f"{name}-gallery", *(["examples"] if name == "last" else [])]
+    for stale in (store.path(name), *(store.path(picture, ".safetensors") for picture in pictures)):
+        stale.unlink(missing_ok=True)
+    write_atomic(store.path(name, ".parquet"), evaluation.to_parquet())
+    result = store.write(name, inputs, report)
+    state.remove()
+    return result
+
+
+def _attack(
+    checkpoint: Checkpoint, settings: EvaluateSettings, state: StateFile
+) -> tuple[Evaluation, dict[str, Any]]:
+    """The attacks on the test images, and the content of the JSON file."""
+    source = checkpoint.source
+    evaluator = make_evaluator(checkpoint, settings)
+    attacks = [parse(attack, len(source.bundle.classes)) for attack in settings.attacks]
+    evaluation = evaluator(attacks, limit=settings.size, progress=source.progress, state=state, say=_log.info)
+    evaluator.physical_batch = evaluation.how["physical_batch"]  # as many as have fitted into memory
+    threat = {"norm": source.threat.norm, "eps": str(source.threat.eps)}
+    return evaluation, {
+        "which": source.which,
+        "epoch": checkpoint.metadata.get("epoch"),
+        "split": "test",
+        "name_of_data": source.bundle.name,
+        **checkpoint.facts,
+        "settings": plain({**asdict(settings), **threat}),
+        **evaluation.to_dict(),
+        "per_class": per_class(evaluation, source.bundle.classes),
+        "eps_curve": eps_curve(evaluator, settings.curve_size, evaluation) if settings.curve_size else [],
+    }
+
+
+def make_evaluator(checkpoint: Checkpoint, settings: EvaluateSettings) -> Evaluator:
+    """The evaluator of a checkpoint under its threat."""
+    microbatch = settings.physical_batch
+    if microbatch is None:
+        microbatch = images_at_once(checkpoint.net, checkpoint.test_images(1).image)
+    return Evaluator(
+        checkpoint.net,
+        checkpoint.data,
+        checkpoint.source.threat,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        physical_batch=microbatch,
+        precision=settings.precision,
+        compile=settings.compile,
+    )
+
+
+def per_class(evaluation: Evaluation, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Clean and worst-case accuracy of each class that has images."""
+    rows = []
+    right = evaluation.clean_prediction == evaluation.label
+    for number, name in enumerate(classes):
+        members = evaluation.label == number
+        n = int(members.sum())
+        if n:
+            clean, robust = int(right[members].sum()) / n, int(evaluation.worst[members].sum()) / n
+            rows.append({"class": name, "clean": clean, "robust": robust, "n": n})
+    return rows
+
+
+def eps_curve(evaluator: Evaluator, size: int, evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Robust accuracy of the first ``size`` images under PGD-20 at multiples of eps.
+
+    It starts from clean accuracy at zero and ends at the largest eps that a threat model takes.
+    """
+    n, threat = min(size, len(evaluation.label)), evaluation.threat
+    clean = Rate.of((evaluation.clean_prediction == evaluation.label)[:n])
+    points = [{"eps": "0", "value": 0.0, **asdict(clean)}]
+    for factor in CURVE:
+        eps = scaled(threat.eps, factor)
+        if eps > LARGEST[threat.norm]:
+            break
+        rate = evaluator.under(ThreatModel(threat.norm, eps))([PGD(steps=20)], limit=n).robust("pgd-20")
+        points.append({"eps": str(eps), "value": float(eps), **asdict(rate)})
+    return points
+
+
+def scaled(eps: Budget, factor: float) -> Budget:
+    """``eps`` times ``factor``, written as eps is: 8/255 times 0.5 is 4/255."""
+    above, slash, below = str(eps).partition("/")
+    return Budget(f"{float(above) * factor:g}{slash}{below}")
+
+
+def cost_lines(result: Mapping[str, Any]) -> list[str]:
+    """What an evaluation logged after each attack, from its JSON."""
+    rows: list[Mapping[str, Any]] = []
+    for name, row in result["attacks"].items():
+        rows += row.get("members") or [{"name": name, "attacked": row["n"], **row}]
+    return [cost_line(row) for row in rows]
+
+
+def summary_line(name: str, result: Mapping[str, Any]) -> str:
+    """Clean accuracy and accuracy under each attack in one line.
+
+    Args:
+        name: of the result.
+        result: ``evaluation/NAME.json``.
+    """
+    figures = [f"{attack} {100 * figure['rate']:.1f}%" for attack, figure in result["attacks"].items()]
+    epoch = "" if result["epoch"] is None else f" (epoch {result['epoch']})"
+    return f"{name}{epoch}: " + "  ".join([f"clean {100 * result['clean']['rate']:.1f}%", *figures])

@@ -1,0 +1,171 @@
+"""One checkpoint under evaluation: its weights are read once, and its test images uploaded once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from softdefend.core.errors import SettingError
+from softdefend.core.store import ResultStore
+from softdefend.core.threat import ThreatModel
+from softdefend.core.weight_files import load_weights, weights_digest
+from softdefend.data import Batch, DataBundle, Resident, fingerprint
+from softdefend.evaluation.external import identity
+from softdefend.evaluation.preflight import preflight
+
+_PREFLIGHT_IMAGES = 1024
+"""Images that preflight is shown: a whole test set in float32 may not fit the device."""
+_IDENTITY_IMAGES = 64
+"""Images by which a network from outside is recognized; they need a gradient."""
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """Where a checkpoint and what it is evaluated on come from. Nothing of it is loaded yet.
+
+    Args:
+        net: gets the weights ``folder/{which}.safetensors``.
+        bundle: of which the test images are used.
+        folder: results go to ``folder/evaluation``.
+        which: the checkpoint.
+        trained: the threat of the training, whose results carry the checkpoint's bare name.
+        threat: what the network is attacked under.
+        architecture: what the network is called in other people's tables.
+        origin: where a network from outside comes from. None for one trained here, which its run's
+            configuration builds.
+        progress: show bars.
+    """
+
+    net: nn.Module
+    bundle: DataBundle
+    folder: Path
+    which: str
+    trained: ThreatModel
+    threat: ThreatModel
+    architecture: str
+    origin: str | None = None
+    progress: bool = False
+
+    @property
+    def under_trained_threat(self) -> bool:
+        """Whether the network is attacked under the threat that it was trained with."""
+        return (self.threat.norm, float(self.threat.eps)) == (self.trained.norm, float(self.trained.eps))
+
+    @property
+    def name(self) -> str:
+        """Of the result files: under another threat than the trained one they lie beside the run's own."""
+        if self.under_trained_threat:
+            return self.which
+        return f"{self.which}-{self.threat.norm}-{re.sub(r'[^0-9.e]+', '_', str(self.threat.eps))}"
+
+
+class Checkpoint:
+    """A checkpoint on a device. Each part is loaded when it is first needed, and then kept.
+
+    The network is checked by :func:`~softdefend.evaluation.preflight.preflight` before anybody gets it.
+
+    Args:
+        source: where everything comes from.
+        device: where the network and the test images go.
+        assumes_determinism: refuse a network whose logits move when it is loaded.
+    """
+
+    def __init__(
+        self, source: CheckpointSource, device: torch.device, *, assumes_determinism: bool = True
+    ) -> None:
+        self.source, self.device = source, device
+        self.store = ResultStore(source.folder / "evaluation")
+        self._path = source.folder / f"{source.which}.safetensors"
+        self._assumes_determinism = assumes_determinism
+
+    @property
+    def net(self) -> nn.Module:
+        """The network with its weights, in eval mode on the device.
+
+        Raises:
+            SettingError: see :attr:`metadata`.
+        """
+        _ = self.metadata
+        return self.source.net
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """Of the weights file. The weights are then in the network.
+
+        Raises:
+            SettingError: weights that do not fit or were trained beside other test images, or a network that
+                cannot be evaluated.
+        """
+        metadata = load_weights(self.source.net, self._path)
+        trained_beside = metadata.get("test_data", self.test_data)
+        if trained_beside != self.test_data:
+            given = f"test images {self.test_data[:12]}, trained beside test images {trained_beside[:12]}"
+            raise SettingError("data", given, "the data that the run was trained with")
+        self.source.net.to(self.device).eval()
+        self._preflight()
+        return metadata
+
+    @cached_property
+    def test_data(self) -> str:
+        """Digest of the test images and labels."""
+        return fingerprint(self.source.bundle.test)
+
+    @cached_property
+    def data(self) -> Resident:
+        """The test images on the device."""
+        return Resident(self.source.bundle.test, self.device)
+
+    def test_images(self, most: int) -> Batch:
+        """The first ``most`` test images, fewer where there are fewer."""
+        return self.data.take(torch.arange(min(most, self.data.n), device=self.device))
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Digests of the weights and of the test data, and what else tells a network from outside from
+        others with the same weights. Every result file holds them.
+
+        Raises:
+            SettingError: no weights; for a network from outside see also :attr:`metadata`.
+        """
+        known: dict[str, Any] = {"weights": weights_digest(self._path), "test_data": self.test_data}
+        if self.source.origin is not None:
+            shown = self.test_images(_IDENTITY_IMAGES)
+            known["network"] = identity(self.net, self.source.origin, shown.image, shown.label)
+        return known
+
+    def inputs(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """What a result is a function of, for the result store.
+
+        Args:
+            settings: those that the result depends on.
+        """
+        threat = {"norm": self.source.threat.norm, "eps": str(self.source.threat.eps)}
+        return {**self.facts, "threat": threat, "settings": settings}
+
+    def require_determinism(self) -> None:
+        """Refuse a network that moves, unless that was looked at when it was loaded.
+
+        Raises:
+            SettingError: see :attr:`metadata`.
+        """
+        _ = self.metadata
+        if not self._assumes_determinism:
+            self._assumes_determinism = True
+            self._preflight()
+
+    def _preflight(self) -> None:
+        shown = self.test_images(_PREFLIGHT_IMAGES)
+        preflight(
+            self.source.net,
+            shown.image,
+            shown.label,
+            self.source.threat,
+            classes=len(self.source.bundle.classes),
+            assumes_determinism=self._assumes_determinism,
+        )

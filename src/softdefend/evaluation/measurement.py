@@ -1,0 +1,55 @@
+"""A result beside the attacks: measured once, kept in a file of its own, and shown."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from softdefend.core.store import plain
+from softdefend.evaluation.checkpoint import Checkpoint
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One thing that is measured of a checkpoint.
+
+    Args:
+        suffix: of the result file, behind the checkpoint's name, such as ``-audit``.
+        settings: what the result depends on beside the network, the test data and the threat.
+        measure: makes the result, plain values for JSON.
+        text: the result as lines for the log.
+    """
+
+    suffix: str
+    settings: dict[str, Any]
+    measure: Callable[[], dict[str, Any]]
+    text: Callable[[dict[str, Any]], str]
+
+
+def measured(checkpoint: Checkpoint, measurement: Measurement) -> dict[str, Any]:
+    """The result of a measurement: what lies in its file where that was made from the same, else a new one.
+
+    Returns:
+        What stands in ``evaluation/NAME{suffix}.json``.
+    """
+    inputs = checkpoint.inputs(measurement.settings)
+
+    def make() -> dict[str, Any]:
+        threat = inputs["threat"]
+        return {
+            "which": checkpoint.source.which,
+            "epoch": checkpoint.metadata.get("epoch"),
+            "split": "test",
+            "settings": plain({**measurement.settings, **threat}),
+            **checkpoint.facts,
+            **threat,
+            **measurement.measure(),
+        }
+
+    result = checkpoint.store.compute(f"{checkpoint.source.name}{measurement.suffix}", inputs, make)
+    _log.info(measurement.text(result))
+    return result

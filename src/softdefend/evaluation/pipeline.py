@@ -1,0 +1,100 @@
+"""Everything that is asked about one checkpoint, in files beside each other."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softdefend.core.files import write_atomic
+from softdefend.evaluation.accuracy import evaluate_attacks, summary_line
+from softdefend.evaluation.audit import audit_measurement
+from softdefend.evaluation.autoattack import averages_draws, parse
+from softdefend.evaluation.autoattack_log import log_lines
+from softdefend.evaluation.checkpoint import Checkpoint, CheckpointSource
+from softdefend.evaluation.corruptions import corruption_measurement
+from softdefend.evaluation.measurement import measured
+from softdefend.evaluation.pictures import renew_pictures
+from softdefend.evaluation.robustbench import model_info, read_known
+from softdefend.evaluation.settings import EvaluateSettings, Requests, check_requests, check_writable
+from softdefend.evaluation.surrogates import transfer_measurement, transfer_warning
+from softdefend.evaluation.table import Table, read_table
+
+_log = logging.getLogger(__name__)
+
+
+def evaluate_checkpoint(
+    source: CheckpointSource,
+    settings: EvaluateSettings,
+    requests: Requests | None = None,
+    *,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Attack a checkpoint and measure what else is asked, unless the same results already lie in its folder.
+
+    Before anything runs, :func:`~softdefend.evaluation.preflight.preflight` refuses what cannot be evaluated.
+    The audit comes first. A network whose logits move is refused after it: the audit has that among its
+    findings.
+
+    Returns:
+        What stands in ``evaluation/{source.name}.json``.
+
+    Raises:
+        SettingError: weights, data or a network that do not fit, or a file that cannot be written or filled.
+    """
+    requests = requests or Requests()
+    _check(source, settings, requests)
+    steady = not averages_draws(settings.attacks)
+    checkpoint = Checkpoint(source, device, assumes_determinism=steady and not requests.audit)
+    audit = transferred = None
+    if requests.audit:
+        audit = measured(checkpoint, audit_measurement(checkpoint, settings, requests))
+    result = evaluate_attacks(checkpoint, settings)
+    table = read_table(checkpoint.store.path(source.name, ".parquet"))
+    renew_pictures(checkpoint, settings, result, table)
+    _log.info(summary_line(source.name, result))
+    if requests.surrogates:
+        transferred = measured(checkpoint, transfer_measurement(checkpoint, settings, requests.surrogates))
+        if warning := transfer_warning(result, transferred):
+            _log.info(warning)
+    if requests.corruptions:
+        measured(checkpoint, corruption_measurement(checkpoint, settings))
+    if requests.robustbench:
+        _write_model_info(requests.robustbench, source, result, table, audit, transferred)
+    if requests.log:
+        write_atomic(requests.log, ("\n".join(log_lines(result, table)) + "\n").encode())
+        _log.info(f"log: {requests.log}")
+    return result
+
+
+def _check(source: CheckpointSource, settings: EvaluateSettings, requests: Requests) -> None:
+    """Refuse what would fail only after hours."""
+    check_requests(settings, requests, len(source.bundle.test))
+    check_writable("evaluation", source.folder / "evaluation" / f"{source.name}.json")
+    for name in settings.attacks:
+        parse(name, max(2, len(source.bundle.classes))).check(source.threat)
+
+
+def _write_model_info(
+    path: Path,
+    source: CheckpointSource,
+    result: dict[str, Any],
+    table: Table | None,
+    audit: dict[str, Any] | None,
+    transferred: dict[str, Any] | None,
+) -> None:
+    """The evaluation for RobustBench; what people wrote into the file is kept."""
+    content = model_info(
+        result,
+        table,
+        full=len(source.bundle.test),
+        architecture=source.architecture,
+        unreliable=None if audit is None else audit["verdict"] == "suspicious",
+        transferred=None if transferred is None else transferred["worst"]["count"],
+        known=read_known(path),
+    )
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+    _log.info(f"RobustBench model_info: {path}")

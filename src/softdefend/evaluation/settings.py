@@ -1,0 +1,111 @@
+"""What can be asked of an evaluation, and the checks that come before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from softdefend.core.errors import SettingError
+from softdefend.evaluation.autoattack import parse
+from softdefend.evaluation.robustbench import check_standard, read_known
+from softdefend.execution.search import Precision, check_precision
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """The evaluation of a finished run on its test images."""
+
+    attacks: tuple[str, ...] = ("pgd-20",)
+    """Names of attacks: fgsm, pgd-20, pgd-50x10, pgd-20-margin, autoattack."""
+    size: int | None = None
+    """Test images used, at most; all when null."""
+    curve_size: int = 1000
+    """Test images for the curve of robust accuracy against eps; 0 leaves it out."""
+    examples: int = 8
+    """Example images kept for the report; 0 for none."""
+    batch_size: int = 500
+    """Images of a batch, which draws its own random numbers (AutoAttack's reference code: 250)."""
+    physical_batch: int | None = None
+    """Images of a microbatch, which is computed together; found from the free memory when null. Changes no
+    result."""
+    precision: Precision = "exact"
+    """exact (searches in torch's default precision: fp32, with TF32 in convolutions on a GPU), strict (fp32
+    without TF32) or fast (bf16). A success counts once strict fp32 confirms it."""
+    compile: bool | None = None
+    """Compile the network and capture the attacks' steps; null: on a GPU from 256 images on."""
+    seed: int = 0
+    """Of the attacks' random numbers."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attacks", tuple(self.attacks))
+        for name in self.attacks:
+            parse(name)
+        check_precision(self.precision)
+        for name, value, least in (
+            ("size", 1 if self.size is None else self.size, 1),
+            ("curve_size", self.curve_size, 0),
+            ("examples", self.examples, 0),
+            ("batch_size", self.batch_size, 1),
+            ("physical_batch", 1 if self.physical_batch is None else self.physical_batch, 1),
+        ):
+            if value < least:
+                raise SettingError(f"evaluate.{name}", value, f"a whole number >= {least}")
+        if not 0 <= self.seed < 2**63:
+            raise SettingError("evaluate.seed", self.seed, "a whole number from 0 to 2^63 - 1")
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What is asked of an evaluation beside the attacks.
+
+    Args:
+        audit: images on which signs of gradient masking are looked for; 0 for no audit.
+        corruptions: whether accuracy under common corruptions is measured.
+        surrogates: networks by name. Adversarial images made on them are tried on the evaluated network.
+        robustbench: file for RobustBench's ``model_info`` JSON.
+        log: file for AutoAttack's log lines.
+    """
+
+    audit: int = 0
+    corruptions: bool = False
+    surrogates: dict[str, nn.Module] = field(default_factory=dict)
+    robustbench: Path | None = None
+    log: Path | None = None
+
+
+def check_requests(settings: EvaluateSettings, requests: Requests, full: int) -> None:
+    """Refuse what would only fail after hours: files that cannot be written, or not be filled.
+
+    Args:
+        settings, requests: what is asked.
+        full: images of the test set.
+
+    Raises:
+        SettingError: a directory, or a path below a file; see
+            :func:`~softdefend.evaluation.robustbench.check_standard`.
+    """
+    for flag, path in (("--robustbench", requests.robustbench), ("--log", requests.log)):
+        if path is not None:
+            check_writable(flag, path)
+    if requests.robustbench:
+        check_standard(settings.attacks, min(settings.size or full, full), full, settings.precision)
+        read_known(requests.robustbench)
+
+
+def check_writable(setting: str, path: Path) -> None:
+    """Refuse a path at which no file can be written.
+
+    Args:
+        setting: what the user knows it by.
+        path: of the file.
+
+    Raises:
+        SettingError: a directory, or a path below a file.
+    """
+    if path.is_dir():
+        raise SettingError(setting, f"{path}, a directory", "a file to write")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise SettingError(setting, f"{path}, below the file {above}", "a file to write, in a directory")

@@ -1,0 +1,279 @@
+"""Evaluate the checkpoints of runs, and networks that were not trained here."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from softdefend.core.errors import SettingError
+from softdefend.core.files import write_atomic
+from softdefend.core.threat import ThreatModel
+from softdefend.core.weight_files import load_weights, load_weights_file, save_weights
+from softdefend.core.yaml_files import read_yaml
+from softdefend.data import DataBundle, DataSettings, load, split
+from softdefend.evaluation import CheckpointSource, EvaluateSettings, Requests, evaluate_checkpoint
+from softdefend.evaluation.external import load_network
+from softdefend.evaluation.settings import check_requests
+from softdefend.evaluation.surrogates import surrogate_names
+from softdefend.execution.engine import resolve_device
+from softdefend.experiments.config import Experiment, resolve
+from softdefend.experiments.network import make_net
+from softdefend.models import check_logits
+from softdefend.report import read_run, write_report
+from softdefend.report.runs import OUTSIDE
+
+_log = logging.getLogger(__name__)
+
+
+def open_run(folder: Path) -> Experiment:
+    """The experiment of a run that the command line trained; reads its configuration only.
+
+    Raises:
+        SettingError: no such run, or one trained from Python with a network of its own.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise SettingError("run", folder, "a run folder (it holds a config.yaml)")
+    config = read_yaml(path)
+    if OUTSIDE in config:
+        raise SettingError(
+            "run",
+            f"{folder}, a network from outside",
+            "evaluate it with --model, --weights and --output again",
+        )
+    if "net" not in config:
+        raise SettingError(
+            "run", f"{folder}, trained from Python", "evaluate it there: softdefend.evaluate(net, ...)"
+        )
+    return replace(resolve(config), folder=folder)
+
+
+def evaluate(
+    experiment: Experiment,
+    which: Sequence[str],
+    settings: EvaluateSettings,
+    threat: ThreatModel,
+    *,
+    requests: Requests | None = None,
+    transfer: Sequence[str] = (),
+    device: str = "auto",
+) -> list[dict[str, Any]]:
+    """Evaluate checkpoints of a run on its test images and renew its report.
+
+    Args:
+        experiment: see :func:`open_run`.
+        which: checkpoints.
+        settings, threat: of the attacks.
+        requests: what else is asked.
+        transfer: surrogates, see :func:`load_surrogates`.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    chosen = resolve_device(device)
+    for name in which[1:]:  # before hours go into the first
+        if not (path := experiment.folder / f"{name}.safetensors").is_file():
+            accepted = "a finished run (the same train command goes on), or --which best"
+            raise SettingError(str(path), "no such file", accepted)
+    bundle = load(experiment.data)
+    net = make_net(experiment, bundle)
+    requests = replace(requests or Requests(), surrogates=load_surrogates(transfer, net, bundle))
+    results = [
+        evaluate_run(experiment, bundle, net, name, settings, device=chosen, threat=threat, requests=requests)
+        for name in which
+    ]
+    write_report([read_run(experiment.folder)], experiment.folder / "report.html")
+    return results
+
+
+def evaluate_run(
+    experiment: Experiment,
+    bundle: DataBundle,
+    net: nn.Module,
+    which: str,
+    settings: EvaluateSettings,
+    *,
+    device: torch.device,
+    threat: ThreatModel | None = None,
+    requests: Requests | None = None,
+) -> dict[str, Any]:
+    """Evaluate one checkpoint of a run, unless the same evaluation already lies in its folder.
+
+    Under the trained threat the result is the run's own, ``evaluation/{which}.json``; under another one it
+    is a file beside it, so that reports never mix threats.
+    """
+    trained = experiment.recipe.threat
+    source = CheckpointSource(
+        net,
+        bundle,
+        experiment.folder,
+        which,
+        trained=trained,
+        threat=threat or trained,
+        architecture=experiment.net.name,
+        progress=experiment.progress,
+    )
+    return evaluate_checkpoint(source, settings, requests, device=device)
+
+
+def load_surrogates(paths: Sequence[str], net: nn.Module, bundle: DataBundle) -> dict[str, nn.Module]:
+    """Networks by name whose adversarial images are to be tried on another.
+
+    Args:
+        paths: run folders (their best checkpoint), or files with weights of the network's own architecture.
+        net: that network.
+        bundle: the data both are for.
+
+    Raises:
+        SettingError: nothing to read there, weights that do not fit, or two of one name.
+    """
+    names = surrogate_names(paths)
+    return {name: _load_surrogate(Path(path), net, bundle) for name, path in zip(names, paths, strict=True)}
+
+
+def _load_surrogate(path: Path, net: nn.Module, bundle: DataBundle) -> nn.Module:
+    try:
+        if path.is_dir():
+            made = make_net(open_run(path), bundle)
+            load_weights(made, path / "best.safetensors")
+        else:
+            made = copy.deepcopy(net)
+            load_weights_file(made, path)
+    except SettingError as error:
+        raise SettingError(
+            "--transfer", f"{path} ({error.setting}: {error.given})", error.accepted
+        ) from error
+    return made.eval()
+
+
+def evaluate_network(
+    net: nn.Module,
+    data: DataBundle | tuple[Tensor, Tensor],
+    folder: Path | str,
+    *,
+    threat: ThreatModel | None = None,
+    settings: EvaluateSettings | None = None,
+    requests: Requests | None = None,
+    device: str = "auto",
+    origin: dict[str, Any] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Evaluate any network; write the result files and the report page of a run without a training.
+
+    A network from outside has one checkpoint, which tables show as ``last``.
+
+    Args:
+        net: images [b, c, h, w] float32 in [0, 1] to logits [b, k]; put into eval mode.
+        data: a bundle, of which the test images are used, or test images [n, c, h, w] (uint8, or float in
+            [0, 1]) and labels [n].
+        folder: gets ``last.safetensors``, ``evaluation/``, ``report.html`` and a ``config.yaml`` that says
+            what this is.
+        threat: l-inf at 8/255 when None.
+        settings, requests: the attacks, and what else is asked.
+        device: auto, cpu, cuda or cuda:N.
+        origin: plain values for the configuration: where the network came from.
+        progress: show bars.
+
+    Returns:
+        What stands in ``evaluation/last.json``.
+
+    Raises:
+        SettingError: a folder that holds a training run, or a network, images or labels that do not fit.
+    """
+    folder, threat = Path(folder), threat or ThreatModel()
+    settings, requests = settings or EvaluateSettings(), requests or Requests()
+    _refuse_run(folder)
+    chosen = resolve_device(device)
+    net.to(chosen).eval()
+    bundle = data if isinstance(data, DataBundle) else _test_only(net, *data, chosen)
+    check_requests(settings, requests, len(bundle.test))
+    check_logits(net, tuple(bundle.test.images.shape[1:]), len(bundle.classes), chosen)
+    source = CheckpointSource(
+        net,
+        bundle,
+        folder,
+        "last",
+        trained=threat,
+        threat=threat,
+        architecture=type(net).__name__,
+        origin=str((origin or {}).get("model", type(net).__qualname__)),
+        progress=progress,
+    )
+    _write_folder(source, origin or {})
+    result = evaluate_checkpoint(source, settings, requests, device=chosen)
+    _log.info(f"report: {write_report([read_run(folder)], folder / 'report.html', 'Robustness report')}")
+    return result
+
+
+def _write_folder(source: CheckpointSource, origin: dict[str, Any]) -> None:
+    """What makes a folder one of a network from outside: its weights, and where they are from."""
+    config = {
+        "name": source.folder.name,
+        "seed": 0,
+        "data": {"source": source.bundle.name},
+        "net": {"name": source.architecture},
+        "threat": {"norm": source.threat.norm, "eps": str(source.threat.eps)},
+        OUTSIDE: origin,
+    }
+    save_weights(source.net, source.folder / "last.safetensors", {"epoch": None})
+    write_atomic(source.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+
+
+def evaluate_external(
+    factory: str,
+    weights: Path,
+    data: DataSettings,
+    folder: Path,
+    *,
+    threat: ThreatModel,
+    settings: EvaluateSettings,
+    requests: Requests | None = None,
+    transfer: Sequence[str] = (),
+    device: str = "auto",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """:func:`evaluate_network` of a factory ``package.module:function`` and a file of weights."""
+    _refuse_run(folder)
+    bundle = load(replace(data, validation=1, train_size=None))  # the test split is drawn before either
+    net, notes = load_network(
+        factory, weights, num_classes=len(bundle.classes), in_channels=bundle.test.images.shape[1]
+    )
+    _log.info(f"{weights}: {'; '.join(notes) if notes else 'loaded as it is'}")
+    return evaluate_network(
+        net,
+        bundle,
+        folder,
+        threat=threat,
+        settings=settings,
+        requests=replace(requests or Requests(), surrogates=load_surrogates(transfer, net, bundle)),
+        device=device,
+        origin={"model": factory, "weights": str(weights), "done_to_names": notes},
+        progress=progress,
+    )
+
+
+def _refuse_run(folder: Path) -> None:
+    """An evaluation never takes the place of a training run."""
+    path = folder / "config.yaml"
+    if path.is_file() and OUTSIDE not in read_yaml(path):
+        raise SettingError(
+            "--output", f"{folder}, a training run", "a new folder, or one written by --output"
+        )
+
+
+def _test_only(net: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> DataBundle:
+    """A bundle in which all images are test images.
+
+    The network, on ``device``, decides how many classes there are: the labels of a few images may miss some.
+    """
+    test = split(images, labels)
+    least = max(2, int(test.labels.max()) + 1)
+    k = check_logits(net, tuple(test.images.shape[1:]), None, device, least=least)
+    classes = tuple(str(number) for number in range(k))
+    return DataBundle("tensors", test, test, test, classes, fingerprint="")
