@@ -10,7 +10,6 @@ seed changes the split, the initial weights, the batches and the audit's draws.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common import RESULTS, make_parser
 from softdefend.attacks import PGD
 from softdefend.core.rng import stream
 from softdefend.core.threat import ThreatModel
@@ -34,7 +34,6 @@ from softdefend.models.small_cnn import SmallCNN
 from softdefend.models.wide_resnet import WideResNet
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "audit_zoo.json"
 sys.path.insert(0, str(ROOT / "tests" / "evaluation"))
 
 import zoo  # noqa: E402
@@ -46,14 +45,12 @@ IMAGES = 200
 
 def main() -> int:
     """Audit every network and write what came out, or print the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--jobs", type=int, default=1, help="seeds at once, each in a process of its own")
     parser.add_argument("--cifar", type=Path, help="Parquet folder of CIFAR-10: measure these networks only")
     parser.add_argument("--cifar-name", default="CIFAR-10 (JPEG mirror)", help="what the data is called")
     parser.add_argument("--tables", action="store_true", help="print the tables of the result file")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "audit_zoo.json")
     args = parser.parse_args()
     content = json.loads(args.output.read_text()) if args.output.exists() else {}
     if args.tables:
@@ -73,7 +70,6 @@ def main() -> int:
             "honest": [row for row in rows if row["kind"] == "honest"],
             "deceivers": [row for row in rows if row["kind"] == "deceiver"],
         }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"{json.dumps(name)}: {_compact(value)}" for name, value in content.items()]
     args.output.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return 0

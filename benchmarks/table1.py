@@ -12,7 +12,6 @@ what that found.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from itertools import combinations
@@ -21,6 +20,7 @@ from statistics import median
 from typing import Any
 
 from collect import ENVIRONMENT, seconds
+from common import RESULTS, make_parser, write_json
 from softdefend.experiments.reproduce import same_protocol
 
 PUBLISHED = {
@@ -72,11 +72,9 @@ def joined(path: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Every row found, in the order of the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("folders", type=Path, nargs="+")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/table1.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "table1.json")
     args = parser.parse_args()
     found = [joined(path) for folder in args.folders for path in sorted(folder.glob("*-seed*.json"))]
     content = json.loads(args.output.read_text()) if args.output.exists() else {}
@@ -94,7 +92,7 @@ def main() -> int:
     rows.sort(key=lambda row: (("trades" in row["name"]), ("sglr" in row["name"]), row["name"], row["seed"]))
     fullest = max(protocols, key=len)
     content = {"data": fullest["data"]["name"], "protocol": fullest, "rows": rows}
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(args.output, content)
     return 0
 
 

@@ -158,7 +158,7 @@ def reproduce(
     overrides: Sequence[str] = (),
     *,
     seeds: Sequence[int] = (0,),
-    together: int = 1,
+    parallel: int = 1,
     only: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
@@ -174,7 +174,7 @@ def reproduce(
         folder: where to.
         overrides: further words of ``softdefend train`` for every run, such as ``--data.source DIR``.
         seeds: of each run.
-        together: runs at once, as processes of their own.
+        parallel: runs at a time; above one each is a process of its own.
         only: names of the runs to make; all when empty.
         say: takes lines of progress.
 
@@ -197,7 +197,7 @@ def reproduce(
         f"{run.name}, seed {seed}": _words(study, run, seed, place, overrides)
         for (run, seed), place in zip(made, places, strict=True)
     }
-    pipeline.train_all(words, together=together)
+    pipeline.train_all(words, parallel=parallel)
     rows = [_row(study, *pair, place) for pair, place in zip(made, places, strict=True)]
     for row, place in zip(rows, places, strict=True):
         _write_json(folder / f"{place.name}.json", row)
