@@ -29,7 +29,7 @@ from softdefend.core.rng import stream
 from softdefend.core.threat import ThreatModel
 from softdefend.data import DataSettings, load
 from softdefend.evaluation.masking import CHECKS, audit
-from softdefend.models import normalized
+from softdefend.models import normalize
 from softdefend.models.small_cnn import SmallCNN
 from softdefend.models.wide_resnet import WideResNet
 
@@ -155,10 +155,10 @@ def cifar(path: Path, name: str) -> list[dict[str, Any]]:
     statistics = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
     def small() -> nn.Module:
-        return normalized(SmallCNN(10, 3, 16), *statistics)
+        return normalize(SmallCNN(10, 3, 16), *statistics)
 
     def residual() -> nn.Module:
-        return normalized(WideResNet(10, 3, 16, 1), *statistics)
+        return normalize(WideResNet(10, 3, 16, 1), *statistics)
 
     trainings = {
         "plain": zoo.Training(small, epochs=8),
