@@ -46,7 +46,7 @@ def losses(args: argparse.Namespace, folder: str) -> list[float]:
     words += [f"--runtime.{name}=false" for name in ("compile", "capture", "fused")]
     experiment = resolve(words)
     trainer = make_trainer(experiment, load(experiment.data))
-    plan = trainer.train_data.plan(seed=args.seed, epoch=0, views=1, begun=True)
+    plan = trainer.train_data.plan(seed=args.seed, epoch=0, views=1, strong=True)
     phase, found = Phase(*(rule.phase(0) for rule in trainer.rules)), []
     for number in range(args.steps):
         factor = experiment.optim.schedule.factor(

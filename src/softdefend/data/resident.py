@@ -83,7 +83,7 @@ class Resident:
         y, x = self._rows.expand(len(index), -1), self._columns.expand(len(index), -1)
         return Batch(index, self._gather(index, y, x), self.labels[index])
 
-    def laid_out(self, image: Tensor) -> Tensor:
+    def to_layout(self, image: Tensor) -> Tensor:
         """``image`` in the memory format of batches."""
         order = torch.channels_last if self._channels_last else torch.contiguous_format
         return image.contiguous(memory_format=order)

@@ -11,7 +11,7 @@ from pathlib import Path
 from softdefend.core.errors import SettingError
 
 
-def listed(folder: Path) -> tuple[list[Path], list[Path]]:
+def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
     """The folders in a folder, by name, and its files, in no useful order; links count as what they lead to.
     Hidden ones, and links that lead nowhere, are left out.
 
@@ -34,7 +34,7 @@ def listed(folder: Path) -> tuple[list[Path], list[Path]]:
     return sorted(folders), files
 
 
-def files_below(folder: Path, inside: Path | None = None) -> Iterator[Path]:
+def walk_files(folder: Path, inside: Path | None = None) -> Iterator[Path]:
     """Files at any depth of ``folder``, in no useful order; hidden files and folders are passed over.
 
     Linked folders are followed. Each real folder is read once, by its own name rather than a link's where it
@@ -51,7 +51,7 @@ def files_below(folder: Path, inside: Path | None = None) -> Iterator[Path]:
         if (real := _real(here)) in seen:
             continue
         seen.add(real)
-        folders, files = listed(here)
+        folders, files = list_folder(here)
         yield from files
         for path in folders:
             (links if path.is_symlink() else pending).append(path)
