@@ -1,4 +1,4 @@
-"""The training split with all that augmentation does to it."""
+"""The training split with its augmentation."""
 
 from __future__ import annotations
 
@@ -93,8 +93,10 @@ class Augmented(Resident):
         return torch.cat(parts, dim=1).to(self._device)
 
     def batch(self, plan_rows: Tensor, view: int = 0) -> Batch:
-        """One view of the augmented batch for rows [b, columns] of :meth:`plan`, on the device. ``label`` is
-        the image's own, also where CutMix gave it pixels of another."""
+        """Make one view of the augmented batch for rows [b, columns] of :meth:`plan`, on the device.
+
+        ``label`` is the image's own, also where CutMix gave it pixels of another.
+        """
         batch = super().batch(plan_rows, view)
         image = batch.image
         drawn = 2 * self._layers + 2 * (self._cutout > 0)

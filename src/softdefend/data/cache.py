@@ -35,7 +35,7 @@ def source_key(files: Iterable[Path], **options: object) -> str:
 
 
 def read_or_build(folder: Path, key: str, build: Callable[[], RawData]) -> RawData:
-    """The data under ``key``, built and stored where they are not there or not intact.
+    """Read the data stored under ``key``; build and store them where they are absent or damaged.
 
     A cache never stops a run: a damaged file is rebuilt and a folder that cannot be written is done without;
     both are logged as warnings.

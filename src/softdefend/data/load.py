@@ -20,7 +20,7 @@ from softdefend.data.sources import read
 
 
 def load(settings: DataSettings) -> DataBundle:
-    """Reads the source and makes the splits of a run.
+    """Read the source and make the splits of a run.
 
     In this order: the source's own test split is set aside (``test_fraction`` of the data, where it has
     none); ``validation`` images are held out of the rest; training keeps ``train_size`` of what remains;
@@ -50,7 +50,7 @@ def from_tensors(
     *,
     test_fraction: float = 0.2,
 ) -> DataBundle:
-    """The splits of a run from tensors, by the rules of :func:`load`.
+    """Make the splits of a run from tensors, by the rules of :func:`load`.
 
     Args:
         images: [n, c, h, w], uint8 or floating point in [0, 1].
@@ -80,7 +80,7 @@ def from_tensors(
 
 
 def _bundle(raw: RawData, settings: DataSettings, notes: dict[str, object]) -> DataBundle:
-    """Splits as lists of positions first: the images are copied once, at the end."""
+    """Make the splits. They are lists of positions first: the images are copied once, at the end."""
     notes = {**notes, **raw.notes}
     labels, n, seed = raw.train.labels, len(raw.train), settings.split_seed
     test, pool = raw.test, torch.arange(n)
@@ -120,7 +120,7 @@ def _bundle(raw: RawData, settings: DataSettings, notes: dict[str, object]) -> D
 
 
 def _check_classes(setting: str, given: object, labels: Tensor) -> None:
-    """Refuses the setting that took all but one class from the training data."""
+    """Refuse a setting that leaves training with one class."""
     if labels.min() == labels.max():
         count = f"{len(labels)} image{'s' if len(labels) > 1 else ''} of one class"
         raise SettingError(

@@ -8,8 +8,10 @@ from torch import Tensor
 
 
 def partners(of: Tensor) -> Tensor:
-    """For every row of a batch [b, ...] the one that it is mixed with: the row before it, the last for the
-    first. A batch is in random order, so every pair of images is as likely as any other."""
+    """The row that each row of a batch [b, ...] is mixed with: the one before it, the last for the first.
+
+    A batch is in random order, so every pair of images is as likely as any other.
+    """
     return of.roll(1, 0)
 
 
@@ -27,8 +29,10 @@ def box_mask(box: Tensor, h: int, w: int) -> Tensor:
 
 
 def boxes_around(center: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
-    """Boxes [n, 4] of a height and width about centers [n, 2] (y, x); of an even side, half lies before the
-    center's pixel."""
+    """Boxes [n, 4] of a height and width around centers [n, 2] (y, x).
+
+    Half of an even side lies before the center's pixel.
+    """
     top, left = center[:, 0] - height // 2, center[:, 1] - width // 2
     return torch.stack([top, top + height, left, left + width], dim=1)
 
@@ -57,7 +61,7 @@ def cutmix(image: Tensor, box: Tensor) -> Tensor:
 
 
 def own_share(box: Tensor, h: int, w: int) -> Tensor:
-    """Share of its own pixels that each image keeps, [b] float32: CutMix's lambda, from the box's area.
+    """The share of its own pixels that each image keeps, [b] float32: CutMix's lambda, by the box's area.
 
     Args:
         box: [b, 4] int64 inside the image.
@@ -67,7 +71,7 @@ def own_share(box: Tensor, h: int, w: int) -> Tensor:
 
 
 def draw_centers(n: int, h: int, w: int, generator: torch.Generator) -> Tensor:
-    """Uniformly random pixels, [n, 2] int64 (y, x)."""
+    """Draw uniformly random pixels, [n, 2] int64 (y, x)."""
     y = torch.randint(0, h, (n,), generator=generator)
     return torch.stack([y, torch.randint(0, w, (n,), generator=generator)], dim=1)
 
@@ -75,7 +79,7 @@ def draw_centers(n: int, h: int, w: int, generator: torch.Generator) -> Tensor:
 def draw_boxes(
     n: int, h: int, w: int, probability: float, alpha: float, generator: torch.Generator
 ) -> Tensor:
-    """CutMix boxes [n, 4] int64 inside the image; empty (all zero) where an image is not to be mixed.
+    """Draw CutMix boxes [n, 4] int64 inside the image; empty (all zero) where an image is not mixed.
 
     The box is about a random pixel and has the image's sides times sqrt(1 - lambda), rounded down, with
     lambda ~ Beta(alpha, alpha); it is cut at the border, so that images keep more than lambda on average.

@@ -43,8 +43,10 @@ def find(path: Path) -> Path | None:
 
 
 def read_folder(folder: Path, label_column: str | None) -> RawData:
-    """CIFAR-10 (``data_batch_1..5``, ``test_batch``, ``batches.meta``) or CIFAR-100 (``train``, ``test``,
-    ``meta``): [n, 3, 32, 32] uint8, in the published order.
+    """Read images [n, 3, 32, 32] uint8 and labels, in the published order.
+
+    CIFAR-10 has the files ``data_batch_1..5``, ``test_batch`` and ``batches.meta``, CIFAR-100 ``train``,
+    ``test`` and ``meta``.
 
     Args:
         folder: as :func:`find` gave it.

@@ -13,9 +13,10 @@ from softdefend.data.sources.base import SOURCES, Source
 
 
 def read_digits() -> RawData:
-    """[1797, 1, 8, 8] uint8, gray levels 0..16 of the source mapped to round(v 255 / 16); no test split.
+    """Read images [1797, 1, 8, 8] uint8 and labels; there is no test split.
 
-    Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI (1998), its test part.
+    Gray levels v in 0..16 of the source become round(v 255 / 16). The source is the test part of Alpaydin and
+    Kaynak, "Optical Recognition of Handwritten Digits", UCI (1998).
     """
     from sklearn.datasets import load_digits  # takes a second to import: only where it is used
 

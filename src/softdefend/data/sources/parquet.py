@@ -96,8 +96,10 @@ def read_files(path: Path, settings: DataSettings, cache: Path, name: str) -> Ra
 
 
 def holds_files(root: Path) -> bool:
-    """Whether ``root`` has Parquet files where hub layout has them: in it, in its folders, and one deeper in
-    ``data`` and in folders named for a split. No other folder is listed, however many there are.
+    """Whether ``root`` has Parquet files where hub layout has them.
+
+    These are in it, in its folders, and one deeper in ``data`` and in folders named for a split. No other
+    folder is listed, however many there are.
 
     Raises:
         SettingError: naming what cannot be read.
