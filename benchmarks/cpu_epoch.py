@@ -32,7 +32,7 @@ def seconds(args: argparse.Namespace, *words: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         protocol = ["--config", "digits_demo", "--preset", "sglr-reference", "--label.start", "0"]
         protocol += ["--optim.epochs", str(args.epochs), "--progress", "false", "--runtime.device", "cpu"]
-        run = train(resolve([*protocol, *_BRIEF, *words, "--folder", f"{folder}/run"]), say=lambda _: None)
+        run = train(resolve([*protocol, *_BRIEF, *words, "--folder", f"{folder}/run"]))
         rows = map(json.loads, (Path(run) / "timing.jsonl").read_text().splitlines())
         # The last epoch is always validated, and the first warms up.
         return min([row["seconds"] for row in rows][1:-1])

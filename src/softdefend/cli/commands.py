@@ -111,7 +111,7 @@ def reproduce(arguments: Sequence[str]) -> None:
         raise SettingError("--human", given.human, "an .npz file of labels")
     study = studies.noise(given.human) if given.study == "noise" else getattr(studies, given.study)()
     if given.quick:
-        study = studies.miniature(study)
+        study = studies.make_quick(study)
     folder = given.folder or Path("runs") / (f"{study.name}-quick" if given.quick else study.name)
     studies.reproduce(study, folder, rest, seeds=given.seeds, parallel=given.parallel, only=given.only)
 
