@@ -27,17 +27,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import common
 from collect import environment, figures, lines, seconds
-from common import (
-    data_arguments,
-    exit_code,
-    make_job,
-    make_scheduler,
-    read_earlier,
-    study_arguments,
-    study_parser,
-    write_json,
-)
 from softdefend.experiments import reproduce
 from softdefend.experiments.parallel import Job, command_line
 
@@ -78,7 +69,7 @@ def place(name: str, args: argparse.Namespace) -> Path:
 
 def row_arguments(device: str, args: argparse.Namespace) -> list[str]:
     """Arguments of the rows of table 1 beside those of ``softdefend reproduce table1``."""
-    words = [*data_arguments(args), "--runtime.device", device]
+    words = [*common.data_arguments(args), "--runtime.device", device]
     if args.quick:
         return [*words, "--save.archive", "1"]
     words += ["--validate.every", "2", "--validate.test_size", "1000", "--validate.batch_size", "1000"]
@@ -116,7 +107,7 @@ def train(name: str, device: str, args: argparse.Namespace) -> list[str]:
         words += ["--validate.test_size", "64" if args.quick else "1000"]
     else:
         words += ["--validate.every", "2" if args.quick else "10"]
-    words += data_arguments(args)
+    words += common.data_arguments(args)
     if args.quick:
         words += ["--data.noise", "symmetric" if labels else "none", "--data.noise_rate", "0.3"]
         words += [] if labels else ["--data.noise_rate", "0"]
@@ -157,7 +148,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     """All of them, in the order in which they are preferred: long runs first, their analyses last."""
 
     def job(name: str, make: Callable[..., list[str]], *given: Any, after: tuple[str, ...] = ()) -> Job:
-        return make_job(name, partial(make, *given), args, after)
+        return common.make_job(name, partial(make, *given), args, after)
 
     made = [job(name, train, name) for name in RUNS]
     made += [job(f"audit-{name}", audit, name, after=(name,)) for name in AUDITED]
@@ -231,18 +222,18 @@ def analysis(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def main() -> int:
     """Train, audit, analyze; then gather what is there."""
-    parser = study_parser(__doc__, "analysis")
+    parser = common.study_parser(__doc__, "analysis")
     parser.add_argument("--votes", type=Path, help="cifar10n.npz")
     parser.add_argument("--test-votes", type=Path, help="cifar10h.npz")
     parser.add_argument("--table1", type=Path, help="folder of the first two rows of table 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--collect-only", action="store_true", help="start nothing")
-    args = study_arguments(parser, "analysis", "analysis_runs.json")
+    args = common.study_arguments(parser, "analysis", "analysis_runs.json")
     # What an earlier call has measured stays.
-    content = read_earlier(args.output, args.named, args.seed)
+    content = common.read_earlier(args.output, args.named, args.seed)
     if not args.quick and args.votes is None and not args.collect_only:
         parser.error("--votes is needed: CIFAR-10N's labels")
-    scheduler = make_scheduler(args, record=True)
+    scheduler = common.make_scheduler(args, record=True)
     unfinished: list[str] = []
     if not args.collect_only:
         unfinished = scheduler.run(jobs(args), finished=lambda name: print(name, flush=True))
@@ -257,10 +248,10 @@ def main() -> int:
         "protocol": "digits_demo, 4 epochs" if args.quick else "cifar10_resnet18_short, PGD-20 in fast",
         "runs": [runs[name] for name in RUNS if name in runs],
     }
-    write_json(args.output, content)
+    common.write_json(args.output, content)
     if (found := analysis(args)) is not None:
         args.output.with_name("analysis.json").write_text(json.dumps(found) + "\n")
-    return exit_code(scheduler, unfinished)
+    return common.exit_code(scheduler, unfinished)
 
 
 if __name__ == "__main__":

@@ -26,17 +26,8 @@ from typing import Any
 
 import yaml
 
+import common
 from collect import environment, lines, seconds
-from common import (
-    data_arguments,
-    exit_code,
-    make_job,
-    make_scheduler,
-    read_earlier,
-    study_arguments,
-    study_parser,
-    write_json,
-)
 from softdefend.experiments.parallel import command_line
 
 CANDIDATES: dict[str, tuple[str, ...]] = {
@@ -58,9 +49,9 @@ FAST = ["--validate.precision", "fast", "--evaluate.precision", "fast"]
 NOTHING = ["--evaluate.curve_size", "0", "--evaluate.examples", "0"]
 
 
-def common(device: str, args: argparse.Namespace) -> list[str]:
+def shared_arguments(device: str, args: argparse.Namespace) -> list[str]:
     """Arguments of every run."""
-    return ["--runtime.device", device, *NOTHING, *data_arguments(args)]
+    return ["--runtime.device", device, *NOTHING, *common.data_arguments(args)]
 
 
 def short(name: str, device: str, args: argparse.Namespace) -> list[str]:
@@ -69,7 +60,7 @@ def short(name: str, device: str, args: argparse.Namespace) -> list[str]:
     own += ["--optim.schedule.warmup", "0"]
     protocol = QUICK if args.quick else ["--config", "cifar10_resnet18_short", "--validate.every", "10", *own]
     place = ["--name", name, "--folder", str(folder(name, args)), "--evaluate.size", "1"]
-    return command_line("train", *protocol, *CANDIDATES[name], *common(device, args), *place)
+    return command_line("train", *protocol, *CANDIDATES[name], *shared_arguments(device, args), *place)
 
 
 def full(name: str, seed: int, device: str, args: argparse.Namespace) -> list[str]:
@@ -77,7 +68,7 @@ def full(name: str, seed: int, device: str, args: argparse.Namespace) -> list[st
     own = ["--config", "cifar10_resnet18", "--validate.every", "2", "--validate.test_size", "1000", *FAST]
     protocol = [*QUICK, "--evaluate.size", "64"] if args.quick else own
     place = ["--name", name, "--folder", str(folder(f"full {name} {seed}", args)), "--seed", str(seed)]
-    return command_line("train", *protocol, *SETTINGS[name], *common(device, args), *place)
+    return command_line("train", *protocol, *SETTINGS[name], *shared_arguments(device, args), *place)
 
 
 def attacked(name: str, seed: int, device: str, args: argparse.Namespace) -> list[str]:
@@ -125,23 +116,23 @@ def reached(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any] | 
 
 def main() -> int:
     """Choose, write the choice down, then train and evaluate."""
-    parser = study_parser(__doc__, "beyond")
+    parser = common.study_parser(__doc__, "beyond")
     parser.add_argument("--epochs", type=int, default=30, help="of a candidate")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the full runs")
     parser.add_argument(
         "--full", nargs="+", choices=list(SETTINGS), help="settings of the full runs; the choice"
     )
-    args = study_arguments(parser, "beyond", "beyond.json")
-    content = {"data": args.named} | read_earlier(args.output, args.named)
+    args = common.study_arguments(parser, "beyond", "beyond.json")
+    content = {"data": args.named} | common.read_earlier(args.output, args.named)
 
     def write() -> None:
-        write_json(args.output, content)
+        common.write_json(args.output, content)
 
-    scheduler = make_scheduler(args, record=True)
+    scheduler = common.make_scheduler(args, record=True)
     if "choice" not in content:
-        unfinished = scheduler.run([make_job(name, partial(short, name), args) for name in CANDIDATES])
+        unfinished = scheduler.run([common.make_job(name, partial(short, name), args) for name in CANDIDATES])
         if unfinished:
-            return exit_code(scheduler, unfinished)
+            return common.exit_code(scheduler, unfinished)
         content["candidates"] = [candidate(name, args) for name in CANDIDATES]
         content["choice"] = max(content["candidates"], key=lambda row: row["val_robust"])["name"]
         write()
@@ -153,15 +144,15 @@ def main() -> int:
     jobs = []
     for name, seed in asked:
         train, attack = f"full {name} {seed}", f"attacked {name} {seed}"
-        jobs.append(make_job(train, partial(full, name, seed), args))
-        jobs.append(make_job(attack, partial(attacked, name, seed), args, (train,)))
+        jobs.append(common.make_job(train, partial(full, name, seed), args))
+        jobs.append(common.make_job(attack, partial(attacked, name, seed), args, (train,)))
     unfinished = scheduler.run(jobs)
     for name, seed in asked:
         if row := reached(name, seed, args):
             made[name, seed] = row
     content["full"] = list(made.values())
     write()
-    return exit_code(scheduler, unfinished)
+    return common.exit_code(scheduler, unfinished)
 
 
 if __name__ == "__main__":

@@ -21,16 +21,8 @@ from typing import Any
 
 import yaml
 
+import common
 from collect import environment, figures, lines
-from common import (
-    exit_code,
-    make_job,
-    make_scheduler,
-    read_earlier,
-    study_arguments,
-    study_parser,
-    write_json,
-)
 from softdefend.experiments.parallel import command_line
 
 RUNS: dict[str, tuple[str, ...]] = {
@@ -75,13 +67,13 @@ def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     """Train the controls that are not done."""
-    parser = study_parser(__doc__, "controls")
+    parser = common.study_parser(__doc__, "controls")
     parser.add_argument("--original", type=Path, help="folder of the original images; without it no such run")
-    args = study_arguments(parser, "controls", "controls.json")
+    args = common.study_arguments(parser, "controls", "controls.json")
     if not args.quick and not (args.data and args.data_name):
         parser.error("--data and --data-name are needed without --quick")
     protocol = "digits_demo" if args.quick else "cifar10_resnet18_short"
-    kept = read_earlier(args.output, args.named, protocol=protocol).get("runs", [])
+    kept = common.read_earlier(args.output, args.named, protocol=protocol).get("runs", [])
     done = {row["name"]: row for row in kept if row["words"] == list(RUNS.get(row["name"], ()))}
     names = [name for name in RUNS if args.quick or args.original or name != "original images"]
 
@@ -89,12 +81,12 @@ def main() -> int:
         done[name] = measured(name, args)
         content = {"data": args.named, "protocol": protocol}
         content |= {"runs": [done[name] for name in RUNS if name in done]}
-        write_json(args.output, content)
+        common.write_json(args.output, content)
         print(name, done[name]["best"], done[name]["last"], flush=True)
 
-    jobs = [make_job(name, partial(command, name), args) for name in names]
-    scheduler = make_scheduler(args)
-    return exit_code(scheduler, scheduler.run(jobs, done, finished))
+    jobs = [common.make_job(name, partial(command, name), args) for name in names]
+    scheduler = common.make_scheduler(args)
+    return common.exit_code(scheduler, scheduler.run(jobs, done, finished))
 
 
 if __name__ == "__main__":

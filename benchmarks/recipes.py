@@ -17,17 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import common
 from collect import environment, figures, lines, seconds
-from common import (
-    data_arguments,
-    exit_code,
-    make_job,
-    make_scheduler,
-    read_earlier,
-    study_arguments,
-    study_parser,
-    write_json,
-)
 from softdefend.experiments.config import packaged
 from softdefend.experiments.parallel import command_line
 
@@ -46,7 +37,7 @@ def command(preset: str, device: str, args: argparse.Namespace) -> list[str]:
     """The command that trains one preset."""
     folder = args.folder / f"{preset}-seed{args.seed}"
     arguments = [*(QUICK if args.quick else PROTOCOL), "--seed", str(args.seed), "--runtime.device", device]
-    arguments += data_arguments(args)
+    arguments += common.data_arguments(args)
     if preset in DISTILLED:
         teachers = sorted(args.folder.glob(f"kd*-seed{args.seed}/student/last.safetensors"))
         place = teachers[0].parents[1] if teachers else None
@@ -83,7 +74,7 @@ def protocol(args: argparse.Namespace) -> str:
 
 def read(args: argparse.Namespace) -> dict[str, Any]:
     """What earlier calls have finished, by preset."""
-    content = read_earlier(args.output, args.named, args.seed, protocol(args))
+    content = common.read_earlier(args.output, args.named, args.seed, protocol(args))
     return {run["recipe"]: run for run in content.get("runs", [])}
 
 
@@ -95,15 +86,15 @@ def write(path: Path, done: dict[str, Any], args: argparse.Namespace) -> None:
         "protocol": protocol(args),
         "runs": [done[preset] for preset in sorted(done)],
     }
-    write_json(path, content)
+    common.write_json(path, content)
 
 
 def main() -> int:
     """Keep every device busy until the presets or the seconds are used up."""
-    parser = study_parser(__doc__, "recipes")
+    parser = common.study_parser(__doc__, "recipes")
     parser.add_argument("--presets", nargs="+", default=sorted(packaged("preset")))
     parser.add_argument("--seed", type=int, default=0)
-    args = study_arguments(parser, "recipes", "recipes.json")
+    args = common.study_arguments(parser, "recipes", "recipes.json")
     done = read(args)
 
     def finished(preset: str) -> None:
@@ -114,12 +105,14 @@ def main() -> int:
 
     jobs = [
         # The second of these takes the first one's teachers.
-        make_job(preset, partial(command, preset), args, DISTILLED[:1] if preset in DISTILLED[1:] else ())
+        common.make_job(
+            preset, partial(command, preset), args, DISTILLED[:1] if preset in DISTILLED[1:] else ()
+        )
         for preset in args.presets
     ]
     absent = [name for name in DISTILLED if name not in args.presets]
-    scheduler = make_scheduler(args)
-    return exit_code(scheduler, scheduler.run(jobs, [*done, *absent], finished))
+    scheduler = common.make_scheduler(args)
+    return common.exit_code(scheduler, scheduler.run(jobs, [*done, *absent], finished))
 
 
 if __name__ == "__main__":
