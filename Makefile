@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 # side with one thread each: images this small are not worth dividing, and threads would wait for each other.
 demo: install
 	$(BIN)/softdefend compare --config digits_demo --presets pgd-at sglr-reference --folder demo \
-		--together 2 --runtime.threads 1
+		--parallel 2 --runtime.threads 1
 
 lint: install
 	$(BIN)/ruff check src tests benchmarks

@@ -9,7 +9,7 @@ rows of ``softdefend reproduce table1``: 200 epochs, and AutoAttack at the end. 
 other sets of CIFAR-10N, and the same label rule in training without an attack ('plain') on all three.
 Then audits the labels of every run that has both a memory and wrong labels, and analyses the first four runs.
 Killed at any moment, or ended by ``--seconds``, the same command continues where the run folders still exist.
-``--quick`` does it in miniature on digits.
+``--quick`` does it on digits in a few epochs.
 
 Writes best and last accuracy, learning curves and the audits' tables to ``--output``, as far as they go, and
 the analysis beside it as ``analysis.json``; ``FOLDER/analysis`` holds its page.
@@ -27,13 +27,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import common
 from collect import environment, figures, lines, seconds
-from pool import Job, Pool, data_words, earlier, softdefend, study_arguments, study_parser
 from softdefend.experiments import reproduce
+from softdefend.experiments.parallel import Job, command_line
 
 HUMAN = {"worst": "worse_label", "aggregate": "aggre_label", "random1": "random_label1"}
 """CIFAR-10N's sets of labels, by the names of their arrays."""
-ANALYSED = ("pgd-at", "sglr", "pgd-at-worst", "sglr-worst")
+ANALYZED = ("pgd-at", "sglr", "pgd-at-worst", "sglr-worst")
 RUNS = {
     "pgd-at": ("pgd-at", None, 60),
     "sglr": ("sglr-reference", None, 60),
@@ -66,9 +67,9 @@ def place(name: str, args: argparse.Namespace) -> Path:
     return Path(args.folder / name)
 
 
-def row_words(device: str, args: argparse.Namespace) -> list[str]:
-    """What the rows of table 1 have beside the words of ``softdefend reproduce table1``."""
-    words = [*data_words(args), "--runtime.device", device]
+def row_arguments(device: str, args: argparse.Namespace) -> list[str]:
+    """Arguments of the rows of table 1 beside those of ``softdefend reproduce table1``."""
+    words = [*common.data_arguments(args), "--runtime.device", device]
     if args.quick:
         return [*words, "--save.archive", "1"]
     words += ["--validate.every", "2", "--validate.test_size", "1000", "--validate.batch_size", "1000"]
@@ -76,22 +77,22 @@ def row_words(device: str, args: argparse.Namespace) -> list[str]:
 
 
 def row(name: str, device: str, args: argparse.Namespace) -> list[str]:
-    """The words that train a row of table 1 and leave AutoAttack to ``reproduce``."""
+    """The command that trains a row of table 1 and leaves AutoAttack to ``reproduce``."""
     preset = RUNS[name][0]
     words = [*(reproduce.QUICK if args.quick else ("--config", "cifar10_resnet18")), "--preset", preset]
     words += ["--name", preset, "--seed", str(args.seed), "--evaluate.attacks", '["pgd-20"]']
-    return softdefend("train", *words, *row_words(device, args), "--folder", str(place(name, args)))
+    return command_line("train", *words, *row_arguments(device, args), "--folder", str(place(name, args)))
 
 
 def reproduced(names: tuple[str, ...], device: str, args: argparse.Namespace) -> list[str]:
-    """The words that evaluate rows of table 1 and write the table."""
+    """The command that evaluates rows of table 1 and writes the table."""
     words = ["--only", *(RUNS[name][0] for name in names), "--seeds", str(args.seed)]
     words += ["--folder", str(args.table1), *(["--quick"] if args.quick else [])]
-    return softdefend("reproduce", "table1", *words, *row_words(device, args))
+    return command_line("reproduce", "table1", *words, *row_arguments(device, args))
 
 
 def train(name: str, device: str, args: argparse.Namespace) -> list[str]:
-    """The words that train one run."""
+    """The command that trains one run."""
     if args.table1 and name in ROWS:
         return row(name, device, args)
     preset, labels, epochs = RUNS[name]
@@ -100,13 +101,13 @@ def train(name: str, device: str, args: argparse.Namespace) -> list[str]:
     words = [*words, "--preset", preset, "--name", name]
     words += ["--seed", str(args.seed), "--runtime.device", device, "--folder", str(place(name, args))]
     words += ["--optim.epochs", str(4 if args.quick else epochs)]
-    if name in ANALYSED:
+    if name in ANALYZED:
         every, archive = ("1", "1") if args.quick else ("5", "20")
         words += ["--validate.every", every, "--save.archive", archive]
         words += ["--validate.test_size", "64" if args.quick else "1000"]
     else:
         words += ["--validate.every", "2" if args.quick else "10"]
-    words += data_words(args)
+    words += common.data_arguments(args)
     if args.quick:
         words += ["--data.noise", "symmetric" if labels else "none", "--data.noise_rate", "0.3"]
         words += [] if labels else ["--data.noise_rate", "0"]
@@ -115,17 +116,17 @@ def train(name: str, device: str, args: argparse.Namespace) -> list[str]:
         words += ["--data.noise_key", HUMAN[labels]]
     if name.startswith("plain"):
         words += ["--attack.steps", "0", "--attack.start", "none"]
-    return softdefend("train", *words)
+    return command_line("train", *words)
 
 
 def audit(name: str, device: str, args: argparse.Namespace) -> list[str]:
-    """The words that audit one run's labels."""
+    """The command that audits one run's labels."""
     output = str(args.folder / f"audit-{name}")
-    return softdefend("labels", "audit", str(place(name, args)), "--output", output, "--device", device)
+    return command_line("labels", "audit", str(place(name, args)), "--output", output, "--device", device)
 
 
 def analyze(names: tuple[str, ...], output: str, device: str, args: argparse.Namespace) -> list[str]:
-    """The words that analyze some runs; all keep what they measured in one folder, so that a run that was
+    """The command that analyzes some runs; all keep what they measured in one folder, so that a run that was
     analyzed alone is not measured again beside others."""
     folder = args.folder / output
     (args.folder / "results").mkdir(parents=True, exist_ok=True)
@@ -140,27 +141,27 @@ def analyze(names: tuple[str, ...], output: str, device: str, args: argparse.Nam
     if args.test_votes:
         words += ["--test_votes", str(args.test_votes)]
     small = [f"--{word}" if i % 2 == 0 else word for pair in _SMALL for i, word in enumerate(pair.split())]
-    return softdefend("analyze", *words, *(small if args.quick else PROBE))
+    return command_line("analyze", *words, *(small if args.quick else PROBE))
 
 
 def jobs(args: argparse.Namespace) -> list[Job]:
     """All of them, in the order in which they are preferred: long runs first, their analyses last."""
 
     def job(name: str, make: Callable[..., list[str]], *given: Any, after: tuple[str, ...] = ()) -> Job:
-        return Job(name, partial(make, *given, args=args), after)
+        return common.make_job(name, partial(make, *given), args, after)
 
     made = [job(name, train, name) for name in RUNS]
     made += [job(f"audit-{name}", audit, name, after=(name,)) for name in AUDITED]
     alone = [
         job(f"analyze-{name}", analyze, (name,), f"analysis-{name}", after=(name, "sglr"))
-        for name in ANALYSED
+        for name in ANALYZED
     ]
-    together = job("analyze", analyze, ANALYSED, "analysis", after=tuple(one.name for one in alone))
+    joint = job("analyze", analyze, ANALYZED, "analysis", after=tuple(one.name for one in alone))
     rows: list[Job] = []
     if args.table1:
         rows = [job(f"row-{name}", reproduced, (name,), after=(name,)) for name in ROWS]
         rows.append(job("table1", reproduced, ROWS, after=tuple(one.name for one in rows)))
-    return [*made, *rows, *alone, together]
+    return [*made, *rows, *alone, joint]
 
 
 def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def analysis(args: argparse.Namespace) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     content = rounded(json.loads(path.read_text()))
-    named = dict(zip(content["runs"], ANALYSED, strict=True))  # rows of table 1 have names of their own there
+    named = dict(zip(content["runs"], ANALYZED, strict=True))  # rows of table 1 have names of their own there
     for part in ("gradients", "labels", "information", "geometry"):
         for found in content[part]:
             found["run"] = named[found["run"]]
@@ -221,19 +222,21 @@ def analysis(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def main() -> int:
     """Train, audit, analyze; then gather what is there."""
-    parser = study_parser(__doc__, "analysis")
+    parser = common.study_parser(__doc__, "analysis")
     parser.add_argument("--votes", type=Path, help="cifar10n.npz")
     parser.add_argument("--test-votes", type=Path, help="cifar10h.npz")
     parser.add_argument("--table1", type=Path, help="folder of the first two rows of table 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--collect-only", action="store_true", help="start nothing")
-    args = study_arguments(parser, "analysis", "analysis_runs.json")
+    args = common.study_arguments(parser, "analysis", "analysis_runs.json")
     # What an earlier call has measured stays.
-    content = earlier(args.output, args.named, args.seed)
+    content = common.read_earlier(args.output, args.named, args.seed)
     if not args.quick and args.votes is None and not args.collect_only:
         parser.error("--votes is needed: CIFAR-10N's labels")
-    pool = Pool(args.devices, args.folder / "logs", args.seconds, remember=True)
-    left = [] if args.collect_only else pool(jobs(args), finished=lambda name: print(name, flush=True))
+    scheduler = common.make_scheduler(args, record=True)
+    unfinished: list[str] = []
+    if not args.collect_only:
+        unfinished = scheduler.run(jobs(args), finished=lambda name: print(name, flush=True))
     runs = {row["run"]: row for row in content.get("runs", [])}
     for name in RUNS:
         of_study = args.table1 and name in ROWS  # its results are rows of that study
@@ -245,13 +248,10 @@ def main() -> int:
         "protocol": "digits_demo, 4 epochs" if args.quick else "cifar10_resnet18_short, PGD-20 in fast",
         "runs": [runs[name] for name in RUNS if name in runs],
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
+    common.write_json(args.output, content)
     if (found := analysis(args)) is not None:
         args.output.with_name("analysis.json").write_text(json.dumps(found) + "\n")
-    if left:
-        print(f"not finished: {' '.join(left)}", file=sys.stderr)
-    return 1 if pool.failed else 0
+    return common.exit_code(scheduler, unfinished)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ document shows as JSON. A few minutes on one core; finished runs and measured pa
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from common import RESULTS, make_parser, write_json
 from softdefend.analysis import AnalysisRequest, AnalyzeSettings, analyze_runs, audit_run, write_audit
 from softdefend.analysis.results import Measurement
 from softdefend.core.environment import environment
@@ -60,11 +59,9 @@ def values(parts: dict[str, Measurement]) -> dict[str, Any]:
 
 def main() -> None:
     """Train, analyze, audit, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/analyze-digits"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/analyze_digits.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "analyze_digits.json")
     args = parser.parse_args()
     runs, device = trained(args.folder), torch.device("cpu")
     request = AnalysisRequest(which=("last",), settings=SETTINGS)
@@ -86,8 +83,7 @@ def main() -> None:
         "audit": audit.comparison,
         "environment": environment(device),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(args.output, content)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ seed changes the split, the initial weights, the batches and the audit's draws.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import sys
@@ -24,17 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common import RESULTS, make_parser
 from softdefend.attacks import PGD
 from softdefend.core.rng import stream
 from softdefend.core.threat import ThreatModel
 from softdefend.data import DataSettings, load
 from softdefend.evaluation.masking import CHECKS, audit
-from softdefend.models import normalized
+from softdefend.models import normalize
 from softdefend.models.small_cnn import SmallCNN
 from softdefend.models.wide_resnet import WideResNet
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "audit_zoo.json"
 sys.path.insert(0, str(ROOT / "tests" / "evaluation"))
 
 import zoo  # noqa: E402
@@ -46,14 +45,12 @@ IMAGES = 200
 
 def main() -> int:
     """Audit every network and write what came out, or print the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--jobs", type=int, default=1, help="seeds at once, each in a process of its own")
     parser.add_argument("--cifar", type=Path, help="Parquet folder of CIFAR-10: measure these networks only")
     parser.add_argument("--cifar-name", default="CIFAR-10 (JPEG mirror)", help="what the data is called")
     parser.add_argument("--tables", action="store_true", help="print the tables of the result file")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "audit_zoo.json")
     args = parser.parse_args()
     content = json.loads(args.output.read_text()) if args.output.exists() else {}
     if args.tables:
@@ -73,7 +70,6 @@ def main() -> int:
             "honest": [row for row in rows if row["kind"] == "honest"],
             "deceivers": [row for row in rows if row["kind"] == "deceiver"],
         }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"{json.dumps(name)}: {_compact(value)}" for name, value in content.items()]
     args.output.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return 0
@@ -159,10 +155,10 @@ def cifar(path: Path, name: str) -> list[dict[str, Any]]:
     statistics = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
     def small() -> nn.Module:
-        return normalized(SmallCNN(10, 3, 16), *statistics)
+        return normalize(SmallCNN(10, 3, 16), *statistics)
 
     def residual() -> nn.Module:
-        return normalized(WideResNet(10, 3, 16, 1), *statistics)
+        return normalize(WideResNet(10, 3, 16, 1), *statistics)
 
     trainings = {
         "plain": zoo.Training(small, epochs=8),

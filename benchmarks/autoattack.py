@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import RESULTS, make_parser, write_json
 from softdefend.attacks import APGD, FAB, PGD, Attack, Square, TargetedAPGD, margin
 from softdefend.core.environment import environment
 from softdefend.core.errors import SettingError
@@ -404,15 +405,12 @@ def write(networks: dict[str, Any], args: argparse.Namespace, device: torch.devi
         "settings": settings,
         "networks": networks,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(args.output, content)
 
 
 def arguments() -> argparse.Namespace:
     """What was asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--runs", nargs="*", type=Path, default=[], help="finished run folders")
     parser.add_argument("--which", default="last", choices=pipeline.WHICH)
     parser.add_argument("--train", nargs="*", default=[], help="networks to train here: plain-resnet18, ...")
@@ -435,7 +433,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--reference", type=Path, default=os.environ.get("SOFTDEFEND_AUTOATTACK"))
     parser.add_argument("--frozen", action="store_true", help="spare the authors' FAB its weight gradients")
     parser.add_argument("--tune", action="store_true", help="let cuDNN choose by timing, in our runs")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/autoattack.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "autoattack.json")
     return parser.parse_args()
 
 

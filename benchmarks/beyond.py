@@ -26,8 +26,9 @@ from typing import Any
 
 import yaml
 
+import common
 from collect import environment, lines, seconds
-from pool import Job, Pool, data_words, earlier, softdefend, study_arguments, study_parser
+from softdefend.experiments.parallel import command_line
 
 CANDIDATES: dict[str, tuple[str, ...]] = {
     "reference": ("--preset", "sglr-awp-ema"),
@@ -48,32 +49,32 @@ FAST = ["--validate.precision", "fast", "--evaluate.precision", "fast"]
 NOTHING = ["--evaluate.curve_size", "0", "--evaluate.examples", "0"]
 
 
-def common(device: str, args: argparse.Namespace) -> list[str]:
-    """Words of every run."""
-    return ["--runtime.device", device, *NOTHING, *data_words(args)]
+def shared_arguments(device: str, args: argparse.Namespace) -> list[str]:
+    """Arguments of every run."""
+    return ["--runtime.device", device, *NOTHING, *common.data_arguments(args)]
 
 
 def short(name: str, device: str, args: argparse.Namespace) -> list[str]:
-    """The words that train one candidate."""
+    """The command that trains one candidate."""
     own = ["--optim.epochs", str(args.epochs), "--data.validation", "5000", "--validate.size", "5000", *FAST]
     own += ["--optim.schedule.warmup", "0"]
     protocol = QUICK if args.quick else ["--config", "cifar10_resnet18_short", "--validate.every", "10", *own]
     place = ["--name", name, "--folder", str(folder(name, args)), "--evaluate.size", "1"]
-    return softdefend("train", *protocol, *CANDIDATES[name], *common(device, args), *place)
+    return command_line("train", *protocol, *CANDIDATES[name], *shared_arguments(device, args), *place)
 
 
 def full(name: str, seed: int, device: str, args: argparse.Namespace) -> list[str]:
-    """The words that train one full run."""
+    """The command that trains one full run."""
     own = ["--config", "cifar10_resnet18", "--validate.every", "2", "--validate.test_size", "1000", *FAST]
     protocol = [*QUICK, "--evaluate.size", "64"] if args.quick else own
     place = ["--name", name, "--folder", str(folder(f"full {name} {seed}", args)), "--seed", str(seed)]
-    return softdefend("train", *protocol, *SETTINGS[name], *common(device, args), *place)
+    return command_line("train", *protocol, *SETTINGS[name], *shared_arguments(device, args), *place)
 
 
 def attacked(name: str, seed: int, device: str, args: argparse.Namespace) -> list[str]:
-    """The words that evaluate the last checkpoint of a full run."""
-    words = [str(folder(f"full {name} {seed}", args)), "--which", "last", "--device", device]
-    return softdefend("evaluate", *words, "--attacks", *attacks(args))
+    """The command that evaluates the last checkpoint of a full run."""
+    arguments = [str(folder(f"full {name} {seed}", args)), "--which", "last", "--device", device]
+    return command_line("evaluate", *arguments, "--attacks", *attacks(args))
 
 
 def attacks(args: argparse.Namespace) -> tuple[str, str]:
@@ -115,25 +116,23 @@ def reached(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any] | 
 
 def main() -> int:
     """Choose, write the choice down, then train and evaluate."""
-    parser = study_parser(__doc__, "beyond")
+    parser = common.study_parser(__doc__, "beyond")
     parser.add_argument("--epochs", type=int, default=30, help="of a candidate")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the full runs")
     parser.add_argument(
         "--full", nargs="+", choices=list(SETTINGS), help="settings of the full runs; the choice"
     )
-    args = study_arguments(parser, "beyond", "beyond.json")
-    content = {"data": args.named} | earlier(args.output, args.named)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args = common.study_arguments(parser, "beyond", "beyond.json")
+    content = {"data": args.named} | common.read_earlier(args.output, args.named)
 
     def write() -> None:
-        args.output.write_text(json.dumps(content, indent=1) + "\n")
+        common.write_json(args.output, content)
 
-    pool = Pool(args.devices, args.folder / "logs", args.seconds, remember=True)
+    scheduler = common.make_scheduler(args, record=True)
     if "choice" not in content:
-        left = pool([Job(name, partial(short, name, args=args)) for name in CANDIDATES])
-        if left:
-            print(f"not finished: {' '.join(left)}", file=sys.stderr)
-            return 1 if pool.failed else 0
+        unfinished = scheduler.run([common.make_job(name, partial(short, name), args) for name in CANDIDATES])
+        if unfinished:
+            return common.exit_code(scheduler, unfinished)
         content["candidates"] = [candidate(name, args) for name in CANDIDATES]
         content["choice"] = max(content["candidates"], key=lambda row: row["val_robust"])["name"]
         write()
@@ -145,17 +144,15 @@ def main() -> int:
     jobs = []
     for name, seed in asked:
         train, attack = f"full {name} {seed}", f"attacked {name} {seed}"
-        jobs.append(Job(train, partial(full, name, seed, args=args)))
-        jobs.append(Job(attack, partial(attacked, name, seed, args=args), (train,)))
-    left = pool(jobs)
+        jobs.append(common.make_job(train, partial(full, name, seed), args))
+        jobs.append(common.make_job(attack, partial(attacked, name, seed), args, (train,)))
+    unfinished = scheduler.run(jobs)
     for name, seed in asked:
         if row := reached(name, seed, args):
             made[name, seed] = row
     content["full"] = list(made.values())
     write()
-    if left:
-        print(f"not finished: {' '.join(left)}", file=sys.stderr)
-    return 1 if pool.failed else 0
+    return common.exit_code(scheduler, unfinished)
 
 
 if __name__ == "__main__":

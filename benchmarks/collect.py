@@ -5,12 +5,13 @@ python benchmarks/collect.py runs/mine --output benchmarks/results/mine.json
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from common import make_parser, write_json
 
 ENVIRONMENT = ("softdefend", "commit", "torch", "python", "device", "started")
 
@@ -47,9 +48,7 @@ def environment(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Figures, seconds of every epoch, curve and environment of one run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -61,7 +60,7 @@ def main() -> None:
         "seconds_of_epochs": [round(row["seconds"], 3) for row in lines(args.run, "timing.jsonl")],
         "curve": lines(args.run, "metrics.jsonl"),
     }
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(args.output, content)
 
 
 if __name__ == "__main__":

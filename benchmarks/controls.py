@@ -14,7 +14,6 @@ continues where the run folders still exist.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,9 @@ from typing import Any
 
 import yaml
 
+import common
 from collect import environment, figures, lines
-from pool import Job, Pool, earlier, softdefend, study_arguments, study_parser
+from softdefend.experiments.parallel import command_line
 
 RUNS: dict[str, tuple[str, ...]] = {
     "protocol": (),
@@ -34,7 +34,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "warm-up": ("--optim.schedule.warmup", "0.05"),
     "authors' weights": ("--net.init", "kaiming"),
 }
-"""Words of ``softdefend train`` beside the protocol's."""
+"""Arguments of ``softdefend train`` beside the protocol's."""
 PROTOCOL = ["--config", "cifar10_resnet18_short", "--preset", "pgd-at", "--validate.every", "3"]
 PROTOCOL += ["--optim.schedule.warmup", "0"]  # as in the published protocol, which these runs are to explain
 PROTOCOL += ["--validate.precision", "fast", "--evaluate.precision", "fast"]
@@ -49,12 +49,12 @@ def place(name: str, args: argparse.Namespace) -> Path:
 
 
 def command(name: str, device: str, args: argparse.Namespace) -> list[str]:
-    """The words that train one control."""
-    words = [*(QUICK if args.quick else PROTOCOL), *RUNS[name], "--runtime.device", device]
+    """The command that trains one control."""
+    arguments = [*(QUICK if args.quick else PROTOCOL), *RUNS[name], "--runtime.device", device]
     if not args.quick:
         own = (args.original, "CIFAR-10") if name == "original images" else (args.data, args.data_name)
-        words += ["--data.source", str(own[0]), "--data.name", own[1]]
-    return softdefend("train", *words, "--name", name, "--folder", str(place(name, args)))
+        arguments += ["--data.source", str(own[0]), "--data.name", own[1]]
+    return command_line("train", *arguments, "--name", name, "--folder", str(place(name, args)))
 
 
 def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -67,13 +67,13 @@ def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     """Train the controls that are not done."""
-    parser = study_parser(__doc__, "controls")
+    parser = common.study_parser(__doc__, "controls")
     parser.add_argument("--original", type=Path, help="folder of the original images; without it no such run")
-    args = study_arguments(parser, "controls", "controls.json")
+    args = common.study_arguments(parser, "controls", "controls.json")
     if not args.quick and not (args.data and args.data_name):
         parser.error("--data and --data-name are needed without --quick")
     protocol = "digits_demo" if args.quick else "cifar10_resnet18_short"
-    kept = earlier(args.output, args.named, protocol=protocol).get("runs", [])
+    kept = common.read_earlier(args.output, args.named, protocol=protocol).get("runs", [])
     done = {row["name"]: row for row in kept if row["words"] == list(RUNS.get(row["name"], ()))}
     names = [name for name in RUNS if args.quick or args.original or name != "original images"]
 
@@ -81,15 +81,12 @@ def main() -> int:
         done[name] = measured(name, args)
         content = {"data": args.named, "protocol": protocol}
         content |= {"runs": [done[name] for name in RUNS if name in done]}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(content, indent=1) + "\n")
+        common.write_json(args.output, content)
         print(name, done[name]["best"], done[name]["last"], flush=True)
 
-    pool = Pool(args.devices, args.folder / "logs", args.seconds)
-    left = pool([Job(name, partial(command, name, args=args)) for name in names], list(done), finished)
-    if left:
-        print(f"not finished: {'; '.join(left)}", file=sys.stderr)
-    return 1 if pool.failed else 0
+    jobs = [common.make_job(name, partial(command, name), args) for name in names]
+    scheduler = common.make_scheduler(args)
+    return common.exit_code(scheduler, scheduler.run(jobs, done, finished))
 
 
 if __name__ == "__main__":

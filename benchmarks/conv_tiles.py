@@ -9,7 +9,6 @@ compiled by several processes first. ``softdefend.execution.fused.residual.tile`
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import multiprocessing
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import RESULTS, make_parser, write_json
 from softdefend.core.environment import environment
 from softdefend.execution.fused import residual
 
@@ -187,13 +187,11 @@ def measured(layer: str, batch: int, tiles: list[residual.Tile]) -> dict[str, An
 
 def main() -> int:
     """Compile, check, time, print the fastest, write all."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--batches", nargs="+", type=int, default=[128])
     parser.add_argument("--processes", type=int, default=8, help="that compile")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/conv_tiles.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "conv_tiles.json")
     args = parser.parse_args()
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False
@@ -212,7 +210,7 @@ def main() -> int:
             if tile["used"] or tile in row["tiles"][:3] or tile["error"] > 0.02:
                 print("  ", json.dumps(tile))
     content = {"environment": environment(torch.device("cuda", 0)), "layers": rows}
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(args.output, content)
     return 0
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from common import RESULTS, make_parser, write_json
 from softdefend.core.environment import environment
 from softdefend.experiments.config import resolve
 from softdefend.experiments.pipeline import train
@@ -31,7 +32,7 @@ def seconds(args: argparse.Namespace, *words: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         protocol = ["--config", "digits_demo", "--preset", "sglr-reference", "--label.start", "0"]
         protocol += ["--optim.epochs", str(args.epochs), "--progress", "false", "--runtime.device", "cpu"]
-        run = train(resolve([*protocol, *_BRIEF, *words, "--folder", f"{folder}/run"]), say=lambda _: None)
+        run = train(resolve([*protocol, *_BRIEF, *words, "--folder", f"{folder}/run"]))
         rows = map(json.loads, (Path(run) / "timing.jsonl").read_text().splitlines())
         # The last epoch is always validated, and the first warms up.
         return min([row["seconds"] for row in rows][1:-1])
@@ -39,12 +40,10 @@ def seconds(args: argparse.Namespace, *words: str) -> float:
 
 def main() -> None:
     """Measure every combination."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--epochs", type=int, default=10, help="of each run, at least 4")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu_epoch.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "cpu_epoch.json")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for threads, precision, last in itertools.product(args.threads, ("fp32", "bf16"), (False, True)):
@@ -68,7 +67,7 @@ def main() -> None:
         "epochs": args.epochs,
         "rows": rows,
     }
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(args.output, content)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the attack's starts. ``--noise-rate 0`` is the control without label noise.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -20,6 +19,7 @@ from statistics import mean
 from typing import Any
 
 from collect import environment, figures
+from common import RESULTS, make_parser, write_json
 from softdefend.experiments import pipeline
 
 PRESETS = ("pgd-at", "sglr-reference")
@@ -64,14 +64,12 @@ def one(seed: int, noise_rate: float, folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Train every seed with both recipes and write what came out."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--noise-rate", type=float, default=0.3)
     parser.add_argument("--jobs", type=int, default=1, help="seeds at once, each in a process of its own")
     parser.add_argument("--folder", type=Path, default=Path("runs/demo_seeds"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/demo_seeds.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "demo_seeds.json")
     args = parser.parse_args()
     folder = args.folder / f"noise{args.noise_rate:g}"
     work = partial(one, noise_rate=args.noise_rate, folder=folder)
@@ -96,8 +94,7 @@ def main() -> int:
         },
         "runs": runs,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(args.output, summary)
     return 0
 
 

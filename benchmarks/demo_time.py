@@ -8,7 +8,6 @@ also decode data or compile bytecode, so the fastest of --repeats counts.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from common import RESULTS, make_parser, write_json
 from softdefend.core.environment import environment
 
 MAKEFILE = Path(__file__).parent.parent / "Makefile"
@@ -37,11 +37,9 @@ def words(folder: Path) -> list[str]:
 
 def main() -> None:
     """Time it and write the file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/demo_time.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "demo_time.json")
     args = parser.parse_args()
     seconds = []
     for _ in range(args.repeats):
@@ -56,7 +54,7 @@ def main() -> None:
         "processor": _processor(),
         "environment": environment(torch.device("cpu")),
     }
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(args.output, content)
     print(json.dumps(content, indent=1))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from collect import ENVIRONMENT
-from pool import data_words
+from common import RESULTS, add_data_arguments, data_arguments, make_parser, write_json
 from softdefend.core import rng
 from softdefend.core.environment import environment
 from softdefend.data import load
@@ -33,20 +33,20 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "authors' weights": ("--net.init", "kaiming"),
     "warm-up": ("--optim.schedule.warmup", "0.01"),
 }
-"""Words of ``softdefend train`` beside the protocol's; the weights are drawn as SGLR's authors draw them, the
-warm-up is of 2 of 200 epochs."""
+"""Arguments of ``softdefend train`` beside the protocol's; the weights are drawn as SGLR's authors draw them,
+the warm-up is of 2 of 200 epochs."""
 
 
 def losses(args: argparse.Namespace, folder: str) -> list[float]:
     """Mean loss of each of the first steps."""
     words = ["--config", "cifar10_resnet18", "--preset", "pgd-at", *VARIANTS[args.variant]]
     words += ["--optim.batch_size", str(args.batch_size), "--attack.steps", str(args.attack_steps)]
-    words += [*data_words(args), "--seed", str(args.seed)]
+    words += [*data_arguments(args), "--seed", str(args.seed)]
     words += ["--runtime.precision", "fp32", "--runtime.device", args.device, "--folder", f"{folder}/run"]
     words += [f"--runtime.{name}=false" for name in ("compile", "capture", "fused")]
     experiment = resolve(words)
     trainer = make_trainer(experiment, load(experiment.data))
-    plan = trainer.train_data.plan(seed=args.seed, epoch=0, views=1, begun=True)
+    plan = trainer.train_data.plan(seed=args.seed, epoch=0, views=1, strong=True)
     phase, found = Phase(*(rule.phase(0) for rule in trainer.rules)), []
     for number in range(args.steps):
         factor = experiment.optim.schedule.factor(
@@ -65,18 +65,15 @@ def losses(args: argparse.Namespace, folder: str) -> list[float]:
 
 def main() -> None:
     """Measure one variant."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("variant", choices=list(VARIANTS))
-    parser.add_argument("--data", type=Path, required=True, help="Parquet folder of CIFAR-10 in hub layout")
-    parser.add_argument("--data-name", required=True, help="what to call the data in the results")
+    add_data_arguments(parser, required=True)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--attack-steps", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/first_steps.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "first_steps.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = losses(args, folder)
@@ -91,7 +88,7 @@ def main() -> None:
     where = environment(torch.device(args.device))
     where = {name: where[name] for name in ENVIRONMENT}
     content = {"settings": settings, "environment": where, "losses": rows | {args.variant: found}}
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(args.output, content)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ updates of 256 samples whose predictions change a little from one to the next.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from pathlib import Path
 from statistics import median
@@ -18,6 +16,7 @@ from typing import Any
 
 import torch
 
+from common import RESULTS, make_parser, write_json
 from softdefend.core import rng
 from softdefend.core.environment import environment
 from softdefend.labels.memory import LabelMemory, make_memory
@@ -64,13 +63,11 @@ def errors(storage: str) -> dict[str, float]:
 
 def main() -> None:
     """Measure every storage that fits, write JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--storages", nargs="+", default=["float32", "float16", "top-64", "top-32", "top-16"])
     parser.add_argument("--samples", type=int, default=1_281_167)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/label_memory.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "label_memory.json")
     args = parser.parse_args()
     device = torch.device(args.device)
     labels = torch.randint(0, CLASSES, (args.samples,), generator=rng.stream(0, "labels")).to(device)
@@ -95,8 +92,7 @@ def main() -> None:
         "rows": rows,
         "environment": environment(device),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(args.output, content)
 
 
 if __name__ == "__main__":

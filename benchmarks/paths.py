@@ -19,13 +19,13 @@ from statistics import mean, stdev
 from typing import Any
 
 from collect import environment, figures
-from pool import compare, data_words
+from common import RESULTS, add_data_arguments, compare, data_arguments, make_parser, write_json
 
 PATHS = {
     "captured": [],
     "eager": [f"--runtime.{name}=false" for name in ("compile", "capture", "fused")],
 }
-"""Words of ``softdefend train`` that choose a path; the protocol's own is the fast one."""
+"""Arguments of ``softdefend train`` that choose a path; the protocol's own is the fast one."""
 QUICK = ["--config", "digits_demo", "--data.train_size", "64", "--optim.epochs", "2", "--evaluate.size", "64"]
 MEASURES = ("clean", "pgd-20")
 
@@ -36,8 +36,8 @@ def train(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     words += ["--data.train_size", str(args.train_size), "--evaluate.precision", "fast"]
     words += ["--optim.schedule.warmup", "0"]
     words = [*(QUICK if args.quick else words), *PATHS[path], "--runtime.device", args.device]
-    words += data_words(args)
-    words += ["--presets", args.preset, "--together", str(len(args.seeds))]
+    words += data_arguments(args)
+    words += ["--presets", args.preset, "--parallel", str(len(args.seeds))]
     words += ["--seeds", *map(str, args.seeds)]
     folder = args.folder / path
     compare(folder, words)
@@ -67,11 +67,8 @@ def compared(rows: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
 
 def main() -> int:
     """Train all seeds on both paths."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, help="Parquet folder of CIFAR-10 in hub layout")
-    parser.add_argument("--data-name", default="", help="what to call the data in the results")
+    parser = make_parser(__doc__)
+    add_data_arguments(parser)
     parser.add_argument("--preset", default="sglr-reference")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
@@ -79,7 +76,7 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--folder", type=Path, default=Path("runs/paths"))
     parser.add_argument("--quick", action="store_true", help="digits, two epochs")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/paths.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "paths.json")
     args = parser.parse_args()
     rows = [row for path in PATHS for row in train(path, args)]
     content = {
@@ -90,8 +87,7 @@ def main() -> int:
         "train_size": 64 if args.quick else args.train_size,
         "runs": rows,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(args.output, content)
     print(json.dumps(content["differences"], indent=1))
     return 0
 

@@ -14,13 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-COLOURS = {"pgd-at": "#0072B2", "sglr": "#D55E00", "pgd-at-worst": "#009E73", "sglr-worst": "#CC79A7"}
+COLORS = {"pgd-at": "#0072B2", "sglr": "#D55E00", "pgd-at-worst": "#009E73", "sglr-worst": "#CC79A7"}
 Value = Callable[[dict[str, Any]], float | None]
 
 
 def course(axes: Axes, found: Sequence[dict[str, Any]], value: Value, style: str = "-") -> None:
     """A value by epoch for every run; runs without it are left out."""
-    for run, color in COLOURS.items():
+    for run, color in COLORS.items():
         by_epoch = {one["epoch"]: one["result"] for one in found if one["run"] == run}
         points = [(epoch, y) for epoch in sorted(by_epoch) if (y := value(by_epoch[epoch])) is not None]
         if points:
@@ -52,10 +52,10 @@ def reliability(axes: Axes, found: Sequence[dict[str, Any]]) -> None:
     last = max(one["epoch"] for one in found)
     axes.plot([0, 1], [0, 1], ":", color="#888888", lw=1)
     for one in found:
-        if one["epoch"] == last and one["run"] in COLOURS:
+        if one["epoch"] == last and one["run"] in COLORS:
             bins = [b for b in one["result"]["predictions"]["adversarial"]["reliability"] if b["count"] >= 10]
             x, y = ([b[name] for b in bins] for name in ("confidence", "accuracy"))
-            axes.plot(x, y, marker="o", ms=3, lw=1.6, color=COLOURS[one["run"]])
+            axes.plot(x, y, marker="o", ms=3, lw=1.6, color=COLORS[one["run"]])
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def main() -> None:
     course(axes[4], content["geometry"], eigenvalue)
     reliability(axes[5], content["labels"])
     axes[5].set_xlabel("confidence")
-    for run, color in COLOURS.items():
+    for run, color in COLORS.items():
         axes[2].plot([], [], color=color, label=run)
     for place, words in (
         (0, ("the others", "wrong or doubted")),

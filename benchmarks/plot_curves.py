@@ -16,19 +16,19 @@ from matplotlib.figure import Figure
 from tables import full_name
 
 ROOT = Path(__file__).parent.parent
-COLOURS = {"plain": "#0072B2", "sglr": "#D55E00", "r": "#009E73", "awp": "#CC79A7", "rival": "#E69F00"}
+COLORS = {"plain": "#0072B2", "sglr": "#D55E00", "r": "#009E73", "awp": "#CC79A7", "rival": "#E69F00"}
 
 
 def color(recipe: str) -> str:
     """One for SGLR, one each for SGLR with a share of the given label and with AWP, one for AWP without it,
     one for all else."""
     if "without SGLR" in recipe:
-        return COLOURS["rival"]
+        return COLORS["rival"]
     if "AWP" in recipe:
-        return COLOURS["awp"]
+        return COLORS["awp"]
     if recipe.endswith("-paper"):
-        return COLOURS["r"]
-    return COLOURS["sglr" if "sglr" in recipe else "plain"]
+        return COLORS["r"]
+    return COLORS["sglr" if "sglr" in recipe else "plain"]
 
 
 def draw(

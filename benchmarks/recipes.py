@@ -5,22 +5,22 @@
 Each preset is one ``softdefend train`` of protocol cifar10_resnet18_short with 30 epochs. A device takes the
 next preset when it is done with one; named twice, it takes two at once. Killed at any moment, or ended by
 ``--seconds``, the same command continues: finished presets stay in the output file, unfinished runs resume
-where their folder still exists. ``--quick`` does the same in miniature on digits.
+where their folder still exists. ``--quick`` does the same on digits in two epochs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import common
 from collect import environment, figures, lines, seconds
-from pool import Job, Pool, data_words, earlier, softdefend, study_arguments, study_parser
 from softdefend.experiments.config import packaged
+from softdefend.experiments.parallel import command_line
 
 EPOCHS = 30
 DISTILLED = ("kd", "kd-swa")
@@ -34,17 +34,17 @@ QUICK += ["--evaluate.curve_size", "0"]
 
 
 def command(preset: str, device: str, args: argparse.Namespace) -> list[str]:
-    """The words that train one preset."""
+    """The command that trains one preset."""
     folder = args.folder / f"{preset}-seed{args.seed}"
-    words = [*(QUICK if args.quick else PROTOCOL), "--seed", str(args.seed), "--runtime.device", device]
-    words += data_words(args)
+    arguments = [*(QUICK if args.quick else PROTOCOL), "--seed", str(args.seed), "--runtime.device", device]
+    arguments += common.data_arguments(args)
     if preset in DISTILLED:
         teachers = sorted(args.folder.glob(f"kd*-seed{args.seed}/student/last.safetensors"))
         place = teachers[0].parents[1] if teachers else None
         known = [f"--{role}={place / role}" for role in ("standard", "robust")] if place else []
         own = ["--preset", preset, "--folder", str(folder), *known]
-        return softdefend("distill", *words, *own)
-    return softdefend("train", *words, "--preset", preset, "--folder", str(folder))
+        return command_line("distill", *arguments, *own)
+    return command_line("train", *arguments, "--preset", preset, "--folder", str(folder))
 
 
 def measured(preset: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -74,28 +74,27 @@ def protocol(args: argparse.Namespace) -> str:
 
 def read(args: argparse.Namespace) -> dict[str, Any]:
     """What earlier calls have finished, by preset."""
-    content = earlier(args.output, args.named, args.seed, protocol(args))
+    content = common.read_earlier(args.output, args.named, args.seed, protocol(args))
     return {run["recipe"]: run for run in content.get("runs", [])}
 
 
 def write(path: Path, done: dict[str, Any], args: argparse.Namespace) -> None:
     """The output file, presets in the order of their names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "data": args.named,
         "seed": args.seed,
         "protocol": protocol(args),
         "runs": [done[preset] for preset in sorted(done)],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    common.write_json(path, content)
 
 
 def main() -> int:
     """Keep every device busy until the presets or the seconds are used up."""
-    parser = study_parser(__doc__, "recipes")
+    parser = common.study_parser(__doc__, "recipes")
     parser.add_argument("--presets", nargs="+", default=sorted(packaged("preset")))
     parser.add_argument("--seed", type=int, default=0)
-    args = study_arguments(parser, "recipes", "recipes.json")
+    args = common.study_arguments(parser, "recipes", "recipes.json")
     done = read(args)
 
     def finished(preset: str) -> None:
@@ -104,17 +103,16 @@ def main() -> int:
         last = done[preset]["last"]
         print(preset, last["clean"], last["pgd-20"], done[preset]["seconds_per_epoch"], flush=True)
 
-    pool = Pool(args.devices, args.folder / "logs", args.seconds)
     jobs = [
         # The second of these takes the first one's teachers.
-        Job(preset, partial(command, preset, args=args), DISTILLED[:1] if preset in DISTILLED[1:] else ())
+        common.make_job(
+            preset, partial(command, preset), args, DISTILLED[:1] if preset in DISTILLED[1:] else ()
+        )
         for preset in args.presets
     ]
     absent = [name for name in DISTILLED if name not in args.presets]
-    left = pool(jobs, [*done, *absent], finished)
-    if left:
-        print(f"not finished: {' '.join(left)}", file=sys.stderr)
-    return 1 if pool.failed else 0
+    scheduler = common.make_scheduler(args)
+    return common.exit_code(scheduler, scheduler.run(jobs, [*done, *absent], finished))
 
 
 if __name__ == "__main__":

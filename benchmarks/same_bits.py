@@ -7,8 +7,8 @@ Everything runs on the CPU with one thread: short trainings on the digits with p
 rule, objective and weight rule; every attack, the three AutoAttack ensembles, the audit, corruptions and
 transfer on three of the networks through the command line; and every attack called directly from Python. A
 digest is the sha256 of weights, of metrics, of per-sample records, or of the numbers of a JSON file in their
-order (names of keys and weights may change, times and versions are left out). Digests are equal on the same
-machine with the same torch version only.
+order: names of keys and weights may change, times and versions are left out. Digests are equal only on the
+same machine with the same torch version.
 """
 
 from __future__ import annotations

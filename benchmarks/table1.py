@@ -12,16 +12,15 @@ what that found.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from itertools import combinations
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from collect import ENVIRONMENT, seconds
-from softdefend.experiments.reproduce import same_protocol
+from common import RESULTS, make_parser, write_json
+from softdefend.core.store import ResultStore
 
 PUBLISHED = {
     "pgd-at": {"clean": 82.4, "robust": 41.4, "autoattack": 40.2},
@@ -47,10 +46,17 @@ def audited(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def joined(path: Path) -> dict[str, Any]:
-    """One row, figures in percent."""
-    content, folder = json.loads(path.read_text()), path.with_suffix("")
-    row: dict[str, Any] = {name: content[name] for name in ("name", "recipe", "seed", "protocol")}
+def join(path: Path) -> dict[str, Any]:
+    """One row, figures in percent.
+
+    Raises:
+        SystemExit: a file that ``softdefend reproduce`` did not write, or that was altered.
+    """
+    content, folder = ResultStore(path.parent).read(path.stem), path.with_suffix("")
+    if content is None:
+        sys.exit(f"{path}: no row that softdefend reproduce wrote")
+    row: dict[str, Any] = {name: content[name] for name in ("name", "recipe", "seed")}
+    row["protocol"] = content["inputs"]["protocol"]
     for which in ("best", "last"):
         row[which] = {
             name: value if name == "epoch" else round(100 * value, 2)
@@ -72,29 +78,22 @@ def joined(path: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Every row found, in the order of the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("folders", type=Path, nargs="+")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/table1.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "table1.json")
     args = parser.parse_args()
-    found = [joined(path) for folder in args.folders for path in sorted(folder.glob("*-seed*.json"))]
+    found = [join(path) for folder in args.folders for path in sorted(folder.glob("*-seed*.json"))]
     content = json.loads(args.output.read_text()) if args.output.exists() else {}
-    protocols = [content["protocol"]] if content else []
-    protocols += [row.pop("protocol") for row in found]
+    protocols = [row.pop("protocol") for row in found]
+    protocols += [content["protocol"]] if content else []
     names = [(row["name"], row["seed"]) for row in found]
-    if (
-        not found
-        or len(set(names)) < len(names)
-        or not all(same_protocol(one, other) for one, other in combinations(protocols, 2))
-    ):
+    if not found or len(set(names)) < len(names) or any(one != protocols[0] for one in protocols):
         print("no rows, a row twice, or rows of different protocols", file=sys.stderr)
         return 2
     rows = found + [row for row in content.get("rows", []) if (row["name"], row["seed"]) not in names]
     rows.sort(key=lambda row: (("trades" in row["name"]), ("sglr" in row["name"]), row["name"], row["seed"]))
-    fullest = max(protocols, key=len)
-    content = {"data": fullest["data"]["name"], "protocol": fullest, "rows": rows}
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
+    content = {"data": protocols[0]["data"]["name"], "protocol": protocols[0], "rows": rows}
+    write_json(args.output, content)
     return 0
 
 

@@ -376,13 +376,13 @@ def label_memory() -> str:
     return table(head, lines)
 
 
-def together() -> str:
-    """Runs side by side on one GPU: wall time, epochs, and how many times as fast as one by one."""
-    content, lines = read("together"), []
+def parallel_runs() -> str:
+    """Runs in parallel on one GPU: wall time, epochs, and how many times as fast as one by one."""
+    content, lines = read("parallel_runs"), []
     for row in content["rows"]:
-        ratio = content["times_as_fast"][str(row["together"])]
+        ratio = content["times_as_fast"][str(row["parallel"])]
         lines.append(
-            f"| {row['together']} | {row['seconds_per_epoch']:.2f} | {ratio['epochs']:.2f} "
+            f"| {row['parallel']} | {row['seconds_per_epoch']:.2f} | {ratio['epochs']:.2f} "
             f"| {row['wall_seconds']:.0f} | {ratio['wall']:.2f} |"
         )
     head = "| runs at once | s an epoch of each | times the epochs "
@@ -441,7 +441,7 @@ if __name__ == "__main__":
         train_step(),
         train_step("train_step_128"),
         paths(),
-        together(),
+        parallel_runs(),
         autoattack(),
         label_memory(),
         cpu_epoch(),

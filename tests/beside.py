@@ -142,7 +142,7 @@ def theirs(trainer: Trainer, optimizer: torch.optim.Optimizer, step: Callable[[B
             group["lr"] = trainer.optim.lr * trainer.optim.schedule.factor(
                 epoch - 1, 0.0, trainer.optim.epochs
             )
-        order = trainer.train_data.plan(seed=trainer.config.seed, epoch=epoch - 1, views=1, begun=False)
+        order = trainer.train_data.plan(seed=trainer.config.seed, epoch=epoch - 1, views=1, strong=False)
         for number in range(trainer.steps_per_epoch):
             step(trainer.train_data.batch(order[number * BATCH : (number + 1) * BATCH]), epoch)
 

@@ -38,7 +38,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("softdefend"):
-            # A module by ``from softdefend.core import rng``, a name by ``from softdefend.core.rng import key``.
+            # ``from softdefend.core import rng`` imports a module, not a name.
             whole = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [name if name in MODULES else str(node.module) for name in whole]
         elif isinstance(node, ast.Import):

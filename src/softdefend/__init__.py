@@ -7,7 +7,7 @@ from softdefend.core.threat import ThreatModel
 from softdefend.data import DataSettings, from_tensors, load
 from softdefend.experiments.api import evaluate, train
 from softdefend.labels import ADR, KD, SAT, SGLR, Hard, Smooth
-from softdefend.models import normalized
+from softdefend.models import normalize
 from softdefend.objectives import FGSMRS, MART, MLCAT, NFGSM, PGDAT, SCE, TE, TRADES, TRADESTE, Consistency
 from softdefend.training import OptimSettings, Schedule
 from softdefend.weights import AWP, EMA, SWA, Plain
@@ -46,6 +46,6 @@ __all__ = [
     "evaluate",
     "from_tensors",
     "load",
-    "normalized",
+    "normalize",
     "train",
 ]

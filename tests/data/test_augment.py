@@ -84,4 +84,4 @@ def test_impossible_augmentations_are_refused(wrong: dict[str, object], message:
 def test_augmentation_begins_at_the_epoch_that_was_meant():
     assert 0.29 * 100 < 29  # a rounding error below a whole number of epochs
     settings = AugmentSettings(start=0.29)
-    assert [settings.begun(epoch, 100) for epoch in (28, 29)] == [False, True]
+    assert [settings.is_strong(epoch, 100) for epoch in (28, 29)] == [False, True]

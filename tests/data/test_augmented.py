@@ -103,7 +103,7 @@ def test_before_the_start_only_crops_and_flips() -> None:
     both, plain = {"policy": "autoaugment", "cutout": 3, "cutmix": 0.7}, data(cutmix=0.7)
     ours = data(**both)
     for view in range(2):
-        rows, bare = (one.plan(seed=1, epoch=2, views=2, begun=False) for one in (ours, plain))
+        rows, bare = (one.plan(seed=1, epoch=2, views=2, strong=False) for one in (ours, plain))
         assert torch.equal(ours.batch(rows, view).image, plain.batch(bare, view).image)
         later = ours.plan(seed=1, epoch=2, views=2)
         assert later.shape == rows.shape
@@ -115,10 +115,10 @@ def test_before_the_start_only_crops_and_flips() -> None:
 def test_half_the_run_is_over_as_early_as_in_the_reference(epochs: int, first: int) -> None:
     """alinlab/consistency-adversarial changes to its second loader where its one-based epoch > epochs / 2."""
     settings = AugmentSettings(start=0.5)
-    begun = [settings.begun(epoch, epochs) for epoch in range(epochs)]
+    begun = [settings.is_strong(epoch, epochs) for epoch in range(epochs)]
     assert begun == [epoch + 1 > epochs / 2 for epoch in range(epochs)]
     assert begun.index(True) == first
-    assert all(AugmentSettings().begun(epoch, epochs) for epoch in range(epochs))
+    assert all(AugmentSettings().is_strong(epoch, epochs) for epoch in range(epochs))
 
 
 def test_a_cutout_below_one_is_a_share_of_the_shorter_side() -> None:

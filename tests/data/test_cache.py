@@ -9,8 +9,8 @@ import torch
 
 from softdefend.core.digest import checksum
 from softdefend.data import Split
-from softdefend.data.cache import cached, default_folder, source_key
-from softdefend.data.raw import Raw
+from softdefend.data.cache import default_folder, read_or_build, source_key
+from softdefend.data.raw import RawData
 
 
 class Build:
@@ -20,16 +20,16 @@ class Build:
         self.calls = 0
         self.test = test
 
-    def __call__(self) -> Raw:
+    def __call__(self) -> RawData:
         self.calls += 1
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8, generator=generator)
         part = Split(images, torch.arange(50) % 5)
         test = part.subset(torch.arange(7)) if self.test else None
-        return Raw("toy", part, test, ("a", "b", "ü", "d", "e"), {"remark": "x"})
+        return RawData("toy", part, test, ("a", "b", "ü", "d", "e"), {"remark": "x"})
 
 
-def assert_same(one: Raw, other: Raw) -> None:
+def assert_same(one: RawData, other: RawData) -> None:
     assert (one.name, one.classes, dict(one.notes)) == (other.name, other.classes, dict(other.notes))
     assert torch.equal(one.train.images, other.train.images)
     assert torch.equal(one.train.labels, other.train.labels)
@@ -42,12 +42,12 @@ def assert_same(one: Raw, other: Raw) -> None:
 @pytest.mark.parametrize("test", [True, False])
 def test_the_second_time_the_data_come_from_disk(tmp_path: Path, test: bool) -> None:
     build = Build(test=test)
-    first = cached(tmp_path / "new" / "cache", "key", build)
-    second = cached(tmp_path / "new" / "cache", "key", build)
+    first = read_or_build(tmp_path / "new" / "cache", "key", build)
+    second = read_or_build(tmp_path / "new" / "cache", "key", build)
     assert build.calls == 1
     assert_same(first, second)
     assert [path.name for path in (tmp_path / "new" / "cache").iterdir()] == ["key.safetensors"]
-    cached(tmp_path / "new" / "cache", "other", build)
+    read_or_build(tmp_path / "new" / "cache", "other", build)
     assert build.calls == 2
 
 
@@ -56,7 +56,7 @@ def test_a_damaged_file_is_rebuilt_and_logged(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     build = Build()
-    good = cached(tmp_path, "key", build)
+    good = read_or_build(tmp_path, "key", build)
     path = tmp_path / "key.safetensors"
     content = bytearray(path.read_bytes())
     if damage == "flip":
@@ -71,11 +71,11 @@ def test_a_damaged_file_is_rebuilt_and_logged(
         content = bytearray(b"" if damage == "empty" else b"something else altogether")
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        again = cached(tmp_path, "key", build)
+        again = read_or_build(tmp_path, "key", build)
     assert build.calls == 2
     assert "is rebuilt" in caplog.text
     assert_same(good, again)
-    cached(tmp_path, "key", build)
+    read_or_build(tmp_path, "key", build)
     assert build.calls == 2
 
 
@@ -85,7 +85,7 @@ def test_a_folder_that_cannot_be_written_is_done_without(
     (tmp_path / "file").write_text("in the way")
     build = Build()
     with caplog.at_level(logging.WARNING):
-        raw = cached(tmp_path / "file" / "cache", "key", build)
+        raw = read_or_build(tmp_path / "file" / "cache", "key", build)
     assert_same(raw, build())
     assert "not cached" in caplog.text
 
@@ -96,7 +96,7 @@ def test_a_write_that_fails_halfway_leaves_nothing(tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("softdefend.data.cache.save_file", full)
-    cached(tmp_path, "key", Build())
+    read_or_build(tmp_path, "key", Build())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import binomtest, chisquare, ks_2samp
 
 from softdefend.core.rng import stream
-from softdefend.data.regions import cutmix, cutout, draw_boxes, draw_centres, own_share
+from softdefend.data.regions import cutmix, cutout, draw_boxes, draw_centers, own_share
 
 H, W = 7, 10
 
@@ -28,10 +28,10 @@ def test_every_pixel_is_cut_out_by_the_squares_that_cover_it_and_by_no_other(sid
 
 
 def test_centres_are_uniform() -> None:
-    center = draw_centres(20_000, H, W, stream(0, "cutout"))
+    center = draw_centers(20_000, H, W, stream(0, "cutout"))
     counts = torch.bincount(center[:, 0] * W + center[:, 1], minlength=H * W)
     assert chisquare(counts.numpy()).pvalue > 1e-3
-    assert not torch.equal(center, draw_centres(20_000, H, W, stream(0, "cutout", 1)))
+    assert not torch.equal(center, draw_centers(20_000, H, W, stream(0, "cutout", 1)))
 
 
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 4.0])

@@ -28,7 +28,7 @@ STORED = 1200
 
 def images_and_labels(seed: int = 0) -> tuple[Tensor, Tensor]:
     """All digits in random order, [1797, 1, 8, 8] in [0, 1] and [1797]."""
-    train = digits.read().train
+    train = digits.read_digits().train
     order = torch.randperm(len(train.labels), generator=rng.stream(seed, "zoo/order"))
     return train.images[order].float() / 255, train.labels[order]
 

@@ -7,13 +7,13 @@ import json
 import pytest
 
 from softdefend.core.errors import SettingError
-from softdefend.experiments.bench import BenchSettings, bench_train, forward_flops, line
+from softdefend.experiments.bench import BenchSettings, bench_train, count_forward_flops, format_row
 
 QUICK = ["--runtime.device", "cpu", "--attack.steps", "1", "--optim.epochs", "2", "--runtime.threads", "1"]
 
 
-def test_rows_hold_what_was_asked_for_and_their_arithmetic_closes(tmp_path):
-    said = []
+def test_rows_hold_what_was_asked_for_and_their_arithmetic_closes(tmp_path, caplog):
+    caplog.set_level("INFO", logger="softdefend")
     settings = BenchSettings(
         nets=("small_cnn",),
         presets=("pgd-at", "sglr-reference"),
@@ -24,7 +24,7 @@ def test_rows_hold_what_was_asked_for_and_their_arithmetic_closes(tmp_path):
         images=100,
         output=str(tmp_path / "step.json"),
     )
-    result = bench_train(settings, QUICK, say=said.append)
+    result = bench_train(settings, QUICK)
     assert json.loads((tmp_path / "step.json").read_text()) == result
     assert [(r["recipe"], r["batch_size"]) for r in result["rows"]] == [
         ("pgd-at", 2),
@@ -32,7 +32,7 @@ def test_rows_hold_what_was_asked_for_and_their_arithmetic_closes(tmp_path):
         ("pgd-at", 4),
         ("sglr-reference", 4),
     ]
-    flops = forward_flops("small_cnn")
+    flops = count_forward_flops("small_cnn")
     for row in result["rows"]:
         forwards = {"pgd-at": 2 + 3, "sglr-reference": 2 + 3 + 1}[row["recipe"]]
         assert row["tflop"] == pytest.approx(forwards * flops * row["batch_size"] / 1e12, abs=1e-5)
@@ -42,12 +42,12 @@ def test_rows_hold_what_was_asked_for_and_their_arithmetic_closes(tmp_path):
             row["ms"] * (100 // row["batch_size"]) / 1e3, rel=0.01
         )
         assert "ratio" not in row
-        assert line(row) in said
+        assert format_row(row) in caplog.messages
 
 
 def test_resnet18s_forward_is_the_1_11_gflop_that_the_field_counts():
     """0.556 G multiply-adds on 32x32 (He et al.'s ResNet-18 with a 3x3 stem), two operations each."""
-    assert forward_flops("resnet18") == pytest.approx(1.11e9, rel=0.01)
+    assert count_forward_flops("resnet18") == pytest.approx(1.11e9, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,6 @@ def made(monkeypatch):
     return count
 
 
-def silent(_: str) -> None: ...
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """The working directory: paths in a run's configuration are as they were given."""
@@ -69,11 +66,11 @@ def config(folder: str) -> dict:
 
 
 @pytest.mark.slow
-def test_killed_in_every_stage_it_ends_in_the_same_bytes(here, made):
-    said = []
-    assert kd_swa(SMALL, Path("whole"), say=said.append) == Path("whole/student")
+def test_killed_in_every_stage_it_ends_in_the_same_bytes(here, made, caplog):
+    caplog.set_level("INFO", logger="softdefend")
+    assert kd_swa(SMALL, Path("whole")) == Path("whole/student")
     assert made == ["Hard"] * 2 * STEPS + ["KD"] * STEPS
-    stages = [line for line in said if line.startswith("stage")]
+    stages = [line for line in caplog.messages if line.startswith("stage")]
     titles = ("standard teacher", "robust teacher", "student")
     assert stages == [f"stage {n} of 3: {title}" for n, title in enumerate(titles, start=1)]
     names = [f"{stage}/{name}" for stage in ("standard", "robust", "student") for name in FILES]
@@ -81,7 +78,7 @@ def test_killed_in_every_stage_it_ends_in_the_same_bytes(here, made):
     written = Path("whole/robust/best.safetensors").stat().st_mtime_ns
 
     made.clear()
-    kd_swa(SMALL, Path("whole"), say=silent)
+    kd_swa(SMALL, Path("whole"))
     assert made == []  # nothing finished is trained again
     assert Path("whole/robust/best.safetensors").stat().st_mtime_ns == written
 
@@ -90,9 +87,9 @@ def test_killed_in_every_stage_it_ends_in_the_same_bytes(here, made):
         made.clear()
         made.stop = stop
         with pytest.raises(Killed):
-            kd_swa(SMALL, Path("whole"), say=silent)
+            kd_swa(SMALL, Path("whole"))
     made.stop = None
-    kd_swa(SMALL, Path("whole"), say=silent)
+    kd_swa(SMALL, Path("whole"))
     for name in names:
         assert Path("whole", name).read_bytes() == whole[name], name
 
@@ -102,7 +99,7 @@ def test_stages_differ_in_the_recipe_alone(here, monkeypatch):
     experiments = []
     monkeypatch.setattr("softdefend.experiments.pipeline.train", experiments.append)
     words = [*SMALL, "--config", "digits_demo", "--label.temperature", "3"]
-    kd_swa(words, Path("runs"), say=silent)
+    kd_swa(words, Path("runs"))
     standard, robust, student = experiments
     own = {"name", "label", "weight"}
     assert len({experiment.folder for experiment in experiments}) == 3
@@ -128,7 +125,7 @@ def test_stages_differ_in_the_recipe_alone(here, monkeypatch):
 def test_standard_training_makes_no_adversarial_image(here, made):
     made.stop = STEPS
     with pytest.raises(Killed):
-        kd_swa(SMALL, Path("runs"), say=silent)
+        kd_swa(SMALL, Path("runs"))
     rows = [json.loads(line) for line in Path("runs/standard/metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 3
     assert all(row["val_robust"] == row["val_clean"] for row in rows)
@@ -139,13 +136,13 @@ def test_teachers_that_exist_already_are_not_trained(here, monkeypatch):
     experiments = []
     monkeypatch.setattr("softdefend.experiments.pipeline.train", experiments.append)
     with pytest.raises(SettingError, match=r"--robust: got elsewhere/last\.safetensors, no such file"):
-        kd_swa(SMALL, Path("runs"), robust="elsewhere/last.safetensors", say=silent)
+        kd_swa(SMALL, Path("runs"), robust="elsewhere/last.safetensors")
     assert experiments == []  # before anything is trained for it
     Path("elsewhere").mkdir()
     with pytest.raises(SettingError, match=r"--standard: got elsewhere, without best\.safetensors"):
-        kd_swa(SMALL, Path("runs"), standard="elsewhere", say=silent)
+        kd_swa(SMALL, Path("runs"), standard="elsewhere")
     Path("elsewhere/last.safetensors").touch()
-    kd_swa(SMALL, Path("runs"), robust="elsewhere/last.safetensors", say=silent)
+    kd_swa(SMALL, Path("runs"), robust="elsewhere/last.safetensors")
     assert [e.folder.name for e in experiments] == ["standard", "student"]
     assert experiments[1].recipe.label.robust == "elsewhere/last.safetensors"
     assert experiments[1].recipe.label.standard == "runs/standard"
@@ -163,7 +160,7 @@ def test_teachers_that_exist_already_are_not_trained(here, monkeypatch):
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_trains(here, words, settings, said):
     with pytest.raises(SettingError, match=said):
-        kd_swa([*SMALL, *words], Path("runs"), say=silent, **settings)
+        kd_swa([*SMALL, *words], Path("runs"), **settings)
     assert not Path("runs").exists()
 
 
@@ -171,8 +168,8 @@ def test_a_teacher_trained_on_images_of_another_size_is_refused(here, made):
     """The student of 8x8 digits, taught by a run whose examples are 12x12."""
     made.stop = STEPS
     with pytest.raises(Killed):
-        kd_swa(SMALL, Path("runs"), say=silent)
+        kd_swa(SMALL, Path("runs"))
     save_file({"image": torch.zeros(1, 1, 12, 12)}, "runs/standard/evaluation/examples.safetensors")
     made.stop = None
     with pytest.raises(SettingError, match=r"label\.robust: got a teacher trained on images \[1, 12, 12\]"):
-        kd_swa(SMALL, Path("other"), standard="runs/standard", robust="runs/standard", say=silent)
+        kd_swa(SMALL, Path("other"), standard="runs/standard", robust="runs/standard")

@@ -1,4 +1,4 @@
-"""Studies in miniature: every run is made and gathered, a second call makes none again."""
+"""Studies on digits: every run is made and gathered, a second call makes none again."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import json
 import pytest
 
 from softdefend.core.errors import SettingError
+from softdefend.core.store import ResultStore
 from softdefend.experiments import pipeline
 from softdefend.experiments.config import resolve
 from softdefend.experiments.reproduce import (
     ABLATED,
     ablation,
+    make_quick,
     markdown,
-    miniature,
     noise,
     reproduce,
     robust_rate,
-    same_protocol,
     table1,
 )
 from softdefend.labels import SGLR
@@ -28,7 +28,7 @@ FAST = ["--runtime.threads", "1", "--progress", "false", "--optim.epochs", "2", 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("table1")
-    rows = reproduce(miniature(table1()), folder, FAST, say=lambda _: None)
+    rows = reproduce(make_quick(table1()), folder, FAST)
     return folder, rows
 
 
@@ -61,7 +61,7 @@ def test_the_central_table_has_five_rows_with_best_last_and_their_difference(mad
 def test_finished_runs_are_kept(made, monkeypatch):
     folder, rows = made
     monkeypatch.setattr("softdefend.training.step.TrainStep.__call__", None)  # a step would fail
-    again = reproduce(miniature(table1()), folder, FAST, say=lambda _: None)
+    again = reproduce(make_quick(table1()), folder, FAST)
     assert [row["last"] for row in again] == [row["last"] for row in rows]
 
 
@@ -73,14 +73,15 @@ def test_rows_of_an_earlier_call_join_those_made_now(made, tmp_path):
         (tmp_path / f"{row['name']}-seed0.json").write_text(
             (folder / f"{row['name']}-seed0.json").read_text()
         )
-    again = reproduce(miniature(table1()), tmp_path, FAST, only=["pgd-at"], say=lambda _: None)
+    again = reproduce(make_quick(table1()), tmp_path, FAST, only=["pgd-at"])
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["pgd-at-seed0"]
     assert [(row["name"], row["last"]) for row in again] == [(row["name"], row["last"]) for row in rows]
     assert (tmp_path / "table.md").read_text().count("\n") == 2 + 5
 
 
 @pytest.mark.slow
-def test_a_row_made_under_another_protocol_stays_out_of_the_table(made, tmp_path):
+def test_a_row_made_under_another_protocol_stays_out_of_the_table(made, tmp_path, caplog):
+    caplog.set_level("INFO", logger="softdefend")
     folder, rows = made
     differing = {
         "sglr-reference": ("epochs", 4),
@@ -88,29 +89,17 @@ def test_a_row_made_under_another_protocol_stays_out_of_the_table(made, tmp_path
         "trades-sglr-paper": ("attack", {"steps": 7}),
     }
     for name, (setting, value) in differing.items():
-        content = json.loads((folder / f"{name}-seed0.json").read_text())
-        assert setting in content["protocol"]
-        content["protocol"][setting] = value
-        (tmp_path / f"{name}-seed0.json").write_text(json.dumps(content))
-    (tmp_path / "trades-seed0.json").write_text(
-        json.dumps({"name": "trades", "seed": 0})
-    )  # of an older version
-    said = []
-    again = reproduce(miniature(table1()), tmp_path, FAST, only=["pgd-at"], say=said.append)
+        content = ResultStore(folder).read(f"{name}-seed0")
+        inputs = content.pop("inputs")
+        assert setting in inputs["protocol"]
+        inputs["protocol"][setting] = value
+        ResultStore(tmp_path).write(f"{name}-seed0", inputs, content)
+    (tmp_path / "trades-seed0.json").write_text(json.dumps({"name": "trades", "seed": 0}))  # no row of ours
+    again = reproduce(make_quick(table1()), tmp_path, FAST, only=["pgd-at"])
     assert [row["name"] for row in again] == ["pgd-at"]
-    left_out = [line for line in said if "another protocol" in line]
+    left_out = [line for line in caplog.messages if "another protocol" in line]
     assert {line.split(",")[0] for line in left_out} == {*differing, "trades"}
     assert {row["name"] for row in rows} == {*differing, "trades", "pgd-at"}
-
-
-def test_rows_are_compared_by_their_whole_protocol():
-    protocol = {"epochs": 200, "optim": {"lr": 0.1, "schedule": {"warmup": 0.0}}, "attack": {"steps": 10}}
-    assert same_protocol(protocol, protocol)
-    assert not same_protocol(protocol, {"epochs": 200})
-    assert not same_protocol(protocol, {"epochs": 100})
-    assert not same_protocol(protocol, protocol | {"attack": {"steps": 7}})
-    assert not same_protocol(protocol, protocol | {"optim": {"lr": 0.1, "schedule": {"warmup": 0.05}}})
-    assert not same_protocol(protocol, {})
 
 
 @pytest.mark.parametrize(
@@ -118,7 +107,7 @@ def test_rows_are_compared_by_their_whole_protocol():
 )
 def test_what_a_study_sets_itself_is_no_override(tmp_path, override):
     with pytest.raises(SettingError, match=override.partition("=")[0]):
-        reproduce(miniature(table1()), tmp_path, [override, "5"], say=lambda _: None)
+        reproduce(make_quick(table1()), tmp_path, [override, "5"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -130,15 +119,15 @@ def test_a_row_that_is_not_in_the_study_is_refused(tmp_path):
 def test_a_wrong_word_is_found_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "train", None)
     with pytest.raises(SettingError, match=r"optim\.lr"):
-        reproduce(miniature(table1()), tmp_path, [*FAST, "--optim.lr", "-1"])
+        reproduce(make_quick(table1()), tmp_path, [*FAST, "--optim.lr", "-1"])
     assert not list(tmp_path.iterdir())
 
 
-def test_every_planned_run_of_every_study_resolves_to_what_its_row_says():
+def test_every_run_of_every_study_resolves_to_what_its_row_says():
     for study in (table1(), ablation(), noise()):
         assert len({run.name for run in study.runs}) == len(study.runs)
         for run in study.runs:
-            experiment = resolve([*study.protocol, *run.words])
+            experiment = resolve([*study.protocol, *run.arguments])
             if "factor" in run.factors and run.factors["factor"] != "none":
                 value = getattr(experiment.recipe.label, run.factors["factor"])
                 assert str(value).removesuffix(".0") == run.factors["value"]
@@ -149,9 +138,9 @@ def test_every_planned_run_of_every_study_resolves_to_what_its_row_says():
 
 def test_one_factor_at_a_time_differs_from_the_reference_in_one():
     reference, *others = ablation().runs
-    base = vars(resolve(list(reference.words)).recipe.label)
+    base = vars(resolve(list(reference.arguments)).recipe.label)
     for run in others:
-        tried = vars(resolve(list(run.words)).recipe.label)
+        tried = vars(resolve(list(run.arguments)).recipe.label)
         assert [key for key in base if base[key] != tried[key]] == [run.factors["factor"]]
     assert set(ABLATED) <= set(vars(SGLR()))
 
@@ -160,7 +149,7 @@ def test_human_labels_take_part_where_a_file_is_given(tmp_path):
     study = noise(tmp_path / "cifar10n.npz")
     assert [run.factors["noise"] for run in study.runs[-4::2]] == ["CIFAR-10N aggregate", "CIFAR-10N worst"]
     assert len(study.runs) == len(noise().runs) + 4
-    assert len(miniature(study).runs) == len(noise().runs)
+    assert len(make_quick(study).runs) == len(noise().runs)
 
 
 def test_a_choice_is_read_off_validation_images():

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from softdefend.models.layers import conv, global_average, initialise, kaiming
+from softdefend.models.layers import conv, global_average, init_kaiming, init_weights
 
 
 def test_convolutions_start_with_the_fan_out_variance() -> None:
@@ -14,7 +14,7 @@ def test_convolutions_start_with_the_fan_out_variance() -> None:
     nn.init.normal_(net[1].weight)
     nn.init.normal_(net[2].bias)
     bn_weight, linear_weight = net[1].weight.clone(), net[2].weight.clone()
-    initialise(net)
+    init_weights(net)
     # 36,864 draws: the standard deviation is known to 0.4%, the mean to 0.5% of it
     assert math.isclose(net[0].weight.std().item(), math.sqrt(2 / (9 * 128)), rel_tol=0.02)
     assert abs(net[0].weight.mean().item()) < 0.03 * math.sqrt(2 / (9 * 128))
@@ -27,7 +27,7 @@ def test_redrawn_convolutions_leave_the_rest_alone() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(conv(32, 128), nn.BatchNorm2d(128), nn.Linear(128, 10))
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    kaiming(net)
+    init_kaiming(net)
     assert [name for name, value in net.state_dict().items() if not torch.equal(value, before[name])] == [
         "0.weight"
     ]

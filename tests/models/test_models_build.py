@@ -33,7 +33,7 @@ def make(name: str, channels: int = 3, classes: int = 10, **more: Any) -> nn.Mod
     ],
 )
 def test_normalization_adds_no_parameters(name: str, count: int, monkeypatch) -> None:
-    monkeypatch.setattr("softdefend.models.wide_resnet.initialise", lambda net: None)  # seconds of drawing
+    monkeypatch.setattr("softdefend.models.wide_resnet.init_weights", lambda net: None)  # seconds of drawing
     net = make(name)
     assert sum(p.numel() for p in net.parameters()) == count
     assert isinstance(next(iter(net.children())), Normalize)

@@ -25,7 +25,7 @@ class WordsParser(argparse.ArgumentParser):
 
 
 PASSES_ON = " Every setting of 'softdefend train' is accepted beside these."
-TOGETHER = "runs at once, each a process of its own; spread over the GPUs that are visible"
+PARALLEL = "runs at a time, each a process of its own; spread over the GPUs that are visible"
 
 
 def _compare_parser() -> argparse.ArgumentParser:
@@ -41,14 +41,14 @@ def _compare_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/compare"), help="where the runs and report go"
     )
-    parser.add_argument("--together", type=int, default=1, help=TOGETHER)
+    parser.add_argument("--parallel", type=int, default=1, help=PARALLEL)
     return parser
 
 
 def compare(arguments: Sequence[str]) -> None:
     """``softdefend compare``."""
     given, rest = _compare_parser().parse_known_args(list(arguments))
-    table, report = pipeline.compare(rest, given.presets, given.seeds, given.folder, together=given.together)
+    table, report = pipeline.compare(rest, given.presets, given.seeds, given.folder, parallel=given.parallel)
     print(f"\n{table}\n\nreport: {report}")
 
 
@@ -91,7 +91,7 @@ def _reproduce_parser() -> argparse.ArgumentParser:
     parser.add_argument("study", help=", ".join(STUDIES))
     parser.add_argument("--folder", type=Path, help="where runs, table, figures and report go (runs/STUDY)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--together", type=int, default=1, help=TOGETHER)
+    parser.add_argument("--parallel", type=int, default=1, help=PARALLEL)
     parser.add_argument("--only", nargs="+", default=[], help="names of the runs to make, such as pgd-at")
     parser.add_argument("--human", type=Path, help="noise: CIFAR-10N's labels, an .npz file")
     parser.add_argument("--quick", action="store_true", help="in miniature: digits, a few epochs, a CPU")
@@ -111,9 +111,9 @@ def reproduce(arguments: Sequence[str]) -> None:
         raise SettingError("--human", given.human, "an .npz file of labels")
     study = studies.noise(given.human) if given.study == "noise" else getattr(studies, given.study)()
     if given.quick:
-        study = studies.miniature(study)
+        study = studies.make_quick(study)
     folder = given.folder or Path("runs") / (f"{study.name}-quick" if given.quick else study.name)
-    studies.reproduce(study, folder, rest, seeds=given.seeds, together=given.together, only=given.only)
+    studies.reproduce(study, folder, rest, seeds=given.seeds, parallel=given.parallel, only=given.only)
 
 
 def _bench_parser() -> argparse.ArgumentParser:

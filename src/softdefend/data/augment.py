@@ -47,8 +47,8 @@ class AugmentSettings:
     cutmix_alpha: float = 1.0
     """Lambda ~ Beta(alpha, alpha) is the share an image keeps, before its box is cut at the border; > 0."""
 
-    def begun(self, epoch: int, epochs: int) -> bool:
-        """Whether policy and cutout are made in this zero-based epoch of so many."""
+    def is_strong(self, epoch: int, epochs: int) -> bool:
+        """Whether policy and cutout are applied in a zero-based epoch of a run of ``epochs``."""
         return epoch >= math.floor(self.start * epochs + 1e-9)
 
     @property
@@ -84,8 +84,10 @@ def epoch_plan(
     device: torch.device | str = "cpu",
     views: int = 1,
 ) -> Tensor:
-    """The order and the augmentation of one epoch, [n, 1 + 3 views] int64 rows of (index, top, left, flip,
-    and as many more (top, left, flip) as there are further views).
+    """Draw the order and the augmentation of one epoch.
+
+    The plan has [n, 1 + 3 views] int64 rows of (index, top, left, flip), with three more columns (top, left,
+    flip) for each further view.
 
     A row says: take image ``index``, pad it by ``pad`` pixels on each side, cut out a window of the original
     size that starts at (``top``, ``left``) in the padded image, and mirror it left-right if ``flip`` is 1.

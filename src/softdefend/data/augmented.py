@@ -1,4 +1,4 @@
-"""The training split with all that augmentation does to it."""
+"""The training split with its augmentation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from softdefend.core.rng import stream
 from softdefend.data.augment import AugmentSettings, epoch_plan
 from softdefend.data.base import Batch, Split
 from softdefend.data.policies import augment, draw_autoaugment, draw_randaugment
-from softdefend.data.regions import cutmix, cutout, draw_boxes, draw_centres, own_share
+from softdefend.data.regions import cutmix, cutout, draw_boxes, draw_centers, own_share
 from softdefend.data.resident import Resident
 
 _BOX = 4
@@ -54,17 +54,19 @@ class Augmented(Resident):
         self._layers = {"none": 0, "randaugment": settings.randaugment_n, "autoaugment": 2}[settings.policy]
         self.mixes = settings.cutmix > 0
 
-    def plan(self, *, seed: int, epoch: int, views: int = 1, begun: bool = True) -> Tensor:
-        """The order and every draw of one epoch, [n, columns] int64: those of :func:`epoch_plan`, then for
-        each view the policy's operations and levels and the cutout's center (y, x), then the CutMix box (top,
-        bottom, left, right) of the first view. What is switched off has no columns.
+    def plan(self, *, seed: int, epoch: int, views: int = 1, strong: bool = True) -> Tensor:
+        """Draw the order and every augmentation of one epoch.
+
+        The plan is [n, columns] int64: the columns of :func:`epoch_plan`, then for each view the policy's
+        operations and levels and the cutout's center (y, x), then the CutMix box (top, bottom, left, right)
+        of the first view. What is switched off has no columns.
 
         Each kind of draw has a stream of its own, so that switching one on changes no other.
 
         Args:
             seed, epoch: position in the run (see :mod:`softdefend.core.rng`).
             views: independent augmentations of each image, >= 1.
-            begun: whether policy and cutout are made; if not, their columns say so.
+            strong: whether policy and cutout are applied; if not, their columns hold values without effect.
         """
         settings, (_, h, w) = self.settings, self.image_shape
         parts = [
@@ -81,18 +83,20 @@ class Augmented(Resident):
                     if settings.policy == "autoaugment"
                     else draw_randaugment(self.n, settings.randaugment_n, settings.randaugment_m, draws)
                 )
-                parts.append(chosen.flatten(1) * begun)  # 0 is no operation
+                parts.append(chosen.flatten(1) * strong)  # 0 is no operation
             if self._cutout:
-                centers = draw_centres(self.n, h, w, stream(seed, f"cutout{suffix}", epoch))
-                parts.append(centers if begun else centers - 2 * max(h, w))  # out of the image
+                centers = draw_centers(self.n, h, w, stream(seed, f"cutout{suffix}", epoch))
+                parts.append(centers if strong else centers - 2 * max(h, w))  # out of the image
         if self.mixes:
             boxes = stream(seed, "cutmix", epoch)
             parts.append(draw_boxes(self.n, h, w, settings.cutmix, settings.cutmix_alpha, boxes))
         return torch.cat(parts, dim=1).to(self._device)
 
     def batch(self, plan_rows: Tensor, view: int = 0) -> Batch:
-        """One view of the augmented batch for rows [b, columns] of :meth:`plan`, on the device. ``label`` is
-        the image's own, also where CutMix gave it pixels of another."""
+        """Make one view of the augmented batch for rows [b, columns] of :meth:`plan`, on the device.
+
+        ``label`` is the image's own, also where CutMix gave it pixels of another.
+        """
         batch = super().batch(plan_rows, view)
         image = batch.image
         drawn = 2 * self._layers + 2 * (self._cutout > 0)
@@ -105,7 +109,7 @@ class Augmented(Resident):
             image = cutout(image, columns[:, -2:], self._cutout)
         if self.mixes:
             image = cutmix(image, plan_rows[:, -_BOX:])
-        return replace(batch, image=self.laid_out(image))
+        return replace(batch, image=self.to_layout(image))
 
     def share(self, plan_rows: Tensor) -> Tensor | None:
         return own_share(plan_rows[:, -_BOX:], *self.image_shape[1:]) if self.mixes else None

@@ -1,4 +1,4 @@
-"""What the rest of the package sees of a data set: batches, splits, and the three splits of one run."""
+"""Data sets as the rest of the package sees them: batches, splits, and the three splits of a run."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class DataBundle:
 def split(
     images: Tensor, labels: Tensor, *, images_name: str = "images", labels_name: str = "labels"
 ) -> Split:
-    """Checks tensors from outside and brings them to the stored form.
+    """Check tensors from outside and bring them to the stored form.
 
     Args:
         images: [n, c, h, w], uint8 (0..255) or floating point in [0, 1]. Floating-point images that are
@@ -149,7 +149,7 @@ def _checked_pixels(images: Tensor, name: str) -> Tensor:
 
 
 def _eight_bit(images: Tensor) -> Tensor:
-    """uint8 images where all pixels are multiples of 1/255, the images themselves otherwise."""
+    """The images as uint8 where all pixels are multiples of 1/255, else as they are."""
     out = torch.empty(images.shape, dtype=torch.uint8)
     for start in range(0, len(images), _CHUNK):
         part = images[start : start + _CHUNK]

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from softdefend.core.digest import checksum
 from softdefend.data.base import Split
-from softdefend.data.raw import Raw
+from softdefend.data.raw import RawData
 
 _log = logging.getLogger(__name__)
 _FORMAT = 2
@@ -34,8 +34,8 @@ def source_key(files: Iterable[Path], **options: object) -> str:
     return hashlib.sha256(json.dumps([_FORMAT, sorted(stats), options]).encode()).hexdigest()
 
 
-def cached(folder: Path, key: str, build: Callable[[], Raw]) -> Raw:
-    """The data under ``key``, built and stored where they are not there or not intact.
+def read_or_build(folder: Path, key: str, build: Callable[[], RawData]) -> RawData:
+    """Read the data stored under ``key``; build and store them where they are absent or damaged.
 
     A cache never stops a run: a damaged file is rebuilt and a folder that cannot be written is done without;
     both are logged as warnings.
@@ -48,7 +48,7 @@ def cached(folder: Path, key: str, build: Callable[[], Raw]) -> Raw:
     return raw
 
 
-def _read(path: Path) -> Raw | None:
+def _read(path: Path) -> RawData | None:
     try:
         if not path.is_file():
             return None
@@ -59,13 +59,13 @@ def _read(path: Path) -> Raw | None:
             raise ValueError("its content does not match its checksum")
         test = Split(tensors["test.images"], tensors["test.labels"]) if header["test"] else None
         train = Split(tensors["train.images"], tensors["train.labels"])
-        return Raw(header["name"], train, test, tuple(header["classes"]), header["notes"])
+        return RawData(header["name"], train, test, tuple(header["classes"]), header["notes"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         _log.warning("cache file %s is rebuilt: %s", path, error)
         return None
 
 
-def _write(path: Path, raw: Raw) -> None:
+def _write(path: Path, raw: RawData) -> None:
     tensors = {"train.images": raw.train.images, "train.labels": raw.train.labels}
     if raw.test is not None:
         tensors |= {"test.images": raw.test.images, "test.labels": raw.test.labels}

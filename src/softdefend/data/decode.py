@@ -32,7 +32,7 @@ _UPRIGHT = {
 
 
 def decode(count: int, read: Callable[[int], bytes], name: Callable[[int], str], what: str) -> Tensor:
-    """Decodes ``count`` images of one size to [n, c, h, w] uint8, in parallel where that pays.
+    """Decode ``count`` images of one size to [n, c, h, w] uint8, in parallel where that pays.
 
     All images are turned upright as their EXIF orientation says, and brought to the mode of the first: gray
     (c = 1) or RGB (c = 3; transparency is dropped). Sizes are those of the upright images.

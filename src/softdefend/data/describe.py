@@ -32,7 +32,7 @@ def channel_stats(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def describe(bundle: DataBundle) -> str:
-    """Sizes, classes, pixel statistics, label noise and fingerprint, in lines for a terminal."""
+    """Describe sizes, classes, pixels, label noise and fingerprint, in lines for a terminal."""
     train = bundle.train
     shape = "x".join(str(side) for side in train.images.shape[1:])
     mean, std = channel_stats(train)

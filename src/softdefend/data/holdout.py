@@ -1,5 +1,7 @@
-"""Drawing part of a data set by class: the validation split, the test split of sources that have none, and
-small training sets."""
+"""Draws of part of a data set by class.
+
+They make the validation split, the test split of sources that have none, and small training sets.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from torch import Tensor
 
 
 def draw_by_class(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` positions drawn without replacement, each class in proportion to its size.
+    """Draw ``count`` positions without replacement, each class in proportion to its size.
 
     Shares are rounded by largest remainders, so the counts add up to ``count`` exactly and no class is more
     than one sample away from its share.

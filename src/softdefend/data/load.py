@@ -14,13 +14,13 @@ from softdefend.core.rng import stream
 from softdefend.data import noise
 from softdefend.data.base import DataBundle, Split, split
 from softdefend.data.holdout import complement, draw_by_class
-from softdefend.data.raw import Raw, numbered
+from softdefend.data.raw import RawData, number_classes
 from softdefend.data.settings import DataSettings
 from softdefend.data.sources import read
 
 
 def load(settings: DataSettings) -> DataBundle:
-    """Reads the source and makes the splits of a run.
+    """Read the source and make the splits of a run.
 
     In this order: the source's own test split is set aside (``test_fraction`` of the data, where it has
     none); ``validation`` images are held out of the rest; training keeps ``train_size`` of what remains;
@@ -50,7 +50,7 @@ def from_tensors(
     *,
     test_fraction: float = 0.2,
 ) -> DataBundle:
-    """The splits of a run from tensors, by the rules of :func:`load`.
+    """Make the splits of a run from tensors, by the rules of :func:`load`.
 
     Args:
         images: [n, c, h, w], uint8 or floating point in [0, 1].
@@ -70,17 +70,17 @@ def from_tensors(
         test = split(test_images, test_labels, images_name="test_images", labels_name="test_labels")
     elif test_images is not None or test_labels is not None:
         raise SettingError("test_images", "only one of test_images and test_labels", "both or neither")
-    names = numbered(train, test, "test_labels") if classes is None else tuple(classes)
+    names = number_classes(train, test, "test_labels") if classes is None else tuple(classes)
     settings = DataSettings(
         validation=max(1, min(1000, len(train) // 10)) if validation is None else validation,
         test_fraction=test_fraction,
         split_seed=split_seed,
     )
-    return _bundle(Raw(name, train, test, names), settings, {"source": "tensors"})
+    return _bundle(RawData(name, train, test, names), settings, {"source": "tensors"})
 
 
-def _bundle(raw: Raw, settings: DataSettings, notes: dict[str, object]) -> DataBundle:
-    """Splits as lists of positions first: the images are copied once, at the end."""
+def _bundle(raw: RawData, settings: DataSettings, notes: dict[str, object]) -> DataBundle:
+    """Make the splits. They are lists of positions first: the images are copied once, at the end."""
     notes = {**notes, **raw.notes}
     labels, n, seed = raw.train.labels, len(raw.train), settings.split_seed
     test, pool = raw.test, torch.arange(n)
@@ -120,7 +120,7 @@ def _bundle(raw: Raw, settings: DataSettings, notes: dict[str, object]) -> DataB
 
 
 def _check_classes(setting: str, given: object, labels: Tensor) -> None:
-    """Refuses the setting that took all but one class from the training data."""
+    """Refuse a setting that leaves training with one class."""
     if labels.min() == labels.max():
         count = f"{len(labels)} image{'s' if len(labels) > 1 else ''} of one class"
         raise SettingError(
@@ -128,7 +128,7 @@ def _check_classes(setting: str, given: object, labels: Tensor) -> None:
         )
 
 
-def _with_noise(part: Split, at: Tensor, raw: Raw, settings: DataSettings, name: str) -> Split:
+def _with_noise(part: Split, at: Tensor, raw: RawData, settings: DataSettings, name: str) -> Split:
     """The images at positions ``at`` of the source with noisy labels, drawn from the stream ``name``."""
     clean, generator = part.labels, stream(settings.noise_seed, name)
     if settings.noise_file is not None:

@@ -35,7 +35,7 @@ CIFAR10_CONFUSIONS = {
 
 
 def symmetric(labels: Tensor, classes: int, rate: float, generator: torch.Generator) -> Tensor:
-    """Gives exactly round(rate n) of the samples a uniformly random *other* class.
+    """Give exactly round(rate n) of the samples a uniformly random *other* class.
 
     The literature also uses another convention, a class uniform over *all* classes, which leaves one in
     ``classes`` of the chosen labels as it was: rate r there is rate r (classes - 1) / classes here.
@@ -58,7 +58,7 @@ def symmetric(labels: Tensor, classes: int, rate: float, generator: torch.Genera
 
 
 def asymmetric(labels: Tensor, classes: tuple[str, ...], rate: float, generator: torch.Generator) -> Tensor:
-    """Confuses CIFAR-10's look-alike classes (:data:`CIFAR10_CONFUSIONS`).
+    """Confuse CIFAR-10's look-alike classes (:data:`CIFAR10_CONFUSIONS`).
 
     In each of the five classes, exactly round(rate n_class) samples get the confused label; the others keep
     theirs. Averaged over CIFAR-10's ten balanced classes, half of ``rate`` of the labels are wrong.
@@ -92,8 +92,9 @@ def asymmetric(labels: Tensor, classes: tuple[str, ...], rate: float, generator:
 
 
 def from_file(path: str, key: str | None, clean: Tensor, classes: int) -> Tensor:
-    """Labels from an array of an .npz file, such as ``worse_label`` of CIFAR-10N (Wei et al., ICLR 2022,
-    arXiv:2110.12088).
+    """Read labels from an array of an .npz file, such as ``worse_label`` of CIFAR-10N.
+
+    CIFAR-10N is of Wei et al., ICLR 2022, arXiv:2110.12088.
 
     Args:
         path: the file. Arrays of Python objects are refused (``allow_pickle=False``).

@@ -53,8 +53,9 @@ def cifar10_policy() -> Tensor:
 
 
 def draw_randaugment(n: int, layers: int, magnitude: int, generator: torch.Generator) -> Tensor:
-    """Draws of RandAugment (Cubuk et al., arXiv 1909.13719), [n, layers, 2] int64 (operation, level): every
-    layer one of 14 operations, all equally likely, at one magnitude and in a random direction.
+    """Draw RandAugment (Cubuk et al., arXiv 1909.13719), [n, layers, 2] int64 (operation, level).
+
+    Every layer is one of 14 operations, all equally likely, at one magnitude and in a random direction.
 
     Args:
         n: number of images.
@@ -67,8 +68,9 @@ def draw_randaugment(n: int, layers: int, magnitude: int, generator: torch.Gener
 
 
 def draw_autoaugment(n: int, generator: torch.Generator) -> Tensor:
-    """Draws of AutoAugment's CIFAR-10 policy, [n, 2, 2] int64 (operation, level): a random sub-policy per
-    image, each of its two operations made with its probability.
+    """Draw AutoAugment's CIFAR-10 policy, [n, 2, 2] int64 (operation, level).
+
+    Each image has a random sub-policy; each of its two operations is made with its probability.
 
     Args:
         n: number of images.
@@ -111,8 +113,10 @@ def _pick(operation: Tensor, name: str) -> Tensor:
 
 
 def warp(image: Tensor, operation: Tensor, level: Tensor) -> Tensor:
-    """Shears, translations and rotations, nearest neighbor, black where nothing is; other images as they
-    are. Shears are about the corner, rotations about the middle; translations are of whole pixels."""
+    """Shear, translate or rotate each image whose operation says so; nearest neighbor, black outside.
+
+    Shears are about the corner, rotations about the middle; translations are of whole pixels.
+    """
     b, c, h, w = image.shape
     strength = level.float() / FULL
 
@@ -141,8 +145,10 @@ def warp(image: Tensor, operation: Tensor, level: Tensor) -> Tensor:
 
 
 def enhance(image: Tensor, operation: Tensor, level: Tensor) -> Tensor:
-    """Brightness, color, contrast and sharpness: the image moved away from, or towards, a version without
-    any (black, gray, evenly gray, blurred); other images as they are."""
+    """Change brightness, color, contrast or sharpness of each image whose operation says so.
+
+    The image is moved away from, or towards, a version without any: black, gray, evenly gray or blurred.
+    """
     colorless = gray(image)
     dull = torch.where(_pick(operation, "brightness"), 0.0, image)
     dull = torch.where(_pick(operation, "color"), colorless, dull)
@@ -153,8 +159,10 @@ def enhance(image: Tensor, operation: Tensor, level: Tensor) -> Tensor:
 
 
 def tones(image: Tensor, operation: Tensor, level: Tensor) -> Tensor:
-    """Posterize, solarize, autocontrast, equalize and invert, on 256 levels of brightness where these
-    matter; other images as they are."""
+    """Posterize, solarize, autocontrast, equalize or invert each image whose operation says so.
+
+    Where levels of brightness matter there are 256 of them.
+    """
     steps = (255 * image).round()
     level = level[:, None, None, None].float()
     coarse = (_BITS * level.abs() / FULL).round().exp2()
@@ -187,8 +195,10 @@ def _blurred(image: Tensor) -> Tensor:
 
 
 def _equalized(image: Tensor, steps: Tensor) -> Tensor:
-    """Every channel with its brightness spread evenly: a pixel becomes the number of darker ones, in units
-    of a 255th of all but the brightest. As in Pillow, channels of too few pixels for that stay.
+    """Spread the brightness of every channel evenly.
+
+    A pixel becomes the number of darker ones, in units of a 255th of all but the brightest. As in Pillow,
+    channels of too few pixels for that stay as they are.
 
     By sorting: a histogram would need scattered additions, whose order varies on a GPU.
     """

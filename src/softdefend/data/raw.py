@@ -1,4 +1,4 @@
-"""What every reader gives: the source as it is, before splits, noise and subsets."""
+"""What a data source gives: its data as they are, before splits, label noise and subsets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from softdefend.data.base import Split
 
 
 @dataclass(frozen=True, eq=False)
-class Raw:
+class RawData:
     """A source's own training and test data, in the source's order.
 
     Attributes:
@@ -60,7 +60,9 @@ class Raw:
             )
 
 
-def numbered(train: Split, test: Split | None, labels_name: str = "data.label_column") -> tuple[str, ...]:
+def number_classes(
+    train: Split, test: Split | None, labels_name: str = "data.label_column"
+) -> tuple[str, ...]:
     """Class names "0", "1", ... up to the largest label, for data that come without names.
 
     Args:

@@ -8,12 +8,14 @@ from torch import Tensor
 
 
 def partners(of: Tensor) -> Tensor:
-    """For every row of a batch [b, ...] the one that it is mixed with: the row before it, the last for the
-    first. A batch is in random order, so every pair of images is as likely as any other."""
+    """The row that each row of a batch [b, ...] is mixed with: the one before it, the last for the first.
+
+    A batch is in random order, so every pair of images is as likely as any other.
+    """
     return of.roll(1, 0)
 
 
-def inside(box: Tensor, h: int, w: int) -> Tensor:
+def box_mask(box: Tensor, h: int, w: int) -> Tensor:
     """Which pixels lie in the box, [b, 1, h, w] bool.
 
     Args:
@@ -26,9 +28,11 @@ def inside(box: Tensor, h: int, w: int) -> Tensor:
     return rows[:, None, :, None] & columns[:, None, None, :]
 
 
-def around(center: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
-    """Boxes [n, 4] of a height and width about centers [n, 2] (y, x); of an even side, half lies before the
-    center's pixel."""
+def boxes_around(center: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
+    """Boxes [n, 4] of a height and width around centers [n, 2] (y, x).
+
+    Half of an even side lies before the center's pixel.
+    """
     top, left = center[:, 0] - height // 2, center[:, 1] - width // 2
     return torch.stack([top, top + height, left, left + width], dim=1)
 
@@ -42,7 +46,7 @@ def cutout(image: Tensor, center: Tensor, side: int) -> Tensor:
         side: of the square, in pixels.
     """
     h, w = image.shape[2:]
-    return image.masked_fill(inside(around(center, side, side), h, w), 0.0)
+    return image.masked_fill(box_mask(boxes_around(center, side, side), h, w), 0.0)
 
 
 def cutmix(image: Tensor, box: Tensor) -> Tensor:
@@ -50,14 +54,14 @@ def cutmix(image: Tensor, box: Tensor) -> Tensor:
 
     Args:
         image: [b, c, h, w].
-        box: [b, 4] int64, as for :func:`inside`.
+        box: [b, 4] int64, as for :func:`box_mask`.
     """
     h, w = image.shape[2:]
-    return torch.where(inside(box, h, w), partners(image), image)
+    return torch.where(box_mask(box, h, w), partners(image), image)
 
 
 def own_share(box: Tensor, h: int, w: int) -> Tensor:
-    """Share of its own pixels that each image keeps, [b] float32: CutMix's lambda, from the box's area.
+    """The share of its own pixels that each image keeps, [b] float32: CutMix's lambda, by the box's area.
 
     Args:
         box: [b, 4] int64 inside the image.
@@ -66,8 +70,8 @@ def own_share(box: Tensor, h: int, w: int) -> Tensor:
     return 1 - ((bottom - top) * (right - left)).float() / (h * w)
 
 
-def draw_centres(n: int, h: int, w: int, generator: torch.Generator) -> Tensor:
-    """Uniformly random pixels, [n, 2] int64 (y, x)."""
+def draw_centers(n: int, h: int, w: int, generator: torch.Generator) -> Tensor:
+    """Draw uniformly random pixels, [n, 2] int64 (y, x)."""
     y = torch.randint(0, h, (n,), generator=generator)
     return torch.stack([y, torch.randint(0, w, (n,), generator=generator)], dim=1)
 
@@ -75,7 +79,7 @@ def draw_centres(n: int, h: int, w: int, generator: torch.Generator) -> Tensor:
 def draw_boxes(
     n: int, h: int, w: int, probability: float, alpha: float, generator: torch.Generator
 ) -> Tensor:
-    """CutMix boxes [n, 4] int64 inside the image; empty (all zero) where an image is not to be mixed.
+    """Draw CutMix boxes [n, 4] int64 inside the image; empty (all zero) where an image is not mixed.
 
     The box is about a random pixel and has the image's sides times sqrt(1 - lambda), rounded down, with
     lambda ~ Beta(alpha, alpha); it is cut at the border, so that images keep more than lambda on average.
@@ -89,10 +93,10 @@ def draw_boxes(
     """
     mixed = torch.rand(n, generator=generator) < probability
     uniform = torch.rand(n, generator=generator, dtype=torch.float64)
-    center = draw_centres(n, h, w, generator)
+    center = draw_centers(n, h, w, generator)
     # By the inverse of the distribution function: torch's own Beta takes no generator.
     kept = torch.from_numpy(betaincinv(alpha, alpha, uniform.numpy()))
     ratio = (1 - kept).sqrt()
-    box = around(center, (h * ratio).long(), (w * ratio).long())
+    box = boxes_around(center, (h * ratio).long(), (w * ratio).long())
     limits = torch.tensor([h, h, w, w])
     return box.clamp(min=torch.zeros_like(limits), max=limits) * mixed[:, None]

@@ -1,4 +1,4 @@
-"""One split as one tensor on the device; batches are cropped and mirrored by a single gather."""
+"""A split as one tensor on the device; a single gather crops and mirrors a batch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Resident:
         self._channels = torch.arange(c, device=device)
 
     def batch(self, plan_rows: Tensor, view: int = 0) -> Batch:
-        """One view of the augmented batch for [b, 1 + 3 v] int64 rows of :func:`epoch_plan`."""
+        """Make one view of the augmented batch for [b, 1 + 3 v] int64 rows of :func:`epoch_plan`."""
         _, h, w = self.image_shape
         index = plan_rows[:, 0]
         top, left, flip = plan_rows[:, 1 + 3 * view : 4 + 3 * view].unbind(dim=1)
@@ -74,16 +74,18 @@ class Resident:
         return Batch(index, image, self.labels[index])
 
     def share(self, plan_rows: Tensor) -> Tensor | None:
-        """Where :meth:`batch` mixes images, the share of its own pixels that each keeps, [b] float32; else
-        None. The rest is its partner's (see :func:`~softdefend.data.regions.partners`)."""
+        """The share of its own pixels that each image keeps, [b] float32; None where no images are mixed.
+
+        The rest is its partner's (see :func:`~softdefend.data.regions.partners`).
+        """
         return None
 
     def take(self, index: Tensor) -> Batch:
-        """The images at ``index`` [b] int64 as they are, without augmentation."""
+        """Make the batch of images at ``index`` [b] int64, without augmentation."""
         y, x = self._rows.expand(len(index), -1), self._columns.expand(len(index), -1)
         return Batch(index, self._gather(index, y, x), self.labels[index])
 
-    def laid_out(self, image: Tensor) -> Tensor:
+    def to_layout(self, image: Tensor) -> Tensor:
         """``image`` in the memory format of batches."""
         order = torch.channels_last if self._channels_last else torch.contiguous_format
         return image.contiguous(memory_format=order)

@@ -89,7 +89,7 @@ def _check_images(images: Tensor) -> None:
         hint = (
             "divide them by 255"
             if low >= 0 and high > 2
-            else "normalization belongs into the network (softdefend.normalized), or eps has another unit"
+            else "normalization belongs into the network (softdefend.normalize), or eps has another unit"
         )
         raise SettingError("images", f"pixels from {low:.4g} to {high:.4g}", f"{accepted}; {hint}")
     if high <= 1 / 255 + 1e-6:

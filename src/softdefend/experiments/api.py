@@ -42,7 +42,7 @@ def train(
 
     Args:
         net: images [b, c, h, w] float32 in [0, 1] to logits [b, k]; normalization belongs inside
-            (see :func:`softdefend.normalized`).
+            (see :func:`softdefend.normalize`).
         data: a bundle, or images [n, c, h, w] (uint8, or float in [0, 1]) and integer labels [n], of which a
             fifth is set aside as test set and a tenth of the rest (at most 1000) held out for validation.
         folder: the run folder.

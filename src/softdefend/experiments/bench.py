@@ -1,9 +1,10 @@
-"""How fast training steps are: against the machine's own ceiling, and against the reference code's step."""
+"""The speed of training steps, against the machine's own ceiling and the reference code's step."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,14 +28,16 @@ from softdefend.execution.engine import Engine
 from softdefend.experiments.catalog import units
 from softdefend.experiments.config import Experiment, resolve
 from softdefend.labels import KD
-from softdefend.models import build
+from softdefend.models import NetSettings, build
 from softdefend.training.optim import make_optimizer
 from softdefend.training.step import Phase, TrainStep
+
+_log = logging.getLogger(__name__)
 
 CLASSES, SIZE = 10, 32
 """Classes and side in pixels of the random RGB images that steps are timed on: CIFAR-10's."""
 REFERENCE_NETS = {"resnet18": "resnet18", "preact_resnet18": "preres18", "wrn34_10": "wrn34"}
-"""Our networks by the reference code's names."""
+"""Networks of this package, and what the reference code calls them."""
 REFERENCE_LOSSES = {"pgd-at": "AT", "sglr-reference": "SGLS"}
 """Presets that the reference code (devicerxx/SGLS) has a step for, and its class."""
 
@@ -80,37 +83,37 @@ class BenchSettings:
             raise SettingError("bench.reference", self.reference, "a checkout of devicerxx/SGLS")
 
 
-def bench_train(
-    settings: BenchSettings, overrides: list[str] | None = None, *, say: Callable[[str], None] = print
-) -> dict[str, Any]:
+def bench_train(settings: BenchSettings, overrides: list[str] | None = None) -> dict[str, Any]:
     """Time training steps on random images of CIFAR-10's shape.
 
     Args:
         settings: what to time.
-        overrides: further words of ``softdefend train``, over protocol ``cifar10_resnet18``; such as
+        overrides: further arguments of ``softdefend train``, over protocol ``cifar10_resnet18``; such as
             ``--runtime.device cpu``.
-        say: prints a line for each row.
 
     Returns:
         The rows, with ceiling and machine, as written to ``settings.output``.
     """
-    words = ["--config", "cifar10_resnet18", *(overrides or [])]
-    engine = Engine(resolve(words).runtime)
-    peak = ceiling(engine.device, torch.bfloat16 if engine.settings.precision == "bf16" else torch.float32)
-    say(f"{engine.device}, {engine.settings.precision}: matrix products run at {peak:.4g} TFLOP/s")
+    arguments = ["--config", "cifar10_resnet18", *(overrides or [])]
+    engine = Engine(resolve(arguments).runtime)
+    dtype = torch.bfloat16 if engine.settings.precision == "bf16" else torch.float32
+    peak = measure_ceiling(engine.device, dtype)
+    machine = f"{engine.device}, {engine.settings.precision}"
+    _log.info("%s: matrix products run at %.4g TFLOP/s", machine, peak)
     rows: list[dict[str, Any]] = []
     for name in settings.nets:
-        flops = forward_flops(name)
+        flops = count_forward_flops(name)
         for size in settings.batch_sizes:
             for preset in settings.presets:
-                experiment = resolve([*words, "--preset", preset, "--net.name", name])
+                experiment = resolve([*arguments, "--preset", preset, "--net.name", name])
                 row: dict[str, Any] = {"net": name, "recipe": preset, "batch_size": size}
-                row |= _ours(experiment, size, settings, flops, peak)
-                theirs = _theirs(experiment, preset, size, engine.device, settings)
-                if theirs is not None:
-                    row = {"ratio": round(theirs / row["ms"], 3), **row, "reference_ms": round(theirs, 4)}
+                row |= _time_ours(experiment, size, settings, flops, peak)
+                reference = _time_reference(experiment, preset, size, engine.device, settings)
+                if reference is not None:
+                    ratio = round(reference / row["ms"], 3)
+                    row = {"ratio": ratio, **row, "reference_ms": round(reference, 4)}
                 rows.append(row)
-                say(line(row))
+                _log.info("%s", format_row(row))
     result = {
         "ceiling_tflops": round(peak, 2),
         "precision": engine.settings.precision,
@@ -124,7 +127,7 @@ def bench_train(
     return result
 
 
-def line(row: dict[str, Any]) -> str:
+def format_row(row: dict[str, Any]) -> str:
     """One row for people: the ratio first where there is one."""
     ratio = (
         f"{row['ratio']:5.2f} times the reference ({row['reference_ms']:.4g} ms)  " if "ratio" in row else ""
@@ -135,7 +138,7 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+def measure_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """TFLOP/s of a large matrix product on this device: what no training step can exceed."""
     n = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -143,7 +146,7 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / seconds / 1e12
 
 
-def forward_flops(net: str) -> int:
+def count_forward_flops(net: str) -> int:
     """Floating-point operations of one image's forward through a network for CIFAR-10."""
     made = _net(net)
     counter = FlopCounterMode(display=False)
@@ -153,8 +156,6 @@ def forward_flops(net: str) -> int:
 
 
 def _net(name: str) -> nn.Module:
-    from softdefend.models import NetSettings
-
     with torch.random.fork_rng(devices=[]):  # the network is drawn on the CPU
         torch.manual_seed(0)
         return build(
@@ -162,7 +163,7 @@ def _net(name: str) -> nn.Module:
         )
 
 
-def _ours(
+def _time_ours(
     experiment: Experiment, size: int, settings: BenchSettings, flops: int, peak: float
 ) -> dict[str, Any]:
     engine = Engine(experiment.runtime)
@@ -234,7 +235,7 @@ def _seconds(function: Callable[[], object], times: int, device: torch.device) -
     return time.perf_counter() - started
 
 
-def _theirs(
+def _time_reference(
     experiment: Experiment, preset: str, size: int, device: torch.device, settings: BenchSettings
 ) -> float | None:
     """Milliseconds of the reference code's own step, on images that are on the device already: its loader's
@@ -270,7 +271,7 @@ def _theirs(
             optimizer.step()
             _read(loss, logits, label)
 
-        with _benchmarked():
+        with _tuned_convolutions():
             _seconds(once, settings.warmup, device)
             times = [_seconds(once, settings.steps, device) / settings.steps for _ in range(settings.repeats)]
     return 1e3 * median(times)
@@ -296,7 +297,7 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _benchmarked() -> Iterator[None]:
+def _tuned_convolutions() -> Iterator[None]:
     """cuDNN as the reference sets it: it tries its kernels, and convolutions may use TF32."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from softdefend.labels import KD
 from softdefend.labels.teachers import check_teacher_path
 from softdefend.training.plain import plain_config
 
+_log = logging.getLogger(__name__)
+
 _CLEAN = {"class_path": "PGD", "init_args": {"steps": 0, "start": "none"}}
 """The attack that leaves images as they are: it makes PGD-AT standard training, and clean accuracy what the
 best checkpoint is chosen by."""
 
-_CHOSEN = ("--preset", "--folder", "--resume", "--label.standard", "--label.robust")
+_SET_BY_STAGE = ("--preset", "--folder", "--resume", "--label.standard", "--label.robust")
+"""Arguments that differ from stage to stage."""
 
 
 def kd_swa(
@@ -27,7 +31,6 @@ def kd_swa(
     preset: str = "kd-swa",
     standard: str | None = None,
     robust: str | None = None,
-    say: Callable[[str], None] = print,
 ) -> Path:
     """Train a standard teacher, a robust one (PGD-AT) and the student that learns from both.
 
@@ -37,34 +40,33 @@ def kd_swa(
     arguments it keeps what is finished and continues what is not, so that it may be killed anywhere.
 
     Args:
-        arguments: further words of ``softdefend train``: the protocol and overrides.
+        arguments: of ``softdefend train``: the protocol and overrides.
         folder: gets ``standard/``, ``robust/`` and ``student/``.
         preset: of the student; its label rule is :class:`~softdefend.labels.KD`.
         standard, robust: teachers that exist already, as paths that ``label.standard`` and ``label.robust``
             take; that stage is left out.
-        say: is given every line of progress.
 
     Returns:
         The student's run folder.
 
     Raises:
-        SettingError: a setting that the stages choose themselves, a preset without KD, or whatever training
-            refuses. Settings of all stages are looked at before the first one trains.
+        SettingError: a setting that differs from stage to stage, a preset without KD, or whatever training
+            refuses. The settings of all stages are checked before the first one trains.
     """
-    if name := first_given(arguments, _CHOSEN):
+    if name := first_given(arguments, _SET_BY_STAGE):
         accepted = "settings that all stages share; this one differs from stage to stage"
         raise SettingError(name, "a value for all stages", accepted)
     for role, given in (("--standard", standard), ("--robust", robust)):
         if given is not None:
             check_teacher_path(given, role)
-    taught = [
+    teachers = [
         f"--label.standard={standard or folder / 'standard'}",
         f"--label.robust={robust or folder / 'robust'}",
     ]
     own = [f"--preset={preset}", f"--folder={folder / 'student'}"]
     if not isinstance(resolve([*arguments, *own]).recipe.label, KD):
         raise SettingError("--preset", repr(preset), "a preset whose label rule is KD, such as kd-swa")
-    student = resolve([*arguments, *own, *taught])
+    student = resolve([*arguments, *own, *teachers])
     stages = {"student": student}
     if robust is None:
         stages = {"robust teacher": _teacher(student, folder / "robust"), **stages}
@@ -73,7 +75,7 @@ def kd_swa(
         clean = _teacher(student, folder / "standard", attack=_CLEAN, validate=validate)
         stages = {"standard teacher": clean, **stages}
     for number, (stage, experiment) in enumerate(stages.items(), start=1):
-        say(f"stage {number} of {len(stages)}: {stage}")
+        _log.info("stage %d of %d: %s", number, len(stages), stage)
         pipeline.train(experiment)
     return student.folder
 

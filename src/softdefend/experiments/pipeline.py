@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from softdefend.data import DataBundle, load
 from softdefend.experiments.config import Experiment, first_given, resolve
 from softdefend.experiments.evaluate import evaluate_run
 from softdefend.experiments.network import make_net
-from softdefend.experiments.parallel import Job, side_by_side
+from softdefend.experiments.parallel import Job, command_line, run_all
 from softdefend.report import comparison_rows, read_run, text_table, write_report
 from softdefend.training import Trainer
 
@@ -64,28 +65,32 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
     return "  ".join(parts)
 
 
-def train_all(runs: Mapping[str, Sequence[str]], *, together: int = 1) -> list[Experiment]:
+def train_all(runs: Mapping[str, Sequence[str]], *, parallel: int = 1) -> list[Experiment]:
     """Train several runs; finished ones are kept, unfinished ones continued.
 
     Args:
         runs: words of ``softdefend train`` by what messages call the run; a folder of its own in each.
-        together: runs at once. Above one each is a process of its own that writes to ``FOLDER.log``.
+        parallel: runs at a time. Above one each is a process of its own that writes to ``FOLDER.log``.
 
     Raises:
         SettingError: words that do not resolve, before anything runs; or what a run refuses.
     """
     experiments = [resolve(words) for words in runs.values()]
-    if together == 1:
+    if parallel == 1:
         for experiment in experiments:
             train(experiment)
         return experiments
     logs = [experiment.folder.with_name(f"{experiment.folder.name}.log") for experiment in experiments]
     jobs = [
-        Job(name, ("train", *words), log, pinned=experiment.runtime.device != "auto")
-        for (name, words), log, experiment in zip(runs.items(), logs, experiments, strict=True)
+        Job(name, partial(_train_command, words), log)
+        for (name, words), log in zip(runs.items(), logs, strict=True)
     ]
-    side_by_side(jobs, together)
+    run_all(jobs, parallel, spread=all(made.runtime.device == "auto" for made in experiments))
     return experiments
+
+
+def _train_command(words: Sequence[str], _: str) -> list[str]:
+    return command_line("train", *words)
 
 
 def compare(
@@ -94,7 +99,7 @@ def compare(
     seeds: Sequence[int],
     folder: Path,
     *,
-    together: int = 1,
+    parallel: int = 1,
 ) -> tuple[str, Path]:
     """Train every preset with every seed under one protocol; one table, one report.
 
@@ -105,7 +110,7 @@ def compare(
         presets: names or paths.
         seeds: of the runs.
         folder: holds one run folder for each preset and seed, and the report.
-        together: runs at once, see :func:`train_all`.
+        parallel: runs at a time, see :func:`train_all`.
 
     Returns:
         The table as text, and the path of the report.
@@ -124,6 +129,6 @@ def compare(
         for seed in seeds:
             place = f"--folder={folder}/{Path(preset).stem}-seed{seed}"
             words[f"{preset}, seed {seed}"] = [*arguments, "--preset", preset, "--seed", str(seed), place]
-    experiments = train_all(words, together=together)
+    experiments = train_all(words, parallel=parallel)
     runs = [read_run(experiment.folder) for experiment in experiments]
     return text_table(comparison_rows(runs)), write_report(runs, folder / "report.html")

@@ -1,41 +1,45 @@
-"""The paper's experiments, one command each: plan the runs, make them, gather one table and one figure."""
+"""The paper's experiments, one command each: plan the runs, make them, write one table and one figure."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import logging
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from softdefend.core.errors import SettingError
 from softdefend.core.files import write_atomic
-from softdefend.core.yaml_files import flatten
+from softdefend.core.store import ResultStore
 from softdefend.experiments import pipeline
 from softdefend.experiments.config import first_given
-from softdefend.report import read_run, studies, write_report
+from softdefend.report import RunRecord, read_run, studies, write_report
 from softdefend.report.embed import svg
+
+_log = logging.getLogger(__name__)
 
 QUICK = (
     *("--config", "digits_demo", "--data.train_size", "128", "--data.validation", "64", "--net.width", "8"),
     *("--optim.epochs", "4", "--attack.steps", "3", "--validate.test_size", "64", "--evaluate.size", "64"),
     *("--evaluate.curve_size", "0", "--evaluate.examples", "0"),
 )
-"""The same in miniature, on digits and a CPU: shows that a study runs, never what it finds."""
+"""A protocol on digits that takes seconds on a CPU. It shows that a study runs, never what it finds."""
 
 
 @dataclass(frozen=True)
-class Planned:
+class StudyRun:
     """One run of a study.
 
     Attributes:
         name: of its row and folder.
-        words: of ``softdefend train``, after the protocol's.
+        arguments: of ``softdefend train``, after the protocol's.
         factors: what sets the row apart, for the table.
     """
 
     name: str
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     factors: dict[str, str]
 
 
@@ -46,7 +50,7 @@ class Study:
     Attributes:
         name: of the study.
         title: of its report.
-        protocol: words of ``softdefend train`` that all runs share.
+        protocol: arguments of ``softdefend train`` that all runs share.
         attacks: of the final evaluation of best and last checkpoint.
         runs: what is trained.
         split: whose figures the table shows: ``test``, or ``validation`` where the figures serve a choice.
@@ -56,7 +60,7 @@ class Study:
     title: str
     protocol: tuple[str, ...]
     attacks: tuple[str, ...]
-    runs: tuple[Planned, ...]
+    runs: tuple[StudyRun, ...]
     split: Literal["test", "validation"] = "test"
 
     @property
@@ -77,7 +81,7 @@ def table1() -> Study:
         "PGD-AT and TRADES with and without SGLR",
         ("--config", "cifar10_resnet18"),
         ("pgd-20", "autoattack"),
-        tuple(Planned(name, ("--preset", name), {"recipe": recipe}) for name, recipe in shown.items()),
+        tuple(StudyRun(name, ("--preset", name), {"recipe": recipe}) for name, recipe in shown.items()),
     )
 
 
@@ -98,8 +102,8 @@ def noise(human: Path | None = None) -> Study:
             file = ("--data.noise_rate", "0", "--data.noise", "file", "--data.noise_file", str(human))
             kinds[shown] = (*file, "--data.noise_key", key)
     runs = tuple(
-        Planned(f"{preset} {shown}", ("--preset", preset, *words), {"recipe": preset, "noise": shown})
-        for shown, words in kinds.items()
+        StudyRun(f"{preset} {shown}", ("--preset", preset, *labels), {"recipe": preset, "noise": shown})
+        for shown, labels in kinds.items()
         for preset in ("pgd-at", "sglr-reference")
     )
     return Study("noise", "SGLR under label noise", ("--config", "cifar10_resnet18_short"), ("pgd-20",), runs)
@@ -119,11 +123,11 @@ ABLATED: dict[str, tuple[str, ...]] = {
 def ablation() -> Study:
     """SGLR with one factor at a time moved away from the reference's value; read on validation images."""
     base = ("--preset", "sglr-reference")
-    runs = [Planned("sglr-reference", base, {"factor": "none", "value": "reference"})]
+    runs = [StudyRun("sglr-reference", base, {"factor": "none", "value": "reference"})]
     for factor, values in ABLATED.items():
         for value in values:
-            words = (*base, f"--label.{factor}", value)
-            runs.append(Planned(f"{factor}={value}", words, {"factor": factor, "value": value}))
+            arguments = (*base, f"--label.{factor}", value)
+            runs.append(StudyRun(f"{factor}={value}", arguments, {"factor": factor, "value": value}))
     return Study(
         "ablation",
         "SGLR, one factor at a time",
@@ -134,14 +138,14 @@ def ablation() -> Study:
     )
 
 
-def miniature(study: Study) -> Study:
+def make_quick(study: Study) -> Study:
     """The study on digits in a few epochs, with an attack that takes seconds in place of AutoAttack."""
     attacks = tuple("apgd-ce-5" if name == "autoattack" else name for name in study.attacks)
-    runs = tuple(run for run in study.runs if "--data.noise_file" not in run.words)
+    runs = tuple(run for run in study.runs if "--data.noise_file" not in run.arguments)
     return replace(study, protocol=QUICK, attacks=attacks, runs=runs)
 
 
-_CHOSEN = {
+_SET_BY_STUDY = {
     "--seed": ": --seeds",
     "--name": "",
     "--folder": ": one for each run",
@@ -149,7 +153,7 @@ _CHOSEN = {
     "--evaluate.attacks": "",
     "--preset": "",
 }
-"""Words of ``softdefend train`` that a study gives every run, and what stands for them."""
+"""Arguments of ``softdefend train`` that a study gives every run, and what is given in their place."""
 
 
 def reproduce(
@@ -158,25 +162,23 @@ def reproduce(
     overrides: Sequence[str] = (),
     *,
     seeds: Sequence[int] = (0,),
-    together: int = 1,
+    parallel: int = 1,
     only: Sequence[str] = (),
-    say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Make a study's runs, each in a folder of its own, and gather them.
+    """Make a study's runs, each in a folder of its own, and write what they found.
 
     Finished runs are kept and unfinished ones continued, whatever stopped them. Writes into ``folder``:
-    ``NAME.json`` per run, ``table.json``, ``table.md``, ``figure.svg`` (best and last of each row),
-    ``curves.svg`` and ``report.html``. Table and figures also have the rows of this study whose ``NAME.json``
+    ``NAME-seedSEED.json`` per run, ``table.json``, ``table.md``, ``figure.svg`` (best and last of each row),
+    ``curves.svg`` and ``report.html``. Table and figures also have the rows of this study whose JSON file
     lies there from an earlier call, made on another machine perhaps.
 
     Args:
         study: what to run.
         folder: where to.
-        overrides: further words of ``softdefend train`` for every run, such as ``--data.source DIR``.
+        overrides: further arguments of ``softdefend train`` for every run, such as ``--data.source DIR``.
         seeds: of each run.
-        together: runs at once, as processes of their own.
+        parallel: runs at a time; above one each is a process of its own.
         only: names of the runs to make; all when empty.
-        say: takes lines of progress.
 
     Returns:
         The rows of the table.
@@ -184,57 +186,74 @@ def reproduce(
     Raises:
         SettingError: a name in ``only`` that the study does not have, or an override of what the study sets.
     """
-    if chosen := first_given(overrides, _CHOSEN):
-        raise SettingError(chosen, "a value for all runs", f"what the study sets itself{_CHOSEN[chosen]}")
+    if given := first_given(overrides, _SET_BY_STUDY):
+        raise SettingError(given, "a value for all runs", f"what the study sets itself{_SET_BY_STUDY[given]}")
     names = [run.name for run in study.runs]
     for name in only:
         if name not in names:
             raise SettingError("--only", repr(name), ", ".join(names))
-    wanted = [run for run in study.runs if run.name in (only or names)]
-    made = [(run, seed) for run in wanted for seed in seeds]
-    places = [folder / f"{_safe(run.name)}-seed{seed}" for run, seed in made]
-    words = {
-        f"{run.name}, seed {seed}": _words(study, run, seed, place, overrides)
-        for (run, seed), place in zip(made, places, strict=True)
+    selected = [(run, seed) for run in study.runs if run.name in (only or names) for seed in seeds]
+    store = ResultStore(folder)
+    folders = [folder / _stem(run, seed) for run, seed in selected]
+    arguments = {
+        f"{run.name}, seed {seed}": _arguments(study, run, seed, place, overrides)
+        for (run, seed), place in zip(selected, folders, strict=True)
     }
-    pipeline.train_all(words, together=together)
-    rows = [_row(study, *pair, place) for pair, place in zip(made, places, strict=True)]
-    for row, place in zip(rows, places, strict=True):
-        _write_json(folder / f"{place.name}.json", row)
-    rows = _gathered(study, folder, rows[0]["protocol"], say)
-    brief = [
-        {key: value for key, value in row.items() if key not in ("curve", "environment", "protocol")}
-        for row in rows
-    ]
-    _write_json(folder / "table.json", {"study": study.name, "title": study.title, "rows": brief})
-    write_atomic(folder / "table.md", markdown(study, brief).encode())
-    runs = [read_run(place) for place in places]
-    drawn = {
-        "curves": studies.curves(rows),
-        "figure": studies.best_and_last(rows, tuple(study.runs[0].factors), study.measures),
-    }
-    for name, plot in drawn.items():
-        if plot is not None:
-            write_atomic(folder / f"{name}.svg", svg(plot.figure).encode())
-    say(markdown(study, brief))
-    say(f"report: {write_report(runs, folder / 'report.html', study.title)}")
+    pipeline.train_all(arguments, parallel=parallel)
+    records = [read_run(place) for place in folders]
+    for (run, seed), record in zip(selected, records, strict=True):
+        inputs = _inputs(run, seed, _protocol(record.config))
+        store.write(_stem(run, seed), inputs, _row(study, run, seed, record))
+    rows = _collect_rows(study, store, _protocol(records[0].config))
+    _write_table(study, folder, rows)
+    _log.info("report: %s", write_report(records, folder / "report.html", study.title))
     return rows
 
 
-def _gathered(
-    study: Study, folder: Path, protocol: dict[str, Any], say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def _write_table(study: Study, folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the table and the figures, and log the table."""
+    factors = tuple(study.runs[0].factors)
+    shown = ("name", *factors, "seed", "best", "last", "hours")
+    brief = [{key: row[key] for key in shown} for row in rows]
+    content = {"study": study.name, "title": study.title, "rows": brief}
+    write_atomic(folder / "table.json", json.dumps(content, indent=1).encode() + b"\n")
+    table = markdown(study, brief)
+    write_atomic(folder / "table.md", table.encode())
+    figures = {
+        "curves": studies.curves(rows),
+        "figure": studies.best_and_last(rows, factors, study.measures),
+    }
+    for name, plot in figures.items():
+        if plot is not None:
+            write_atomic(folder / f"{name}.svg", svg(plot.figure).encode())
+    _log.info("%s", table)
+
+
+def _collect_rows(study: Study, store: ResultStore, protocol: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of one protocol that lie in a folder, in the study's order, by seed."""
     rows: list[dict[str, Any]] = []
     for run in study.runs:
-        found = [json.loads(path.read_text()) for path in folder.glob(f"{_safe(run.name)}-seed*.json")]
-        own = sorted((row for row in found if row["name"] == run.name), key=lambda row: int(row["seed"]))
-        for row in own:
-            if same_protocol(row.get("protocol", {}), protocol):
+        pattern = re.compile(re.escape(_stem(run, "")) + r"(-?\d+)")
+        found = (pattern.fullmatch(path.stem) for path in store.folder.glob("*.json"))
+        for seed in sorted(int(match[1]) for match in found if match):
+            row = store.find(_stem(run, seed), _inputs(run, seed, protocol))
+            if row is not None:
                 rows.append(row)
             else:
-                say(f"{row['name']}, seed {row['seed']}: made under another protocol, left out of the table")
+                reason = "damaged or made under another protocol, left out of the table"
+                _log.info("%s, seed %d: %s", run.name, seed, reason)
     return rows
+
+
+def _stem(run: StudyRun, seed: int | str) -> str:
+    """Of the names of a run's folder and files."""
+    safe = "".join(letter if letter.isalnum() or letter in "=.-" else "_" for letter in run.name)
+    return f"{safe}-seed{seed}"
+
+
+def _inputs(run: StudyRun, seed: int, protocol: dict[str, Any]) -> dict[str, Any]:
+    """What a row is found again by."""
+    return {"name": run.name, "seed": seed, "protocol": protocol}
 
 
 def _protocol(config: dict[str, Any]) -> dict[str, Any]:
@@ -251,30 +270,22 @@ def _protocol(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def same_protocol(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two rows belong in one table."""
-    return flatten(one) == flatten(other)
-
-
-def _words(study: Study, run: Planned, seed: int, place: Path, overrides: Sequence[str]) -> list[str]:
-    """One run's words of ``softdefend train``."""
+def _arguments(study: Study, run: StudyRun, seed: int, folder: Path, overrides: Sequence[str]) -> list[str]:
+    """One run's arguments of ``softdefend train``."""
     attacks = f"--evaluate.attacks={json.dumps(study.attacks)}"
     own = ["--name", run.name, "--seed", str(seed), attacks]
-    return [*study.protocol, *run.words, *own, *overrides, f"--folder={place}"]
+    return [*study.protocol, *run.arguments, *own, *overrides, f"--folder={folder}"]
 
 
-def _row(study: Study, run: Planned, seed: int, place: Path) -> dict[str, Any]:
+def _row(study: Study, run: StudyRun, seed: int, record: RunRecord) -> dict[str, Any]:
     """What one finished run contributes."""
-    record = read_run(place)
     row: dict[str, Any] = {"name": run.name, **run.factors, "seed": seed}
     for which in ("best", "last"):
         result = record.evaluations[which]
         figures = {"epoch": result["epoch"], "clean": result["clean"]["rate"]}
         figures |= {attack: robust_rate(result, attack) for attack in study.attacks}
-        row[which] = figures
         epoch = next(line for line in record.metrics if line["epoch"] == result["epoch"])
-        row[which] |= {"val_clean": epoch["val_clean"], "val_robust": epoch["val_robust"]}
-    row["protocol"] = _protocol(record.config)
+        row[which] = figures | {"val_clean": epoch["val_clean"], "val_robust": epoch["val_robust"]}
     row["hours"] = sum({line["epoch"]: line["seconds"] for line in record.timing}.values()) / 3600
     return {**row, "environment": record.environment, "curve": record.metrics}
 
@@ -300,11 +311,3 @@ def markdown(study: Study, rows: Iterable[dict[str, Any]]) -> str:
             cells += [f"{best:.1f}", f"{last:.1f}", f"{best - last:+.1f}"]
         lines.append([*cells, f"{row['hours']:.2f}"])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
-
-
-def _write_json(path: Path, content: object) -> None:
-    write_atomic(path, json.dumps(content, indent=1).encode() + b"\n")
-
-
-def _safe(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "=.-" else "_" for letter in name)

@@ -1,4 +1,4 @@
-"""Networks for small images; every one of them takes pixels in [0, 1] and normalizes in its first layer."""
+"""Networks for small images. They take pixels in [0, 1] and normalize in their first layer."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import nn
 
 from softdefend.core.errors import SettingError
 from softdefend.models.factory import from_timm, from_user
-from softdefend.models.layers import kaiming
+from softdefend.models.layers import init_kaiming
 from softdefend.models.logits import check_logits
-from softdefend.models.normalize import Normalize, normalized
+from softdefend.models.normalization import Normalize, normalize
 from softdefend.models.preact_resnet import PreActResNet18
 from softdefend.models.resnet import ResNet18
 from softdefend.models.small_cnn import SmallCNN
 from softdefend.models.wide_resnet import WideResNet
 
-__all__ = ["NAMES", "NetSettings", "Normalize", "build", "check_logits", "normalized"]
+__all__ = ["NAMES", "NetSettings", "Normalize", "build", "check_logits", "normalize"]
 
 _RESIDUAL: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet18": ResNet18,
@@ -52,7 +52,7 @@ class NetSettings:
 def build(
     settings: NetSettings, *, num_classes: int, in_channels: int, mean: Sequence[float], std: Sequence[float]
 ) -> nn.Module:
-    """A network with fresh weights whose first layer normalizes; drawn from torch's global generator.
+    """Make a network whose first layer normalizes; its weights are drawn from torch's global generator.
 
     Args:
         settings: which network.
@@ -74,13 +74,13 @@ def build(
     if len(mean) != in_channels:
         given = f"{len(mean)} means for images with {in_channels} channels"
         raise SettingError("normalization", given, "one mean and one standard deviation per channel")
-    net = _bare(settings, num_classes, in_channels)
+    net = _build_bare(settings, num_classes, in_channels)
     if settings.init == "kaiming":
-        kaiming(net)
-    return normalized(net, mean, std)
+        init_kaiming(net)
+    return normalize(net, mean, std)
 
 
-def _bare(settings: NetSettings, num_classes: int, in_channels: int) -> nn.Module:
+def _build_bare(settings: NetSettings, num_classes: int, in_channels: int) -> nn.Module:
     name, width = settings.name, settings.width
     if name not in NAMES and ":" not in name:
         raise SettingError("net.name", name, f"{', '.join(NAMES)}, timm:NAME or module:function")

@@ -15,7 +15,7 @@ from softdefend.core.errors import SettingError
 
 
 def from_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
-    """``timm.create_model`` with fresh weights, and logits of length ``num_classes``.
+    """Make a network by ``timm.create_model``, with fresh weights and logits of length ``num_classes``.
 
     Raises:
         SettingError: timm is not installed, or knows no such model.
@@ -37,7 +37,7 @@ def from_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
 
 
 def from_user(path: str, num_classes: int, in_channels: int) -> nn.Module:
-    """Call the user's factory, written ``package.module:function``.
+    """Make a network by the user's factory, written ``package.module:function``.
 
     The module is looked for in the working directory too. ``num_classes`` and ``in_channels`` are passed as
     keywords as far as the function accepts them.
@@ -48,12 +48,12 @@ def from_user(path: str, num_classes: int, in_channels: int) -> nn.Module:
     """
     factory = _find(path)
     offered = {"num_classes": num_classes, "in_channels": in_channels}
-    accepted = _accepted(path, factory, offered)
+    keywords = _keywords(path, factory, offered)
     try:
-        net = factory(**accepted)
+        net = factory(**keywords)
     except Exception as error:
         raise SettingError(
-            "net.name", f"{path}, which raised {_said(error)}", "a function that runs"
+            "net.name", f"{path}, which raised {_describe(error)}", "a function that runs"
         ) from error
     if not isinstance(net, nn.Module):
         given = f"{path}, which returned {type(net).__name__}"
@@ -61,8 +61,8 @@ def from_user(path: str, num_classes: int, in_channels: int) -> nn.Module:
     return net
 
 
-def _said(error: Exception) -> str:
-    """What was raised, and where."""
+def _describe(error: Exception) -> str:
+    """What an error says, and where it was raised."""
     text = " ".join(str(error).split())
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {text}"
@@ -83,7 +83,7 @@ def _find(path: str) -> Callable[..., Any]:
         raise SettingError("net.name", f"{path} ({error})", accepted) from error
     except Exception as error:
         raise SettingError(
-            "net.name", f"{path}, whose import raised {_said(error)}", "a module that can be imported"
+            "net.name", f"{path}, whose import raised {_describe(error)}", "a module that can be imported"
         ) from error
     finally:
         sys.path.remove("")
@@ -94,7 +94,8 @@ def _find(path: str) -> Callable[..., Any]:
     return function
 
 
-def _accepted(path: str, factory: Callable[..., Any], offered: dict[str, int]) -> dict[str, int]:
+def _keywords(path: str, factory: Callable[..., Any], offered: dict[str, int]) -> dict[str, int]:
+    """Those of the offered keywords that the factory takes."""
     try:
         signature = inspect.signature(factory)
     except ValueError:  # some functions written in C have no signature to read

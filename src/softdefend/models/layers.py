@@ -1,4 +1,4 @@
-"""What the residual networks share: bias-free convolutions and the initialisation."""
+"""What the built-in networks share: bias-free convolutions, pooling and the draw of first weights."""
 
 from __future__ import annotations
 
@@ -18,18 +18,23 @@ def global_average(features: Tensor) -> Tensor:
     return features.mean(dim=(2, 3))
 
 
-def kaiming(net: nn.Module) -> None:
-    """Draw the weights of all convolutions from N(0, 2 / (kernel area x output channels)): Kaiming
-    initialisation, normal with fan-out mode (He et al., arXiv 1502.01852, section 2.2)."""
+def init_kaiming(net: nn.Module) -> None:
+    """Draw the weights of all convolutions from N(0, 2 / (kernel area x output channels)).
+
+    This is Kaiming initialization, normal with fan-out mode (He et al., arXiv 1502.01852, section 2.2).
+    """
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def initialise(net: nn.Module) -> None:
-    """Start as the Wide ResNet of TRADES' code does: convolutions by :func:`kaiming`, BatchNorm at weight
-    1 and bias 0, linear layers with torch's uniform weights and bias 0."""
-    kaiming(net)
+def init_weights(net: nn.Module) -> None:
+    """Draw first weights as the Wide ResNet of TRADES' code does.
+
+    Convolutions are drawn by :func:`init_kaiming`, linear layers have torch's uniform weights and bias 0, and
+    BatchNorm keeps torch's weight 1 and bias 0.
+    """
+    init_kaiming(net)
     for module in net.modules():
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)

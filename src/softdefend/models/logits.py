@@ -1,4 +1,4 @@
-"""A first look at what a network returns, before a long run is spent on it."""
+"""A check of what a network returns, before a long run is spent on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_logits(
     *,
     least: int = 2,
 ) -> int:
-    """Run two random images through ``net`` in eval mode and refuse what the losses cannot use.
+    """Run two random images through ``net`` in eval mode and refuse outputs that the losses cannot use.
 
     Every module's training flag is restored; BatchNorm statistics are not touched.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from softdefend.models.layers import conv, global_average, initialise
+from softdefend.models.layers import conv, global_average, init_weights
 
 
 class SmallCNN(nn.Module):
@@ -26,7 +26,7 @@ class SmallCNN(nn.Module):
             layers += [conv(inputs, outputs, stride=stride), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
         self.features = nn.Sequential(*layers)
         self.linear = nn.Linear(2 * width, num_classes)
-        initialise(self)
+        init_weights(self)
 
     def forward(self, image: Tensor) -> Tensor:
         """``image`` [b,c,h,w] -> logits [b,k]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softdefend.models.layers import conv, global_average, initialise
+from softdefend.models.layers import conv, global_average, init_weights
 from softdefend.models.preact_resnet import PreActBlock
 
 
@@ -34,7 +34,7 @@ class WideResNet(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(widths[-1])
         self.linear = nn.Linear(widths[-1], num_classes)
-        initialise(self)
+        init_weights(self)
 
     def forward(self, image: Tensor) -> Tensor:
         """``image`` [b,c,h,w] -> logits [b,k]."""

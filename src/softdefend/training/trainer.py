@@ -163,8 +163,8 @@ class Trainer:
     def _make_steps(self, phase: Phase) -> None:
         """The steps that are left of the current epoch."""
         state, views = self.state, self.recipe.objective.views
-        begun = self.config.augment.begun(state.epoch, self.optim.epochs)
-        plan = self.train_data.plan(seed=self.config.seed, epoch=state.epoch, views=views, begun=begun)
+        strong = self.config.augment.is_strong(state.epoch, self.optim.epochs)
+        plan = self.train_data.plan(seed=self.config.seed, epoch=state.epoch, views=views, strong=strong)
         with tqdm(
             total=self.steps_per_epoch,
             initial=state.done,

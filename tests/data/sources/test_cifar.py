@@ -10,7 +10,7 @@ import torch
 
 from softdefend.core.errors import SettingError
 from softdefend.data import DataSettings
-from softdefend.data.sources import Raw, read
+from softdefend.data.sources import RawData, read
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -87,7 +87,7 @@ def write_cifar100(folder: Path) -> Path:
     return folder
 
 
-def raw(folder: Path, label_column: str | None = None) -> Raw:
+def raw(folder: Path, label_column: str | None = None) -> RawData:
     return read(DataSettings(str(folder), label_column=label_column))
 
 

@@ -8,7 +8,7 @@ from softdefend.data.sources import digits
 
 
 def test_digits_are_scikit_learns_on_a_scale_of_255() -> None:
-    raw = digits.read()
+    raw = digits.read_digits()
     source = load_digits()
     assert raw.train.images.shape == (1797, 1, 8, 8)
     assert raw.train.images.dtype == torch.uint8

@@ -9,7 +9,7 @@ from picture_tools import encode, planes
 
 from softdefend.core.errors import SettingError
 from softdefend.data import DataSettings
-from softdefend.data.sources import Raw, read
+from softdefend.data.sources import RawData, read
 
 
 def write(root: Path, pictures: np.ndarray, names: list[str]) -> Path:
@@ -19,7 +19,7 @@ def write(root: Path, pictures: np.ndarray, names: list[str]) -> Path:
     return root
 
 
-def raw(root: Path) -> Raw:
+def raw(root: Path) -> RawData:
     return read(DataSettings(str(root)))
 
 

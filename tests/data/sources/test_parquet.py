@@ -15,12 +15,12 @@ from picture_tools import encode, planes
 
 from softdefend.core.errors import SettingError
 from softdefend.data import DataSettings
-from softdefend.data.sources import Raw, read
+from softdefend.data.sources import RawData, read
 
 WriteParquet = Callable[..., Path]
 
 
-def raw(path: Path, **columns: str) -> Raw:
+def raw(path: Path, **columns: str) -> RawData:
     return read(DataSettings(str(path), **columns))  # type: ignore[arg-type]
 
 

@@ -1,6 +1,8 @@
-"""Readers of image data, one file each; :func:`read` picks the one that a source needs."""
+"""Data sources, one file each, and :func:`read`, which finds the one that an address needs."""
 
-from softdefend.data.raw import Raw
-from softdefend.data.sources.pick import read
+from softdefend.data.raw import RawData
+from softdefend.data.sources import cifar, digits, folder, hub, parquet  # each registers its source
+from softdefend.data.sources.base import SOURCES, Source
+from softdefend.data.sources.select import read
 
-__all__ = ["Raw", "read"]
+__all__ = ["SOURCES", "RawData", "Source", "cifar", "digits", "folder", "hub", "parquet", "read"]

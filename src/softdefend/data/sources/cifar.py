@@ -10,10 +10,26 @@ from torch import Tensor
 
 from softdefend.core.errors import SettingError
 from softdefend.data.base import Split, split
-from softdefend.data.raw import Raw
+from softdefend.data.raw import RawData
+from softdefend.data.settings import DataSettings
+from softdefend.data.sources.base import SOURCES, Source
 from softdefend.data.sources.unpickle import load
 
 _CIFAR10, _CIFAR100 = "cifar-10-batches-py", "cifar-100-python"
+
+
+@SOURCES.register("cifar")
+class Cifar(Source):
+    """CIFAR-10 or CIFAR-100, in a folder of its published name or under any other."""
+
+    address = f"a folder {_CIFAR10} or {_CIFAR100}"
+    columns = ("label_column",)
+
+    def recognizes(self, address: str, path: Path) -> bool:
+        return path.is_dir() and find(path) is not None
+
+    def read(self, settings: DataSettings, path: Path, cache: Path) -> RawData:
+        return read_folder(find(path) or path, settings.label_column)
 
 
 def find(path: Path) -> Path | None:
@@ -26,9 +42,11 @@ def find(path: Path) -> Path | None:
     return None
 
 
-def read(folder: Path, label_column: str | None) -> Raw:
-    """CIFAR-10 (``data_batch_1..5``, ``test_batch``, ``batches.meta``) or CIFAR-100 (``train``, ``test``,
-    ``meta``): [n, 3, 32, 32] uint8, in the published order.
+def read_folder(folder: Path, label_column: str | None) -> RawData:
+    """Read images [n, 3, 32, 32] uint8 and labels, in the published order.
+
+    CIFAR-10 has the files ``data_batch_1..5``, ``test_batch`` and ``batches.meta``, CIFAR-100 ``train``,
+    ``test`` and ``meta``.
 
     Args:
         folder: as :func:`find` gave it.
@@ -59,7 +77,7 @@ def read(folder: Path, label_column: str | None) -> Raw:
         raise SettingError("data.source", f"{folder} without {missing[0]}", f"all of {every}")
     classes = _names(folder / meta, names_key)
     train_split = _split([folder / name for name in train], f"{kind}s")
-    return Raw(folder.resolve().name, train_split, _split([folder / test], f"{kind}s"), classes)
+    return RawData(folder.resolve().name, train_split, _split([folder / test], f"{kind}s"), classes)
 
 
 def _names(path: Path, key: str) -> tuple[str, ...]:

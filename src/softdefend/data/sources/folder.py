@@ -9,21 +9,38 @@ import torch
 
 from softdefend.core.errors import SettingError
 from softdefend.data.base import Split, split
-from softdefend.data.cache import cached, source_key
+from softdefend.data.cache import read_or_build, source_key
 from softdefend.data.decode import decode
-from softdefend.data.raw import Raw
-from softdefend.data.sources.walk import files_below, listed
+from softdefend.data.raw import RawData
+from softdefend.data.settings import DataSettings
+from softdefend.data.sources.base import SOURCES, Source
+from softdefend.data.sources.walk import list_folder, walk_files
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 _TEST_FOLDERS = ("test", "validation", "valid", "val")
 
 
-def read(root: Path, cache: Path) -> Raw:
-    """Images by folder. Classes and files are taken in the order of their names; files may lie deeper.
+@SOURCES.register("folder")
+class ImageFolder(Source):
+    """A folder of images, by class and perhaps by split."""
 
-    If ``root`` has a ``train`` folder, the test split is ``test``, else ``validation``, ``valid`` or ``val``,
-    else there is none; upper and lower case are the same. Hidden files and folders, and files that are not
-    images, are passed over. Linked folders are followed.
+    address = "a folder of images (class/name.png)"
+    priority = -1
+
+    def recognizes(self, address: str, path: Path) -> bool:
+        return path.is_dir()
+
+    def read(self, settings: DataSettings, path: Path, cache: Path) -> RawData:
+        return read_folder(path, cache)
+
+
+def read_folder(root: Path, cache: Path) -> RawData:
+    """Read images by folder.
+
+    Classes and files are taken in the order of their names; files may lie deeper. If ``root`` has a ``train``
+    folder, the test split is ``test``, else ``validation``, ``valid`` or ``val``, else there is none; upper
+    and lower case are the same. Hidden files and folders, and files that are not images, are passed over.
+    Linked folders are followed.
 
     Raises:
         SettingError: no images, a folder that cannot be read, a folder that may be a split or a class, a test
@@ -45,7 +62,7 @@ def read(root: Path, cache: Path) -> Raw:
     classes = tuple(train_files)
     held_out = next((splits[name] for name in _TEST_FOLDERS if train_folder and name in splits), None)
     if train_folder and not held_out:
-        _without_classes_beside(train_folder)
+        _refuse_classes_beside(train_folder)
     test_files = _by_class(held_out) if held_out else {}
     unknown = [name for name in test_files if name not in classes]
     if unknown:
@@ -54,11 +71,11 @@ def read(root: Path, cache: Path) -> Raw:
         )
     files = [file for group in (train_files, test_files) for paths in group.values() for file in paths]
 
-    def build() -> Raw:
+    def build() -> RawData:
         test = _read_split(test_files, classes, root) if test_files else None
-        return Raw(root.resolve().name, _read_split(train_files, classes, root), test, classes)
+        return RawData(root.resolve().name, _read_split(train_files, classes, root), test, classes)
 
-    return cached(cache, source_key(files, reader="folder", root=str(root.absolute())), build)
+    return read_or_build(cache, source_key(files, reader="folder", root=str(root.absolute())), build)
 
 
 def class_folders(root: Path) -> list[Path]:
@@ -68,13 +85,13 @@ def class_folders(root: Path) -> list[Path]:
         SettingError: naming what cannot be read.
     """
     base = _splits(root).get("train", root)
-    return [folder for folder in listed(base)[0] if any(_images(folder, base))]
+    return [folder for folder in list_folder(base)[0] if any(_images(folder, base))]
 
 
 def _splits(root: Path) -> dict[str, Path]:
     """Name of a split, in lower case, to its folder."""
     found: dict[str, Path] = {}
-    for folder in listed(root)[0]:
+    for folder in list_folder(root)[0]:
         name = folder.name.lower()
         if name in ("train", *_TEST_FOLDERS) and (other := found.setdefault(name, folder)) != folder:
             raise SettingError(
@@ -85,9 +102,9 @@ def _splits(root: Path) -> dict[str, Path]:
     return found
 
 
-def _without_classes_beside(train: Path) -> None:
-    """Refuses images that would be left out because one class of many is called train."""
-    for folder in listed(train.parent)[0]:
+def _refuse_classes_beside(train: Path) -> None:
+    """Refuse images that would be left out because one class of many is called train."""
+    for folder in list_folder(train.parent)[0]:
         if folder != train and any(_images(folder, train.parent)):
             raise SettingError(
                 "data.source",
@@ -98,12 +115,12 @@ def _without_classes_beside(train: Path) -> None:
 
 
 def _images(folder: Path, root: Path) -> Iterator[Path]:
-    return (path for path in files_below(folder, root) if path.suffix.lower() in _SUFFIXES)
+    return (path for path in walk_files(folder, root) if path.suffix.lower() in _SUFFIXES)
 
 
 def _by_class(root: Path) -> dict[str, list[Path]]:
     """Class name to its image files; classes without images are left out."""
-    found = {folder.name: sorted(_images(folder, root)) for folder in listed(root)[0]}
+    found = {folder.name: sorted(_images(folder, root)) for folder in list_folder(root)[0]}
     return {name: images for name, images in found.items() if images}
 
 

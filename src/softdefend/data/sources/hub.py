@@ -8,19 +8,23 @@ from pathlib import Path
 import huggingface_hub
 
 from softdefend.core.errors import SettingError
+from softdefend.data.raw import RawData
+from softdefend.data.settings import DataSettings
+from softdefend.data.sources import parquet
+from softdefend.data.sources.base import COLUMNS, SOURCES, Source
 
-_ID = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w./-]+))?")
+_ADDRESS = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w./-]+))?")
 
 
-def download(source: str) -> Path:
-    """The local folder of ``hf:owner/name``, or of one configuration of it, ``hf:owner/name/config``.
+def download(address: str) -> Path:
+    """Download ``hf:owner/name``, or one configuration of it, ``hf:owner/name/config``; its local folder.
 
     Raises:
         SettingError: a malformed id, or any reason for which the client could not get the files.
     """
-    match = _ID.fullmatch(source)
-    if match is None or ".." in source:
-        raise SettingError("data.source", source, "hf:owner/name or hf:owner/name/config")
+    match = _ADDRESS.fullmatch(address)
+    if match is None or ".." in address:
+        raise SettingError("data.source", address, "hf:owner/name or hf:owner/name/config")
     repo, config = match["repo"], match["config"]
     pattern = f"{config}/*.parquet" if config else "*.parquet"
     try:
@@ -29,7 +33,22 @@ def download(source: str) -> Path:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise SettingError(
             "data.source",
-            f"{source} ({reason})",
+            f"{address} ({reason})",
             "a data set of the hub that can be reached, or a local path",
         ) from None
     return root / config if config else root
+
+
+@SOURCES.register("hub")
+class Hub(Source):
+    """A data set of the hub."""
+
+    address = "hf:owner/name"
+    columns = COLUMNS
+    priority = 1
+
+    def recognizes(self, address: str, path: Path) -> bool:
+        return address.startswith("hf:")
+
+    def read(self, settings: DataSettings, path: Path, cache: Path) -> RawData:
+        return parquet.read_files(download(settings.source), settings, cache, settings.source)

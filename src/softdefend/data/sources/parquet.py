@@ -18,10 +18,13 @@ import torch
 
 from softdefend.core.errors import SettingError
 from softdefend.data.base import Split, split
-from softdefend.data.cache import cached, source_key
+from softdefend.data.cache import read_or_build, source_key
 from softdefend.data.decode import decode
-from softdefend.data.raw import Raw, numbered
-from softdefend.data.sources.walk import files_below, listed
+from softdefend.data.raw import RawData, number_classes
+from softdefend.data.settings import DataSettings
+from softdefend.data.sources.base import COLUMNS, SOURCES, Source
+from softdefend.data.sources.folder import class_folders
+from softdefend.data.sources.walk import list_folder, walk_files
 
 _SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation"} | {
     "val": "validation",
@@ -31,8 +34,26 @@ _SPLIT_WORD = re.compile(rf"(?:^|[^a-z0-9])({'|'.join(_SPLITS)})(?=$|[^a-z0-9])"
 _LABEL_NAMES = ("label", "labels", "fine_label", "fine_labels")
 
 
-def read(path: Path, image_column: str | None, label_column: str | None, cache: Path, name: str) -> Raw:
-    """A Parquet file, or a folder of them.
+@SOURCES.register("parquet")
+class Parquet(Source):
+    """A Parquet file, or a folder of them."""
+
+    address = "a Parquet file or a folder of them"
+    columns = COLUMNS
+
+    def recognizes(self, address: str, path: Path) -> bool:
+        if path.is_file():
+            return _is_parquet(path) or _starts_as_parquet(path)
+        return path.is_dir() and holds_files(path)
+
+    def read(self, settings: DataSettings, path: Path, cache: Path) -> RawData:
+        if path.is_dir():
+            _refuse_images(path)
+        return read_files(path, settings, cache, path.resolve().name)
+
+
+def read_files(path: Path, settings: DataSettings, cache: Path, name: str) -> RawData:
+    """Read a Parquet file, or a folder of them.
 
     In a folder the split is told from the file's name (``train-00000-of-00001.parquet``) or its folder's
     (``train/0000.parquet``); several shards are read in the order of their names. Files without a split in
@@ -42,10 +63,10 @@ def read(path: Path, image_column: str | None, label_column: str | None, cache: 
 
     Args:
         path: file or folder.
-        image_column: struct{bytes, path} or binary; None: the ``Image`` feature of the ``huggingface``
-            schema metadata, else the only column of such a type.
-        label_column: of an integer type; None: the ``ClassLabel`` feature, else a column called label,
-            labels, fine_label or fine_labels, else the only integer column.
+        settings: ``image_column`` is struct{bytes, path} or binary; None: the ``Image`` feature of the
+            ``huggingface`` schema metadata, else the only column of such a type. ``label_column`` is of an
+            integer type; None: the ``ClassLabel`` feature, else a column called label, labels, fine_label or
+            fine_labels, else the only integer column.
         cache: folder of decoded images.
         name: what tables call the data.
 
@@ -59,35 +80,38 @@ def read(path: Path, image_column: str | None, label_column: str | None, cache: 
         shards["test"] = shards["validation"]
         notes["test_split"] = "the source's validation split"
     train, test = shards["train"], shards.get("test")
+    image_column, label_column = settings.image_column, settings.label_column
     key = source_key(
         [*train, *(test or ())], reader="parquet", columns=[image_column, label_column], name=name
     )
 
-    def build() -> Raw:
+    def build() -> RawData:
         schema = _schema(train[0])
         columns = _image_column(schema, image_column, train[0]), _label_column(schema, label_column, train[0])
         names = _class_names([*train, *(test or ())], columns[1])
         parts = _read_split(train, *columns), None if test is None else _read_split(test, *columns)
-        return Raw(name, *parts, names or numbered(*parts), notes)
+        return RawData(name, *parts, names or number_classes(*parts), notes)
 
-    return cached(cache, key, build)
+    return read_or_build(cache, key, build)
 
 
 def holds_files(root: Path) -> bool:
-    """Whether ``root`` has Parquet files where hub layout has them: in it, in its folders, and one deeper in
-    ``data`` and in folders named for a split. No other folder is listed, however many there are.
+    """Whether ``root`` has Parquet files where hub layout has them.
+
+    These are in it, in its folders, and one deeper in ``data`` and in folders named for a split. No other
+    folder is listed, however many there are.
 
     Raises:
         SettingError: naming what cannot be read.
     """
-    folders, files = listed(root)
+    folders, files = list_folder(root)
     if any(_is_parquet(path) for path in files):
         return True
     for folder in folders:
-        inner, files = listed(folder)
+        inner, files = list_folder(folder)
         deeper = (f for f in inner if folder.name == "data" or f.name.lower() in _SPLITS)
         if any(_is_parquet(path) for path in files) or any(
-            _is_parquet(path) for f in deeper for path in listed(f)[1]
+            _is_parquet(path) for f in deeper for path in list_folder(f)[1]
         ):
             return True
     return False
@@ -97,10 +121,26 @@ def _is_parquet(path: Path) -> bool:
     return path.suffix == ".parquet"
 
 
+def _starts_as_parquet(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1"
+
+
+def _refuse_images(root: Path) -> None:
+    """Refuse two data sets in one folder. One folder of images is none: it may hold a page's figures."""
+    beside = class_folders(root)
+    if len(beside) > 1:
+        raise SettingError(
+            "data.source",
+            f"{root} with Parquet files and with images in {beside[0].name} and {beside[1].name}",
+            "a folder of Parquet files or of images, not both",
+        )
+
+
 def _shards(root: Path) -> dict[str, list[Path]]:
     """Split name to files, for the one configuration under ``root``."""
     configs: dict[Path, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
-    found = files_below(root) if root.is_dir() else ()
+    found = walk_files(root) if root.is_dir() else ()
     for file in sorted(path for path in found if _is_parquet(path)):
         if (word := _SPLIT_WORD.search(file.stem.lower())) is not None:
             configs[file.parent][_SPLITS[word[1]]].append(file)

@@ -1,4 +1,4 @@
-"""Reading arrays, lists and strings out of a pickle without running anything that the pickle names."""
+"""A reader of arrays, lists and strings in a pickle that runs nothing that the pickle names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PLAIN_CODE = re.compile(r"[biuf][1248]")
 
 
 def load(path: Path) -> dict[str, object]:
-    """The dictionary in a pickle of Python 2 or 3, keys as strings, arrays as numpy arrays.
+    """Read the dictionary in a pickle of Python 2 or 3; keys are strings, arrays numpy arrays.
 
     Only the globals with which numpy arrays are pickled are admitted, and even these are not numpy's own
     functions but the stand-ins below, which build an array from a type code, a shape and bytes or fail. So a

@@ -1,4 +1,4 @@
-"""What a source's folders hold. Nothing vanishes unsaid: a folder that cannot be read is refused."""
+"""Lists of what a source's folders hold. A folder that cannot be read is refused, not passed over."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 from softdefend.core.errors import SettingError
 
 
-def listed(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The folders in a folder, by name, and its files, in no useful order; links count as what they lead to.
-    Hidden ones, and links that lead nowhere, are left out.
+def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
+    """List the folders in a folder, by name, and its files, in no useful order.
+
+    Links count as what they lead to. Hidden ones, and links that lead nowhere, are left out.
 
     Raises:
         SettingError: naming what cannot be read.
@@ -34,8 +35,8 @@ def listed(folder: Path) -> tuple[list[Path], list[Path]]:
     return sorted(folders), files
 
 
-def files_below(folder: Path, inside: Path | None = None) -> Iterator[Path]:
-    """Files at any depth of ``folder``, in no useful order; hidden files and folders are passed over.
+def walk_files(folder: Path, inside: Path | None = None) -> Iterator[Path]:
+    """List the files at any depth of ``folder``, in no useful order, without hidden files and folders.
 
     Linked folders are followed. Each real folder is read once, by its own name rather than a link's where it
     has both, and none that holds ``folder`` or is or holds ``inside``: such a link would lead round in a
@@ -51,7 +52,7 @@ def files_below(folder: Path, inside: Path | None = None) -> Iterator[Path]:
         if (real := _real(here)) in seen:
             continue
         seen.add(real)
-        folders, files = listed(here)
+        folders, files = list_folder(here)
         yield from files
         for path in folders:
             (links if path.is_symlink() else pending).append(path)

@@ -1,15 +1,14 @@
-"""Does it pay to train several runs on one device at once? Wall seconds of the same runs, K at a time.
+"""Does it pay to train several runs on one device at a time? Wall seconds of the same runs, K at a time.
 
-    python benchmarks/together.py --data DIR --epochs 4
-    python benchmarks/together.py --quick     # digits, on a CPU
+    python benchmarks/parallel_runs.py --data DIR --epochs 4
+    python benchmarks/parallel_runs.py --quick     # digits, on a CPU
 
-For each K the runs (seeds of one preset) are trained by ``softdefend compare --together K`` in fresh folders.
-One run before them fills the caches of compiled code, so that all K find the same. What a run does besides
-training (loading, validation, evaluation, its report) is part of the wall time: side by side, one run's idle
-time is another's, but each run is a process that starts by itself, where one at a time they share one. Long
-runs are hardly touched by that: for them the epochs count, and these are compared by themselves too. Where an
-MPS server is running the processes share the device's multiprocessors, else they take turns; the file says
-which.
+For each K the runs (seeds of one preset) are trained by ``softdefend compare --parallel K`` in fresh folders.
+One run before them fills the caches of compiled code, so that all K find the same. The wall time includes
+what a run does besides training: loading, validation, evaluation and its report. In parallel one run's idle
+time is another's, but each run is a process that starts by itself, where one at a time they share one. For
+long runs that hardly counts, but the epochs do; these are compared by themselves too. Where an MPS server is
+running the processes share the device's multiprocessors, else they take turns; the file records which.
 """
 
 from __future__ import annotations
@@ -27,29 +26,23 @@ from typing import Any
 import torch
 
 from collect import seconds as seconds_of
-from pool import compare, data_words
+from common import RESULTS, add_data_arguments, compare, data_arguments, make_parser, write_json
 from softdefend.core.environment import environment
 from softdefend.execution.engine import resolve_device
 
 QUICK = ["--config", "digits_demo", "--data.train_size", "64", "--evaluate.size", "64"]
 
 
-def timed(folder: Path, seeds: list[int], together: int, args: argparse.Namespace) -> float:
+def timed(folder: Path, seeds: list[int], parallel: int, args: argparse.Namespace) -> float:
     """Wall seconds of training all seeds."""
-    words = [*QUICK] if args.quick else ["--config", "cifar10_resnet18_short"]
-    words += data_words(args)
-    words += [
-        "--optim.epochs",
-        str(args.epochs),
-        "--runtime.device",
-        args.device,
-        "--evaluate.precision",
-        "fast",
-    ]
-    words += ["--presets", args.preset, "--together", str(together), "--seeds", *map(str, seeds)]
+    arguments = [*QUICK] if args.quick else ["--config", "cifar10_resnet18_short"]
+    arguments += data_arguments(args)
+    arguments += ["--optim.epochs", str(args.epochs), "--runtime.device", args.device]
+    arguments += ["--evaluate.precision", "fast", "--presets", args.preset]
+    arguments += ["--parallel", str(parallel), "--seeds", *map(str, seeds)]
     shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
-    compare(folder, words)
+    compare(folder, arguments)
     return time.perf_counter() - started
 
 
@@ -62,11 +55,11 @@ def shared() -> bool:
     return asked.returncode == 0 and bool(asked.stdout.strip())
 
 
-def measured(folder: Path, together: int, seconds: float, runs: int, epochs: int) -> dict[str, Any]:
+def measured(folder: Path, parallel: int, seconds: float, runs: int, epochs: int) -> dict[str, Any]:
     """One row: wall time of a run, and how long its epochs were beside others."""
     later = [value for path in sorted(folder.glob("*/timing.jsonl")) for value in seconds_of(path.parent)[1:]]
     return {
-        "together": together,
+        "parallel": parallel,
         "wall_seconds": round(seconds, 2),
         "wall_seconds_per_run": round(seconds / runs, 2),
         # The median leaves out epochs beside which another run was starting or had ended.
@@ -79,11 +72,11 @@ def measured(folder: Path, together: int, seconds: float, runs: int, epochs: int
 def compared(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """How many times as fast as the first row: wall time of all runs, and their epochs alone."""
     first = rows[0]
-    each = first["seconds_per_epoch"] / first["together"]
+    each = first["seconds_per_epoch"] / first["parallel"]
     return {
-        str(row["together"]): {
+        str(row["parallel"]): {
             "wall": round(first["wall_seconds"] / row["wall_seconds"], 3),
-            "epochs": round(each * row["together"] / row["seconds_per_epoch"], 3),
+            "epochs": round(each * row["parallel"] / row["seconds_per_epoch"], 3),
         }
         for row in rows
     }
@@ -91,27 +84,23 @@ def compared(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def main() -> int:
     """Train the same seeds K at a time for every K."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, help="Parquet folder of CIFAR-10 in hub layout")
-    parser.add_argument("--data-name", default="CIFAR-10 (JPEG mirror)", help="what to call the data")
+    parser = make_parser(__doc__)
+    add_data_arguments(parser, name="CIFAR-10 (JPEG mirror)")
     parser.add_argument("--preset", default="pgd-at")
-    parser.add_argument("--together", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--parallel", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--runs", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--folder", type=Path, default=Path("runs/together"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/parallel_runs"))
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/together.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "parallel_runs.json")
     args = parser.parse_args()
     timed(args.folder / "warm-up", [0], 1, args)
     rows: list[dict[str, Any]] = []
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    for together in args.together:
-        folder = args.folder / f"together-{together}"
-        seconds = timed(folder, list(range(args.runs)), together, args)
-        rows.append(measured(folder, together, seconds, args.runs, args.epochs))
+    for parallel in args.parallel:
+        folder = args.folder / f"parallel-{parallel}"
+        seconds = timed(folder, list(range(args.runs)), parallel, args)
+        rows.append(measured(folder, parallel, seconds, args.runs, args.epochs))
         print(json.dumps(rows[-1]), flush=True)
         content = {
             "times_as_fast": compared(rows),
@@ -122,7 +111,7 @@ def main() -> int:
             "rows": rows,
         }
         # After each K: what was measured outlives a call that is cut short.
-        args.output.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(args.output, content)
     return 0
 
 

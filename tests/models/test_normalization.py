@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from softdefend.core.errors import SettingError
-from softdefend.models.normalize import Normalize, normalized
+from softdefend.models.normalization import Normalize, normalize
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
 
@@ -18,8 +18,8 @@ def test_subtracts_the_mean_and_divides_by_the_std_of_each_channel() -> None:
 
 
 def test_statistics_travel_with_the_weights_and_are_not_trained() -> None:
-    saved = normalized(nn.Flatten(), MEAN, STD).state_dict()
-    net = normalized(nn.Flatten(), [0.0] * 3, [1.0] * 3)
+    saved = normalize(nn.Flatten(), MEAN, STD).state_dict()
+    net = normalize(nn.Flatten(), [0.0] * 3, [1.0] * 3)
     net.load_state_dict(saved)
     image = torch.rand(2, 3, 4, 4)
     torch.testing.assert_close(net(image), Normalize(MEAN, STD)(image).flatten(1), rtol=0, atol=0)
@@ -27,7 +27,7 @@ def test_statistics_travel_with_the_weights_and_are_not_trained() -> None:
 
 
 def test_is_the_first_layer() -> None:
-    net = normalized(nn.Identity(), MEAN, STD)
+    net = normalize(nn.Identity(), MEAN, STD)
     assert isinstance(next(iter(net.children())), Normalize)
     assert "0.49" in repr(net)
 

@@ -1,4 +1,4 @@
-"""Per-channel normalization as the first layer of a network, so that attacks always work on pixels."""
+"""Per-channel normalization as the first layer of a network, so that attacks work on pixels."""
 
 from __future__ import annotations
 
@@ -49,6 +49,17 @@ class Normalize(nn.Module):
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
 
 
-def normalized(net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Sequential:
-    """``net`` behind :class:`Normalize`; the two layers are named ``normalize`` and ``net``."""
+def normalize(net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Sequential:
+    """Put :class:`Normalize` before ``net``; the two layers are named ``normalize`` and ``net``.
+
+    Args:
+        net: takes normalized images [b, c, h, w].
+        mean, std: one number per channel, in units of pixels in [0, 1].
+
+    Returns:
+        A network that takes pixels in [0, 1].
+
+    Raises:
+        SettingError: statistics that :class:`Normalize` refuses.
+    """
     return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), net=net))

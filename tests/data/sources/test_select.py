@@ -9,7 +9,8 @@ from picture_tools import encode
 
 from softdefend.core.errors import SettingError
 from softdefend.data import DataSettings
-from softdefend.data.sources import read
+from softdefend.data.raw import RawData
+from softdefend.data.sources import SOURCES, Source, read
 
 
 @pytest.mark.parametrize("name", ["image_column", "label_column"])
@@ -73,6 +74,70 @@ def test_a_file_that_is_no_source_is_answered_with_the_kinds_of_source(tmp_path:
         SettingError, match="which is not a Parquet file; accepted: digits, hf:owner/name, a Par"
     ):
         read(DataSettings(str(tmp_path / name)))
+
+
+def test_all_kinds_of_source_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingError) as caught:
+        read(DataSettings(str(tmp_path / "file")))
+    assert caught.value.accepted == (
+        "digits, hf:owner/name, a Parquet file or a folder of them, a folder of images (class/name.png), "
+        "or a folder cifar-10-batches-py or cifar-100-python"
+    )
+
+
+def test_a_folder_called_digits_does_not_hide_the_digits(
+    tmp_path: Path, pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "digits", pictures, ["ant/1.png", "bee/2.png"])
+    (tmp_path / "digits" / "batches.meta").touch()
+    monkeypatch.chdir(tmp_path)
+    assert len(read(DataSettings("digits")).train) == 1797
+    with pytest.raises(SettingError, match=r"digits without data_batch_1"):
+        read(DataSettings("./digits"))
+
+
+def test_files_of_cifar_are_recognized_beside_parquet_files(hub_folder: Path) -> None:
+    (hub_folder / "batches.meta").touch()
+    with pytest.raises(SettingError, match=r"hub without data_batch_1"):
+        read(DataSettings(str(hub_folder)))
+
+
+class Anything(Source):
+    """Takes every address that nobody else does."""
+
+    address = "anything"
+    priority = -2
+
+    def recognizes(self, address: str, path: Path) -> bool:
+        return True
+
+    def read(self, settings: DataSettings, path: Path, cache: Path) -> RawData:
+        raise SettingError("data.source", settings.source, "nothing")
+
+
+def test_a_source_of_another_package_is_asked_by_its_priority(
+    tmp_path: Path, pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SOURCES, "_foreign", {"anything": lambda: Anything})
+    write_images(tmp_path / "photos", pictures, ["ant/1.png", "bee/2.png"])
+    try:
+        assert read(DataSettings(str(tmp_path / "photos"))).classes == ("ant", "bee")
+        with pytest.raises(SettingError, match=r"data\.source: got s3://bucket; accepted: nothing"):
+            read(DataSettings("s3://bucket"))
+    finally:
+        SOURCES.unregister("anything")
+
+
+def test_a_package_that_cannot_be_imported_stops_no_other_source(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> type[Source]:
+        raise ImportError("no module named cloud")
+
+    monkeypatch.setattr(SOURCES, "_foreign", {"cloud": fail})
+    assert len(read(DataSettings("digits")).train) == 1797
+    assert "'cloud' (ImportError: no module named cloud)" in caplog.text
 
 
 def test_a_parquet_file_may_have_any_name(hub_folder: Path) -> None:
