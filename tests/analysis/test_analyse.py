@@ -15,6 +15,7 @@ from softdefend.analysis import command
 from softdefend.analysis.figures import surface_plot
 from softdefend.analysis.label_audit import DEFAULT_SCORE, SCORES
 from softdefend.analysis.label_audit import predictions as all_predictions
+from softdefend.cli import analyze, labels
 from softdefend.core.errors import SettingError
 
 _QUICK = """
@@ -54,7 +55,7 @@ def analyzed(refined, plain, tmp_path_factory) -> tuple[Path, dict[str, bytes], 
     """The results of every part for two runs, and the runs' bytes before and after."""
     output = tmp_path_factory.mktemp("output")
     before = contents(refined)
-    command.analyze([str(refined), str(plain), "--output", str(output), *QUICK])
+    analyze.run([str(refined), str(plain), "--output", str(output), *QUICK])
     return output, before, contents(refined)
 
 
@@ -100,7 +101,7 @@ def test_a_second_time_nothing_is_measured_again(analyzed, refined, plain, monke
     output = analyzed[0]
     before = contents(output)
     monkeypatch.setattr(command, "open_subject", never)
-    command.analyze([str(refined), str(plain), "--output", str(output), *QUICK])
+    analyze.run([str(refined), str(plain), "--output", str(output), *QUICK])
     assert contents(output) == before
 
 
@@ -121,8 +122,8 @@ def test_an_interrupted_analysis_goes_on(refined, tmp_path, monkeypatch):
     with monkeypatch.context() as once:
         once.setattr(command.landscape, "measure", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            command.analyze(words)
-    command.analyze(words)
+            analyze.run(words)
+    analyze.run(words)
     assert calls == ["gradients"]
     assert len(list((tmp_path / "out" / "results").iterdir())) == 2
 
@@ -130,7 +131,7 @@ def test_an_interrupted_analysis_goes_on(refined, tmp_path, monkeypatch):
 def test_other_settings_are_measured_anew(analyzed, refined):
     output = analyzed[0]
     before = set(contents(output / "results"))
-    command.analyze(
+    analyze.run(
         [
             str(refined),
             "--output",
@@ -166,7 +167,7 @@ def test_kept_checkpoints_show_the_course_over_training(tiny_run, analyzed, tmp_
         "--optim.epochs 4 --save.archive 1 --data.noise symmetric --data.noise_rate 0.3 --label SGLR "
         "--label.start 0.2"
     )
-    command.analyze([str(run), "--output", str(tmp_path / "out"), *QUICK, "--which", "checkpoints"])
+    analyze.run([str(run), "--output", str(tmp_path / "out"), *QUICK, "--which", "checkpoints"])
     page = Page((tmp_path / "out" / "analysis.html").read_text())
     drawn = {alt.split(". ")[0]: alt for alt in page.alts if alt and "by epoch" in alt}
     assert {f"Line chart: {title}" for title in COURSES} <= set(drawn)
@@ -179,11 +180,11 @@ def test_kept_checkpoints_show_the_course_over_training(tiny_run, analyzed, tmp_
 
 def test_a_reference_network_judges_where_the_truth_is_not_known(plain, tmp_path):
     words = [str(plain), "--output", str(tmp_path), *QUICK, "--parts", "gradients", "--which", "last"]
-    command.analyze(words)
+    analyze.run(words)
     unknown = json.loads((tmp_path / "analysis.json").read_text())["gradients"][0]["result"]
     assert unknown["judged_by"] == "unknown"
     assert unknown["memorisation"] == {}
-    command.analyze([*words, "--reference", str(plain)])
+    analyze.run([*words, "--reference", str(plain)])
     judged = json.loads((tmp_path / "analysis.json").read_text())["gradients"][0]["result"]
     assert judged["judged_by"].startswith("disagreement with")
     share = judged["last_layer"]["clean"]["given"]["fraction_wrong"]
@@ -209,14 +210,14 @@ def test_a_reference_network_judges_where_the_truth_is_not_known(plain, tmp_path
 )
 def test_analyze_refuses_in_one_line(words, said, refined):
     with pytest.raises(SettingError, match=re.escape(said)) as caught:
-        command.analyze(words.replace("RUN", str(refined)).split())
+        analyze.run(words.replace("RUN", str(refined)).split())
     assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")
 def audited(refined, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("audit")
-    command.audit_labels(
+    labels.run(
         ["audit", str(refined), "--output", str(output), "--top", "12", "--at", "10", "--device", "cpu"]
     )
     return output
@@ -249,13 +250,13 @@ def test_the_audits_gallery_shows_the_most_suspicious(audited):
 
 def test_a_run_without_a_memory_is_one_line(plain, tmp_path):
     with pytest.raises(SettingError, match=r"holds no label memory \(Hard and PGDAT\)"):
-        command.audit_labels(["audit", str(plain), "--output", str(tmp_path), "--device", "cpu"])
+        labels.run(["audit", str(plain), "--output", str(tmp_path), "--device", "cpu"])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_predictions_rank_the_labels_of_a_run_without_a_memory(plain, tmp_path):
     words = ["audit", str(plain), "--output", str(tmp_path), "--device", "cpu", "--source", "prediction"]
-    command.audit_labels(words)
+    labels.run(words)
     found = command.audit_run(str(plain), source="prediction")
     believed = all_predictions(found.subject, 500)
     expected = SCORES[DEFAULT_SCORE](believed, found.subject.run.bundle.train.labels).numpy()
@@ -279,10 +280,10 @@ def test_a_memory_that_has_not_moved_is_refused(tiny_run):
 def test_votes_that_are_not_there_are_refused_also_beside_kept_results(refined, tmp_path):
     words = ["--parts", "labels", "--which", "last"]
     words = [str(refined), "--output", str(tmp_path / "out"), *QUICK, *words]
-    command.analyze(words)
+    analyze.run(words)
     for flag in ("--train_votes", "--test_votes"):
         with pytest.raises(SettingError, match=f"{flag}: got /nowhere.npz"):
-            command.analyze([*words, flag, "/nowhere.npz"])
+            analyze.run([*words, flag, "/nowhere.npz"])
 
 
 def test_a_surface_with_holes_is_drawn_and_said():
@@ -315,4 +316,4 @@ def test_without_cleanlab_the_baseline_is_left_out_or_refused(refined, tmp_path,
 )
 def test_the_audit_refuses_in_one_line(words, said, refined):
     with pytest.raises(SettingError, match=re.escape(said)):
-        command.audit_labels(words.replace("RUN", str(refined)).split())
+        labels.run(words.replace("RUN", str(refined)).split())

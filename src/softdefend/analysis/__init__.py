@@ -3,10 +3,8 @@
 from softdefend.analysis.command import (
     AnalyzeSettings,
     Wishes,
-    analyze,
     analyze_runs,
-    audit_labels,
     audit_run,
 )
 
-__all__ = ["AnalyzeSettings", "Wishes", "analyze", "analyze_runs", "audit_labels", "audit_run"]
+__all__ = ["AnalyzeSettings", "Wishes", "analyze_runs", "audit_run"]

@@ -1,4 +1,4 @@
-"""``softdefend analyze`` and ``softdefend labels``: arguments to results, JSON, CSV and one page."""
+"""Analyses and label audits of runs: results as JSON and CSV, and one page."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor
 from tqdm import tqdm
 
 from softdefend.analysis import calibration, gradients, information, landscape
-from softdefend.analysis.label_audit import DEFAULT_SCORE, SCORES, SOURCES, Audit, as_csv, audit
+from softdefend.analysis.label_audit import DEFAULT_SCORE, Audit, as_csv, audit
 from softdefend.analysis.label_audit import predictions as all_predictions
 from softdefend.analysis.overfitting import overfitting
 from softdefend.analysis.page import Analysis, Found, analysis_page, audit_page
 from softdefend.analysis.store import finite, kept
 from softdefend.analysis.subjects import (
-    WHICH,
     Opened,
     Subject,
     Weights,
@@ -32,8 +30,6 @@ from softdefend.analysis.subjects import (
 )
 from softdefend.core.errors import SettingError
 from softdefend.core.files import write_atomic
-from softdefend.execution.engine import resolve_device
-from softdefend.experiments.complaints import parse
 from softdefend.training.checkpoint import CheckpointError
 
 PARTS = ("overfitting", "gradients", "labels", "information", "geometry")
@@ -97,118 +93,6 @@ class AnalyzeSettings:
             )
 
 
-def analyze_parser() -> ArgumentParser:
-    """The parser of ``softdefend analyze``."""
-    parser = ArgumentParser(
-        prog="softdefend analyze",
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="Why it works: overfitting, gradient norms, label quality, information and geometry of "
-        "finished or running runs, side by side. Run folders are read only; results go to --output, and what "
-        "lies there already is not measured again.",
-    )
-    parser.add_argument("run", nargs="+", type=str, help="run folders")
-    parser.add_argument("--output", type=str, default="analysis", help="folder of the results")
-    parser.add_argument("--parts", nargs="+", type=str, default=list(PARTS), help=", ".join(PARTS))
-    parser.add_argument(
-        "--which",
-        nargs="+",
-        type=str,
-        default=["best", "last"],
-        help="best, last; checkpoints: all that the run has kept; archived: those of save.archive",
-    )
-    parser.add_argument(
-        "--reference",
-        type=str | None,
-        default=None,
-        help="a run whose best network judges labels where clean ones are not known",
-    )
-    parser.add_argument(
-        "--train_votes", type=str | None, default=None, help=".npz of human labels of the training images"
-    )
-    parser.add_argument(
-        "--train_keys",
-        nargs="+",
-        type=str,
-        default=["random_label1", "random_label2", "random_label3"],
-        help="its arrays, one for each annotator, as CIFAR-10N names them",
-    )
-    parser.add_argument(
-        "--test_votes",
-        type=str | None,
-        default=None,
-        help=".npz with counts [n, k] for the test images: CIFAR-10H",
-    )
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--progress", type=bool, default=True, help="show progress bars")
-    _add_settings(parser)
-    return parser
-
-
-_HELP = {
-    "probe": "training images",
-    "whole": "of these, with a gradient over the whole network; 0 for none",
-    "chunk": "such gradients in memory at once",
-    "test": "test images",
-    "steps": "of PGD on the test images",
-    "bins": "of calibration",
-    "components": "principal components for mutual information",
-    "neighbors": "for mutual information",
-    "contrast_steps": "of training the critic of the contrastive bound",
-    "points": "of each axis of the loss surface, odd; 0 for none",
-    "span": "of the loss surface, in filter norms",
-    "eigen_steps": "Hessian-vector products at most in each of two rounds; 0 for none",
-    "linearity_steps": "of the search for the largest departure from linearity",
-    "batch_size": "images at once",
-    "seed": "of all draws",
-}
-
-
-def _add_settings(parser: ArgumentParser) -> None:
-    for one in fields(AnalyzeSettings):
-        kind = float if one.name == "span" else int
-        parser.add_argument(f"--{one.name}", type=kind, default=one.default, help=_HELP[one.name])
-
-
-def analyze(arguments: Sequence[str]) -> None:
-    """``softdefend analyze RUN...``.
-
-    Writes ``analysis.json``, ``analysis.html`` and ``results/`` into the output folder.
-
-    Raises:
-        SettingError: arguments, runs or files that cannot be used.
-    """
-    given = parse(analyze_parser(), arguments)
-    settings = AnalyzeSettings(**{one.name: getattr(given, one.name) for one in fields(AnalyzeSettings)})
-    for part in given.parts:
-        if part not in PARTS:
-            raise SettingError("--parts", repr(part), ", ".join(PARTS))
-    for name in given.which:
-        if name not in WHICH:
-            raise SettingError("--which", repr(name), " or ".join(WHICH))
-    wishes = Wishes(
-        parts=tuple(part for part in PARTS if part in given.parts),
-        which=tuple(given.which),
-        settings=settings,
-        reference=given.reference,
-        train_votes=given.train_votes,
-        train_keys=tuple(given.train_keys),
-        test_votes=given.test_votes,
-    )
-    output = Path(given.output)
-    found = analyze_runs(given.run, output, wishes, resolve_device(given.device), progress=given.progress)
-    print(f"results: {output / 'analysis.json'}\npage: {output / 'analysis.html'}")
-    for name, result in found.overfitting.items():
-        best, last = result["best"], result["last"]
-        if best and last:
-            print(f"{name}: robust validation accuracy {_ends(best, last)}")
-
-
-def _ends(best: dict[str, Any], last: dict[str, Any]) -> str:
-    ends = ((words, row["epoch"], row["val_robust"]) for words, row in (("best", best), ("last", last)))
-    return ", ".join(f"{words} {100 * v:.1f}% (epoch {e})" for words, e, v in ends if v is not None)
-
-
 @dataclass(frozen=True)
 class Wishes:
     """What an analysis is to contain; see the flags of the command."""
@@ -232,7 +116,7 @@ def analyze_runs(
     Raises:
         SettingError: an output folder inside a run, or runs or files that cannot be used.
     """
-    _refuse_inside(output, folders)
+    refuse_inside(output, folders)
     # Kept results would answer for a file that is not there.
     calibration.check_there("--train_votes", wishes.train_votes)
     calibration.check_there("--test_votes", wishes.test_votes)
@@ -266,8 +150,8 @@ def analyze_runs(
     return analysis
 
 
-def _refuse_inside(output: Path, folders: Sequence[str]) -> None:
-    """Run folders stay as they are."""
+def refuse_inside(output: Path, folders: Sequence[str]) -> None:
+    """Refuse an output folder inside a run: run folders stay as they are."""
     for folder in folders:
         if output.resolve().is_relative_to(Path(folder).resolve()):
             raise SettingError("--output", f"{output}, inside the run {folder}", "a folder outside the runs")
@@ -426,77 +310,6 @@ def _digest(path: str | None) -> str | None:
     if path is None or not Path(path).is_file():
         return None
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def audit_parser() -> ArgumentParser:
-    """The parser of ``softdefend labels``."""
-    parser = ArgumentParser(
-        prog="softdefend labels",
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="'audit' ranks the training images of a run by how strongly its label memory, or the "
-        "network itself, distrusts their labels: a CSV file, a page with the images, and figures where the "
-        "truth is known.",
-    )
-    parser.add_argument("action", type=str, help="audit")
-    parser.add_argument("run", type=str, help="a run folder")
-    parser.add_argument("--output", type=str, default="label-audit", help="folder of the results")
-    parser.add_argument("--score", type=str, default=DEFAULT_SCORE, help=", ".join(SCORES))
-    parser.add_argument(
-        "--source",
-        type=str,
-        default="memory",
-        help="what is asked: memory, or prediction (of the newest weights on the clean training images)",
-    )
-    parser.add_argument("--top", type=int, default=120, help="images on the page")
-    parser.add_argument(
-        "--baseline",
-        type=bool | None,
-        default=None,
-        help="compare with cleanlab; where it is installed when not given",
-    )
-    parser.add_argument("--at", nargs="+", type=int, default=[100, 1000], help="k of precision at k")
-    parser.add_argument("--batch_size", type=int, default=500, help="images at once")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    return parser
-
-
-def audit_labels(arguments: Sequence[str]) -> None:
-    """``softdefend labels audit RUN``.
-
-    Writes ``labels.csv``, ``audit.json`` and ``audit.html`` into the output folder.
-
-    Raises:
-        SettingError: arguments that cannot be used, or a run without what is asked for.
-    """
-    given = parse(audit_parser(), arguments)
-    if given.action != "audit":
-        raise SettingError("labels", repr(given.action), "audit")
-    if given.score not in SCORES:
-        raise SettingError("--score", repr(given.score), ", ".join(SCORES))
-    if given.source not in SOURCES:
-        raise SettingError("--source", repr(given.source), " or ".join(SOURCES))
-    for name, values in (("top", [given.top]), ("at", given.at), ("batch_size", [given.batch_size])):
-        if min(values) < 1:
-            raise SettingError(f"--{name}", min(values), "a whole number >= 1")
-    output = Path(given.output)
-    _refuse_inside(output, [given.run])
-    found = audit_run(
-        given.run,
-        score=given.score,
-        source=given.source,
-        baseline=given.baseline,
-        at=given.at,
-        batch_size=given.batch_size,
-        device=resolve_device(given.device),
-    )
-    write_audit(found, output, given.top)
-    known = "" if found.wrong is None else f"; {found.wrong:,} are wrong"
-    print(f"{len(found.rows):,} labels, another class believed for {found.flagged:,}{known}")
-    for line in found.comparison:
-        if line["auroc"] is not None:
-            print(f"AUROC {line['auroc']:.4f}  {line['name']}")
-    print(f"table: {output / 'labels.csv'}\npage: {output / 'audit.html'}")
 
 
 def audit_run(

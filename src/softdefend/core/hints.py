@@ -105,8 +105,10 @@ def fit(value: Any, member: Any) -> Any:
             return MISFIT
     elif member is int:
         fits = number and isinstance(value, int)
-    elif member in (str, Path):
+    elif member is str:
         fits = isinstance(value, str)
+    elif member is Path:
+        fits = isinstance(value, str) and value != ""
     elif member in (bool, type(None)):
         fits = isinstance(value, member)
     return value if fits else MISFIT
