@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softdefend.core.errors import SettingError
+from softdefend.core.hints import fields_of
 from softdefend.core.registry import Registry
 from softdefend.core.settings import Settings, Word
 from softdefend.core.threat import Budget
@@ -77,7 +78,7 @@ class Everything:
 RULES = Registry[type]("rules-of-this-test")
 for _kind in (Mild, Strong, Stronger, Needy):
     RULES.register(_kind.__name__)(_kind)
-SETTINGS = Settings(Everything, registries={Rule: RULES})
+SETTINGS = Settings(fields_of(Everything), registries={Rule: RULES})
 NAMES = "name, seed, fast, folder, eps, pair, names, anything, inner, rule"
 INNER = "its settings by name: rate, count, plan; as words: --inner.NAME VALUE"
 VALUE = "a value behind it; --name=VALUE where it begins with a minus"
@@ -106,10 +107,10 @@ FITTING = {
     "a list in quotes": ("inner: {plan: {marks: '[0.5]'}}", {"inner": {"plan": {"marks": [0.5]}}}),
     "a list of two": ("pair: [3, b]", {"pair": [3, "b"]}),
     "a type of somebody else": ("anything: {a: [1]}", {"anything": {"a": [1]}}),
-    "a rule by its name": ("rule: Strong", {"rule": {"class_path": "Strong", "init_args": {}}}),
+    "a rule by its name": ("rule: Strong", {"rule": {"class_path": f"{__name__}.Strong", "init_args": {}}}),
     "a rule's argument alone": (
         "rule: {way: down}",
-        {"rule": {"class_path": "Mild", "init_args": {"way": "down"}}},
+        {"rule": {"class_path": f"{__name__}.Mild", "init_args": {"way": "down"}}},
     ),
     "a rule by its path": (
         f"rule: {{class_path: {__name__}.Strong, init_args: {{rounds: 1}}}}",
@@ -119,14 +120,14 @@ FITTING = {
         "rule: {class_path: Strong, init_args: {inner: {class_path: Mild, init_args: {share: 1}}}}",
         {
             "rule": {
-                "class_path": "Strong",
-                "init_args": {"inner": {"class_path": "Mild", "init_args": {"share": 1.0}}},
+                "class_path": f"{__name__}.Strong",
+                "init_args": {"inner": {"class_path": f"{__name__}.Mild", "init_args": {"share": 1.0}}},
             }
         },
     ),
     "an argument of the base class": (
         "rule: {class_path: Stronger, init_args: {rounds: 2, edge: 1/255}}",
-        {"rule": {"class_path": "Stronger", "init_args": {"rounds": 2, "edge": "1/255"}}},
+        {"rule": {"class_path": f"{__name__}.Stronger", "init_args": {"rounds": 2, "edge": "1/255"}}},
     ),
 }
 
@@ -268,9 +269,9 @@ def test_a_broken_module_of_somebody_is_one_line(tmp_path: Path, monkeypatch: py
         ("eps=.03", {"eps": ".03"}),
         ("names=[a, b]", {"names": ["a", "b"]}),
         ("inner={rate: 2}", {"inner": {"rate": 2.0}}),
-        ("rule={share: 1}", {"rule": {"class_path": "Mild", "init_args": {"share": 1.0}}}),
-        ("rule.init_args.share=1", {"rule": {"class_path": "Mild", "init_args": {"share": 1.0}}}),
-        ("rule.class_path=Strong", {"rule": {"class_path": "Strong", "init_args": {}}}),
+        ("rule={share: 1}", {"rule": {"class_path": f"{__name__}.Mild", "init_args": {"share": 1.0}}}),
+        ("rule.init_args.share=1", {"rule": {"class_path": f"{__name__}.Mild", "init_args": {"share": 1.0}}}),
+        ("rule.class_path=Strong", {"rule": {"class_path": f"{__name__}.Strong", "init_args": {}}}),
     ],
 )
 def test_words_are_read_by_the_type_of_their_setting(word: str, expected: dict[str, Any]) -> None:
@@ -334,7 +335,7 @@ def test_later_values_win_and_the_others_stay() -> None:
 
 def test_a_rules_arguments_stay_where_the_next_class_has_them_too() -> None:
     assert read("rule=Strong", "rule.rounds=1", "rule.share=0.7", "rule=Mild")["rule"] == {
-        "class_path": "Mild",
+        "class_path": f"{__name__}.Mild",
         "init_args": {"share": 0.7},
     }
     again = read("rule=Strong", "rule.rounds=1", f"rule={__name__}.Strong")["rule"]
@@ -350,7 +351,7 @@ def test_what_has_no_default_is_missing_until_it_is_given() -> None:
         size: int | None
         rule: Rule = field(default_factory=Mild)
 
-    settings = Settings(Needs, registries={Rule: RULES}, prefix="--")
+    settings = Settings(fields_of(Needs), registries={Rule: RULES}, prefix="--")
     assert dict(settings.missing({})) == {
         "--runs": "a list, such as [a, b]",
         "--size": "a whole number or null",
@@ -362,6 +363,6 @@ def test_what_has_no_default_is_missing_until_it_is_given() -> None:
 
 def test_messages_may_call_settings_by_their_flags() -> None:
     with pytest.raises(SettingError, match=r"^--seed: got x; accepted: a whole number$"):
-        Settings(Everything, prefix="--").update({}, {"seed": Word("x")})
+        Settings(fields_of(Everything), prefix="--").update({}, {"seed": Word("x")})
     with pytest.raises(SettingError, match=r"^--seed: got no value"):
-        Settings(Everything, prefix="--").update({}, {"seed": Word(None)})
+        Settings(fields_of(Everything), prefix="--").update({}, {"seed": Word(None)})

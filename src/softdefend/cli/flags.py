@@ -78,7 +78,8 @@ class Flags:
         self.prog, self.kinds, self.passes_on = f"softdefend {name}", kinds, passes_on
         self.partial, self.epilog = tuple(partial), epilog
         # Dashes tell a command's own flags from the settings of the training that it passes words on to.
-        self.settings = Settings(*kinds, prefix="--" if passes_on else "")
+        slots = {name: slot for kind in kinds for name, slot in fields_of(kind).items()}
+        self.settings = Settings(slots, prefix="--" if passes_on else "")
         marked = {one.name: one.metadata for kind in kinds for one in fields(kind)}
         self._positional = [name for name, mark in marked.items() if "positional" in mark]
         self._flags = [name for name in marked if name not in self._positional]

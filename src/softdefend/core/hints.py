@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,16 @@ def _hints_of(init: Callable[..., Any]) -> dict[str, Any]:
         return get_type_hints(init)
     except NameError:  # a name that its module imports for type checkers only
         return {}
+
+
+def import_path(kind: type) -> str:
+    """The shortest path under which a class can be imported, such as ``softdefend.SGLR``."""
+    parts = kind.__module__.split(".")
+    for end in range(1, len(parts)):
+        package = ".".join(parts[:end])
+        if getattr(sys.modules.get(package), kind.__name__, None) is kind:
+            return f"{package}.{kind.__name__}"
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def members_of(hint: Any) -> tuple[Any, ...]:

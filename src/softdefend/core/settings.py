@@ -27,6 +27,7 @@ from softdefend.core.hints import (
     arguments_of,
     fields_of,
     fit,
+    import_path,
     members_of,
 )
 from softdefend.core.registry import Registry
@@ -48,25 +49,29 @@ class Word:
 
 
 class Settings:
-    """The settings of one or more dataclasses, side by side.
+    """The settings that there are.
 
     Args:
-        kinds: the dataclasses.
+        slots: their types and defaults by name, such as those of a dataclass by :func:`fields_of`.
         registries: the base classes of rules, each with its named classes.
         prefix: stands before every setting's name in messages, such as ``--``.
     """
 
     def __init__(
-        self, *kinds: type, registries: Mapping[type, Registry[Any]] | None = None, prefix: str = ""
+        self,
+        slots: Mapping[str, Slot],
+        *,
+        registries: Mapping[type, Registry[Any]] | None = None,
+        prefix: str = "",
     ) -> None:
-        self.slots = {name: slot for kind in kinds for name, slot in fields_of(kind).items()}
-        self.registries, self.prefix = dict(registries or {}), prefix
+        self.slots, self.registries, self.prefix = dict(slots), dict(registries or {}), prefix
 
     def update(self, tree: Mapping[str, Any], more: Mapping[str, Any]) -> Tree:
         """A tree with further values over it; neither is changed.
 
-        Names in ``more`` may be dotted (``optim.lr``), its values may be :class:`Word`. Where a rule's class
-        changes, those of its earlier arguments stay that fit the new class.
+        Names in ``more`` may be dotted (``optim.lr``), its values may be :class:`Word`. In the tree every
+        rule has an import path and arguments. Where its class changes, those of its earlier arguments stay
+        that fit the new one.
 
         Raises:
             SettingError: an unknown name, a value of another type, or nothing where a value is needed.
@@ -163,7 +168,8 @@ class Settings:
 
     def _rule(self, old: Any, new: Any, slot: Slot, name: str, accepted: str) -> Tree:
         given = _spelled_out(new, name, accepted)
-        path = given.get("class_path", (old or self._standard(slot)).get("class_path", ""))
+        standard = import_path(type(slot.default)) if isinstance(slot.default, slot.hint) else ""
+        path = given.get("class_path", old["class_path"] if old else standard)
         kind = self._class(path, slot.hint, name, accepted)
         slots = arguments_of(kind, slot.default)
         earlier = old["init_args"] if old else {}
@@ -171,15 +177,7 @@ class Settings:
             earlier = dict(self._fitting(earlier, slots))
         owner = f"those of {kind.__name__}: "
         arguments = self._values(earlier, given.get("init_args", {}), slots, f"{name}.", owner)
-        return {"class_path": path, "init_args": arguments}
-
-    def _standard(self, slot: Slot) -> Tree:
-        """The class of a setting's default, by its name where it has one."""
-        kind, registry = type(slot.default), self._registry(slot.hint)
-        if slot.default is None or slot.default is REQUIRED:
-            return {}
-        known = registry is not None and kind.__name__ in registry and registry[kind.__name__] is kind
-        return {"class_path": kind.__name__ if known else f"{kind.__module__}.{kind.__qualname__}"}
+        return {"class_path": path if "." in path else import_path(kind), "init_args": arguments}
 
     def _fitting(self, arguments: Mapping[str, Any], slots: Mapping[str, Slot]) -> Iterator[tuple[str, Any]]:
         """Those of a class's arguments that another class takes too."""
