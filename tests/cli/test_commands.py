@@ -355,11 +355,15 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(said.out.split())
     assert ended.value.code == 0
     assert said.err == ""
+    if command in ("compare", "distill", "reproduce", "bench"):
+        assert "see 'softdefend train --help'" in text
+    if command == "train":
+        assert all(flag in text for flag in ("--config CONFIG", "--preset PRESET", "--optim.schedule.kind"))
     if command in ("train", "compare"):
         unbroken = "".join(text.split())  # lines may break in names
         assert all(preset in unbroken for preset in packaged("preset"))
     if not command:
-        assert all(f"{name} {summary}" in text for name, (_, summary) in COMMANDS.items())
+        assert all(f"{name} {summary}" in text for name, summary in COMMANDS.items())
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from softdefend import SettingError, ThreatModel
-from softdefend.cli.main import _evaluate_parser, main
+from softdefend.cli.evaluate import FLAGS
+from softdefend.cli.main import main
 from softdefend.core.docstrings import field_docstrings
 from softdefend.core.store import ResultStore
 from softdefend.data import DataSettings, load
@@ -57,7 +58,7 @@ def test_every_setting_is_a_flag_with_its_own_words() -> None:
     texts = field_docstrings(EvaluateSettings)
     assert texts.keys() == {field.name for field in fields(EvaluateSettings)}
     assert all(texts.values())
-    told = " ".join(_evaluate_parser().format_help().replace("-\n", "-").split())
+    told = " ".join(FLAGS.parser().format_help().replace("-\n", "-").split())
     for name, text in texts.items():
         assert f"--{name}" in told
         assert "".join(text.split())[:40] in "".join(told.split())

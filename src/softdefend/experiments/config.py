@@ -7,31 +7,38 @@ form can stand in their place.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 from jsonargparse.typing import register_type
 
+from softdefend.attacks import PGD, CWLinf
 from softdefend.core.errors import SettingError
+from softdefend.core.hints import Slot
+from softdefend.core.registry import Registry
 from softdefend.core.rule import Rule
+from softdefend.core.settings import Settings, Tree, Word
 from softdefend.core.threat import Budget
+from softdefend.core.words import assignments
 from softdefend.core.yaml_files import flatten, read_yaml
 from softdefend.data import DataSettings
 from softdefend.evaluation import EvaluateSettings
-from softdefend.experiments.complaints import CLASSES, readable
-from softdefend.experiments.rule_names import RuleNames
 from softdefend.models import NetSettings
-from softdefend.training.config import TrainConfig, flat, flat_docstrings, flat_hints, nest
+from softdefend.training.config import RULES, TrainConfig, flat, flat_docstrings, flat_hints, nest
 from softdefend.training.plain import plain
 
 register_type(Budget, serializer=str, deserializer=Budget)
+
+_ATTACKS: Registry[type[PGD]] = Registry("training-attacks")
+"""Attacks that training and validation may use, by name."""
+for _kind in (PGD, CWLinf):
+    _ATTACKS.register(_kind.__name__)(_kind)
 
 _FOLDERS = {"config": "protocols", "preset": "presets"}
 
@@ -56,26 +63,24 @@ def find(kind: str, name: str) -> Path:
     raise SettingError(f"--{kind}", repr(name), f"the path of a YAML file, or one of {', '.join(shipped)}")
 
 
-def split_files(words: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+def split_files(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Separate ``--config NAME`` and ``--preset NAME`` from the other words.
 
     Returns:
-        The content of the files, protocols first: a preset wins over a protocol wherever both say something,
-        and dotted overrides win over both; then the other words.
+        The files, protocols first: a preset wins over a protocol wherever both say something, and dotted
+        overrides win over both; then the other words.
 
     Raises:
-        SettingError: an unknown name, a name missing, or a file that is no configuration.
+        SettingError: an unknown name, or a name missing.
     """
-    files: dict[str, list[dict[str, Any]]] = {kind: [] for kind in _FOLDERS}
+    files: dict[str, list[Path]] = {kind: [] for kind in _FOLDERS}
     others: list[str] = []
     rest = iter(words)
     for word in rest:
         flag, equals, value = word.partition("=")
         kind = flag.removeprefix("--")
         if flag in ("--config", "--preset"):
-            content = read_yaml(find(kind, value if equals else next(rest, "")))
-            _refuse_misfits(content, _hints())
-            files[kind].append(content)
+            files[kind].append(find(kind, value if equals else next(rest, "")))
         else:
             others.append(word)
     return [*files["config"], *files["preset"]], others
@@ -131,28 +136,56 @@ class Experiment(TrainConfig):
     progress: bool = True
 
 
+@cache
+def _settings() -> Settings:
+    """The settings of a run, and where it runs."""
+    defaults = flat(TrainConfig())
+    slots = {name: Slot(hint, defaults[name]) for name, hint in flat_hints().items()}
+    about = {"folder": Slot(str | None, None), "resume": Slot(str | None, None), "progress": Slot(bool, True)}
+    registries: dict[type, Registry[Any]] = {flat_hints()[kind]: known for kind, known in RULES.items()}
+    return Settings(slots | about, registries={**registries, PGD: _ATTACKS})
+
+
+def plain_settings(arguments: Sequence[str] | dict[str, Any]) -> Tree:
+    """What :func:`resolve` takes, as plain values: those that are given, of the right names and types.
+
+    Raises:
+        SettingError: an unknown key, a value of the wrong type, or nothing where a value is needed.
+    """
+    settings, tree = _settings(), Tree()
+    files, words = ([], []) if isinstance(arguments, dict) else split_files(arguments)
+    for content in [arguments] if isinstance(arguments, dict) else map(read_yaml, files):
+        tree = settings.update(tree, content)
+    for name, text in assignments(words):
+        tree = settings.update(tree, {name: Word(text)})
+    for name, accepted in settings.missing(tree):
+        raise SettingError(name, "nothing", accepted)
+    return tree
+
+
+def print_config(words: Sequence[str], *, skip_default: bool = False, skip_unset: bool = False) -> str:
+    """The configuration that words stand for, as a YAML file that ``--config`` takes.
+
+    Args:
+        words: of ``softdefend train``.
+        skip_default: leave out what is as its default.
+        skip_unset: leave out what is null.
+    """
+    parser = _parser()
+    parsed = parser.parse_object(plain_settings(words))
+    return str(parser.dump(parsed, skip_default=skip_default, skip_unset=skip_unset))
+
+
 def resolve(arguments: Sequence[str] | dict[str, Any]) -> Experiment:
     """Command-line words, or the content of a run's ``config.yaml``, to an experiment.
 
     Raises:
         SettingError: an unknown key, a value of the wrong type or outside its range.
     """
-    parser, names = _parser(), RuleNames()
-    if isinstance(arguments, dict):
-        _refuse_misfits(arguments, _hints())
-        files, words = [arguments], list[str]()
-    else:
-        files, words = split_files(arguments)
-    try:
-        parsed = None
-        for content in files:
-            parsed = parser.parse_object(names.in_content(content), parsed)
-        parsed = parser.parse_args(names.in_words(words), parsed)
-    except argparse.ArgumentError as error:
-        raise readable(error, parser) from error
+    parser = _parser()
+    parsed = parser.parse_object(plain_settings(arguments))
     # The parser has validated what it parsed; once more would take a fifth as long as all the rest.
     tree = json.loads(parser.dump(parsed, format="json", skip_unset=False, skip_validation=True))
-    _refuse_misfits(tree, _hints())
     try:
         made = parser.instantiate(parsed)
         settings = nest({name: made[name] for name in flat_hints()})
@@ -168,29 +201,9 @@ def resolve(arguments: Sequence[str] | dict[str, Any]) -> Experiment:
     )
 
 
-def _hints() -> dict[str, Any]:
-    """Types of what must have a value."""
-    return {**flat_hints(), "progress": bool}
-
-
 def _located(error: SettingError, tree: Mapping[str, Any]) -> SettingError:
     """The error with its setting's whole name: a ``Schedule`` does not know that it is ``optim.schedule``."""
     values = {key.replace(".init_args", ""): value for key, value in flatten(tree).items()}
     named = [key for key in values if f".{key}".endswith(f".{error.setting}")]
     exact = [key for key in named if str(values[key]) == str(error.given).strip("'")]
     return SettingError((exact or named or [error.setting])[0], error.given, error.accepted)
-
-
-def _refuse_misfits(content: Mapping[str, Any], hints: Mapping[str, Any], prefix: str = "") -> None:
-    """Refuse what the parser lets through: null for anything, and a section that is not a mapping."""
-    for name, value in content.items():
-        hint, setting = hints.get(name), f"{prefix}{name}"
-        if value is None and hint is not None and type(None) not in get_args(hint):
-            raise SettingError(setting, "null", "a value, as --help says")
-        if not is_dataclass(hint) or (isinstance(value, str) and setting in CLASSES):
-            continue
-        if not isinstance(value, Mapping):
-            names = ", ".join(field.name for field in fields(hint))
-            raise SettingError(setting, repr(value), f"its settings by name: {names}")
-        inner = value.get("init_args") or {} if "class_path" in value else value
-        _refuse_misfits(inner, get_type_hints(hint), f"{setting}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from softdefend.attacks import Attack
 from softdefend.core.errors import SettingError
+from softdefend.core.hints import arguments_of, import_path
 from softdefend.core.rule import Rule
 from softdefend.core.threat import Budget
 from softdefend.training.config import RULES, TrainConfig, flat, flat_hints
@@ -50,7 +50,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, Rule):
-        held = {name: _argument(value, name) for name in _arguments(type(value))}
+        held = {name: _argument(value, name) for name in arguments_of(type(value))}
         arguments = {name: plain(item) for name, item in held.items() if _recordable(item)}
         return {"class_path": import_path(type(value)), "init_args": arguments}
     if is_dataclass(value) and not isinstance(value, type):
@@ -59,16 +59,6 @@ def plain(value: Any) -> Any:
             return content
         return {"class_path": import_path(type(value)), "init_args": content}
     return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def import_path(kind: type) -> str:
-    """The shortest path under which a class can be imported, such as ``softdefend.SGLR``."""
-    parts = kind.__module__.split(".")
-    for end in range(1, len(parts)):
-        package = ".".join(parts[:end])
-        if getattr(sys.modules.get(package), kind.__name__, None) is kind:
-            return f"{package}.{kind.__name__}"
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _recordable(value: Any) -> bool:
@@ -80,20 +70,6 @@ def _recordable(value: Any) -> bool:
     if is_dataclass(value) and not isinstance(value, type):
         return all(_recordable(getattr(value, field.name)) for field in fields(value))
     return value is None or isinstance(value, (str, int, float, bool, Rule, Budget, Path, Tensor))
-
-
-def _arguments(kind: type) -> list[str]:
-    """Names of a class's constructor arguments; behind ``**kwargs`` stand those of the next class."""
-    names: dict[str, None] = {}
-    for base in kind.__mro__:
-        if "__init__" not in vars(base) or base is object:
-            continue
-        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        further = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        names |= {parameter.name: None for parameter in parameters if parameter.kind not in further}
-        if inspect.Parameter.VAR_KEYWORD not in {parameter.kind for parameter in parameters}:
-            break
-    return list(names)
 
 
 def _argument(rule: Rule, name: str) -> Any:

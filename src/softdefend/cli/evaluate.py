@@ -1,0 +1,124 @@
+"""``softdefend evaluate``: checkpoints of runs, or a network from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+from softdefend.cli.flags import Flags, Given, positional, switch
+from softdefend.core.errors import SettingError
+from softdefend.core.threat import Budget, Norm, ThreatModel
+from softdefend.data import DataSettings
+from softdefend.evaluation import EvaluateSettings, Requests
+from softdefend.experiments.evaluate import evaluate, evaluate_external, open_run
+from softdefend.experiments.pipeline import WHICH
+
+
+@dataclass(frozen=True)
+class EvaluateFlags:
+    """Evaluate a run's best and last checkpoint on its test images; what is not given is as the run was
+    configured. Under another norm or eps than the trained one the result is a file of its own, such as
+    evaluation/best-linf-4_255.json, and the report keeps its figures. With --model a network that was not
+    trained here is evaluated on --data."""
+
+    run: tuple[str, ...] = positional(())
+    """Run folders."""
+    which: tuple[str, ...] = WHICH
+    """best, last or both."""
+    norm: str | None = None
+    """linf or l2; as trained if not given."""
+    eps: Budget | None = None
+    """Radius in pixel units, such as 8/255; as trained if not given."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    audit: bool = switch()
+    """Look for signs of gradient masking."""
+    audit_size: int = 250
+    """Test images that the audit looks at, from the first on."""
+    corruptions: bool = switch()
+    """Measure accuracy under common corruptions."""
+    transfer: tuple[str, ...] = ()
+    """Run folders, or weights of the same network: surrogates for transfer attacks."""
+    robustbench: Path | None = None
+    """RobustBench's model_info JSON, to write."""
+    log: Path | None = None
+    """Log lines as AutoAttack writes them, to write."""
+    model: str | None = None
+    """package.module:function that makes the network."""
+    weights: Path | None = None
+    """With --model: safetensors, or a state dict from torch.save."""
+    output: Path | None = None
+    """With --model: the result folder."""
+    data: DataSettings = field(default_factory=DataSettings)
+    """With --model: the data."""
+
+
+FLAGS = Flags("evaluate", EvaluateFlags, EvaluateSettings, partial=(EvaluateSettings,))
+completion = FLAGS.completion
+
+
+def run(words: Sequence[str]) -> None:
+    """Evaluate run folders one after another, or one network from elsewhere."""
+    given = FLAGS.read(words)
+    flags = given.make(EvaluateFlags)
+    _check(flags, given)
+    requests = Requests(
+        audit=flags.audit_size if flags.audit else 0,
+        corruptions=flags.corruptions,
+        robustbench=flags.robustbench,
+        log=flags.log,
+    )
+    also: dict[str, Any] = {"requests": requests, "transfer": flags.transfer, "device": flags.device}
+    changes = given.changes(EvaluateSettings)
+    if flags.model is not None and flags.weights is not None and flags.output is not None:
+        threat = _threat(flags, ThreatModel())
+        settings = EvaluateSettings(**changes)
+        paths = flags.model, flags.weights, flags.data, flags.output
+        evaluate_external(*paths, threat=threat, settings=settings, **also)
+    for folder in map(Path, flags.run):
+        experiment = open_run(folder)
+        threat = _threat(flags, experiment.recipe.threat)
+        print(folder)
+        evaluate(experiment, flags.which, replace(experiment.evaluate, **changes), threat, **also)
+
+
+def _threat(flags: EvaluateFlags, trained: ThreatModel) -> ThreatModel:
+    norm = cast(Norm, flags.norm or trained.norm)  # a norm that there is not is refused with the rest
+    return ThreatModel(norm, trained.eps if flags.eps is None else flags.eps)
+
+
+def _check(flags: EvaluateFlags, given: Given) -> None:
+    """Refuse flags that contradict each other, or lack each other."""
+    for which in flags.which:
+        if which not in WHICH:
+            raise SettingError("--which", repr(which), " or ".join(WHICH))
+    if flags.audit_size < 1:
+        raise SettingError("--audit_size", flags.audit_size, "a whole number >= 1")
+    if flags.model is None:
+        _check_runs(flags, given)
+    else:
+        _check_model(flags)
+    checkpoints = 1 if flags.model else len(flags.which) * len(flags.run)
+    for name in ("robustbench", "log"):
+        if getattr(flags, name) and checkpoints > 1:
+            accepted = "one run and one checkpoint, such as --which best"
+            raise SettingError(f"--{name}", f"{checkpoints} checkpoints for one file", accepted)
+
+
+def _check_runs(flags: EvaluateFlags, given: Given) -> None:
+    for name in ("weights", "output", "data"):
+        if name in given.values:
+            accepted = f"--{name} only beside --model; a run brings its own"
+            raise SettingError(f"--{name}", "given without --model", accepted)
+    if not flags.run:
+        raise SettingError("run", "nothing", "run folders, or --model; see 'softdefend evaluate --help'")
+
+
+def _check_model(flags: EvaluateFlags) -> None:
+    if flags.run:
+        raise SettingError("run", f"{flags.run[0]} with --model", "either run folders or --model")
+    for name in ("weights", "output"):
+        if getattr(flags, name) is None:
+            raise SettingError(f"--{name}", "nothing", f"--{name} PATH beside --model")
