@@ -71,6 +71,7 @@ class Everything:
     pair: tuple[int, str] = (1, "a")
     names: list[str] = field(default_factory=list)
     anything: Foreign | None = None
+    either: str | Inner = "text"
     inner: Inner = Inner()
     rule: Rule = field(default_factory=Mild)
 
@@ -79,7 +80,7 @@ RULES = Registry[type]("rules-of-this-test")
 for _kind in (Mild, Strong, Stronger, Needy):
     RULES.register(_kind.__name__)(_kind)
 SETTINGS = Settings(fields_of(Everything), registries={Rule: RULES})
-NAMES = "name, seed, fast, folder, eps, pair, names, anything, inner, rule"
+NAMES = "name, seed, fast, folder, eps, pair, names, anything, either, inner, rule"
 INNER = "its settings by name: rate, count, plan; as words: --inner.NAME VALUE"
 VALUE = "a value behind it; --name=VALUE where it begins with a minus"
 CLASSES = "Mild or Needy or Strong or Stronger or the import path of your own subclass of Rule"
@@ -282,6 +283,7 @@ def test_a_section_may_come_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "inner.yaml"
     path.write_text("rate: 2\nplan: {kind: cosine}")
     assert read(f"inner={path}") == {"inner": {"rate": 2.0, "plan": {"kind": "cosine"}}}
+    assert read(f"either={path}") == {"either": str(path)}  # where text is accepted too, it is text
 
 
 @pytest.mark.parametrize(

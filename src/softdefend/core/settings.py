@@ -120,13 +120,14 @@ class Settings:
         if any(fit(text, member) is not MISFIT for member in members if member not in (str, Path)):
             return text
         value = parse_value(text)
-        if isinstance(value, str):
-            is_path = any(map(self._is_section, members)) and os.path.isfile(text)
-            return read_yaml(Path(text)) if is_path else text
-        if any(fit(value, member) is not MISFIT for member in members):
+        if not isinstance(value, str) and any(fit(value, member) is not MISFIT for member in members):
             return value
+        if any(fit(text, member) is not MISFIT for member in members):
+            return text
+        if isinstance(value, str) and any(map(self._is_section, members)) and os.path.isfile(text):
+            return read_yaml(Path(text))
         names_class = any(map(self._is_rule, members)) and not isinstance(value, (Mapping, type(None)))
-        return text if names_class or any(member in (str, Path) for member in members) else value
+        return text if isinstance(value, str) or names_class else value
 
     def _items(self, new: list[Any], member: Any, name: str) -> list[Any]:
         """The values of a list; a wrong one is shown in quotes, for it stands among others."""
