@@ -21,7 +21,8 @@ from softdefend.core.words import assignments, groups, is_value
         ("-x", False),
         ("--", False),
         ("--name", False),
-        ("--name=a b", True),
+        ("--name=a b", False),
+        ("--name=[a, -b]", False),
         ("- a b", True),
     ],
 )
@@ -48,10 +49,10 @@ def test_a_flag_takes_as_many_words_as_it_may() -> None:
 
 
 def test_words_in_pairs() -> None:
-    words = ["--a.b", "1", "--c=--d", "--e", "--f", "-2", "-g", "-h=1", "--"]
+    words = ["--a.b", "1", "--c=--d e", "--e", "--f", "-2", "-g", "-h=1", "--"]
     assert list(assignments(words)) == [
         ("a.b", "1"),
-        ("c", "--d"),
+        ("c", "--d e"),
         ("e", None),
         ("f", "-2"),
         ("-g", None),

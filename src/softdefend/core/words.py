@@ -13,8 +13,9 @@ _NEGATIVE = re.compile(r"-\d+$|-\d*\.\d+$")
 
 def is_value(word: str) -> bool:
     """Whether a word is a value and no flag: what begins with a minus is one only as a plain number, or where
-    it holds a space."""
-    return not word.startswith("-") or word == "-" or " " in word or _NEGATIVE.match(word) is not None
+    a space stands before any ``=``."""
+    name = word.partition("=")[0]
+    return not word.startswith("-") or word == "-" or " " in name or _NEGATIVE.match(word) is not None
 
 
 def groups(
