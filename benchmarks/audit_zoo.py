@@ -209,19 +209,12 @@ def _worst(check: str, worst: Callable[[list[float]], float], rows: list[dict[st
 
 
 def honest_table(content: dict[str, Any]) -> str:
-    """Every honest network: accuracies in every ball, and the worst of its more telling figures."""
-    shown = ("finite differences", "nearby gradients", "jumps", "flat surface", "pinned images")
-    shown += ("more steps", "more restarts", "convergence", "huge ball", "black box", "border", "transfer")
-    lines = [
-        f"| network | clean | PGD-20 | {' | '.join(shown)} | accused |",
-        "| --- | --- | --- |" + " --- |" * (len(shown) + 1),
-    ]
+    """Every honest network: accuracies in every ball, and how many of its audits accuse it."""
+    lines = ["| network | clean | PGD-20 | accused |", "| --- | --- | --- | --- |"]
     rows = content["honest"] + [r | {"name": "CIFAR-10, " + r["name"]} for r in content["cifar"]]
     for name in dict.fromkeys(row["name"] for row in rows if row["kind"] == "honest"):
         mine = [row for row in rows if row["name"] == name]
-        worst = {check.name: max if check.suspicious == "above" else min for check in CHECKS}
         cells = [_range([row[key] for row in mine]) for key in ("clean", "pgd-20")]
-        cells += [_worst(check, worst[check], mine) for check in shown]
         accused = sum(row["verdict"] == "suspicious" for row in mine)
         lines.append(f"| {name} | {' | '.join(cells)} | {accused} of {len(mine)} |")
     return "\n".join(lines)
@@ -233,20 +226,15 @@ def _range(shares: list[float]) -> str:
 
 
 def deceiver_table(content: dict[str, Any]) -> str:
-    """Every deceiver: accuracies, figures of the checks that are there to catch it, others that did."""
-    lines = [
-        "| network | clean | PGD-20 | caught by | also suspicious |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    """Every deceiver: accuracies, and figures of the checks that are there to catch it."""
+    lines = ["| network | clean | PGD-20 | caught by |", "| --- | --- | --- | --- |"]
     rows = content["deceivers"] + [r | {"name": "CIFAR-10, " + r["name"]} for r in content["cifar"]]
     for name in dict.fromkeys(row["name"] for row in rows if row["kind"] == "deceiver"):
         mine = [row for row in rows if row["name"] == name]
         meant = zoo.DECEIVERS[name.removeprefix("CIFAR-10, ")].caught_by
         cells = [_range([row[key] for row in mine]) for key in ("clean", "pgd-20")]
         caught = [f"{check} {_figures(check, mine)}" for check in meant]
-        others = [check.name for check in CHECKS if check.name not in meant]
-        also = [check for check in others if all(check in row["suspicious"] for row in mine)]
-        lines.append(f"| {name} | {' | '.join(cells)} | {'; '.join(caught)} | {', '.join(also) or '-'} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {'; '.join(caught)} |")
     return "\n".join(lines)
 
 
