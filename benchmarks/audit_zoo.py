@@ -226,24 +226,22 @@ def _range(shares: list[float]) -> str:
 
 
 def deceiver_table(content: dict[str, Any]) -> str:
-    """Every deceiver: accuracies, and figures of the checks that are there to catch it."""
+    """Every deceiver: accuracies, and the checks that are there to catch it."""
     lines = ["| network | clean | PGD-20 | caught by |", "| --- | --- | --- | --- |"]
     rows = content["deceivers"] + [r | {"name": "CIFAR-10, " + r["name"]} for r in content["cifar"]]
     for name in dict.fromkeys(row["name"] for row in rows if row["kind"] == "deceiver"):
         mine = [row for row in rows if row["name"] == name]
         meant = zoo.DECEIVERS[name.removeprefix("CIFAR-10, ")].caught_by
         cells = [_range([row[key] for row in mine]) for key in ("clean", "pgd-20")]
-        caught = [f"{check} {_figures(check, mine)}" for check in meant]
+        caught = [check + _times(check, mine) for check in meant]
         lines.append(f"| {name} | {' | '.join(cells)} | {'; '.join(caught)} |")
     return "\n".join(lines)
 
 
-def _figures(check: str, rows: list[dict[str, Any]]) -> str:
-    """Range of a figure over the seeds, and in how many of them it was suspicious where not in all."""
-    figures = [row["figures"][check] for row in rows if row["figures"][check] is not None]
-    low, high = (f"{bound(figures):.3g}" for bound in (min, max)) if figures else ("-", "-")
+def _times(check: str, rows: list[dict[str, Any]]) -> str:
+    """In how many audits a check was suspicious, where not in all."""
     times = sum(check in row["suspicious"] for row in rows)
-    return (low if low == high else f"{low} to {high}") + (f" ({times} of {len(rows)})" * (times < len(rows)))
+    return f" ({times} of {len(rows)})" * (times < len(rows))
 
 
 TABLES = (check_table, honest_table, deceiver_table)
