@@ -194,37 +194,26 @@ def analysis() -> str:
             cells.append(" → ".join(texts) if set(texts) != {"–"} else "–")
         return cells
 
-    layer, whole = ("last_layer", "adversarial"), ("whole_network", "adversarial")
+    layer = ("last_layer", "adversarial")
     share, per_cent = "share_of_wrong", {"factor": 100.0, "digits": 1}
     predicted, people = ("predictions", "adversarial"), "people"
     million = {"factor": 1e-6, "digits": 0}
     rows = {
         "gradient norm, given labels": values("gradients", *layer, "given", "mean"),
-        "… of wrong or doubted labels": values("gradients", *layer, "given", "wrong_mean"),
+        "… of wrong or disputed labels": values("gradients", *layer, "given", "wrong_mean"),
         "… of the others": values("gradients", *layer, "given", "right_mean"),
         "gradient norm, refined labels": values("gradients", *layer, "refined", "mean"),
-        "wrong or doubted, % of the 512 images": values(
+        "wrong or disputed, % of the 512 images": values(
             "gradients", *layer, "given", "fraction_wrong", **per_cent
         ),
         "… of the gradient towards given labels, %": values("gradients", *layer, "given", share, **per_cent),
         "… of that towards refined labels, %": values("gradients", *layer, "refined", share, **per_cent),
-        "wrong or doubted, % of the 128 images": values(
-            "gradients", *whole, "given", "fraction_wrong", **per_cent
-        ),
-        "… of the whole network's gradient, %": values("gradients", *whole, "given", share, **per_cent),
-        "wrong or doubted labels repeated, clean images, %": values(
+        "wrong or disputed labels repeated, clean images, %": values(
             "gradients", "memorisation", "clean", "fitted", **per_cent
         ),
         "… attacked images, %": values("gradients", "memorisation", "adversarial", "fitted", **per_cent),
-        "true class said instead, clean images, %": values(
-            "gradients", "memorisation", "clean", "recovered", **per_cent
-        ),
         "ECE, clean test images, %": values("labels", "predictions", "clean", "ece", **per_cent),
         "ECE, attacked test images, %": values("labels", *predicted, "ece", **per_cent),
-        "NLL, attacked test images": values("labels", *predicted, "nll"),
-        "KL(people, prediction), clean test images": values(
-            "labels", people, "clean predictions, test", "kl"
-        ),
         "total variation people / given label, training": values(
             "labels", people, "given labels, training", "total_variation"
         ),
@@ -239,15 +228,11 @@ def analysis() -> str:
         "… attacked images, model": values("information", "weights", "adversarial", "model", **million),
         "… clean images, empirical": values("information", "weights", "clean", "empirical", **million),
         "… clean images, model": values("information", "weights", "clean", "model", **million),
-        "I(T; Y) neighbors, 512 training images, attacked": values(
+        "I(T; Y) neighbors, training images, attacked": values(
             "information", "representation", "train, adversarial", "label_neighbors"
-        ),
-        "… 1,000 test images, attacked": values(
-            "information", "representation", "test, adversarial", "label_neighbors"
         ),
         "largest Hessian eigenvalue, attacked images": values("geometry", "eigenvalue", "value", digits=0),
         "input gradient, l1, clean images": values("geometry", "input_gradient", "l1", "mean", digits=1),
-        "linearity gap, clean images": values("geometry", "linearity_gap", "mean", digits=3),
     }
     head = "| measure, epoch 20 → 60 | " + " | ".join(runs) + " |"
     return table(head, ("| " + " | ".join([name, *cells]) + " |" for name, cells in rows.items()))
