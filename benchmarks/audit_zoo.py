@@ -209,14 +209,13 @@ def _worst(check: str, worst: Callable[[list[float]], float], rows: list[dict[st
 
 
 def honest_table(content: dict[str, Any]) -> str:
-    """Every honest network: accuracies in every ball, and how many of its audits accuse it."""
-    lines = ["| network | clean | PGD-20 | accused |", "| --- | --- | --- | --- |"]
+    """Every honest network: accuracies in every ball."""
+    lines = ["| network | clean | PGD-20 |", "| --- | --- | --- |"]
     rows = content["honest"] + [r | {"name": "CIFAR-10, " + r["name"]} for r in content["cifar"]]
     for name in dict.fromkeys(row["name"] for row in rows if row["kind"] == "honest"):
         mine = [row for row in rows if row["name"] == name]
         cells = [_range([row[key] for row in mine]) for key in ("clean", "pgd-20")]
-        accused = sum(row["verdict"] == "suspicious" for row in mine)
-        lines.append(f"| {name} | {' | '.join(cells)} | {accused} of {len(mine)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -226,15 +225,15 @@ def _range(shares: list[float]) -> str:
 
 
 def deceiver_table(content: dict[str, Any]) -> str:
-    """Every deceiver: accuracies, and the checks that are there to catch it."""
-    lines = ["| network | clean | PGD-20 | caught by |", "| --- | --- | --- | --- |"]
+    """Every deceiver: accuracy under PGD-20, and the checks that are there to catch it."""
+    lines = ["| network | PGD-20 | caught by |", "| --- | --- | --- |"]
     rows = content["deceivers"] + [r | {"name": "CIFAR-10, " + r["name"]} for r in content["cifar"]]
     for name in dict.fromkeys(row["name"] for row in rows if row["kind"] == "deceiver"):
         mine = [row for row in rows if row["name"] == name]
         meant = zoo.DECEIVERS[name.removeprefix("CIFAR-10, ")].caught_by
-        cells = [_range([row[key] for row in mine]) for key in ("clean", "pgd-20")]
+        robust = _range([row["pgd-20"] for row in mine])
         caught = [check + _times(check, mine) for check in meant]
-        lines.append(f"| {name} | {' | '.join(cells)} | {'; '.join(caught)} |")
+        lines.append(f"| {name} | {robust} | {'; '.join(caught)} |")
     return "\n".join(lines)
 
 
