@@ -33,7 +33,7 @@ def norm(targets: str, key: str) -> Value:
 
 
 def fitted(result: dict[str, Any]) -> float:
-    """Per cent of wrong or doubted labels that the network repeats on clean images."""
+    """Per cent of wrong or disputed labels that the network repeats on clean images."""
     return 100 * float(result["memorisation"]["clean"]["fitted"])
 
 
@@ -68,7 +68,7 @@ def main() -> None:
         (
             "gradient norm towards given labels",
             "… towards refined labels",
-            "wrong or doubted labels repeated",
+            "wrong or disputed labels repeated",
             "information in the weights",
             "largest Hessian eigenvalue",
             "reliability, adversarial test images",
@@ -93,8 +93,8 @@ def main() -> None:
     for run, color in COLORS.items():
         axes[2].plot([], [], color=color, label=run)
     for place, words in (
-        (0, ("the others", "wrong or doubted")),
-        (1, ("the others", "wrong or doubted")),
+        (0, ("the others", "wrong or disputed")),
+        (1, ("the others", "wrong or disputed")),
         (3, ("adversarial images", "clean images")),
     ):
         for style, label in zip(("-", "--"), words, strict=True):
