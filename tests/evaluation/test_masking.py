@@ -7,6 +7,7 @@ import math
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -386,18 +387,28 @@ def test_chance_is_allowed_for_and_a_limit_is_a_limit():
     assert (broken.figure, broken.verdict) == (None, "suspicious")
 
 
-def test_the_document_shows_what_the_result_file_says():
-    script = runpy.run_path(str(ROOT / "benchmarks" / "audit_zoo.py"))
-    content, document = json.loads(script["RESULTS"].read_text()), (ROOT / "docs" / "audit.md").read_text()
+@pytest.fixture
+def script(monkeypatch) -> dict[str, Any]:
+    """The names of benchmarks/audit_zoo.py, which imports what the benchmarks share."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return runpy.run_path(str(ROOT / "benchmarks" / "audit_zoo.py"))
+
+
+@pytest.fixture
+def content(script) -> dict[str, Any]:
+    """The result file of benchmarks/audit_zoo.py."""
+    return json.loads((script["RESULTS"] / "audit_zoo.json").read_text())
+
+
+def test_the_document_shows_what_the_result_file_says(script, content):
+    document = (ROOT / "docs" / "audit.md").read_text()
     for table in script["TABLES"]:
         assert table(content) in document, table.__name__
     for check in CHECKS:
         assert check.name in document
 
 
-def test_in_the_result_file_every_deceiver_is_caught_and_no_honest_network_accused():
-    script = runpy.run_path(str(ROOT / "benchmarks" / "audit_zoo.py"))
-    content = json.loads(script["RESULTS"].read_text())
+def test_in_the_result_file_every_deceiver_is_caught_and_no_honest_network_accused(content):
     rows = content["honest"] + [row for row in content["cifar"] if row["kind"] == "honest"]
     assert [(row["name"], row["seed"], row["suspicious"]) for row in rows if row["suspicious"]] == []
     assert {row["name"] for row in content["honest"]} == set(zoo_.HONEST_NAMES)
@@ -405,9 +416,7 @@ def test_in_the_result_file_every_deceiver_is_caught_and_no_honest_network_accus
     assert all(row["verdict"] == "suspicious" for row in content["deceivers"])
 
 
-def test_every_limit_keeps_its_distance_from_the_worst_honest_figure():
-    script = runpy.run_path(str(ROOT / "benchmarks" / "audit_zoo.py"))
-    content = json.loads(script["RESULTS"].read_text())
+def test_every_limit_keeps_its_distance_from_the_worst_honest_figure(content):
     seeds = content["seeds"]["thresholds chosen on"]
     rows = [row for row in content["honest"] if row["seed"] in seeds]
     rows += [row for row in content["cifar"] if row["kind"] == "honest"]
