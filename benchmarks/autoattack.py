@@ -48,9 +48,9 @@ from softdefend.data import (
     load,
 )
 from softdefend.evaluation import Ensemble, Evaluator, expand, load_weights
-from softdefend.execution.batches import images_at_once
 from softdefend.execution.engine import resolve_device
-from softdefend.execution.modes import attacked, tf32
+from softdefend.execution.microbatch import fitting_microbatch
+from softdefend.execution.network_mode import frozen, tf32
 from softdefend.experiments import pipeline
 from softdefend.models import NetSettings, build
 
@@ -139,7 +139,7 @@ def train(
             batch = data.batch(rows)
             image, label = batch.image, batch.label
             if threat is not None:
-                with attacked(net, "eval"):
+                with frozen(net, "eval"):
                     image = attack(forward, image, label, threat, generator=generator)
             net.train()
             optimizer.zero_grad()
@@ -174,7 +174,7 @@ class Keeping(Evaluator):
 def ours(case: Case, args: argparse.Namespace, precision: str) -> tuple[dict[str, Any], Tensor, Tensor]:
     """One evaluation by this package, which images stayed right, and their last adversarial versions."""
     name, net, data, threat, k = case
-    physical = args.physical_batch or images_at_once(net, data.take(data.labels.new_zeros(1)).image)
+    physical = args.physical_batch or fitting_microbatch(net, data.take(data.labels.new_zeros(1)).image)
     evaluator = Keeping(
         net,
         data,
@@ -283,7 +283,7 @@ def theirs(case: Case, args: argparse.Namespace) -> tuple[dict[str, Any], Tensor
 @contextlib.contextmanager
 def defaults(net: nn.Module) -> Iterator[None]:
     """A network in evaluation mode, and torch's own precision: TF32 in convolutions, not in products."""
-    with attacked(net, "eval"), tf32(True, products=False):
+    with frozen(net, "eval"), tf32(True, products=False):
         yield
 
 
@@ -335,7 +335,7 @@ def disagreements(
     label, found = data.labels[rows], {}
     for side, image in (("ours", our[1]), ("reference", their[1])):
         for how, precise in (("strict", False), ("default", True)):
-            with attacked(net, "eval"), tf32(precise, products=False), torch.no_grad():
+            with frozen(net, "eval"), tf32(precise, products=False), torch.no_grad():
                 found[f"{side}_{how}"] = -margin(net(image[rows]), label) if len(rows) else []
     return [
         {

@@ -20,7 +20,7 @@ from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import Resident, split
 from softdefend.evaluation import Ensemble, Evaluator, Rate
 from softdefend.evaluation.run import EvaluateSettings, scaled
-from softdefend.execution.batches import ON_CPU, _look, images_at_once
+from softdefend.execution.microbatch import ON_CPU, _look, fitting_microbatch
 from softdefend.experiments.pipeline import evaluate_network
 
 THREAT = ThreatModel("linf", Budget("0.1"))
@@ -343,7 +343,7 @@ def test_what_was_used_is_written_down(case):
 
 def test_on_a_cpu_the_physical_batch_is_a_constant(case):
     net, data = case
-    assert images_at_once(net, data.images[:1]) == ON_CPU
+    assert fitting_microbatch(net, data.images[:1]) == ON_CPU
 
 
 def test_the_curve_ends_where_a_threat_model_does(tmp_path):

@@ -11,8 +11,8 @@ from softdefend.attacks import APGD, FAB, PGD, Square, TargetedAPGD
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.evaluation import Ensemble, Evaluator
-from softdefend.execution.graphs import Recorder
-from softdefend.execution.modes import tf32
+from softdefend.execution.network_mode import tf32
+from softdefend.execution.step_graphs import Recorder
 from softdefend.models import NetSettings, build
 from softdefend.models.small_cnn import SmallCNN
 
@@ -266,7 +266,7 @@ def test_a_network_that_does_not_compile_is_attacked_uncompiled(monkeypatch):
     net = small()
     data, attacks = sample(net), [Ensemble("two", (APGD(steps=12), Square(queries=40)))]
     wanted = evaluator(net, data, THREATS["linf"])(attacks)
-    monkeypatch.setattr("softdefend.execution.search._compiled", fails)
+    monkeypatch.setattr("softdefend.execution.search_network._compiled", fails)
     with pytest.warns(RuntimeWarning, match="not compiled, which is slower: no program for this"):
         found = evaluator(net, data, THREATS["linf"])(attacks)
     assert (found.attacks["two"].robust != wanted.attacks["two"].robust).sum() <= 2

@@ -25,7 +25,7 @@ from softdefend.analysis.landscape import Parameters, parameters_of
 from softdefend.analysis.subjects import Subject, attack_images, draw, initial
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import key, stream
-from softdefend.execution.modes import tf32
+from softdefend.execution.network_mode import tf32
 
 Matrix = NDArray[np.float64]
 

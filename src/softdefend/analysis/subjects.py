@@ -22,7 +22,7 @@ from softdefend.data import DataBundle, DataSettings, Resident, fingerprint, loa
 from softdefend.data.holdout import complement, draw_by_class
 from softdefend.data.sources import read
 from softdefend.evaluation import load_weights
-from softdefend.execution.modes import attacked, tf32
+from softdefend.execution.network_mode import frozen, tf32
 from softdefend.experiments.config import Experiment
 from softdefend.experiments.pipeline import make_net, open_run
 from softdefend.labels.memory import LabelMemory
@@ -349,7 +349,7 @@ def attack_images(
     In eval mode and float32; the result is projected once more.
     """
     found = []
-    with attacked(net, "eval"), tf32(False):
+    with frozen(net, "eval"), tf32(False):
         for number, part in batches(index.to(data.labels.device), batch_size):
             batch = data.take(part)
             generator = stream(seed, f"analyse/{attack.name}", step=number, device=batch.image.device)

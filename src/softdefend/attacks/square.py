@@ -23,8 +23,8 @@ from softdefend.attacks.losses import AttackLoss, hard_label, margin
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import ThreatModel
 from softdefend.execution.counting import Journal, Oracle, View, block
-from softdefend.execution.graphs import filled
 from softdefend.execution.randomness import Draws
+from softdefend.execution.step_graphs import filled
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries after which the share of pixels that a square covers halves (the reference's table for 10,000)."""

@@ -11,7 +11,7 @@ from softdefend.attacks.base import Attack, Forward, larger
 from softdefend.attacks.losses import AttackLoss, hard_label, margin
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import ThreatModel
-from softdefend.execution.modes import attacked
+from softdefend.execution.network_mode import frozen
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Transfer(Attack):
             logits = forward(image)
         best, worst = image, torch.full_like(margin(logits, label), -torch.inf)
         for net in self._surrogates():
-            with attacked(net, "eval"):
+            with frozen(net, "eval"):
                 made = self.attack(
                     _same_classes(net, logits.shape[1]), image, target, threat, loss=loss, generator=generator
                 )

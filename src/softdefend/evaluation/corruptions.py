@@ -25,7 +25,7 @@ from softdefend.core.errors import SettingError
 from softdefend.data import Split
 from softdefend.evaluation import distortions
 from softdefend.evaluation.evaluate import Rate, answers
-from softdefend.execution.modes import attacked, tf32
+from softdefend.execution.network_mode import frozen, tf32
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -147,7 +147,7 @@ def evaluate_corruptions(
         return Rate.of(torch.cat(right))
 
     table: dict[str, Any] = {}
-    with attacked(net, "eval"), tf32(False):
+    with frozen(net, "eval"), tf32(False):
         clean = rate(lambda image, _: image)
         for name in tqdm(names, desc="corruptions", leave=False, disable=None if progress else True):
             rates = [rate(_corruptor(name, severity, seed)) for severity in SEVERITIES]

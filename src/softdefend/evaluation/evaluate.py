@@ -26,7 +26,7 @@ from softdefend.evaluation.records import Trial
 from softdefend.evaluation.resume import Saved, StateFile
 from softdefend.execution.counting import Journal, Oracle
 from softdefend.execution.randomness import Draws
-from softdefend.execution.search import WORTHWHILE, Precision, Searching
+from softdefend.execution.search_network import WORTHWHILE, Precision, Searching
 
 T = TypeVar("T")
 

@@ -41,7 +41,7 @@ from softdefend.evaluation.run import (
     write_examples,
 )
 from softdefend.evaluation.table import Table, read_table
-from softdefend.execution.modes import tf32
+from softdefend.execution.network_mode import tf32
 
 Say = Callable[[str], None]
 

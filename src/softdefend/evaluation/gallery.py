@@ -16,7 +16,7 @@ from softdefend.attacks import margin
 from softdefend.core.files import write_atomic
 from softdefend.data import Resident
 from softdefend.evaluation.table import Table
-from softdefend.execution.modes import attacked, tf32
+from softdefend.execution.network_mode import frozen, tf32
 
 
 def hardest_first(table: Table, clean_margin: NDArray[np.float32], eps: float) -> NDArray[np.int64]:
@@ -56,7 +56,7 @@ def write_gallery(
     holds ``about``: whose images these are.
     """
     n = len(table.label)
-    with torch.no_grad(), attacked(net, "eval"), tf32(False):
+    with torch.no_grad(), frozen(net, "eval"), tf32(False):
         margins = [
             -margin(net(batch.image).float(), batch.label).cpu()
             for index in torch.split(torch.arange(n, device=data.labels.device), batch_size)

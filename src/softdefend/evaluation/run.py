@@ -24,8 +24,8 @@ from softdefend.evaluation.autoattack import Ensemble, parse
 from softdefend.evaluation.evaluate import Evaluator, answers, cost_line
 from softdefend.evaluation.records import Evaluation, Rate
 from softdefend.evaluation.resume import StateFile
-from softdefend.execution.batches import images_at_once
-from softdefend.execution.search import Precision, check_precision
+from softdefend.execution.microbatch import fitting_microbatch
+from softdefend.execution.search_network import Precision, check_precision
 
 CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Multiples of the trained eps at which the robust-accuracy curve is measured."""
@@ -130,7 +130,7 @@ def evaluate_checkpoint(
     )
     physical = settings.physical_batch
     if physical is None:
-        physical = images_at_once(net, data.take(torch.zeros(1, dtype=torch.int64, device=device)).image)
+        physical = fitting_microbatch(net, data.take(torch.zeros(1, dtype=torch.int64, device=device)).image)
     evaluator = _evaluator(net, data, threat, settings, physical)
     attacks = [parse(attack, len(bundle.classes)) for attack in settings.attacks]
     result = evaluator(attacks, limit=settings.size, progress=progress, state=state, say=say)

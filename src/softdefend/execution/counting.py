@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from softdefend.execution.graphs import Fields, G, Recorder, S, filled, size
+from softdefend.execution.step_graphs import Fields, G, Recorder, S, filled, size
 
 Forward = Callable[[Tensor], Tensor]
 """Maps images [b, c, h, w] in [0, 1] to logits [b, k]."""
@@ -70,7 +70,7 @@ class View:
 
         Args:
             step: hashable; a function of this forward, the state and what is given, of nothing else. See
-                :mod:`softdefend.execution.graphs`.
+                :mod:`softdefend.execution.step_graphs`.
             state, given: named tuples of tensors, or None, of :meth:`Oracle.fill`'s size.
             times: >= 0.
         """

@@ -21,7 +21,7 @@ from softdefend.core.threat import ThreatModel
 from softdefend.data import Batch, Resident
 from softdefend.execution.engine import Engine
 from softdefend.execution.fused import FusedNet, FusedThreat, agree, fused, refusal
-from softdefend.execution.modes import attacked, set_mode
+from softdefend.execution.network_mode import frozen, set_mode
 from softdefend.labels import BNMode, LabelRule, Predictions, Supervision
 from softdefend.objectives import Objective
 from softdefend.training.mixture import Mixture
@@ -309,7 +309,7 @@ class TrainStep:
         batch = Batch(index, image, first.label)
         away_from = first.attack_target(label, phase.label)
         away_from = away_from.repeat(views, *[1] * (away_from.ndim - 1))
-        with attacked(self.net, self.recipe.attack_bn):
+        with frozen(self.net, self.recipe.attack_bn):
             forward = self._searching(batch.image)
             loss = objective.inner_loss(forward, batch, away_from)
             adversarial = self.attack(

@@ -25,7 +25,7 @@ from softdefend.evaluation.autoattack import Ensemble
 from softdefend.evaluation.evaluate import Evaluator
 from softdefend.evaluation.preflight import check_eps
 from softdefend.execution.engine import Engine, RuntimeSettings
-from softdefend.execution.search import Precision, check_precision
+from softdefend.execution.search_network import Precision, check_precision
 from softdefend.training.alarm import collapsed, describe, trains_on_one_step
 from softdefend.training.checkpoint import CheckpointError
 from softdefend.training.folder import RunFolder

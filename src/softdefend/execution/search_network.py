@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from softdefend.core.errors import SettingError
 from softdefend.execution.counting import Forward, Oracle
 from softdefend.execution.fused import FusedNet, agree, fused
-from softdefend.execution.graphs import LEAST, CudaTape, Recorder, filled, size
-from softdefend.execution.modes import attacked, on_device, tf32, untried_kernels
+from softdefend.execution.network_mode import frozen, no_kernel_search, on_device, tf32
+from softdefend.execution.step_graphs import LEAST, CudaTape, Recorder, filled, size
 
 Precision = Literal["exact", "strict", "fast"]
 WORTHWHILE = 256
@@ -76,8 +76,8 @@ class Searching:
     @contextlib.contextmanager
     def standing(self) -> Iterator[None]:
         """Device, modes, gradients, choice of kernels and TF32 as searches want them, put back after."""
-        steady = on_device(self.device), untried_kernels()
-        with steady[0], steady[1], attacked(self.net, "eval"), tf32(self._tf32, products=False):
+        steady = on_device(self.device), no_kernel_search()
+        with steady[0], steady[1], frozen(self.net, "eval"), tf32(self._tf32, products=False):
             self._refresh()
             yield
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softdefend.execution.counting import Oracle
-from softdefend.execution.graphs import Recorder, filled, size
+from softdefend.execution.step_graphs import Recorder, filled, size
 
 
 def again(run):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from softdefend.execution.modes import attacked
+from softdefend.execution.network_mode import frozen
 
 ON_CPU = 256
 """Images at once on a CPU: beyond this nothing gets faster, and a wide network's activations stay below some
@@ -14,7 +14,7 @@ _MOST, _PROBE, _SHARE = 1024, 16, 0.5
 """More than 1,024 at once fill a GPU no better. Captured steps keep as much again as their forwards need."""
 
 
-def images_at_once(net: nn.Module, image: Tensor) -> int:
+def fitting_microbatch(net: nn.Module, image: Tensor) -> int:
     """Images whose forward and input gradient fit into the free memory of their device, a power of two up to
     1024 on a GPU.
 
@@ -31,7 +31,7 @@ def images_at_once(net: nn.Module, image: Tensor) -> int:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(image.device)
     torch.cuda.reset_peak_memory_stats(image.device)
-    with attacked(net, "eval"), torch.enable_grad():
+    with frozen(net, "eval"), torch.enable_grad():
         _look(net, look)
     peak = torch.cuda.max_memory_allocated(image.device) - before
     copies = 16 * look[0].numel() * look.element_size()  # iterates, gradients and best points of a search

@@ -16,9 +16,9 @@ from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.evaluation import Ensemble, EvaluateSettings, Evaluator
 from softdefend.execution.counting import Oracle
-from softdefend.execution.graphs import Recorder
 from softdefend.execution.randomness import Draws
-from softdefend.execution.search import _check_equal, _compiled, _narrow, _optional
+from softdefend.execution.search_network import _check_equal, _compiled, _narrow, _optional
+from softdefend.execution.step_graphs import Recorder
 from softdefend.models.resnet import BasicBlock
 from softdefend.models.small_cnn import SmallCNN
 
