@@ -180,7 +180,7 @@ def ours(case: Case, args: argparse.Namespace, precision: str) -> tuple[dict[str
         data,
         threat,
         batch_size=args.batch_size,
-        physical_batch=physical,
+        microbatch=physical,
         seed=args.seed,
         precision=precision,  # type: ignore[arg-type]
         compile=None,
@@ -190,8 +190,8 @@ def ours(case: Case, args: argparse.Namespace, precision: str) -> tuple[dict[str
     torch.backends.cudnn.benchmark = args.tune
     synchronize(data.labels.device)
     started = time.perf_counter()
-    result = evaluator([Ensemble("autoattack", members_of(args, k))], limit=args.n, say=spoken)
-    total, setup = time.perf_counter() - started, evaluator.searching.seconds
+    result = evaluator([Ensemble("autoattack", members_of(args, k))], limit=args.n, log_costs=True)
+    total, setup = time.perf_counter() - started, evaluator.search_network.seconds
     torch.backends.cudnn.benchmark = False
     kept = ("name", "attacked", "count", "forwards", "backwards", "seconds")
     summary = {
@@ -204,11 +204,6 @@ def ours(case: Case, args: argparse.Namespace, precision: str) -> tuple[dict[str
         "members": [{key: row[key] for key in kept} for row in result.members("autoattack")],
     }
     return summary, result.attacks["autoattack"].robust, evaluator.kept
-
-
-def spoken(line: str) -> None:
-    """Said at once, also into a pipe."""
-    print(line, flush=True)
 
 
 def images(data: Resident, args: argparse.Namespace) -> Any:

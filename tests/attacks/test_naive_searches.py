@@ -16,8 +16,9 @@ from softdefend.attacks import FAB, Square
 from softdefend.attacks.square import _eta
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
-from softdefend.execution.counting import Oracle
-from softdefend.execution.randomness import Draws
+from softdefend.execution.context import AttackContext
+from softdefend.execution.counting import CountingModel
+from softdefend.execution.randomness import CallerRandomness
 
 Array = np.ndarray
 
@@ -96,14 +97,12 @@ def test_fab_goes_where_the_papers_algorithm_goes(attack: FAB, norm: str) -> Non
 
 def test_an_untargeted_search_is_charged_a_gradient_for_every_class() -> None:
     net, image = rugged((1, 4, 5)), images(6, (1, 4, 5))
-    oracle = Oracle(net, len(image))
-    threat = ThreatModel("linf", Budget(1e-6))
-    FAB(steps=3, targeted=False).search(
-        oracle, image, net(image).argmax(1), threat, draws=Draws.of(None, len(image))
-    )
-    forwards, gradients, loose = oracle.counts()
-    assert int(gradients.sum()) + loose[1] == 6 * 3 * 5
-    assert int(forwards.sum()) + loose[0] == 6 * (1 + 2 * 3)
+    model, threat = CountingModel(net, len(image)), ThreatModel("linf", Budget(1e-6))
+    context = AttackContext(model, CallerRandomness(None, len(image)))
+    FAB(steps=3, targeted=False).run_batches(model, image, net(image).argmax(1), threat, context)
+    forwards, gradients, unassigned = model.counts()
+    assert int(gradients.sum()) + unassigned[1] == 6 * 3 * 5
+    assert int(forwards.sum()) + unassigned[0] == 6 * (1 + 2 * 3)
 
 
 # --- Square -------------------------------------------------------------------------------------------

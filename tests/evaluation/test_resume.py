@@ -14,9 +14,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from ensemble_tools import rugged
 from safetensors.torch import save_file
 
+from ensemble_tools import rugged
 from softdefend.attacks import APGD, FAB, PGD, Square, TargetedAPGD
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream

@@ -133,8 +133,10 @@ def evaluate_checkpoint(
         physical = fitting_microbatch(net, data.take(torch.zeros(1, dtype=torch.int64, device=device)).image)
     evaluator = _evaluator(net, data, threat, settings, physical)
     attacks = [parse(attack, len(bundle.classes)) for attack in settings.attacks]
-    result = evaluator(attacks, limit=settings.size, progress=progress, state=state, say=say)
-    evaluator.physical_batch = physical = result.how["physical_batch"]
+    result = evaluator(
+        attacks, limit=settings.size, progress=progress, state=state, log_costs=say is not None
+    )
+    evaluator.microbatch = physical = result.how["physical_batch"]
     report = {
         "which": which,
         "epoch": metadata.get("epoch"),
@@ -182,7 +184,7 @@ def _evaluator(
         threat,
         batch_size=settings.batch_size,
         seed=settings.seed,
-        physical_batch=physical,
+        microbatch=physical,
         precision=settings.precision,
         compile=settings.compile,
     )

@@ -1,4 +1,4 @@
-"""How a network stands for one forward: batch-normalization mode, frozen parameters, TF32."""
+"""The mode of a network for one forward: batch normalization, frozen parameters, TF32."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def evaluate(
         threat,
         batch_size=batch_size,
         seed=seed,
-        physical_batch=physical_batch,
+        microbatch=physical_batch,
         precision=precision,
         compile=compile,
     )

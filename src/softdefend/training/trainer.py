@@ -396,7 +396,7 @@ class Trainer:
     def _evaluator(self, name: str, data: Resident) -> Evaluator:
         """The one that measures a split, made anew only where another network predicts than before."""
         net, known = self.weight.prediction, self._evaluators.get(name)
-        if known is None or known.searching.net is not net:
+        if known is None or known.search_network.net is not net:
             known = self._evaluators[name] = Evaluator(
                 net,
                 data,

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from softdefend.attacks import APGD, FGSM, PGD, Attack, AttackLoss, Square, cross_entropy
-from softdefend.attacks.base import Forward, Randomness, larger
+from softdefend.attacks.base import Randomness, larger
 from softdefend.core.threat import LARGEST, Budget, ThreatModel
 from softdefend.evaluation.masking.border import BORDER, walked
 from softdefend.evaluation.masking.finding import Check, Finding
 from softdefend.evaluation.masking.probe import Probe
 from softdefend.evaluation.masking.surface import FOSC, convergence
+from softdefend.execution.context import AttackContext
+from softdefend.execution.counting import CountingModel
 
 _ATHALYE = "Athalye et al. 2018, arXiv 1802.00420"
 _CARLINI = "Carlini et al. 2019, arXiv 1902.06705"
@@ -170,21 +172,14 @@ class _Loudest(Attack):
     def name(self) -> str:
         return f"{self.attack.name}x{self.starts}"
 
-    def __call__(
-        self,
-        forward: Forward,
-        image: Tensor,
-        target: Tensor,
-        threat: ThreatModel,
-        *,
-        loss: AttackLoss | None = None,
-        generator: torch.Generator | None = None,
+    def run(
+        self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
     ) -> Tensor:
-        best, value = image, torch.full_like(target, -torch.inf, dtype=torch.float32)
+        best, value = image, torch.full_like(label, -torch.inf, dtype=torch.float32)
         for _ in range(self.starts):
-            found = self.attack(forward, image, target, threat, loss=loss, generator=generator)
+            x_adv = self.attack(net, image, label, threat, loss=context.loss, generator=context.generator)
             with torch.no_grad():
-                best, value = larger(found, cross_entropy(forward(found), target), best, value)
+                best, value = larger(x_adv, cross_entropy(net(x_adv), label), best, value)
         return best
 
 
