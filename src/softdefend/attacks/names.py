@@ -44,7 +44,8 @@ def parse_attack(name: str) -> Attack:
 def accepted_names() -> str:
     """Every name that is understood, for messages."""
     suffixes = {name: _suffix(name) for name in ATTACKS.names()}
-    return ", ".join(f"{name}{suffix}" for name, suffix in suffixes.items() if suffix is not None)
+    names = ", ".join(f"{name}{suffix}" for name, suffix in suffixes.items() if suffix is not None)
+    return f"fgsm, pgd-20, pgd-50x10-margin or the like: {names}"
 
 
 def _suffix(name: str) -> str | None:
