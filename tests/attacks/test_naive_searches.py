@@ -62,9 +62,7 @@ def length(delta: Array, norm: str) -> float:
     return float(np.abs(delta).max() if norm == "linf" else np.sqrt((delta**2).sum()))
 
 
-def naive_fab(
-    net: nn.Module, image: Array, label: int, norm: str, attack: FAB
-) -> tuple[Array, float, float]:
+def naive_fab(net: nn.Module, image: Array, label: int, norm: str, attack: FAB) -> tuple[Array, float, float]:
     """The closest wrong point, its distance, and how near the label and its best rival came to a tie."""
     clean = logits(net, image)
     rivals = sorted((k for k in range(len(clean)) if k != label), key=lambda k: -clean[k])
