@@ -49,9 +49,9 @@ from softdefend.data import (
     load,
 )
 from softdefend.evaluation import Ensemble, Evaluator, expand, load_weights
-from softdefend.execution.batches import images_at_once
 from softdefend.execution.engine import resolve_device
-from softdefend.execution.modes import attacked, tf32
+from softdefend.execution.microbatch import fitting_microbatch
+from softdefend.execution.network_mode import frozen, tf32
 from softdefend.experiments import pipeline
 from softdefend.experiments.evaluate import open_run
 from softdefend.experiments.network import make_net
@@ -142,7 +142,7 @@ def train(
             batch = data.batch(rows)
             image, label = batch.image, batch.label
             if threat is not None:
-                with attacked(net, "eval"):
+                with frozen(net, "eval"):
                     image = attack(forward, image, label, threat, generator=generator)
             net.train()
             optimizer.zero_grad()
@@ -177,13 +177,13 @@ class Keeping(Evaluator):
 def ours(case: Case, args: argparse.Namespace, precision: str) -> tuple[dict[str, Any], Tensor, Tensor]:
     """One evaluation by this package, which images stayed right, and their last adversarial versions."""
     name, net, data, threat, k = case
-    physical = args.physical_batch or images_at_once(net, data.take(data.labels.new_zeros(1)).image)
+    physical = args.physical_batch or fitting_microbatch(net, data.take(data.labels.new_zeros(1)).image)
     evaluator = Keeping(
         net,
         data,
         threat,
         batch_size=args.batch_size,
-        physical_batch=physical,
+        microbatch=physical,
         seed=args.seed,
         precision=precision,  # type: ignore[arg-type]
         compile=None,
@@ -193,8 +193,8 @@ def ours(case: Case, args: argparse.Namespace, precision: str) -> tuple[dict[str
     torch.backends.cudnn.benchmark = args.tune
     synchronize(data.labels.device)
     started = time.perf_counter()
-    result = evaluator([Ensemble("autoattack", members_of(args, k))], limit=args.n, say=spoken)
-    total, setup = time.perf_counter() - started, evaluator.searching.seconds
+    result = evaluator([Ensemble("autoattack", members_of(args, k))], limit=args.n, log_costs=True)
+    total, setup = time.perf_counter() - started, evaluator.search_network.seconds
     torch.backends.cudnn.benchmark = False
     kept = ("name", "attacked", "count", "forwards", "backwards", "seconds")
     summary = {
@@ -207,11 +207,6 @@ def ours(case: Case, args: argparse.Namespace, precision: str) -> tuple[dict[str
         "members": [{key: row[key] for key in kept} for row in result.members("autoattack")],
     }
     return summary, result.attacks["autoattack"].robust, evaluator.kept
-
-
-def spoken(line: str) -> None:
-    """Said at once, also into a pipe."""
-    print(line, flush=True)
 
 
 def images(data: Resident, args: argparse.Namespace) -> Any:
@@ -286,7 +281,7 @@ def theirs(case: Case, args: argparse.Namespace) -> tuple[dict[str, Any], Tensor
 @contextlib.contextmanager
 def defaults(net: nn.Module) -> Iterator[None]:
     """A network in evaluation mode, and torch's own precision: TF32 in convolutions, not in products."""
-    with attacked(net, "eval"), tf32(True, products=False):
+    with frozen(net, "eval"), tf32(True, products=False):
         yield
 
 
@@ -338,7 +333,7 @@ def disagreements(
     label, found = data.labels[rows], {}
     for side, image in (("ours", our[1]), ("reference", their[1])):
         for how, precise in (("strict", False), ("default", True)):
-            with attacked(net, "eval"), tf32(precise, products=False), torch.no_grad():
+            with frozen(net, "eval"), tf32(precise, products=False), torch.no_grad():
                 found[f"{side}_{how}"] = -margin(net(image[rows]), label) if len(rows) else []
     return [
         {

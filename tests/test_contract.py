@@ -25,7 +25,7 @@ from softdefend.core.rng import stream
 from softdefend.core.rule import RunInfo
 from softdefend.data import Batch, DataBundle, DataSettings, load
 from softdefend.evaluation import Evaluator
-from softdefend.execution.modes import attacked
+from softdefend.execution.network_mode import frozen
 from softdefend.experiments.catalog import combined
 from softdefend.experiments.config import packaged, resolve
 from softdefend.labels import Predictions, SoftTerm, Supervision
@@ -192,7 +192,7 @@ def test_targets_are_distributions_and_gradients_flow_where_they_should(make_net
         assert away_from.shape in ((6,), (6, K))
         assert not away_from.requires_grad
         away_from = away_from.repeat(views, *[1] * (away_from.ndim - 1))
-        with attacked(net, "eval"):
+        with frozen(net, "eval"):
             loss = goal.inner_loss(net, batch, away_from)(net(adversarial))
             assert loss.shape == (6 * views,)
         assert all(p.grad is None for p in net.parameters())

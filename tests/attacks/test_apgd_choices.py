@@ -1,4 +1,4 @@
-"""APGD: the ratio at exactly four classes, ties, and which of several doubted successes is kept."""
+"""APGD: the ratio at exactly four classes, ties, and which of several unverified successes is kept."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def test_four_classes_have_the_fourth_logit_that_the_targeted_ratio_needs():
 
 def test_the_true_class_is_never_a_target_whatever_its_logit():
     clean, label = torch.tensor([[0.0, 5.0, 5.0], [9.0, 1.0, 2.0]]), torch.tensor([2, 1])
-    aims = torch.stack(list(_likeliest_wrong(clean, label, 9)), dim=1)
-    assert aims.tolist() == [[1, 0], [0, 2]]
+    targets = torch.stack(list(_likeliest_wrong(clean, label, 9)), dim=1)
+    assert targets.tolist() == [[1, 0], [0, 2]]
 
 
 @pytest.mark.parametrize(("deepest", "kept"), [(True, 0.7), (False, 0.3)])
-def test_of_several_wrong_images_the_deepest_is_kept_where_verdicts_are_doubted(deepest, kept):
-    step = _Step(ThreatModel(), lambda logits, label, aim: logits[:, 1], 1, fooling=True, deepest=deepest)
+def test_of_several_wrong_images_the_deepest_is_kept_where_successes_are_unverified(deepest, kept):
+    step = _Step(ThreatModel(), lambda logits, label, target: logits[:, 1], 1, fooling=True, deepest=deepest)
     zero, none = torch.zeros(1, 1, 1, 1), torch.zeros(1)
     state = _State(zero, zero, zero, none, zero, zero, none, zero, none.long(), none.bool(), none, zero,
                    none.bool(), torch.full((1,), -torch.inf))  # fmt: skip
     given = _Given(zero, torch.zeros(1).long(), torch.zeros(1).long())
     for value in (0.3, 0.7, 0.5):
-        here = torch.full((1, 1, 1, 1), value)
+        x_adv = torch.full((1, 1, 1, 1), value)
         state = step.claim(
-            state._replace(here=here), given, torch.tensor([[0.0, value]]), torch.tensor([value])
+            state._replace(x_adv=x_adv), given, torch.tensor([[0.0, value]]), torch.tensor([value])
         )
-    assert state.caught.item() == pytest.approx(kept)
+    assert state.candidate.item() == pytest.approx(kept)

@@ -10,8 +10,9 @@ from softdefend.attacks import CWL2, PGD, CWLinf
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
-from softdefend.execution.counting import Oracle
-from softdefend.execution.randomness import Draws
+from softdefend.execution.context import AttackContext
+from softdefend.execution.counting import CountingModel
+from softdefend.execution.randomness import CallerRandomness
 
 
 def naive(net, image, label, rounds, steps):
@@ -81,8 +82,10 @@ def test_the_attack_of_each_norm_refuses_the_other():
         CWL2()(net, image, label, ThreatModel("linf"))
     with pytest.raises(SettingError, match=r"threat\.norm: got l2; accepted: linf"):
         CWLinf()(net, image, label, ThreatModel("l2"))
+    model = CountingModel(net, 2)
+    context = AttackContext(model, CallerRandomness(None, 2))
     with pytest.raises(SettingError, match=r"threat\.norm: got l2; accepted: linf"):
-        CWLinf().search(Oracle(net, 2), image, label, ThreatModel("l2"), draws=Draws.of(None, 2))
+        CWLinf().run_batches(model, image, label, ThreatModel("l2"), context)
 
 
 def test_linf_is_pgd_on_the_margin():

@@ -9,8 +9,9 @@ from minimal_tools import Counted, check_early_stop, images, rugged
 from softdefend.attacks import DeepFool
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import Budget, ThreatModel
-from softdefend.execution.counting import Oracle
-from softdefend.execution.randomness import Draws
+from softdefend.execution.context import AttackContext
+from softdefend.execution.counting import CountingModel
+from softdefend.execution.randomness import CallerRandomness
 
 NORMS = ["linf", "l2"]
 
@@ -86,7 +87,7 @@ def test_impossible_settings_are_refused(wrong):
 
 def test_an_evaluation_counts_every_gradient():
     net, image = rugged((1, 6, 6)), images(10, (1, 6, 6))
-    label, oracle = net(image).argmax(1), Oracle(net, 10)
+    label, model = net(image).argmax(1), CountingModel(net, 10)
     taken = []
 
     def counted(x):
@@ -96,8 +97,9 @@ def test_an_evaluation_counts_every_gradient():
         return logits
 
     DeepFool(targets=3).minimal(counted, image, label, "l2")
-    DeepFool(targets=3).search(oracle, image, label, ThreatModel("l2", Budget(1)), draws=Draws.of(None, 10))
-    forwards, gradients, loose = oracle.counts()
-    assert forwards.sum() + loose[0] > 20
+    context = AttackContext(model, CallerRandomness(None, 10))
+    DeepFool(targets=3).run_batches(model, image, label, ThreatModel("l2", Budget(1)), context)
+    forwards, gradients, unassigned = model.counts()
+    assert forwards.sum() + unassigned[0] > 20
     # A forward of points that turn out to be all wrong is the one that no gradient follows.
-    assert 0 <= gradients.sum() + loose[1] - sum(taken) <= 10
+    assert 0 <= gradients.sum() + unassigned[1] - sum(taken) <= 10

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from softdefend import attacks
 from softdefend.attacks import APGD, CWL2, FAB, FGSM, FMN, PGD, CWLinf, DeepFool, Square, TargetedAPGD, names
-from softdefend.attacks.names import parse_attack
+from softdefend.attacks.names import ATTACKS, parse_attack
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
@@ -119,6 +120,17 @@ def test_the_page_names_every_attack_and_its_settings():
     assert len(known) > 30
     for name in {name for name in known if name != "pgd"}:
         assert parse_attack(name).name
+
+
+def test_every_registered_attack_is_public_on_the_page_and_tested_here():
+    for name, kind in ATTACKS.items():
+        if kind.__module__.startswith("softdefend."):
+            assert kind.__name__ in attacks.__all__, (
+                f"import {kind.__name__} in softdefend/attacks/__init__.py"
+            )
+            assert f"`{kind.__name__}" in PAGE, f"add a row of {kind.__name__} to docs/attacks.md"
+            tested = {given for given, attack in NAMES.items() if type(attack) is kind}
+            assert kind.suffix is None or any(given.startswith(name) for given in tested), name
 
 
 def test_the_pages_example_runs():

@@ -196,7 +196,7 @@ def test_blocks_of_numbers_are_the_stream_of_single_draws(norm, monkeypatch):
     found = attack(net, image, label, threat, generator=torch.Generator().manual_seed(7))
     fooled = (net(found).argmax(1) != label).sum()
     assert 0 < fooled < 40
-    monkeypatch.setattr("softdefend.attacks.square.block", lambda done, most: 1)
+    monkeypatch.setattr("softdefend.attacks.square.steps_until_packing", lambda done, most: 1)
     single = attack(net, image, label, threat, generator=torch.Generator().manual_seed(7))
     torch.testing.assert_close(found, single, atol=1e-12, rtol=0)
 

@@ -13,7 +13,7 @@ from softdefend.attacks import FAB, PGD, Square, cross_entropy, margin
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import DataSettings, Resident, load
-from softdefend.execution.modes import attacked
+from softdefend.execution.network_mode import frozen
 from softdefend.models.small_cnn import SmallCNN
 
 CHECKOUT = os.environ.get("SOFTDEFEND_AUTOATTACK")
@@ -47,7 +47,7 @@ def trained(data, threat):
             batch = data.take(index)
             image = batch.image
             if threat is not None:
-                with attacked(net, "eval"):
+                with frozen(net, "eval"):
                     image = PGD(steps=3)(net, image, batch.label, threat, generator=draws)
             optimizer.zero_grad()
             cross_entropy(net(image), batch.label).mean().backward()

@@ -1,4 +1,4 @@
-"""PGD as an evaluation runs it (``search``): where its restarts begin, and what it asks the network."""
+"""PGD as an evaluation runs it: where its restarts begin, and what it asks the network."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ import torch
 from softdefend.attacks import PGD
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
-from softdefend.execution.counting import Oracle
-from softdefend.execution.randomness import Draws
+from softdefend.execution.context import AttackContext
+from softdefend.execution.counting import CountingModel
+from softdefend.execution.randomness import SeededRandomness
+
+
+def evaluated(attack: PGD, forward, image: torch.Tensor, threat: ThreatModel) -> torch.Tensor:
+    """What the attack makes of the images of one batch of an evaluation."""
+    n = len(image)
+    model = CountingModel(forward, n)
+    context = AttackContext(model, SeededRandomness([torch.arange(n)], 0, attack.name))
+    return attack.run_batches(model, image, torch.zeros(n).long(), threat, context)
 
 
 def asked(attack: PGD, norm: str, image: torch.Tensor) -> list[torch.Tensor]:
@@ -21,11 +30,7 @@ def asked(attack: PGD, norm: str, image: torch.Tensor) -> list[torch.Tensor]:
         seen.append(x.detach().clone())
         return x.flatten(1) @ slope.T
 
-    n = len(image)
-    draws = Draws.seeded([torch.arange(n)], 0, attack.name)
-    attack.search(
-        Oracle(forward, n), image, torch.zeros(n).long(), ThreatModel(norm, Budget("0.1")), draws=draws
-    )
+    evaluated(attack, forward, image, ThreatModel(norm, Budget("0.1")))
     return seen
 
 
@@ -53,7 +58,6 @@ def test_a_gaussian_start_has_the_references_standard_deviation():
     image, label = torch.full((200, 1, 4, 4), 0.5), torch.zeros(200).long()
     attack, threat = PGD(steps=0, start="gaussian"), ThreatModel("linf", Budget("0.1"))
     called = attack(lambda x: x, image, label, threat, generator=stream(0, "a"), loss=lambda logits: logits)
-    draws = Draws.seeded([torch.arange(200)], 0, attack.name)
-    searched = attack.search(Oracle(lambda x: x.flatten(1), 200), image, label, threat, draws=draws)
+    searched = evaluated(attack, lambda x: x.flatten(1), image, threat)
     for found in (called, searched):
         assert float((found - image).std()) == pytest.approx(0.001, rel=0.1)

@@ -56,11 +56,11 @@ def test_the_surrogate_is_put_back_module_by_module(case):
     class Looks(Attack):
         name = "looks"
 
-        def __call__(self, forward, image, target, threat, *, loss=None, generator=None):
+        def run(self, net, image, label, threat, context):
             seen.append(
                 (any(m.training for m in other.modules()), any(p.requires_grad for p in other.parameters()))
             )
-            forward(image)
+            net(image)
             raise RuntimeError("inside")
 
     with pytest.raises(RuntimeError, match="inside"):

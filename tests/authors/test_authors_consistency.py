@@ -11,7 +11,7 @@ from torch import nn
 from beside import assert_same_network, definitions, load, needs, ours, same, sgd, theirs
 from softdefend import PGD, Consistency, Hard, ThreatModel
 from softdefend.core.rng import stream
-from softdefend.execution.modes import attacked
+from softdefend.execution.network_mode import frozen
 from softdefend.labels import Predictions, Supervision
 from softdefend.objectives.consistency import jensen_shannon
 from tiny import batch_of
@@ -45,7 +45,7 @@ def test_a_run_ends_in_the_authors_weights_and_statistics(
     settings = SimpleNamespace(lam=weight, T=temperature, n_gpus=1, optimizer="other than sgd")  # no schedule
 
     def adversary(image, label):
-        with attacked(net, "eval"):
+        with frozen(net, "eval"):
             return ATTACK(net, image, label, trainer.recipe.threat)
 
     meter = definitions("consistency-adversarial", "utils/utils.py", "AverageMeter")["AverageMeter"]

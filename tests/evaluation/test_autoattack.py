@@ -13,18 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from ensemble_tools import Images, one_after_the_other, rugged, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ensemble_tools import Images, one_after_the_other, rugged, sample
 from softdefend.attacks import APGD, FAB, PGD, Square, TargetedAPGD, margin
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import DataSettings, load
 from softdefend.evaluation import Ensemble, Evaluator, expand
-from softdefend.evaluation.autoattack import VERSIONS, parse
+from softdefend.evaluation.autoattack import ENSEMBLES, parse
+from softdefend.execution.context import AttackContext
+from softdefend.execution.counting import CountingModel
+from softdefend.execution.randomness import SeededRandomness
 from softdefend.models.resnet import BasicBlock, ResNet18
 from softdefend.models.small_cnn import SmallCNN
 
@@ -60,7 +63,7 @@ def flags(result, name):
 
 def test_the_versions_are_the_references():
     """``set_version`` of fra31/auto-attack at a392200, with the constructors' defaults it leaves alone."""
-    standard, plus, rand = (VERSIONS[f"autoattack{suffix}"] for suffix in ("", "-plus", "-rand"))
+    standard, plus, rand = (ENSEMBLES[f"autoattack{suffix}"] for suffix in ("", "-plus", "-rand"))
     assert [m.name for m in standard] == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert standard == (
         APGD(steps=100, restarts=1, loss="ce", rho=0.75, eot=1),
@@ -87,7 +90,7 @@ def test_targets_are_at_most_the_wrong_classes(k, targets):
 
 
 def test_names_are_read_beside_those_of_single_attacks():
-    assert parse("autoattack-rand") == Ensemble("autoattack-rand", VERSIONS["autoattack-rand"])
+    assert parse("autoattack-rand") == Ensemble("autoattack-rand", ENSEMBLES["autoattack-rand"])
     assert parse("autoattack", 4).members[1].targets == 3
     assert parse("pgd-20") == PGD(steps=20)
     with pytest.raises(SettingError, match=r"attacks: got 'autoattacks'; accepted: fgsm.*or autoattack,"):
@@ -121,18 +124,18 @@ def test_few_classes_are_attacked_too(k, norm, version):
 
 @norms
 def test_members_see_only_who_is_left_whatever_is_computed_at_once(norm):
-    """Flags after each member equal a plain loop, for physical batches below, at and above the logical one;
+    """Flags after each member equal a plain loop, for microbatches below, at and above the batch;
     so do the counts of forwards and gradients for each image."""
     net, threat = rugged(SHAPE), THREATS[norm]
     data, ensemble = sample(net, 60, SHAPE), Ensemble("all", MEMBERS)
     wanted = one_after_the_other(net, data, threat, list(MEMBERS), 17, 5)
     counts = None
-    for physical in (4, 17, 40, 500):
-        result = evaluate(net, data, threat, [ensemble], batch_size=17, seed=5, physical_batch=physical)
+    for microbatch in (4, 17, 40, 500):
+        result = evaluate(net, data, threat, [ensemble], batch_size=17, seed=5, microbatch=microbatch)
         found = flags(result, "all")
         assert list(found) == list(wanted)
         for name, robust in wanted.items():
-            assert torch.equal(found[name], robust), (name, physical)
+            assert torch.equal(found[name], robust), (name, microbatch)
         trials = result.attacks["all"].trials
         assert torch.equal(result.attacks["all"].robust, wanted[MEMBERS[-1].name])
         each = torch.stack([torch.stack([t.forwards, t.backwards]) for t in trials.values()])
@@ -155,15 +158,15 @@ def test_another_logical_batch_is_another_draw():
 @norms
 @pytest.mark.parametrize("attack", MEMBERS, ids=lambda m: m.name)
 def test_alone_an_attack_is_what_it_is_in_its_batch(attack, norm):
-    """On all images, also those wrong from the start; a physical batch cuts through logical ones."""
+    """On all images, also those wrong from the start; a microbatch cuts through batches."""
     net, threat = rugged(SHAPE), THREATS[norm]
     data = sample(net, 50, SHAPE)
     robust = []
     for rows in torch.arange(50).split(18):
         image, label, own = data.image[rows], data.labels[rows], torch.Generator().manual_seed(2)
         robust.append(net(attack(net, image, label, threat, generator=own).detach()).argmax(1) == label)
-    for physical in (7, 36, 400):
-        result = evaluate(net, data, threat, [attack], batch_size=18, seed=2, physical_batch=physical)
+    for microbatch in (7, 36, 400):
+        result = evaluate(net, data, threat, [attack], batch_size=18, seed=2, microbatch=microbatch)
         assert torch.equal(result.attacks[attack.name].robust, torch.cat(robust))
 
 
@@ -216,22 +219,25 @@ def test_an_ensemble_with_nothing_left_to_attack():
     st.integers(1, 9),
     st.sampled_from(["exact", "fast"]),
 )
-def test_no_image_leaves_the_ball_or_the_box(norm, eps, shape, k, physical, precision):
+def test_no_image_leaves_the_ball_or_the_box(norm, eps, shape, k, microbatch, precision):
     """What the attacks themselves return, before the evaluator projects it."""
     net, threat, seen = rugged(shape, k).float(), ThreatModel(norm, Budget(eps)), []
     image = (1.4 * torch.rand(9, *shape, generator=stream(k, "x")) - 0.2).clamp(0, 1)
     data = Images(image, net(image).argmax(1))
-    evaluator = Evaluator(net, data, threat, batch_size=4, physical_batch=physical, precision=precision)
+    evaluator = Evaluator(net, data, threat, batch_size=4, microbatch=microbatch, precision=precision)
     members = (APGD(steps=3, restarts=2), TargetedAPGD(steps=3), FAB(steps=3), Square(queries=9))
     perturb = Evaluator._perturb
 
-    def perturbed(self, attack, index, oracle, draws, journal):
-        found = attack.search(oracle, data.take(index).image, data.take(index).label, threat, draws=draws)
+    def perturbed(self, attack, index, context):
+        image, label = data.take(index).image, data.take(index).label
+        found = attack.run_batches(
+            context.net, image, label, threat, AttackContext(context.net, context.random)
+        )
         assert found.min() >= 0
         assert found.max() <= 1
         assert (threat.distance(data.take(index).image, found) <= eps * (1 + 1e-5) + 1e-6).all()
         seen.append(len(found))
-        return perturb(self, attack, index, oracle, draws, journal)
+        return perturb(self, attack, index, context)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Evaluator, "_perturb", perturbed)
@@ -286,18 +292,14 @@ def test_refuted_claims_are_attacked_on():
         calls.append(len(image))
         return -net(image)
 
-    from softdefend.execution.counting import Oracle
-    from softdefend.execution.randomness import Draws
-
     right = net(data.image).argmax(1) == data.labels
     image, label = data.image[right], data.labels[right]
     threat = ThreatModel("linf", Budget("1e-6"))
     for attack, searches in ((APGD(steps=20), 21), (FAB(steps=20, targets=1), 40), (Square(queries=20), 21)):
         calls.clear()
-        oracle = Oracle(wrong, len(image), exact=net, clean=net(image))
-        found = attack.search(
-            oracle, image, label, threat, draws=Draws.seeded([torch.arange(len(image))], 0, "a")
-        )
+        model = CountingModel(wrong, len(image), exact=net, clean_logits=net(image))
+        context = AttackContext(model, SeededRandomness([torch.arange(len(image))], 0, "a"))
+        found = attack.run_batches(model, image, label, threat, context)
         assert (net(found).argmax(1) == label).all()
         assert calls == [len(image)] * searches
 
@@ -437,7 +439,7 @@ def threat_of(net, data, norm):
     return ThreatModel(norm, Budget(round(1.1 * reached.median().item(), 4)))
 
 
-def same_in_float64(net, data, threat, members, patch, batch, physical):
+def same_in_float64(net, data, threat, members, patch, batch, microbatches):
     """Equal flags after each member, for fewer forwards. Casts to float32 go to float64, and so do the random
     numbers of both."""
     patch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -447,12 +449,12 @@ def same_in_float64(net, data, threat, members, patch, batch, physical):
         wanted, cost = reference(net, data, threat, members, patch, batch)
         ensemble = [Ensemble("aa", members)]
         results = [
-            evaluate(net, data, threat, ensemble, batch_size=batch, seed=SEED, physical_batch=p)
-            for p in physical
+            evaluate(net, data, threat, ensemble, batch_size=batch, seed=SEED, microbatch=p)
+            for p in microbatches
         ]
     finally:
         torch.set_default_dtype(torch.float32)
-    for result, size in zip(results, physical, strict=True):
+    for result, size in zip(results, microbatches, strict=True):
         found = flags(result, "aa")
         for name, robust in wanted.items():
             assert torch.equal(found[name], robust), (name, size)
@@ -475,17 +477,17 @@ def test_in_float64_flags_after_each_member_are_the_references(trained, monkeypa
     same_in_float64(nets[case], test, threat, members, monkeypatch, BATCH, (20, 300))
 
 
-def nearly_same_in_float32(net, data, threat, members, patch, batch, physical):
+def nearly_same_in_float32(net, data, threat, members, patch, batch, microbatches):
     """At most one image apart after each member; says how far it was from the boundary."""
     wanted, _ = reference(net, data, threat, members, patch, batch)
-    for size in physical:
+    for size in microbatches:
         ensemble = [Ensemble("aa", members)]
-        result = evaluate(net, data, threat, ensemble, batch_size=batch, seed=SEED, physical_batch=size)
+        result = evaluate(net, data, threat, ensemble, batch_size=batch, seed=SEED, microbatch=size)
         found = flags(result, "aa")
         for name, robust in wanted.items():
             for i in (found[name] != robust).nonzero().flatten().tolist():
                 gap = margin(net(data.image[i : i + 1]), data.labels[i : i + 1]).item()
-                print(f"{threat.norm} {name}, physical {size}: image {i}, clean margin {gap:.3g}")
+                print(f"{threat.norm} {name}, microbatch {size}: image {i}, clean margin {gap:.3g}")
             assert (found[name] != robust).sum() <= 1
         print(f"{threat.norm} eps {threat.eps}: {data.n} images", {k: int(v.sum()) for k, v in found.items()})
         last = members[-1].name

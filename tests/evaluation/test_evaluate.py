@@ -20,7 +20,7 @@ from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import Resident, split
 from softdefend.evaluation import Ensemble, EvaluateSettings, Evaluator, Rate
 from softdefend.evaluation.accuracy import scaled
-from softdefend.execution.batches import ON_CPU, _look, images_at_once
+from softdefend.execution.microbatch import CPU_MICROBATCH, _forward_and_gradient, fitting_microbatch
 from softdefend.experiments.evaluate import evaluate_network
 
 THREAT = ThreatModel("linf", Budget("0.1"))
@@ -97,7 +97,7 @@ class Cheat(Attack):
     def name(self):
         return "cheat"
 
-    def __call__(self, forward, image, target, threat, *, loss=None, generator=None):
+    def run(self, net, image, label, threat, context):
         return self.make(image)
 
 
@@ -214,8 +214,9 @@ def test_impossible_settings_are_refused(case, wrong):
         EvaluateSettings(**wrong)
     if name in ("batch_size", "physical_batch", "precision"):
         net, data = case
+        argument = {"microbatch" if name == "physical_batch" else name: wrong[name]}
         with pytest.raises(SettingError, match=f"evaluate.{name}"):
-            Evaluator(net, Resident(data, "cpu"), THREAT, **wrong)
+            Evaluator(net, Resident(data, "cpu"), THREAT, **argument)
 
 
 class Watched(nn.Module):
@@ -251,9 +252,7 @@ EVERY = [
 def test_every_forward_and_gradient_is_counted_for_its_image(case, attack, precision):
     net, data = case
     net = Watched(net)
-    evaluator = Evaluator(
-        net, Resident(data, "cpu"), THREAT, batch_size=9, physical_batch=6, precision=precision
-    )
+    evaluator = Evaluator(net, Resident(data, "cpu"), THREAT, batch_size=9, microbatch=6, precision=precision)
     record = evaluator([attack]).attacks[attack.name]
     (trial,) = record.trials.values()
     assert max(net.sizes) <= 6
@@ -271,7 +270,7 @@ def test_memory_that_runs_out_halves_what_is_computed_at_once(case):
     net, data = case
     attacks = [PGD(steps=2), Ensemble("two", (APGD(steps=5), Square(queries=10)))]
     wanted = Evaluator(net, Resident(data, "cpu"), THREAT, batch_size=8)(attacks)
-    tight = Evaluator(Watched(net, most=3), Resident(data, "cpu"), THREAT, batch_size=8, physical_batch=23)
+    tight = Evaluator(Watched(net, most=3), Resident(data, "cpu"), THREAT, batch_size=8, microbatch=23)
     found = tight(attacks)
     assert found.how["physical_batch"] == 2  # 23, 11, 5, 2
     for name in wanted.attacks:
@@ -286,16 +285,16 @@ class Half(Attack):
 
     name = "half"
 
-    def __call__(self, forward, image, target, threat, *, loss=None, generator=None):
-        forward(image[: len(image) // 2])
-        return image + 0.01 * torch.rand(image.shape, generator=generator)
+    def run(self, net, image, label, threat, context):
+        net(image[: len(image) // 2])
+        return image + 0.01 * torch.rand(image.shape, generator=context.generator)
 
 
-def test_an_attack_from_elsewhere_sees_its_logical_batch_whatever_fits(case):
+def test_an_attack_from_elsewhere_sees_its_batch_whatever_fits(case):
     """Its totals are right, and where a count cannot be put down to an image there is none."""
     net, data = case
     results = [
-        Evaluator(net, Resident(data, "cpu"), THREAT, batch_size=10, physical_batch=p)([Half()])
+        Evaluator(net, Resident(data, "cpu"), THREAT, batch_size=10, microbatch=p)([Half()])
         for p in (3, 10, 40)
     ]
     for result in results:
@@ -333,7 +332,7 @@ def test_the_table_of_an_ensemble(case):
 def test_what_was_used_is_written_down(case):
     net, data = case
     summary = Evaluator(
-        net, Resident(data, "cpu"), THREAT, batch_size=7, physical_batch=5, seed=3, precision="fast"
+        net, Resident(data, "cpu"), THREAT, batch_size=7, microbatch=5, seed=3, precision="fast"
     )([FGSM()]).to_dict()
     assert summary["precision"] == "fast"
     assert (summary["batch_size"], summary["physical_batch"], summary["seed"]) == (7, 5, 3)
@@ -341,9 +340,9 @@ def test_what_was_used_is_written_down(case):
     json.dumps(summary, allow_nan=False)
 
 
-def test_on_a_cpu_the_physical_batch_is_a_constant(case):
+def test_on_a_cpu_the_microbatch_is_a_constant(case):
     net, data = case
-    assert images_at_once(net, data.images[:1]) == ON_CPU
+    assert fitting_microbatch(net, data.images[:1]) == CPU_MICROBATCH
 
 
 def test_the_curve_ends_where_a_threat_model_does(tmp_path):
@@ -385,7 +384,7 @@ def test_the_look_that_measures_memory_needs_no_gradient():
     image = torch.rand(2, 1, 2, 2, requires_grad=True)
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     for forward in (net, lambda x: net(x).detach(), lambda x: net(x.detach())):
-        _look(forward, image)
+        _forward_and_gradient(forward, image)
     assert image.grad is None
     assert all(parameter.grad is None for parameter in net.parameters())
 

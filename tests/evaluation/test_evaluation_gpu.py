@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ensemble_tools import Images
 from torch import nn
 
+from ensemble_tools import Images
 from softdefend.attacks import APGD, FAB, PGD, Square, TargetedAPGD
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.evaluation import Ensemble, Evaluator
-from softdefend.execution.graphs import Recorder
-from softdefend.execution.modes import tf32
+from softdefend.execution.network_mode import tf32
+from softdefend.execution.step_graphs import StepGraphs
 from softdefend.models import NetSettings, build
 from softdefend.models.small_cnn import SmallCNN
 
@@ -65,12 +65,12 @@ def sample(net: nn.Module, n: int = N, shape=SHAPE) -> Images:
 
 
 def evaluator(net, data, threat, **options) -> Evaluator:
-    defaults = {"batch_size": 170, "physical_batch": 340, "precision": "strict", "compile": True, "seed": 3}
+    defaults = {"batch_size": 170, "microbatch": 340, "precision": "strict", "compile": True, "seed": 3}
     return Evaluator(net, data, threat, **{**defaults, **options})
 
 
 def launched(run):
-    """A tape that records nothing."""
+    """A capture that records nothing."""
     run()
     return run
 
@@ -97,13 +97,13 @@ def test_captured_steps_are_the_same_steps(repeatable, norm):
     data, results = sample(net), []
     for captured in (True, False):
         made = evaluator(net, data, THREATS[norm])
-        with made.searching.standing():
-            made.searching.compile(data.image)
+        with made.search_network.search_mode():
+            made.search_network.compile(data.image)
         if not captured:
-            made.searching.recorder = Recorder(launched)
+            made.search_network.step_graphs = StepGraphs(launched)
         results.append(made([Ensemble("all", MEMBERS)]))
-        assert made.searching.recorder.enabled
-        assert made.searching.recorder.seconds > 0
+        assert made.search_network.step_graphs.enabled
+        assert made.search_network.step_graphs.seconds > 0
     one, other = results
     assert torch.equal(flags(one), flags(other))
     for first, second in zip(*(r.attacks["all"].trials.values() for r in results), strict=True):
@@ -122,7 +122,7 @@ def test_compiling_and_filling_change_verdicts_on_the_border_at_most(norm, attac
     net = small()
     data = sample(net, 277)
     results = [
-        evaluator(net, data, THREATS[norm], compile=c, batch_size=93, physical_batch=p)([attack])
+        evaluator(net, data, THREATS[norm], compile=c, batch_size=93, microbatch=p)([attack])
         for c, p in ((False, 277), (True, 277), (True, 100))
     ]
     assert [r.how["compiled"] for r in results] == [False, True, True]
@@ -212,7 +212,7 @@ def test_memory_that_runs_out_halves_what_is_computed_at_once(monkeypatch):
     found = evaluator(Tight(net, 128), data, THREATS["linf"])(attacks)
     assert found.how["physical_batch"] == 85  # 340, 170, 85: filled up to 128
     assert (found.attacks["two"].robust != wanted.attacks["two"].robust).sum() <= 2
-    made, record, failed = evaluator(net, data, THREATS["linf"]), Recorder._record, []
+    made, record, failed = evaluator(net, data, THREATS["linf"]), StepGraphs._record, []
 
     def once(self, *arguments):
         if not failed:
@@ -220,7 +220,7 @@ def test_memory_that_runs_out_halves_what_is_computed_at_once(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return record(self, *arguments)
 
-    monkeypatch.setattr(Recorder, "_record", once)
+    monkeypatch.setattr(StepGraphs, "_record", once)
     found = made(attacks)
     assert found.how["physical_batch"] == 170
     assert (found.attacks["two"].robust != wanted.attacks["two"].robust).sum() <= 2
@@ -266,7 +266,7 @@ def test_a_network_that_does_not_compile_is_attacked_uncompiled(monkeypatch):
     net = small()
     data, attacks = sample(net), [Ensemble("two", (APGD(steps=12), Square(queries=40)))]
     wanted = evaluator(net, data, THREATS["linf"])(attacks)
-    monkeypatch.setattr("softdefend.execution.search._compiled", fails)
+    monkeypatch.setattr("softdefend.execution.search_network._compiled", fails)
     with pytest.warns(RuntimeWarning, match="not compiled, which is slower: no program for this"):
         found = evaluator(net, data, THREATS["linf"])(attacks)
     assert (found.attacks["two"].robust != wanted.attacks["two"].robust).sum() <= 2
@@ -289,7 +289,7 @@ def test_a_network_that_changes_from_forward_to_forward_is_not_captured():
     made = evaluator(Changing(net), sample(net), THREATS["linf"])
     with pytest.warns(RuntimeWarning, match="not captured, which is slower: its logits are then others"):
         made([PGD(steps=2)])
-    assert not made.searching.recorder.enabled
+    assert not made.search_network.step_graphs.enabled
 
 
 def test_a_network_of_one_memory_order_is_attacked_in_it():

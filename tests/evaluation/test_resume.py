@@ -14,9 +14,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from ensemble_tools import rugged
 from safetensors.torch import save_file
 
+from ensemble_tools import rugged
 from softdefend.attacks import APGD, FAB, PGD, Square, TargetedAPGD
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
@@ -321,7 +321,7 @@ def test_a_real_kill(tmp_path):
             f"""
             import json, sys, time
             from pathlib import Path
-            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
             import torch
             from safetensors.torch import save_file
             from ensemble_tools import rugged

@@ -19,7 +19,7 @@ from softdefend.attacks import PGD, cross_entropy, kl_divergence, kl_from
 from softdefend.core import rng
 from softdefend.core.threat import ThreatModel
 from softdefend.data.sources import digits
-from softdefend.execution.modes import attacked
+from softdefend.execution.network_mode import frozen
 
 THREAT = ThreatModel("linf", "0.1")  # type: ignore[arg-type]
 STORED = 1200
@@ -99,7 +99,7 @@ class Training:
     ) -> Tensor:
         if self.kind == "plain":
             return F.cross_entropy(net(x), y, label_smoothing=self.smoothing)
-        with attacked(net, "eval"):
+        with frozen(net, "eval"):
             climb = None
             if self.kind == "trades":
                 with torch.no_grad():

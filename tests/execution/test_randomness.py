@@ -1,4 +1,4 @@
-"""Random numbers by logical batch and by image, against published values and plain loops."""
+"""Random numbers by batch and by image, against published values and plain loops."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from softdefend.attacks import FGSM, PGD
 from softdefend.core import rng
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
-from softdefend.execution.counting import Oracle
-from softdefend.execution.randomness import Draws, _mix, _signed, hashed
+from softdefend.execution.context import AttackContext
+from softdefend.execution.counting import CountingModel
+from softdefend.execution.randomness import CallerRandomness, SeededRandomness, _mix, _signed, hashed
 
 MASK = 2**64 - 1
 
@@ -58,21 +59,21 @@ def test_hashed_numbers_look_uniform_within_and_across_images():
 
 
 def test_normal_numbers_are_normal():
-    draws = Draws.seeded([torch.arange(200)], 3, "pgd-10")
-    found = draws.normal(torch.arange(200), 200, 0).double().numpy()
+    random = SeededRandomness([torch.arange(200)], 3, "pgd-10")
+    found = random.normal(torch.arange(200), 200, 0).double().numpy()
     assert kstest(found.ravel(), "norm").pvalue > 1e-3
     assert np.isfinite(found).all()
 
 
 def test_an_images_numbers_know_no_batch():
-    whole = Draws.seeded([torch.arange(20)], 5, "pgd-10")
-    parts = Draws.seeded([torch.tensor([7, 3]), torch.tensor([19])], 5, "pgd-10", first=4)
+    whole = SeededRandomness([torch.arange(20)], 5, "pgd-10")
+    parts = SeededRandomness([torch.tensor([7, 3]), torch.tensor([19])], 5, "pgd-10", first=4)
     wanted = whole.uniform(torch.tensor([7, 3, 19]), 6, 1)
     assert torch.equal(parts.uniform(torch.arange(3), 6, 1), wanted)
     assert torch.equal(parts.uniform(torch.tensor([2]), 6, 1), wanted[2:])
     for other in (
-        Draws.seeded([torch.arange(20)], 6, "pgd-10"),
-        Draws.seeded([torch.arange(20)], 5, "pgd-20"),
+        SeededRandomness([torch.arange(20)], 6, "pgd-10"),
+        SeededRandomness([torch.arange(20)], 5, "pgd-20"),
     ):
         assert not torch.isclose(other.uniform(torch.tensor([7, 3, 19]), 6, 1), wanted).any()
     assert not torch.isclose(whole.uniform(torch.tensor([7, 3, 19]), 6, 2), wanted).any()
@@ -83,7 +84,8 @@ def test_fresh_numbers_are_those_of_each_batch_alone(normal):
     """Three batches, of whose images fewer and fewer are asked for, against a generator for each."""
     batches = [torch.arange(0, 4), torch.arange(4, 8), torch.arange(8, 11)]
     image, draw = torch.zeros(11, 2, 3, 3), torch.randn if normal else torch.rand
-    draws, alone = Draws.seeded(batches, 9, "apgd-ce"), [torch.Generator().manual_seed(9) for _ in batches]
+    random = SeededRandomness(batches, 9, "apgd-ce")
+    alone = [torch.Generator().manual_seed(9) for _ in batches]
     state = None
     for left in (range(11), [0, 2, 5, 9, 10], [5, 6, 10], [1]):
         rows = torch.tensor(list(left))
@@ -92,19 +94,19 @@ def test_fresh_numbers_are_those_of_each_batch_alone(normal):
             count = int(torch.isin(batch, rows).sum())
             if count:  # a batch that has fallen draws nothing
                 parts.append(draw((count, 2, 3, 3), generator=own))
-        found = draws.fresh(rows, image[rows], normal=normal)
+        found = random.batch_noise(image[rows], rows, normal=normal)
         assert torch.equal(found, torch.cat(parts))
         if state is not None:
-            again = Draws.seeded(batches, 9, "apgd-ce")
+            again = SeededRandomness(batches, 9, "apgd-ce")
             again.load_state(state)
-            assert torch.equal(again.fresh(rows, image[rows], normal=normal), found)
-        state = draws.state()
+            assert torch.equal(again.batch_noise(image[rows], rows, normal=normal), found)
+        state = random.state()
 
 
 def test_a_callers_generator_is_one_batch():
     image = torch.zeros(5, 1, 2, 2, dtype=torch.float64)
     own, twin = stream(0, "a"), stream(0, "a")
-    found = Draws.of(own, 5).fresh(torch.arange(5), image, normal=False)
+    found = CallerRandomness(own, 5).batch_noise(image, torch.arange(5), normal=False)
     assert torch.equal(found, torch.rand(5, 1, 2, 2, generator=twin).double())
 
 
@@ -135,10 +137,9 @@ def test_pgd_knows_no_batch_and_no_order(attack, norm):
     label, threat = network(image).argmax(1), ThreatModel(norm, Budget("0.1"))
 
     def search(index, most=None):
-        draws = Draws.seeded([index], 2, attack.name)
-        return attack.search(
-            Oracle(network, len(index), most=most), image[index], label[index], threat, draws=draws
-        )
+        model = CountingModel(network, len(index), microbatch=most)
+        context = AttackContext(model, SeededRandomness([index], 2, attack.name))
+        return attack.run_batches(model, image[index], label[index], threat, context)
 
     whole = search(torch.arange(12))
     order = torch.randperm(12, generator=stream(0, "o"))
@@ -152,8 +153,9 @@ def test_starts_fill_the_ball(norm, median):
     """l-inf: pixels uniform in [-eps, eps]; l2: the length's median is eps * 2^(-1/d), far inside no ball."""
     image, threat = torch.full((3000, 1, 2, 2), 0.5), ThreatModel(norm, Budget(median))
     attack = PGD(steps=0)
-    draws = Draws.seeded([torch.arange(3000)], 0, attack.name)
-    delta = attack.search(Oracle(network, 3000), image, torch.zeros(3000).long(), threat, draws=draws) - image
+    model, label = CountingModel(network, 3000), torch.zeros(3000).long()
+    context = AttackContext(model, SeededRandomness([torch.arange(3000)], 0, attack.name))
+    delta = attack.run_batches(model, image, label, threat, context) - image
     delta = delta.double().flatten(1).numpy()
     if norm == "linf":
         assert kstest(delta.ravel() / 0.1, "uniform", (-1, 2)).pvalue > 1e-3

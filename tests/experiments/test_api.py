@@ -17,7 +17,7 @@ import softdefend as sd
 from softdefend.attacks import Attack
 from softdefend.core.rng import stream
 from softdefend.data import AugmentSettings
-from softdefend.execution.randomness import Draws
+from softdefend.execution.randomness import SeededRandomness
 from softdefend.labels import SoftTerm, Supervision
 from softdefend.training import RuntimeSettings, ValidateSettings
 from softdefend.training.plain import plain
@@ -286,7 +286,7 @@ def test_evaluate_puts_the_network_back_after_an_error(trained):
     class Broken(Attack):
         name = "broken"
 
-        def __call__(self, *_: object, **__: object) -> Tensor:
+        def run(self, *_: object, **__: object) -> Tensor:
             raise RuntimeError("half way")
 
     net = network().train()
@@ -334,7 +334,7 @@ def test_pgd_counts_equal_a_loop_by_hand(unsure, norm):
     threat, attack = sd.ThreatModel(norm, str(eps)), sd.PGD(steps=4)
     result = sd.evaluate(net, images, labels, threat=threat, attacks=[attack], batch_size=32, seed=seed)
     x, y, everyone, d = images, labels, torch.arange(len(images)), images[0].numel()
-    draws = Draws.seeded([everyone], seed, "pgd-4")  # the same start, everything else by hand
+    draws = SeededRandomness([everyone], seed, "pgd-4")  # the same start, everything else by hand
     if norm == "linf":
         shift = eps * (2 * draws.uniform(everyone, d, 0) - 1)
     else:
@@ -379,7 +379,7 @@ class Cheat(Attack):
     def name(self) -> str:
         return self.kind
 
-    def __call__(self, forward, image, target, threat, *, loss=None, generator=None):
+    def run(self, net, image, label, threat, context):
         if self.kind == "far away":
             return 1 - image
         if self.kind == "out of range":
@@ -394,7 +394,7 @@ class Cheat(Attack):
             return image.zero_().add_(0.5)
         if self.kind == "gradient attached":
             return image.requires_grad_(True) * 1
-        target.fill_(0)  # "writes into the labels"
+        label.fill_(0)  # "writes into the labels"
         return image
 
 

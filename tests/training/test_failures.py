@@ -194,6 +194,6 @@ def test_a_tensor_under_two_names_is_averaged_once():
 
 def test_batch_mode_of_an_attack_leaves_tracking_as_it_was():
     net = torch.nn.Sequential(torch.nn.BatchNorm2d(2))
-    with softdefend.execution.modes.attacked(net, "batch"):
+    with softdefend.execution.network_mode.frozen(net, "batch"):
         assert not net[0].track_running_stats
     assert net[0].track_running_stats

@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, vmap
 
 from softdefend.analysis.probe import logits_of, per_sample_loss
 from softdefend.core.errors import SettingError
-from softdefend.execution.modes import tf32
+from softdefend.execution.network_mode import tf32
 
 _QUANTILES = 41
 

@@ -21,7 +21,7 @@ from torch.func import functional_call, jvp
 
 from softdefend.analysis.landscape import Parameters, parameters_of
 from softdefend.core.rng import key, stream
-from softdefend.execution.modes import tf32
+from softdefend.execution.network_mode import tf32
 
 Matrix = NDArray[np.float64]
 

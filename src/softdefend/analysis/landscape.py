@@ -15,7 +15,7 @@ from softdefend.analysis.probe import per_sample_loss
 from softdefend.attacks import value_and_gradient
 from softdefend.core.rng import stream
 from softdefend.core.threat import ThreatModel
-from softdefend.execution.modes import tf32
+from softdefend.execution.network_mode import tf32
 
 Parameters = dict[str, Tensor]
 

@@ -11,7 +11,7 @@ from softdefend.attacks import Attack, cross_entropy
 from softdefend.core.rng import stream
 from softdefend.core.threat import ThreatModel
 from softdefend.data import Resident
-from softdefend.execution.modes import attacked, tf32
+from softdefend.execution.network_mode import frozen, tf32
 
 
 def draw_positions(n: int, count: int, seed: int, name: str) -> Tensor:
@@ -41,7 +41,7 @@ def attack_images(
     In eval mode and float32; the result is projected once more.
     """
     images = []
-    with attacked(net, "eval"), tf32(False):
+    with frozen(net, "eval"), tf32(False):
         for number, part in batches(index.to(data.labels.device), batch_size):
             batch = data.take(part)
             generator = stream(seed, f"analyse/{attack.name}", step=number, device=batch.image.device)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from softdefend.attacks.base import Attack, Forward, larger, pick
+from softdefend.attacks.base import Attack, larger, pick
 from softdefend.attacks.losses import (
     AttackLoss,
     check_classes,
@@ -25,22 +24,25 @@ from softdefend.attacks.losses import (
     image_gradient,
     targeted_dlr,
 )
+from softdefend.attacks.names import ATTACKS, COUNTS, count_suffix
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import ThreatModel
-from softdefend.execution.counting import Journal, Oracle, View, block
-from softdefend.execution.randomness import Draws
+from softdefend.execution.context import ActiveImages, AttackContext, steps_until_packing
+from softdefend.execution.counting import CountingModel, Forward
 
 MOMENTUM = 0.75
 """Share of the new step in a move, the rest repeats the last move (alpha in the paper's Algorithm 1)."""
 
 
+@ATTACKS.register("apgd-ce")
+@ATTACKS.register("apgd-dlr")
 @dataclass(frozen=True)
 class APGD(Attack):
     """Auto-PGD on the cross-entropy or the difference-of-logits ratio, in l-inf or l2.
 
     A sample gets the first image that the network gets wrong, or the image of largest loss if there was
-    none; one that is wrong from the outset is returned as it is. A ``loss`` given by the caller is an aim of
-    its own: every sample gets its image of largest loss, right or wrong.
+    none; one that is wrong from the outset is returned as it is. A ``loss`` given by the caller is a goal
+    of its own: every sample gets its image of largest loss, right or wrong.
 
     Args:
         steps: iterations, >= 1.
@@ -66,6 +68,9 @@ class APGD(Attack):
     """The step is halved where no more than this share of steps raised the loss, in (0, 1]."""
     eot: int = 1
     """Forwards whose gradients are averaged at each step, >= 1."""
+    several_batches: ClassVar[bool] = True
+    pattern: ClassVar[str] = rf"apgd-(?P<loss>ce|dlr){COUNTS}(?:-eot(?P<eot>\d+))?"
+    suffix: ClassVar[str | None] = "[-STEPS[xRESTARTS]][-eotFORWARDS]"
 
     def __post_init__(self) -> None:
         _check(self.rho, steps=self.steps, restarts=self.restarts, eot=self.eot)
@@ -77,58 +82,26 @@ class APGD(Attack):
         """``apgd-ce`` or ``apgd-dlr``; off the defaults ``apgd-ce-50``, ``apgd-ce-100x5`` (restarts),
         ``apgd-ce-eot20``."""
         eot = "" if self.eot == 1 else f"-eot{self.eot}"
-        return f"apgd-{self.loss}" + _suffix(self.steps, self.restarts) + eot
+        return f"apgd-{self.loss}" + count_suffix(self.steps, self.restarts, default=100) + eot
 
-    def __call__(
-        self,
-        forward: Forward,
-        image: Tensor,
-        target: Tensor,
-        threat: ThreatModel,
-        *,
-        loss: AttackLoss | None = None,
-        generator: torch.Generator | None = None,
+    def run(
+        self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
     ) -> Tensor:
-        """See :meth:`Attack.__call__`; a CPU ``generator`` serves images on any device.
+        """See :meth:`Attack.run`; a CPU generator serves images on any device. In an evaluation a start's
+        noise is drawn for the images of a batch that are still right: the verdict depends on that batch, and
+        on nothing else beside it.
 
         Cost: one forward, then per restart and sample still right ``steps`` + 1 forwards and ``steps``
         input gradients, ``eot`` times as many of both (but for the last step) with ``eot``.
         """
-        oracle, draws = Oracle(forward, len(image)), Draws.of(generator, len(image))
-        if loss is not None:
-            return self._searching(oracle, threat, draws, _given(loss)).climb(image, self.restarts)
-        return self._fool(oracle, image, target, threat, draws, Journal())
-
-    def search(
-        self,
-        oracle: Oracle,
-        image: Tensor,
-        label: Tensor,
-        threat: ThreatModel,
-        *,
-        draws: Draws,
-        journal: Journal | None = None,
-    ) -> Tensor:
-        """See :meth:`Attack.search`. A start's noise is drawn for the images of a logical batch that are
-        still right: the verdict depends on that batch, and on nothing else beside it."""
-        return self._fool(oracle, image, label, threat, draws, journal or Journal())
-
-    def _searching(self, oracle: Oracle, threat: ThreatModel, draws: Draws, loss: _Loss) -> _Search:
-        return _Search(oracle, threat, self.steps, self.rho, self.eot, draws, loss)
-
-    def _fool(
-        self,
-        oracle: Oracle,
-        image: Tensor,
-        target: Tensor,
-        threat: ThreatModel,
-        draws: Draws,
-        journal: Journal,
-    ) -> Tensor:
-        search = self._searching(oracle, threat, draws, _cross_entropy if self.loss == "ce" else _dlr)
-        return search.fool([target] * self.restarts, image, hard_label(target), journal)
+        search = _Search(net, context, threat, self.steps, self.rho, self.eot)
+        if context.loss is not None:
+            return search.climb(context.loss, image, self.restarts)
+        loss = _cross_entropy if self.loss == "ce" else _dlr
+        return search.fool(loss, [label] * self.restarts, image, hard_label(label))
 
 
+@ATTACKS.register("apgd-t")
 @dataclass(frozen=True)
 class TargetedAPGD(Attack):
     """Auto-PGD towards each of the likeliest wrong classes in turn, on the targeted difference-of-logits
@@ -157,6 +130,9 @@ class TargetedAPGD(Attack):
     """Wrong classes to try, likeliest first, >= 1."""
     rho: float = 0.75
     """The step is halved where no more than this share of steps raised the loss, in (0, 1]."""
+    several_batches: ClassVar[bool] = True
+    pattern: ClassVar[str] = rf"apgd-t{COUNTS}"
+    suffix: ClassVar[str | None] = "[-STEPS[xRESTARTS]]"
 
     def __post_init__(self) -> None:
         _check(self.rho, steps=self.steps, restarts=self.restarts, targets=self.targets)
@@ -164,50 +140,24 @@ class TargetedAPGD(Attack):
     @property
     def name(self) -> str:
         """``apgd-t``; off the defaults ``apgd-t-50``, ``apgd-t-100x5`` (restarts)."""
-        return "apgd-t" + _suffix(self.steps, self.restarts)
+        return "apgd-t" + count_suffix(self.steps, self.restarts, default=100)
 
-    def __call__(
-        self,
-        forward: Forward,
-        image: Tensor,
-        target: Tensor,
-        threat: ThreatModel,
-        *,
-        loss: AttackLoss | None = None,
-        generator: torch.Generator | None = None,
+    def run(
+        self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
     ) -> Tensor:
-        """See :meth:`Attack.__call__`; a CPU ``generator`` serves images on any device.
+        """See :meth:`Attack.run`; a CPU generator serves images on any device. What a verdict depends on is
+        as in :class:`APGD`.
 
         Cost: one forward, then per class, restart and sample still right ``steps`` + 1 forwards and
         ``steps`` input gradients.
         """
-        oracle, draws = Oracle(forward, len(image)), Draws.of(generator, len(image))
-        if loss is not None:
-            starts = self.targets * self.restarts
-            return self._searching(oracle, threat, draws, _given(loss)).climb(image, starts)
-        return self.search(oracle, image, hard_label(target), threat, draws=draws)
-
-    def search(
-        self,
-        oracle: Oracle,
-        image: Tensor,
-        label: Tensor,
-        threat: ThreatModel,
-        *,
-        draws: Draws,
-        journal: Journal | None = None,
-    ) -> Tensor:
-        """See :meth:`Attack.search`; what a verdict depends on is as in :class:`APGD`."""
-        aims = [
-            wrong
-            for wrong in _likeliest_wrong(oracle.clean(image), label, self.targets)
-            for _ in range(self.restarts)
-        ]
-        search = self._searching(oracle, threat, draws, targeted_dlr)
-        return search.fool(aims, image, label, journal or Journal())
-
-    def _searching(self, oracle: Oracle, threat: ThreatModel, draws: Draws, loss: _Loss) -> _Search:
-        return _Search(oracle, threat, self.steps, self.rho, 1, draws, loss)
+        search = _Search(net, context, threat, self.steps, self.rho, eot=1)
+        if context.loss is not None:
+            return search.climb(context.loss, image, self.targets * self.restarts)
+        label = hard_label(label)
+        classes = _likeliest_wrong(net.clean_logits(image), label, self.targets)
+        targets = [target for target in classes for _ in range(self.restarts)]
+        return search.fool(targeted_dlr, targets, image, label)
 
 
 def checkpoints(steps: int) -> list[int]:
@@ -229,31 +179,31 @@ def checkpoints(steps: int) -> list[int]:
 
 
 _Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Maps logits [m, k], labels [m] and aims (what a search climbs away from or towards: labels, probabilities
-or wrong classes, [m] or [m, k]) to what is climbed, [m]."""
+"""Maps logits [m, k], labels [m] and targets (what a search climbs away from or towards: labels,
+probabilities or wrong classes, [m] or [m, k]) to what is climbed, [m]."""
 
 
-def _cross_entropy(logits: Tensor, label: Tensor, aim: Tensor) -> Tensor:
-    return cross_entropy(logits, aim)
+def _cross_entropy(logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
+    return cross_entropy(logits, target)
 
 
-def _dlr(logits: Tensor, label: Tensor, aim: Tensor) -> Tensor:
-    return dlr(logits, aim)
+def _dlr(logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
+    return dlr(logits, target)
 
 
-def _given(loss: AttackLoss) -> _Loss:
-    return lambda logits, label, aim: loss(logits)
+def _callers(loss: AttackLoss) -> _Loss:
+    return lambda logits, label, target: loss(logits)
 
 
 class _State(NamedTuple):
     """Where a search of m samples stands."""
 
-    here: Tensor
+    x_adv: Tensor
     """Iterate, [m, c, h, w]."""
-    before: Tensor
+    previous: Tensor
     """The iterate before the last move, [m, c, h, w]."""
     grad: Tensor
-    """Of the loss at ``here``, [m, c, h, w]."""
+    """Of the loss at ``x_adv``, [m, c, h, w]."""
     value: Tensor
     """Loss after the last step, [m]."""
     best: Tensor
@@ -268,12 +218,12 @@ class _State(NamedTuple):
     """The last checkpoint halved the step, [m] bool."""
     checked_value: Tensor
     """``best_value`` at the last checkpoint, [m]."""
-    caught: Tensor
+    candidate: Tensor
     """A wrong image where ``claimed``, [m, c, h, w]."""
     claimed: Tensor
-    """The searching forward has been wrong since the last packing, [m] bool."""
+    """The searching network has been wrong since the last packing, [m] bool."""
     depth: Tensor
-    """Loss that a wrong image must exceed to become ``caught``, [m]."""
+    """Loss that a wrong image must exceed to become the ``candidate``, [m]."""
 
 
 class _Given(NamedTuple):
@@ -283,7 +233,7 @@ class _Given(NamedTuple):
     """Clean, [m, c, h, w]."""
     label: Tensor
     """[m] int64."""
-    aim: Tensor
+    target: Tensor
     """See ``_Loss``."""
 
 
@@ -294,7 +244,7 @@ class _Step:
     Args:
         fooling: a wrong prediction is what is searched for; otherwise only the loss counts.
         deepest: of several wrong images keep the one of largest loss, which is the likeliest to stand where
-            the search's own predictions are in doubt; otherwise the first.
+            successes are unverified; otherwise the first.
         first: the step ``first`` has no move to repeat.
         last: the step ``last`` needs no gradient.
     """
@@ -307,21 +257,21 @@ class _Step:
     first: bool = False
     last: bool = False
 
-    def __call__(self, forward: View, state: _State, given: _Given) -> _State:
+    def __call__(self, net: Forward, state: _State, given: _Given) -> _State:
         direction = state.grad.sign() if self.threat.norm == "linf" else _unit(state.grad)
-        moved = self.threat.project(given.image, state.here + state.step_size * direction)
+        x_adv = self.threat.project(given.image, state.x_adv + state.step_size * direction)
         if not self.first:
-            momentum = (1 - MOMENTUM) * (state.here - state.before)
-            moved = state.here + MOMENTUM * (moved - state.here) + momentum
-            moved = self.threat.project(given.image, moved)
-        logits, value, grad = self.look(forward, given, moved)
+            momentum = (1 - MOMENTUM) * (state.x_adv - state.previous)
+            x_adv = state.x_adv + MOMENTUM * (x_adv - state.x_adv) + momentum
+            x_adv = self.threat.project(given.image, x_adv)
+        logits, value, grad = self.evaluate(net, given, x_adv)
         better = value > state.best_value
         state = state._replace(
-            here=moved,
-            before=state.here,
+            x_adv=x_adv,
+            previous=state.x_adv,
             grad=grad,
             value=value,
-            best=pick(better, moved, state.best),
+            best=pick(better, x_adv, state.best),
             best_grad=pick(better, grad, state.best_grad),
             best_value=torch.where(better, value, state.best_value),
             rises=state.rises + (value > state.value),
@@ -329,38 +279,38 @@ class _Step:
         return self.claim(state, given, logits, value)
 
     def claim(self, state: _State, given: _Given, logits: Tensor, value: Tensor) -> _State:
-        """Keep a wrong image where the network is fooled at ``state.here``."""
+        """Keep a wrong image where the network is fooled at ``state.x_adv``."""
         if not self.fooling:
             return state
         wrong = logits.argmax(dim=1) != given.label
         fresh = wrong & (~state.claimed | (value > state.depth))
         return state._replace(
-            caught=pick(fresh, state.here, state.caught),
+            candidate=pick(fresh, state.x_adv, state.candidate),
             claimed=state.claimed | wrong,
             depth=torch.where(fresh, value if self.deepest else math.inf, state.depth),
         )
 
-    def look(self, forward: View, given: _Given, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, net: Forward, given: _Given, x_adv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [m, k], loss [m] and its gradient [m, c, h, w] (zero where it is NaN or infinite: such a
         pixel must not poison the image)."""
         if self.last:
             with torch.no_grad():
-                logits = forward(image)
-                return logits, self.loss(logits, given.label, given.aim), torch.zeros_like(image)
-        logits, value, grad = self._slope(forward, given, image)
+                logits = net(x_adv)
+                return logits, self.loss(logits, given.label, given.target), torch.zeros_like(x_adv)
+        logits, value, grad = self._gradient(net, given, x_adv)
         for _ in range(self.eot - 1):
-            logits, value, more = self._slope(forward, given, image)
+            logits, value, more = self._gradient(net, given, x_adv)
             grad = grad + more
         grad = grad if self.eot == 1 else grad / self.eot
         return logits, value, grad.nan_to_num(0, 0, 0)
 
-    def _slope(self, forward: View, given: _Given, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        image = image.detach().requires_grad_(True)
+    def _gradient(self, net: Forward, given: _Given, x_adv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_adv = x_adv.detach().requires_grad_(True)
         with torch.enable_grad():
-            logits = forward(image)
-            value = self.loss(logits, given.label, given.aim)
+            logits = net(x_adv)
+            value = self.loss(logits, given.label, given.target)
             # A network in channels_last order returns its gradient in that order.
-            grad = image_gradient(value, image).contiguous()
+            grad = image_gradient(value, x_adv).contiguous()
         return logits.detach(), value.detach(), grad
 
 
@@ -368,73 +318,58 @@ class _Step:
 class _Search:
     """Auto-PGD from random starts, one after the other."""
 
-    oracle: Oracle
+    net: CountingModel
+    context: AttackContext
     threat: ThreatModel
     steps: int
     rho: float
     eot: int
-    draws: Draws
-    loss: _Loss
 
-    def fool(self, aims: Sequence[Tensor], image: Tensor, label: Tensor, journal: Journal) -> Tensor:
-        """One search per aim ([n] or [n, k]), over the samples that are right so far."""
-        saved = journal.load()
-        if saved:
-            best, value, begun = saved["best"], saved["value"], int(saved["aims"])
-            self.draws.load_state(saved["draws"])
-        else:
-            best, value, begun = image, image.new_full((len(image),), -math.inf), 0
-            wrong = self.oracle.clean(image).argmax(dim=1) != label
-            value = value.masked_fill(wrong, math.inf)
-        for number in range(begun, len(aims)):
-            # Here the host reads the device: it packs the samples that are left.
-            left = (value < math.inf).nonzero().squeeze(1)
-            if len(left) == 0:
-                break
-            noise = self.draws.fresh(left, image[left], normal=self.threat.norm == "l2")
-            for part in self.oracle.parts(len(left), image.device):
-                rows = left[part]
-                given = _Given(image[rows], label[rows], aims[number][rows])
-                found, reached = self.fooled(rows, given, noise[part])
-                kept, reached = larger(found, reached, best[rows], value[rows])
-                best, value = best.index_copy(0, rows, kept), value.index_copy(0, rows, reached)
-            journal.save(partial(self._note, best, value, number + 1))
-        return best
-
-    def _note(self, best: Tensor, value: Tensor, aims: int) -> dict[str, Tensor]:
-        return {"best": best, "value": value, "aims": torch.tensor(aims), "draws": self.draws.state()}
-
-    def climb(self, image: Tensor, starts: int) -> Tensor:
+    def climb(self, loss: AttackLoss, image: Tensor, starts: int) -> Tensor:
         """Each sample's image of largest loss, right or wrong."""
         best, value = image, image.new_full((len(image),), -math.inf)
         rows = torch.arange(len(image), device=image.device)
-        step = _Step(self.threat, self.loss, self.eot, fooling=False, deepest=False)
-        forward, given = self.oracle.at(), _Given(image, rows, rows)  # the loss knows its labels itself
+        step = _Step(self.threat, _callers(loss), self.eot, fooling=False, deepest=False)
+        active, given = self.context.active(), _Given(image, rows, rows)  # the loss knows its labels itself
         for _ in range(starts):
-            noise = self.draws.fresh(rows, image, normal=self.threat.norm == "l2")
-            state = _begin(step, forward, given, noise)
-            state = self.advance(step, forward, state, given, 0, self.steps)
+            state = _begin(step, self.net, given, self._noise(image, rows))
+            state = self._advance(step, active, state, given, 0, self.steps)
             best, value = larger(state.best, state.best_value, best, value)
         return best
 
-    def fooled(self, rows: Tensor, given: _Given, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def fool(self, loss: _Loss, targets: Sequence[Tensor], image: Tensor, label: Tensor) -> Tensor:
+        """One search per target ([n] or [n, k]), over the samples that are right so far."""
+        best = image.clone(memory_format=torch.contiguous_format)
+        value = image.new_full((len(image),), -math.inf)
+        value.masked_fill_(self.net.clean_logits(image).argmax(dim=1) != label, math.inf)
+        step = _Step(self.threat, loss, self.eot, fooling=True, deepest=self.net.unverified)
+        results = {"best": best, "value": value}
+        for number, left in self.context.searches(len(targets), results, lambda: value < math.inf):
+            given, noise = _Given(image, label, targets[number]), self._noise(image[left], left)
+            for rows, part in zip(self.context.portions(left), self.context.portions(noise), strict=True):
+                found, reached = self._search(step, self.context.active(rows), given, part)
+                best[rows], value[rows] = larger(found, reached, best[rows], value[rows])
+        return best
+
+    def _noise(self, image: Tensor, rows: Tensor) -> Tensor:
+        return self.context.random.batch_noise(image, rows, normal=self.threat.norm == "l2")
+
+    def _search(
+        self, step: _Step, active: ActiveImages, given: _Given, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Adversarial images [m, c, h, w] and the loss they reached [m], inf where the network is fooled."""
-        image = given.image
-        found, reached = image.clone(), image.new_full((len(image),), -math.inf)
-        place = torch.arange(len(image), device=image.device)
-        step = _Step(self.threat, self.loss, self.eot, fooling=True, deepest=self.oracle.doubted)
-        forward = self.oracle.at(rows)
-        given, noise = _Given(*self.oracle.fill(*given)), self.oracle.fill(noise)[0]
-        state, done = _begin(step, forward, given, noise), 0
+        given = active.take(given)
+        found = given.image[: len(active)].clone()
+        reached = found.new_full((len(found),), -math.inf)
+        state, done = _begin(step, active.net, given, active.fill(noise)), 0
         while True:
-            # Filled up with copies are all fields of ``state`` and ``given``, but not ``rows`` and ``place``.
-            m, claimed, shown = len(rows), state.claimed, state.caught
-            if done == self.steps and self.oracle.doubted:
+            m, claimed, candidate = len(active), state.claimed, state.candidate
+            if done == self.steps and self.net.unverified:
                 # Rounding hides successes too: at the end every best image is looked at.
-                claimed, shown = torch.ones_like(claimed), pick(claimed, shown, state.best)
-            right = self.oracle.confirmed(claimed, shown, given.label, rows).logical_not()
-            found[place] = pick(right, state.best[:m], shown[:m])
-            reached[place] = state.best_value[:m].masked_fill(~right, math.inf).to(reached)
+                claimed, candidate = torch.ones_like(claimed), pick(claimed, candidate, state.best)
+            right = active.verified(claimed, candidate, given.label).logical_not()
+            found[active.place] = pick(right, state.best[:m], candidate[:m])
+            reached[active.place] = state.best_value[:m].masked_fill(~right, math.inf).to(reached)
             left = right.nonzero().squeeze(1)
             if done == self.steps or len(left) == 0:
                 return found, reached
@@ -443,31 +378,29 @@ class _Search:
                 claimed=torch.zeros_like(state.claimed), depth=torch.full_like(state.depth, -math.inf)
             )
             if len(left) < m:
-                rows, place, forward = rows[left], place[left], self.oracle.at(rows[left])
-                state = _State(*self.oracle.fill(*(field[left] for field in state)))
-                given = _Given(*self.oracle.fill(*(field[left] for field in given)))
-            until = min(done + block(done, 10), self.steps)
-            state, done = self.advance(step, forward, state, given, done, until), until
+                active, state, given = active.keep(left, state, given)
+            until = min(done + steps_until_packing(done, 10), self.steps)
+            state, done = self._advance(step, active, state, given, done, until), until
 
-    def advance(
-        self, step: _Step, forward: View, state: _State, given: _Given, done: int, until: int
+    def _advance(
+        self, step: _Step, active: ActiveImages, state: _State, given: _Given, done: int, until: int
     ) -> _State:
         """Steps ``done`` + 1 to ``until``, each checkpoint's review included."""
         reviews = [0, *(at for at in checkpoints(self.steps) if at < self.steps)]
         while done < until:
             if done == 0 or done + 1 == self.steps:
                 ends = replace(step, first=done == 0, last=done + 1 == self.steps)
-                state, done = ends(forward, state, given), done + 1
+                state, done = ends(active.net, state, given), done + 1
             else:
                 stop = min([until, self.steps - 1, *(at for at in reviews if at > done)])
-                state, done = forward.advance(step, state, given, stop - done), stop
+                state, done = active.repeat(step, state, given, stop - done), stop
             if done in reviews:
                 since = done - reviews[reviews.index(done) - 1]
                 state = _review(state, self.rho * since)
         return state
 
 
-def _begin(step: _Step, forward: View, given: _Given, noise: Tensor) -> _State:
+def _begin(step: _Step, net: Forward, given: _Given, noise: Tensor) -> _State:
     """At ``noise`` (uniform in [0, 1) or normal) stretched to the ball's surface: l-inf by its largest
     pixel, l2 by its length."""
     if step.threat.norm == "linf":
@@ -476,26 +409,25 @@ def _begin(step: _Step, forward: View, given: _Given, noise: Tensor) -> _State:
     else:
         noise = _unit(noise)
     eps = float(step.threat.eps)
-    here = (given.image + eps * noise).clamp(0, 1)
-    logits, value, grad = step.look(forward, given, here)
-    nowhere = torch.full_like(value, -math.inf)
+    x_adv = (given.image + eps * noise).clamp(0, 1)
+    logits, value, grad = step.evaluate(net, given, x_adv)
     state = _State(
-        here=here,
-        before=here,
+        x_adv=x_adv,
+        previous=x_adv,
         grad=grad,
         # The authors' code compares the first step's loss with zero, not with the start's. Kept: the
         # count decides over halving at the first checkpoint.
         value=torch.zeros_like(value),
-        best=here,
+        best=x_adv,
         best_grad=grad,
         best_value=value,
-        step_size=here.new_full((len(here), 1, 1, 1), 2 * eps),
+        step_size=x_adv.new_full((len(x_adv), 1, 1, 1), 2 * eps),
         rises=torch.zeros_like(value, dtype=torch.int64),
         halved=torch.ones_like(value, dtype=torch.bool),
         checked_value=value,
-        caught=here,
+        candidate=x_adv,
         claimed=torch.zeros_like(value, dtype=torch.bool),
-        depth=nowhere,
+        depth=torch.full_like(value, -math.inf),
     )
     return step.claim(state, given, logits, value)
 
@@ -507,7 +439,7 @@ def _review(state: _State, enough: float) -> _State:
     stalled = ~state.halved & (state.checked_value >= state.best_value)
     halve = (state.rises <= enough) | stalled
     return state._replace(
-        here=pick(halve, state.best, state.here),
+        x_adv=pick(halve, state.best, state.x_adv),
         grad=pick(halve, state.best_grad, state.grad),
         step_size=pick(halve, state.step_size / 2, state.step_size),
         rises=torch.zeros_like(state.rises),
@@ -538,9 +470,3 @@ def _check(rho: float, **counts: int) -> None:
             raise SettingError(f"attack.{setting}", count, "a whole number >= 1")
     if not 0 < rho <= 1:
         raise SettingError("attack.rho", rho, "a share in (0, 1]")
-
-
-def _suffix(steps: int, restarts: int) -> str:
-    if restarts > 1:
-        return f"-{steps}x{restarts}"
-    return "" if steps == 100 else f"-{steps}"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self, final
 
 import torch
 from torch import Tensor
 
 from softdefend.attacks.losses import AttackLoss, image_gradient
+from softdefend.core.errors import SettingError
 from softdefend.core.threat import ThreatModel
+from softdefend.execution.context import AttackContext
+from softdefend.execution.counting import CountingModel
 from softdefend.execution.counting import Forward as Forward
-from softdefend.execution.counting import Journal, Oracle
-from softdefend.execution.randomness import Draws
+from softdefend.execution.randomness import CallerRandomness
 
 Randomness = Literal["none", "image", "batch"]
 
@@ -22,14 +25,47 @@ Randomness = Literal["none", "image", "batch"]
 class Attack(ABC):
     """Settings of an attack; calling it makes adversarial images.
 
+    A subclass writes :meth:`run` and :attr:`name`, and says in :attr:`randomness` what its results depend on.
+    One that is to be asked for by its name is registered, see :mod:`softdefend.attacks.names`.
+
     The network's mode and its parameters' ``requires_grad`` are the caller's: an attack only ever asks
     for the gradient with respect to the image.
     """
 
     randomness: ClassVar[Randomness] = "batch"
-    """What a result depends on beside the image: nothing; the image's position in the data; or the logical
+    """What a result depends on beside the image: nothing; the image's position in the data; or the
     batch it is attacked in. An attack that draws nothing should say so: an evaluation may then cut its
     batches as memory asks."""
+    several_batches: ClassVar[bool] = False
+    """Whether :meth:`run` takes the images of several batches of an evaluation at once, in portions that fit
+    into memory, and has its successes verified. Any other attack is run on one batch after the other, in full
+    precision; where nothing is random, on as many images as fit."""
+    minimizes_distance: ClassVar[bool] = False
+    """Whether the attack looks for the closest wrong image: it then has no use for a caller's loss."""
+    pattern: ClassVar[str] = ""
+    """A regular expression for the names of this attack, whose groups are constructor arguments:
+    ``pgd-(?P<steps>\\d+)``. Without one there is a name for the default settings only."""
+    suffix: ClassVar[str | None] = ""
+    """What may stand behind the name that the attack is registered under, for messages:
+    ``-STEPS[xRESTARTS]``. None where a name alone makes no attack."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Short name for tables and files, such as ``pgd-20``."""
+
+    @classmethod
+    def from_name(cls, name: str) -> Self | None:
+        """The attack that a name stands for, the rest of its settings as they are by default; None for a name
+        that is not understood."""
+        if not cls.pattern:
+            default = cls()
+            return default if default.name == name else None
+        match = re.fullmatch(cls.pattern, name)
+        if match is None:
+            return None
+        given = {setting: value for setting, value in match.groupdict().items() if value is not None}
+        return cls(**{s: int(value) if value.isdecimal() else value for s, value in given.items()})
 
     def check(self, threat: ThreatModel) -> None:  # noqa: B027 (most attacks take every threat model)
         """Refuse a threat model that this attack is not made for; an evaluation asks before it runs anything.
@@ -39,69 +75,85 @@ class Attack(ABC):
         """
 
     @abstractmethod
+    def run(
+        self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
+    ) -> Tensor:
+        """Adversarial images [b, c, h, w], inside ``threat`` around ``image``.
+
+        Args:
+            net: images [b, c, h, w] to logits [b, k].
+            image: [b, c, h, w] float32 in [0, 1].
+            label: [b] int64; or probabilities [b, k], from a caller who trains (see
+                :func:`~softdefend.attacks.losses.hard_label`).
+            threat: the set the result stays in.
+            context: the caller's loss if there is one (``context.loss``), and the source of every random
+                draw: ``context.generator``, or for an attack of several batches ``context.random``.
+        """
+
+    @final
     def __call__(
         self,
-        forward: Forward,
+        net: Forward,
         image: Tensor,
-        target: Tensor,
+        label: Tensor,
         threat: ThreatModel,
         *,
         loss: AttackLoss | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Adversarial images [b, c, h, w], inside ``threat`` around ``image``.
+        """Adversarial images [b, c, h, w], inside ``threat`` around ``image``; what they cost is said at the
+        attack's :meth:`run`.
 
         Args:
-            forward: images [b, c, h, w] to logits [b, k].
+            net: images [b, c, h, w] to logits [b, k].
             image: [b, c, h, w] float32 in [0, 1].
-            target: labels [b] int64, or probabilities [b, k].
+            label: [b] int64, or probabilities [b, k].
             threat: the set the result stays in.
             loss: what to climb, in place of the attack's own loss.
             generator: source of every random draw, on the device of ``image``; torch's own when None.
+
+        Raises:
+            SettingError: what :meth:`check` refuses; a ``loss`` for an attack that minimises the distance.
         """
+        if loss is not None and self.minimizes_distance:
+            raise SettingError("attack.loss", "a loss", f"none: {self.name} minimises the distance")
+        self.check(threat)
+        model = CountingModel(net, len(image))
+        context = AttackContext(model, CallerRandomness(generator, len(image)), loss=loss)
+        return self.run(model, image, label, threat, context)
 
-    def search(
-        self,
-        oracle: Oracle,
-        image: Tensor,
-        label: Tensor,
-        threat: ThreatModel,
-        *,
-        draws: Draws,
-        journal: Journal | None = None,
+    @final
+    def run_batches(
+        self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
     ) -> Tensor:
-        """What an evaluation calls: the same attack on the images of several logical batches at once.
-
-        The default calls the attack on one logical batch after the other, in full precision; where nothing
-        is random, on as many images at once as ``oracle`` takes.
+        """What an evaluation calls: :meth:`run` on the images of several batches.
 
         Args:
-            oracle: the network.
+            net: the network for all n images.
             image: [n, c, h, w] float32 in [0, 1].
             label: [n] int64.
             threat: the set the result stays in.
-            draws: the random numbers of these images.
-            journal: where to note what a killed evaluation should not do twice.
+            context: of all n images.
 
         Returns:
             Adversarial images [n, c, h, w].
         """
-        parts = draws.portions(image.device)
+        self.check(threat)
+        if self.several_batches:
+            return self.run(net, image, label, threat, context)
+        batches = context.random.batches(image.device)
         if self.randomness == "none":
-            parts = ((rows, None) for rows in oracle.parts(len(image), image.device))
-        found = [
-            self(oracle.exact_at(rows), image[rows], label[rows], threat, generator=generator).detach()
-            for rows, generator in parts
-        ]
+            everything = torch.arange(len(image), device=image.device)
+            batches = ((rows, CallerRandomness(None, len(rows))) for rows in context.portions(everything))
+        found = []
+        for rows, random in batches:
+            part = net.part(rows)
+            x_adv = self.run(part, image[rows], label[rows], threat, AttackContext(part, random))
+            found.append(x_adv.detach())
         return torch.cat(found)
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Short name for tables and files, such as ``pgd-20``."""
 
-
-def value_and_gradient(forward: Forward, loss: AttackLoss, image: Tensor) -> tuple[Tensor, Tensor]:
+def value_and_gradient(net: Forward, loss: AttackLoss, image: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of each sample, [b], and its gradient with respect to the image, [b, c, h, w], zero where it is
     NaN or infinite: such a pixel must not poison the image.
 
@@ -112,7 +164,7 @@ def value_and_gradient(forward: Forward, loss: AttackLoss, image: Tensor) -> tup
     """
     image = image.detach().requires_grad_(True)
     with torch.enable_grad():
-        value = loss(forward(image))
+        value = loss(net(image))
         grad = image_gradient(value, image)
     return value.detach(), grad.nan_to_num(0, 0, 0)
 
@@ -122,8 +174,8 @@ def pick(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return torch.where(mask.view(-1, 1, 1, 1), yes, no)
 
 
-def larger(found: Tensor, reached: Tensor, best: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def larger(candidate: Tensor, reached: Tensor, best: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Per sample, whichever image [b, c, h, w] has the larger loss [b], and that loss; ``best``, the earlier
     one, on a tie."""
     wins = reached > value
-    return pick(wins, found, best), torch.where(wins, reached.to(value), value)
+    return pick(wins, candidate, best), torch.where(wins, reached.to(value), value)

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from softdefend.attacks.base import Forward
-from softdefend.attacks.losses import (
-    AttackLoss,
-    LossName,
-    check_classes,
-    check_differentiable,
-    hard_label,
-    margin,
-)
+from softdefend.attacks.losses import LossName, check_classes, check_differentiable, margin
 from softdefend.attacks.minimal import Closest, MinimalAttack
+from softdefend.attacks.names import ATTACKS, COUNTS, count_suffix
 from softdefend.attacks.pgd import PGD
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import Norm, ThreatModel
-from softdefend.execution.counting import Journal, Oracle
-from softdefend.execution.randomness import Draws
+from softdefend.execution.counting import CountingModel, Forward
 
 
+@ATTACKS.register("cw-linf")
 @dataclass(frozen=True)
 class CWLinf(PGD):
     """Projected gradient ascent on the margin, 30 steps in l-inf: what papers on adversarial training report
@@ -40,49 +34,13 @@ class CWLinf(PGD):
     steps: int = 30
     """Gradient steps, >= 0."""
     loss: LossName = field(default="margin", init=False)
+    pattern: ClassVar[str] = rf"cw-linf{COUNTS}"
+    suffix: ClassVar[str | None] = "[-STEPS[xRESTARTS]]"
 
     @property
     def name(self) -> str:
         """``cw-linf``; off the defaults ``cw-linf-100``, ``cw-linf-30x5`` (restarts)."""
-        if self.restarts > 1:
-            return f"cw-linf-{self.steps}x{self.restarts}"
-        return "cw-linf" if self.steps == 30 else f"cw-linf-{self.steps}"
-
-    def __call__(
-        self,
-        forward: Forward,
-        image: Tensor,
-        target: Tensor,
-        threat: ThreatModel,
-        *,
-        loss: AttackLoss | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """See :class:`PGD`.
-
-        Raises:
-            SettingError: a threat model in another norm than l-inf.
-        """
-        self.check(threat)
-        return super().__call__(forward, image, target, threat, loss=loss, generator=generator)
-
-    def search(
-        self,
-        oracle: Oracle,
-        image: Tensor,
-        label: Tensor,
-        threat: ThreatModel,
-        *,
-        draws: Draws,
-        journal: Journal | None = None,
-    ) -> Tensor:
-        """See :meth:`PGD.search`.
-
-        Raises:
-            SettingError: a threat model in another norm than l-inf.
-        """
-        self.check(threat)
-        return super().search(oracle, image, label, threat, draws=draws, journal=journal)
+        return "cw-linf" + count_suffix(self.steps, self.restarts, default=30)
 
     def check(self, threat: ThreatModel) -> None:
         """See :meth:`Attack.check`: l-inf alone."""
@@ -91,6 +49,7 @@ class CWLinf(PGD):
             raise SettingError("threat.norm", threat.norm, accepted)
 
 
+@ATTACKS.register("cw-l2")
 @dataclass(frozen=True)
 class CWL2(MinimalAttack):
     """Carlini & Wagner's l2 attack, untargeted and without confidence: Adam on the squared distance plus c
@@ -117,6 +76,8 @@ class CWL2(MinimalAttack):
     """Learning rate of Adam, > 0."""
     first_c: float = 1e-3
     """The first c, > 0."""
+    pattern: ClassVar[str] = r"cw-l2(?:-(?P<rounds>\d+)x(?P<steps>\d+))?"
+    suffix: ClassVar[str | None] = "[-ROUNDSxSTEPS]"
 
     def __post_init__(self) -> None:
         for name, valid, accepted in (
@@ -141,11 +102,10 @@ class CWL2(MinimalAttack):
         if norm != "l2":
             raise SettingError("threat.norm", norm, f"l2 under {self.name}; linf has cw-linf")
 
-    @torch.no_grad()
-    def minimal(
-        self, forward: Forward, image: Tensor, target: Tensor, norm: Norm, *, enough: float = 0.0
+    def search(
+        self, net: CountingModel, image: Tensor, label: Tensor, norm: Norm, enough: float
     ) -> tuple[Tensor, Tensor]:
-        """See :meth:`MinimalAttack.minimal`. Cost: one forward, and at most ``rounds * steps`` forwards and
+        """See :meth:`MinimalAttack.search`. Cost: one forward, and at most ``rounds * steps`` forwards and
         image gradients of each image that is right.
 
         Raises:
@@ -153,42 +113,41 @@ class CWL2(MinimalAttack):
                 in the image.
         """
         self._check_norm(norm)
-        label, best = hard_label(target), Closest(image, norm)
-        logits = forward(image)
+        closest, logits = Closest(image, norm), net(image)
         check_classes(logits)
         everyone = torch.arange(len(image), device=image.device)
-        best.see(everyone, image, logits.argmax(dim=1) != label)
+        closest.update(everyone, image, logits.argmax(dim=1) != label)
         c = image.new_full((len(image),), self.first_c)
         low, high = torch.zeros_like(c), torch.full_like(c, math.inf)
         for _ in range(self.rounds):
-            rows = (best.distance > enough).nonzero().flatten()
+            rows = (closest.distance > enough).nonzero().flatten()
             if not len(rows):
                 break
-            fooled = self._round(forward, best, rows, label[rows], c[rows], enough)
+            fooled = self._round(net, closest, rows, label[rows], c[rows], enough)
             high[rows] = torch.where(fooled, c[rows], high[rows])
             low[rows] = torch.where(fooled, low[rows], c[rows])
             c = torch.where(high.isfinite(), (low + high) / 2, 10 * low)
-        return best.image, best.distance
+        return closest.image, closest.distance
 
     def _round(
-        self, forward: Forward, best: Closest, rows: Tensor, label: Tensor, c: Tensor, enough: float
+        self, net: Forward, closest: Closest, rows: Tensor, label: Tensor, c: Tensor, enough: float
     ) -> Tensor:
         """Adam from the images at one c each; whether a wrong point was met, [m]."""
         fooled = torch.zeros_like(label, dtype=torch.bool)
-        image = best.clean[rows]
+        image = closest.clean[rows]
         # The authors' factor: keeps the argument of pixels at 0 and 1 finite.
         argument = ((2 * image - 1) * (1 - 1e-6)).atanh()
         mean, square = torch.zeros_like(image), torch.zeros_like(image)
         before = torch.full_like(c, math.inf)
         place = torch.arange(len(rows), device=rows.device)
         for step in range(self.steps):
-            point, wrong, loss, grad = _descend(forward, argument, image, label, c)
-            best.see(rows, point, wrong)
+            x_adv, wrong, loss, grad = _descend(net, argument, image, label, c)
+            closest.update(rows, x_adv, wrong)
             fooled[place] |= wrong
             mean, square = torch.lerp(grad, mean, 0.9), torch.lerp(grad.square(), square, 0.999)
             scale = (square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
             argument = argument - self.lr / (1 - 0.9 ** (step + 1)) * mean / scale
-            active = best.distance[rows] > enough
+            active = closest.distance[rows] > enough
             if step % max(self.steps // 10, 1) == 0:
                 active &= ~(loss > 0.9999 * before)
                 before = loss
@@ -203,16 +162,16 @@ class CWL2(MinimalAttack):
 
 
 def _descend(
-    forward: Forward, argument: Tensor, image: Tensor, label: Tensor, c: Tensor
+    net: Forward, argument: Tensor, image: Tensor, label: Tensor, c: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images [m, c, h, w] of the tanh's arguments, whether they are wrong, the loss [m] and its gradient in
     the arguments, zero where it is NaN or infinite."""
     argument = argument.detach().requires_grad_(True)
     with torch.enable_grad():
-        point = (argument.tanh() + 1) / 2
-        logits = forward(point)
+        x_adv = (argument.tanh() + 1) / 2
+        logits = net(x_adv)
         check_differentiable(logits)
         right_by = (-margin(logits, label)).clamp_min(0)
-        loss = (point - image).square().sum(dim=(1, 2, 3)) + c * right_by
+        loss = (x_adv - image).square().sum(dim=(1, 2, 3)) + c * right_by
         (grad,) = torch.autograd.grad(loss.sum(), argument)
-    return point.detach(), logits.argmax(dim=1) != label, loss.detach(), grad.nan_to_num(0, 0, 0)
+    return x_adv.detach(), logits.argmax(dim=1) != label, loss.detach(), grad.nan_to_num(0, 0, 0)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from softdefend.attacks.base import Forward
-from softdefend.attacks.losses import check_classes, check_differentiable, hard_label, image_gradient
+from softdefend.attacks.losses import check_classes, check_differentiable, image_gradient
 from softdefend.attacks.minimal import Closest, MinimalAttack, reach, steepest
+from softdefend.attacks.names import ATTACKS
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import Norm
-from softdefend.execution.counting import View
+from softdefend.execution.counting import CountingModel
 
 NUDGE = 1e-4
 """Added to every step, in pixel units: near the boundary a step would otherwise vanish in rounding. As in the
 authors' code; a distance is never shorter."""
 
 
+@ATTACKS.register("deepfool")
 @dataclass(frozen=True)
 class DeepFool(MinimalAttack):
     """Steps to the nearest of the boundaries to the runner-up classes, each taken as a hyperplane, in l-inf
@@ -41,6 +43,8 @@ class DeepFool(MinimalAttack):
     """Runner-up classes looked at, >= 1."""
     overshoot: float = 0.02
     """Share by which a step goes beyond the boundary, >= 0."""
+    pattern: ClassVar[str] = r"deepfool(?:-(?P<steps>\d+))?"
+    suffix: ClassVar[str | None] = "[-STEPS]"
 
     def __post_init__(self) -> None:
         for name, valid, accepted in (
@@ -56,50 +60,51 @@ class DeepFool(MinimalAttack):
         """``deepfool``, or ``deepfool-100`` where the steps are not 50."""
         return "deepfool" if self.steps == 50 else f"deepfool-{self.steps}"
 
-    @torch.no_grad()
-    def minimal(
-        self, forward: Forward, image: Tensor, target: Tensor, norm: Norm, *, enough: float = 0.0
+    def search(
+        self, net: CountingModel, image: Tensor, label: Tensor, norm: Norm, enough: float
     ) -> tuple[Tensor, Tensor]:
-        """See :meth:`MinimalAttack.minimal`. Cost: at most ``steps`` + 1 forwards and ``steps * targets``
+        """See :meth:`MinimalAttack.search`. Cost: at most ``steps`` + 1 forwards and ``steps * targets``
         image gradients of each image; an image leaves the batch after the step that sees it wrong.
 
         ``enough`` changes nothing: an image is left at its first wrong point.
         """
-        label, best = hard_label(target), Closest(image, norm)
-        rows, point, rivals = torch.arange(len(image), device=image.device), image, None
+        closest = Closest(image, norm)
+        rows, x_adv, targets = torch.arange(len(image), device=image.device), image, None
         for _ in range(self.steps):
-            point = point.detach().requires_grad_(True)
+            x_adv = x_adv.detach().requires_grad_(True)
             with torch.enable_grad():
-                logits = forward(point)
+                logits = net(x_adv)
             check_classes(logits)
             check_differentiable(logits)
             wrong = logits.argmax(dim=1) != label
-            best.see(rows, point.detach(), wrong)
-            if rivals is None:
-                rivals = _runners_up(logits.detach(), label, self.targets)
+            closest.update(rows, x_adv.detach(), wrong)
+            if targets is None:
+                targets = _runners_up(logits.detach(), label, self.targets)
             left = (~wrong).nonzero().flatten()
             if not len(left):
                 break
-            shift = self._shift(logits, point, label, rivals, norm)
-            if isinstance(forward, View):  # it has counted one gradient for each image
-                forward.loose[1] += len(point) * (rivals.shape[1] - 1)
-            point = (point.detach() + shift).clamp(0, 1)
+            shift = self._shift(logits, x_adv, label, targets, norm)
+            # The network has counted one gradient for each image.
+            net.add_unassigned_gradients(len(x_adv) * (targets.shape[1] - 1))
+            x_adv = (x_adv.detach() + shift).clamp(0, 1)
             if len(left) < len(rows):
-                rows, label, rivals, point = (x[left] for x in (rows, label, rivals, point))
+                rows, label, targets, x_adv = (x[left] for x in (rows, label, targets, x_adv))
         else:
-            best.see(rows, point, forward(point).argmax(dim=1) != label)
-        return best.image, best.distance
+            closest.update(rows, x_adv, net(x_adv).argmax(dim=1) != label)
+        return closest.image, closest.distance
 
-    def _shift(self, logits: Tensor, point: Tensor, label: Tensor, rivals: Tensor, norm: Norm) -> Tensor:
+    def _shift(self, logits: Tensor, x_adv: Tensor, label: Tensor, targets: Tensor, norm: Norm) -> Tensor:
         """Over the nearest of the hyperplanes, [m, c, h, w]; zero where every slope is.
 
-        One rival's gradient at a time, so that memory does not grow with their number.
+        One target's gradient at a time, so that memory does not grow with their number.
         """
-        shift, nearest = torch.zeros_like(point), point.new_full((len(point),), math.inf)
-        for column in range(rivals.shape[1]):
+        shift, nearest = torch.zeros_like(x_adv), x_adv.new_full((len(x_adv),), math.inf)
+        for column in range(targets.shape[1]):
             with torch.enable_grad():
-                gap = (logits.gather(1, rivals[:, column, None]) - logits.gather(1, label[:, None])).flatten()
-                slope = image_gradient(gap, point, keep_graph=column + 1 < rivals.shape[1])
+                gap = (
+                    logits.gather(1, targets[:, column, None]) - logits.gather(1, label[:, None])
+                ).flatten()
+                slope = image_gradient(gap, x_adv, keep_graph=column + 1 < targets.shape[1])
             way, growth = steepest(slope.nan_to_num(0, 0, 0), norm)
             distance = reach(gap.detach().to(growth), growth)
             closer, step = distance < nearest, (1 + self.overshoot) * (distance + NUDGE)

@@ -8,21 +8,25 @@ its batch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from softdefend.attacks.base import Attack, Forward, value_and_gradient
-from softdefend.attacks.losses import AttackLoss, check_classes, hard_label, image_gradient
+from softdefend.attacks.base import Attack, value_and_gradient
+from softdefend.attacks.losses import check_classes, hard_label, image_gradient
+from softdefend.attacks.names import ATTACKS, COUNTS, count_suffix
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import Norm, ThreatModel
-from softdefend.execution.counting import Journal, Oracle, View, block
-from softdefend.execution.randomness import Draws
+from softdefend.execution.context import ActiveImages, AttackContext, steps_until_packing
+from softdefend.execution.counting import CountingModel, Forward, RowsModel
+from softdefend.execution.randomness import CallerRandomness
 
 
+@ATTACKS.register("fab")
+@ATTACKS.register("fab-t")
 @dataclass(frozen=True)
 class FAB(Attack):
     """FAB in l-inf or l2.
@@ -60,6 +64,10 @@ class FAB(Attack):
     """Searches per target, >= 1; all but the first begin at a random point."""
     targeted: bool = True
     """Towards one class after the other, or always towards the closest."""
+    several_batches: ClassVar[bool] = True
+    minimizes_distance: ClassVar[bool] = True
+    pattern: ClassVar[str] = rf"fab(?:-t)?{COUNTS}"
+    suffix: ClassVar[str | None] = "[-STEPS[xRESTARTS]]"
 
     def __post_init__(self) -> None:
         for name, valid, accepted in (
@@ -76,58 +84,34 @@ class FAB(Attack):
     @property
     def name(self) -> str:
         """``fab-t``, untargeted ``fab``; off the defaults ``fab-t-50``, ``fab-100x5`` (restarts)."""
-        name = "fab-t" if self.targeted else "fab"
-        if self.restarts > 1:
-            return f"{name}-{self.steps}x{self.restarts}"
-        return name if self.steps == 100 else f"{name}-{self.steps}"
+        return ("fab-t" if self.targeted else "fab") + count_suffix(self.steps, self.restarts, default=100)
 
-    def __call__(
-        self,
-        forward: Forward,
-        image: Tensor,
-        target: Tensor,
-        threat: ThreatModel,
-        *,
-        loss: AttackLoss | None = None,
-        generator: torch.Generator | None = None,
+    @classmethod
+    def from_name(cls, name: str) -> Self | None:
+        """See :meth:`Attack.from_name`."""
+        found = super().from_name(name)
+        return None if found is None else replace(found, targeted=name.startswith("fab-t"))
+
+    def run(
+        self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
     ) -> Tensor:
-        """See :meth:`Attack.__call__`. Cost: one forward, and per search and step up to two forwards and one
+        """See :meth:`Attack.run`. Cost: one forward, and per search and step up to two forwards and one
         image gradient (untargeted: one for each class) of each image that no wrong point within ``eps`` has
         been found for.
 
-        An image is returned unchanged where none is found. ``generator`` may live on the CPU wherever the
-        images are, and is used by restarts alone.
-
-        Raises:
-            SettingError: a ``loss`` is given; this attack minimises the distance.
+        An image is returned unchanged where none is found. Without restarts a verdict depends on the image
+        alone; a restart's noise is drawn for the images of a batch that are still right, from a generator
+        that may live on the CPU wherever the images are.
         """
-        if loss is not None:
-            raise SettingError("attack.loss", "a loss", f"none: {self.name} minimises the distance")
-        oracle, draws = Oracle(forward, len(image)), Draws.of(generator, len(image))
-        return self.search(oracle, image, hard_label(target), threat, draws=draws)
-
-    def search(
-        self,
-        oracle: Oracle,
-        image: Tensor,
-        label: Tensor,
-        threat: ThreatModel,
-        *,
-        draws: Draws,
-        journal: Journal | None = None,
-    ) -> Tensor:
-        """See :meth:`Attack.search`. Without restarts a verdict depends on the image alone; a restart's noise
-        is drawn for the images of a logical batch that are still right."""
         eps = float(threat.eps)
-        hunt = _Hunt(self, oracle, draws, threat.norm, eps)
-        closest, distance = hunt(image, label, journal or Journal())
+        closest, distance = self._closest(net, image, hard_label(label), threat.norm, eps, context)
         return torch.where((distance <= eps).view(-1, 1, 1, 1), closest, image)
 
     def minimal(
         self,
-        forward: Forward,
+        net: Forward,
         image: Tensor,
-        target: Tensor,
+        label: Tensor,
         norm: Norm,
         *,
         enough: float = 0.0,
@@ -136,7 +120,7 @@ class FAB(Attack):
         """The closest wrong image found, at any distance.
 
         Args:
-            forward, image, target: see :meth:`Attack.__call__`.
+            net, image, label: see :meth:`Attack.__call__`.
             norm: of the distance.
             enough: a distance in pixel units at which the search for a sample stops. Restarts begin half of
                 it away from the image.
@@ -146,102 +130,80 @@ class FAB(Attack):
             Images [b, c, h, w] and their distances [b]: the image itself at 0 where the network is wrong
             from the start, and at infinity where no wrong image was found.
         """
-        oracle, draws = Oracle(forward, len(image)), Draws.of(generator, len(image))
-        return _Hunt(self, oracle, draws, norm, enough)(image, hard_label(target), Journal())
-
-
-@dataclass(frozen=True)
-class _Hunt:
-    """The searches of one attack on one batch; a wrong image within ``enough`` ends a sample's."""
-
-    attack: FAB
-    oracle: Oracle
-    draws: Draws
-    norm: Norm
-    enough: float
+        model = CountingModel(net, len(image))
+        context = AttackContext(model, CallerRandomness(generator, len(image)))
+        return self._closest(model, image, hard_label(label), norm, enough, context)
 
     @torch.no_grad()
-    def __call__(self, image: Tensor, label: Tensor, journal: Journal) -> tuple[Tensor, Tensor]:
-        """Closest wrong images and distances; see :meth:`FAB.minimal`."""
-        logits, attack = self.oracle.clean(image), self.attack
+    def _closest(
+        self,
+        net: CountingModel,
+        image: Tensor,
+        label: Tensor,
+        norm: Norm,
+        enough: float,
+        context: AttackContext,
+    ) -> tuple[Tensor, Tensor]:
+        """Closest wrong images and distances; one within ``enough`` ends a sample's search."""
+        logits = net.clean_logits(image)
         check_classes(logits)
-        rivals = [label]
-        if attack.targeted:
-            ranked = logits.scatter(1, label.view(-1, 1), math.inf).argsort(dim=1).flip(1)[:, 1:]
-            rivals = list(ranked.T[: attack.targets])
-        plan = [(rival, restart) for rival in rivals for restart in range(attack.restarts)]
-        saved = journal.load()
-        if saved:
-            closest, distance, begun = saved["closest"], saved["distance"], int(saved["searches"])
-            self.draws.load_state(saved["draws"])
-        else:
-            right = logits.argmax(dim=1) == label
-            distance = image.new_zeros(len(image)).masked_fill(right, math.inf)
-            closest, begun = image.clone(), 0
-        for number in range(begun, len(plan)):
-            rival, restart = plan[number]
-            left = (distance > self.enough).nonzero().flatten()
-            if not len(left):
-                break
-            start = image[left] if restart == 0 else self._away(image[left], left)
-            for part in self.oracle.parts(len(left), image.device):
-                rows = left[part]
-                found, length = self._once(_Given(image[rows], label[rows], rival[rows]), start[part], rows)
+        plan = [
+            (target, restart) for target in self._targets(logits, label) for restart in range(self.restarts)
+        ]
+        right = logits.argmax(dim=1) == label
+        closest, distance = image.clone(), image.new_zeros(len(image)).masked_fill(right, math.inf)
+        results = {"closest": closest, "distance": distance}
+        for number, left in context.searches(len(plan), results, lambda: distance > enough):
+            target, restart = plan[number]
+            start = image[left]
+            if restart > 0:
+                noise = context.random.batch_noise(start, left, normal=norm == "l2")
+                start = _away(start, noise, 0.5 * enough, norm)
+            for rows, part in zip(context.portions(left), context.portions(start), strict=True):
+                active = context.active(rows, many_gradients=not self.targeted)
+                found, length = self._search(active, _Given(image, label, target), part, norm, enough)
                 closer = length < distance[rows]
                 closest[rows] = torch.where(closer.view(-1, 1, 1, 1), found, closest[rows])
                 distance[rows] = torch.where(closer, length, distance[rows])
-            journal.save(partial(self._note, closest, distance, number + 1))
         return closest, distance
 
-    def _note(self, closest: Tensor, distance: Tensor, searches: int) -> dict[str, Tensor]:
-        return {
-            "closest": closest,
-            "distance": distance,
-            "searches": torch.tensor(searches),
-            "draws": self.draws.state(),
-        }
+    def _targets(self, logits: Tensor, label: Tensor) -> list[Tensor]:
+        """The class that each search is to reach, [n] each, from the clean logits; untargeted, one search
+        whose class is not looked at."""
+        if not self.targeted:
+            return [label]
+        ranked = logits.scatter(1, label.view(-1, 1), math.inf).argsort(dim=1).flip(1)[:, 1:]
+        return list(ranked.T[: self.targets])
 
-    def _away(self, image: Tensor, rows: Tensor) -> Tensor:
-        """Random points half of ``enough`` from the images, cut to the box."""
-        noise = self.draws.fresh(rows, image, normal=self.norm == "l2")
-        noise = 2 * noise - 1 if self.norm == "linf" else noise
-        length = _length(noise.flatten(1), self.norm).view(-1, 1, 1, 1)
-        return (image + 0.5 * self.enough * noise / length).clamp(0, 1)
-
-    def _once(self, given: _Given, point: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The closest wrong images on the way from ``point`` [m, c, h, w], and distances."""
-        attack, image = self.attack, given.image
-        found, reached = image.clone(), image.new_full((len(image),), math.inf)
-        place, done = torch.arange(len(image), device=image.device), 0
-        forward = self.oracle.at(rows, several=not attack.targeted)
-        step = _Step(self.norm, attack.targeted, attack.alpha_max, attack.eta, attack.beta)
-        state = _State(*self.oracle.fill(point, image, reached))
-        given = _Given(*self.oracle.fill(*given))
-        while done < attack.steps:
-            until = min(done + block(done, 10), attack.steps)
-            state, done = forward.advance(step, state, given, until - done), until
-            # Filled up with copies are all fields of ``state`` and ``given``, but not ``rows`` and ``place``.
-            m, within = len(rows), state.distance <= self.enough
-            fooled = self.oracle.confirmed(within, state.closest, given.label, rows)
+    def _search(
+        self, active: ActiveImages, given: _Given, start: Tensor, norm: Norm, enough: float
+    ) -> tuple[Tensor, Tensor]:
+        """The closest wrong images [m, c, h, w] on the way from ``start``, and their distances [m]."""
+        given, done = active.take(given), 0
+        found, reached = given.image[: len(active)].clone(), start.new_full((len(active),), math.inf)
+        step = _Step(norm, self.targeted, self.alpha_max, self.eta, self.beta)
+        state = _State(active.fill(start), given.image, active.fill(reached))
+        while done < self.steps:
+            until = min(done + steps_until_packing(done, 10), self.steps)
+            state, done = active.repeat(step, state, given, until - done), until
+            m, within = len(active), state.distance <= enough
+            fooled = active.verified(within, state.closest, given.label)
             distance = state.distance[:m].masked_fill(~fooled & within[:m], math.inf)
-            found[place], reached[place] = state.closest[:m], distance
+            found[active.place], reached[active.place] = state.closest[:m], distance
             left = (~fooled).nonzero().flatten()
             if not len(left):
                 break
-            state = state._replace(distance=self.oracle.fill(distance)[0])
+            state = state._replace(distance=active.fill(distance))
             if len(left) < m:
-                rows, place = rows[left], place[left]
-                forward = self.oracle.at(rows, several=not attack.targeted)
-                state = _State(*self.oracle.fill(*(field[left] for field in state)))
-                given = _Given(*self.oracle.fill(*(field[left] for field in given)))
+                active, state, given = active.keep(left, state, given)
         return found, reached
 
 
 class _State(NamedTuple):
     """Where the search of m samples stands."""
 
-    point: Tensor
-    """Of the next linearisation, [m, c, h, w]."""
+    x_adv: Tensor
+    """Where the network is linearised next, [m, c, h, w]."""
     closest: Tensor
     """The closest wrong image, [m, c, h, w]."""
     distance: Tensor
@@ -255,7 +217,7 @@ class _Given(NamedTuple):
     """Clean, [m, c, h, w]."""
     label: Tensor
     """[m] int64."""
-    rival: Tensor
+    target: Tensor
     """The class to reach, [m] int64; not looked at by a search that is not targeted."""
 
 
@@ -269,41 +231,41 @@ class _Step:
     eta: float
     beta: float
 
-    def __call__(self, forward: View, state: _State, given: _Given) -> _State:
-        gap, slope = self._boundary(forward, state.point, given)
-        # Logits may be wider than the images; the points are not. Nor need a slope be in their order.
-        point = self._move(given.image, state.point, gap.to(slope), slope.contiguous())
-        # The next linearisation could share this forward only where a point is right: one in fourteen
+    def __call__(self, net: RowsModel, state: _State, given: _Given) -> _State:
+        gap, slope = self._boundary(net, state.x_adv, given)
+        # Logits may be wider than the images; x_adv is not. Nor need a slope be in their order.
+        x_adv = self._move(given.image, state.x_adv, gap.to(slope), slope.contiguous())
+        # The next linearisation could share this forward only where x_adv is right: one in fourteen
         # on robust networks, and keeping a graph for it cost more gradients than it saved forwards.
-        wrong = forward(point).argmax(dim=1) != given.label
-        length = _length((point - given.image).flatten(1), self.norm)
+        wrong = net(x_adv).argmax(dim=1) != given.label
+        length = _length((x_adv - given.image).flatten(1), self.norm)
         closer = wrong & (length < state.distance)
-        home = given.image + (point - given.image) * self.beta
+        home = given.image + (x_adv - given.image) * self.beta
         return _State(
-            torch.where(wrong.view(-1, 1, 1, 1), home, point),
-            torch.where(closer.view(-1, 1, 1, 1), point, state.closest),
+            torch.where(wrong.view(-1, 1, 1, 1), home, x_adv),
+            torch.where(closer.view(-1, 1, 1, 1), x_adv, state.closest),
             torch.where(closer, length, state.distance),
         )
 
-    def _boundary(self, forward: View, point: Tensor, given: _Given) -> tuple[Tensor, Tensor]:
-        """The logit of the rival minus the true one [m], and its slope [m, c, h, w]; untargeted, of the class
+    def _boundary(self, net: RowsModel, x_adv: Tensor, given: _Given) -> tuple[Tensor, Tensor]:
+        """The target's logit minus the true one [m], and its slope [m, c, h, w]; untargeted, of the class
         whose linearised boundary is closest."""
         label = given.label
         if self.targeted:
-            return value_and_gradient(forward, partial(_gap, label=label, rival=given.rival), point)
-        point = point.detach().requires_grad_(True)
+            return value_and_gradient(net, partial(_gap, label=label, target=given.target), x_adv)
+        x_adv = x_adv.detach().requires_grad_(True)
         with torch.enable_grad():
-            logits = forward(point)
+            logits = net(x_adv)
             gaps = logits - logits.gather(1, label.view(-1, 1))
             columns = gaps.unbind(dim=1)
         gaps = gaps.detach()
         k = logits.shape[1]
-        forward.more_gradients(k - 1)
-        gap, slope = torch.zeros_like(gaps[:, 0]), torch.zeros_like(point)
+        net.add_gradients(k - 1)
+        gap, slope = torch.zeros_like(gaps[:, 0]), torch.zeros_like(x_adv)
         nearest = torch.full_like(gap, math.inf)
         for other in range(k):
             with torch.enable_grad():
-                grad = image_gradient(columns[other], point, keep_graph=other < k - 1).nan_to_num(0, 0, 0)
+                grad = image_gradient(columns[other], x_adv, keep_graph=other < k - 1).nan_to_num(0, 0, 0)
             dual = _length(grad.flatten(1), "l2") if self.norm == "l2" else grad.abs().sum(dim=(1, 2, 3))
             away = gaps[:, other].abs() / (1e-12 + dual)
             nearer = (away < nearest) & (label != other)
@@ -312,23 +274,31 @@ class _Step:
             nearest = torch.where(nearer, away, nearest)
         return gap, slope
 
-    def _move(self, image: Tensor, point: Tensor, gap: Tensor, slope: Tensor) -> Tensor:
+    def _move(self, image: Tensor, x_adv: Tensor, gap: Tensor, slope: Tensor) -> Tensor:
         """Over the linearised boundary, leaning towards the point of it next to ``image`` (algorithm 1)."""
-        start = torch.stack([point, image]).flatten(2)
+        start = torch.stack([x_adv, image]).flatten(2)
         slope = slope.flatten(1)
         gaps = torch.stack([gap, gap + (slope * (start[1] - start[0])).sum(dim=1)])
         shift = to_hyperplane(start, slope.expand_as(start), gaps, self.norm)
         near, home = shift.view(2, *image.shape)
         length = _length(shift, self.norm).clamp_min(1e-8).view(2, -1, 1, 1, 1)
         lean = (length[0] / length.sum(dim=0)).clamp_max(self.alpha_max)
-        beyond: Tensor = (point + self.eta * near) * (1 - lean) + (image + self.eta * home) * lean
+        beyond: Tensor = (x_adv + self.eta * near) * (1 - lean) + (image + self.eta * home) * lean
         return beyond.clamp(0, 1)
 
 
-def _gap(logits: Tensor, label: Tensor, rival: Tensor) -> Tensor:
-    """The rival's logit minus the true one, [m]."""
-    pair = logits.gather(1, torch.stack([rival, label], dim=1))
+def _gap(logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
+    """The target's logit minus the true one, [m]."""
+    pair = logits.gather(1, torch.stack([target, label], dim=1))
     return pair[:, 0] - pair[:, 1]
+
+
+def _away(image: Tensor, noise: Tensor, radius: float, norm: Norm) -> Tensor:
+    """Points ``radius`` from the images along random directions (from numbers uniform in [0, 1) or normal),
+    cut to the box."""
+    direction = 2 * noise - 1 if norm == "linf" else noise
+    length = _length(direction.flatten(1), norm).view(-1, 1, 1, 1)
+    return (image + radius * direction / length).clamp(0, 1)
 
 
 def _length(delta: Tensor, norm: Norm) -> Tensor:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from softdefend.attacks.base import Forward
-from softdefend.attacks.losses import hard_label
-from softdefend.attacks.minimal import Closest, MinimalAttack, length, look, reach, steepest
+from softdefend.attacks.minimal import Closest, MinimalAttack, length, margin_and_slope, reach, steepest
+from softdefend.attacks.names import ATTACKS
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import Norm
+from softdefend.execution.counting import CountingModel
 
 LEAST_GROWTH = 0.001
 """Share by which a ball grows at least while no wrong point is known, an addition to the paper's rule: a ball
 that just touches the boundary could stay right for good, by rounding. Also the last ``gamma``."""
 
 
+@ATTACKS.register("fmn")
 @dataclass(frozen=True)
 class FMN(MinimalAttack):
     """Gradient steps on the margin inside a ball of each image's own, in l-inf or l2; the ball shrinks
@@ -39,6 +41,8 @@ class FMN(MinimalAttack):
     """Euclidean length of the first step in pixel units, > 0."""
     gamma: float = 0.05
     """Share by which a ball first grows or shrinks, in (0, 1)."""
+    pattern: ClassVar[str] = r"fmn(?:-(?P<steps>\d+))?"
+    suffix: ClassVar[str | None] = "[-STEPS]"
 
     def __post_init__(self) -> None:
         for name, valid, accepted in (
@@ -54,42 +58,41 @@ class FMN(MinimalAttack):
         """``fmn``, or ``fmn-200`` where the steps are not 100."""
         return "fmn" if self.steps == 100 else f"fmn-{self.steps}"
 
-    @torch.no_grad()
-    def minimal(
-        self, forward: Forward, image: Tensor, target: Tensor, norm: Norm, *, enough: float = 0.0
+    def search(
+        self, net: CountingModel, image: Tensor, label: Tensor, norm: Norm, enough: float
     ) -> tuple[Tensor, Tensor]:
-        """See :meth:`MinimalAttack.minimal`. Cost: at most ``steps`` + 1 forwards and ``steps`` image
+        """See :meth:`MinimalAttack.search`. Cost: at most ``steps`` + 1 forwards and ``steps`` image
         gradients of each image; an image that is wrong from the start costs one of each."""
-        label, best = hard_label(target), Closest(image, norm)
+        closest = Closest(image, norm)
         rows = torch.arange(len(image), device=image.device)
-        point, radius = image, image.new_zeros(len(image))
+        x_adv, radius = image, image.new_zeros(len(image))
         found = torch.zeros(len(image), dtype=torch.bool, device=image.device)
         for step in range(self.steps):
-            wrong, gap, slope = look(forward, point, label)
-            best.see(rows, point, wrong)
-            left = (best.distance[rows] > enough).nonzero().flatten()
+            wrong, gap, slope = margin_and_slope(net, x_adv, label)
+            closest.update(rows, x_adv, wrong)
+            left = (closest.distance[rows] > enough).nonzero().flatten()
             if not len(left):
                 break
             if len(left) < len(rows):
-                rows, image, label, point, radius, found, wrong, gap, slope = (
-                    x[left] for x in (rows, image, label, point, radius, found, wrong, gap, slope)
+                rows, image, label, x_adv, radius, found, wrong, gap, slope = (
+                    x[left] for x in (rows, image, label, x_adv, radius, found, wrong, gap, slope)
                 )
             share = step / self.steps
             step_size = _falling(self.step_size, self.step_size / 100, share)
             gamma = _falling(self.gamma, LEAST_GROWTH, share)
             growth = steepest(slope, norm)[1]
             # Until the boundary is first crossed, the ball ends where it seems to be.
-            boundary = torch.where(growth > 0, length(point - image, norm) + reach(gap, growth), radius)
+            boundary = torch.where(growth > 0, length(x_adv - image, norm) + reach(gap, growth), radius)
             boundary = torch.maximum(boundary, radius * (1 + LEAST_GROWTH))
             grown = torch.where(found, radius * (1 + gamma), boundary)
-            shrunk = torch.minimum(radius * (1 - gamma), best.distance[rows])
+            shrunk = torch.minimum(radius * (1 - gamma), closest.distance[rows])
             radius = torch.where(wrong, shrunk, grown)
             found = found | wrong
-            point = point + step_size * steepest(slope, "l2")[0]
-            point = _into_ball(image, point, radius, norm).clamp(0, 1)
+            x_adv = x_adv + step_size * steepest(slope, "l2")[0]
+            x_adv = _into_ball(image, x_adv, radius, norm).clamp(0, 1)
         else:
-            best.see(rows, point, forward(point).argmax(dim=1) != label)
-        return best.image, best.distance
+            closest.update(rows, x_adv, net(x_adv).argmax(dim=1) != label)
+        return closest.image, closest.distance
 
 
 def _falling(first: float, last: float, share: float) -> float:
@@ -97,9 +100,9 @@ def _falling(first: float, last: float, share: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
 
-def _into_ball(image: Tensor, point: Tensor, radius: Tensor, norm: Norm) -> Tensor:
+def _into_ball(image: Tensor, x_adv: Tensor, radius: Tensor, norm: Norm) -> Tensor:
     """The nearest points [m, c, h, w] at most ``radius`` [m] from the images."""
-    delta, radius = point - image, radius.view(-1, 1, 1, 1)
+    delta, radius = x_adv - image, radius.view(-1, 1, 1, 1)
     if norm == "linf":
         return image + torch.minimum(torch.maximum(delta, -radius), radius)
     size = length(delta, norm).view(-1, 1, 1, 1).clamp_min(1e-12)

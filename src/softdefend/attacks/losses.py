@@ -126,7 +126,7 @@ def dlr(logits: Tensor, target: Tensor) -> Tensor:
     return (other - true) / (top[:, 0] - top[:, 2] + _NO_GAP)
 
 
-def targeted_dlr(logits: Tensor, label: Tensor, aim: Tensor) -> Tensor:
+def targeted_dlr(logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
     """Difference-of-logits ratio towards one wrong class, [b]: that class's logit minus the true one, over
     the gap between the largest logit and the mean of the third and fourth (Croce & Hein, arXiv 2003.01690,
     eq. 7). With fewer than four classes there is no fourth logit: the bare difference.
@@ -134,13 +134,13 @@ def targeted_dlr(logits: Tensor, label: Tensor, aim: Tensor) -> Tensor:
     Args:
         logits: [b, k], k >= 2.
         label: [b] int64.
-        aim: the class to reach, [b] int64.
+        target: the class to reach, [b] int64.
 
     Raises:
         SettingError: k < 2.
     """
     check_classes(logits)
-    pair = logits.gather(1, torch.stack([aim, label], dim=1))
+    pair = logits.gather(1, torch.stack([target, label], dim=1))
     difference = pair[:, 0] - pair[:, 1]
     if logits.shape[1] < 4:
         return difference
@@ -168,8 +168,13 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 
-def named(name: LossName, forward: Callable[[Tensor], Tensor], image: Tensor, target: Tensor) -> AttackLoss:
-    """The attack loss called ``name``; ``kl`` measures from the network's own clean prediction.
+def named(name: LossName, target: Tensor, clean_logits: Tensor | None = None) -> AttackLoss:
+    """The attack loss called ``name``.
+
+    Args:
+        name: ce, margin or kl.
+        target: labels [b] int64, or probabilities [b, k].
+        clean_logits: [b, k], the prediction that ``kl`` measures from.
 
     Raises:
         SettingError: unknown name.
@@ -178,7 +183,6 @@ def named(name: LossName, forward: Callable[[Tensor], Tensor], image: Tensor, ta
         return lambda logits: cross_entropy(logits, target)
     if name == "margin":
         return lambda logits: margin(logits, target)
-    if name == "kl":
-        with torch.no_grad():
-            return kl_from(forward(image))
+    if name == "kl" and clean_logits is not None:
+        return kl_from(clean_logits)
     raise SettingError("attack.loss", repr(name), "ce, margin or kl")

@@ -5,32 +5,41 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
-from softdefend.attacks.base import Attack, Forward, Randomness
-from softdefend.attacks.losses import AttackLoss, image_gradient, margin
-from softdefend.core.errors import SettingError
+from softdefend.attacks.base import Attack, Randomness
+from softdefend.attacks.losses import hard_label, image_gradient, margin
 from softdefend.core.threat import Norm, ThreatModel
+from softdefend.execution.context import AttackContext
+from softdefend.execution.counting import CountingModel, Forward
 
 
 @dataclass(frozen=True)
 class MinimalAttack(Attack):
-    """An attack that minimises the distance. Called with a threat model, it returns what it found within
-    ``eps``, and the image itself where that is nothing."""
+    """An attack that minimises the distance; a subclass writes :meth:`search`. Called with a threat model, it
+    returns what it found within ``eps``, and the image itself where that is nothing."""
 
     randomness: ClassVar[Randomness] = "none"
+    minimizes_distance: ClassVar[bool] = True
 
     @abstractmethod
+    def search(
+        self, net: CountingModel, image: Tensor, label: Tensor, norm: Norm, enough: float
+    ) -> tuple[Tensor, Tensor]:
+        """The closest wrong image found; see :meth:`minimal`. ``label`` is [b] int64."""
+
+    @final
+    @torch.no_grad()
     def minimal(
-        self, forward: Forward, image: Tensor, target: Tensor, norm: Norm, *, enough: float = 0.0
+        self, net: Forward, image: Tensor, label: Tensor, norm: Norm, *, enough: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """The closest wrong image found, at any distance; nothing is random, and no image feels its batch.
 
         Args:
-            forward, image, target: see :meth:`Attack.__call__`.
+            net, image, label: see :meth:`Attack.__call__`.
             norm: of the distance.
             enough: a distance in pixel units at which the search for a sample stops.
 
@@ -41,27 +50,20 @@ class MinimalAttack(Attack):
         Raises:
             SettingError: a network with fewer than two classes, or without gradients in the image.
         """
+        model = net if isinstance(net, CountingModel) else CountingModel(net, len(image))
+        return self.search(model, image, hard_label(label), norm, enough)
 
-    def __call__(
-        self,
-        forward: Forward,
-        image: Tensor,
-        target: Tensor,
-        threat: ThreatModel,
-        *,
-        loss: AttackLoss | None = None,
-        generator: torch.Generator | None = None,
+    def run(
+        self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
     ) -> Tensor:
-        """See :meth:`Attack.__call__`; the cost is that of :meth:`minimal`, less what stopping at ``eps``
-        saves. ``generator`` is not used.
+        """See :meth:`Attack.run`; the cost is that of :meth:`search`, less what stopping at ``eps`` saves.
+        Nothing is drawn.
 
         Raises:
-            SettingError: a ``loss`` is given, or what :meth:`minimal` refuses.
+            SettingError: what :meth:`minimal` refuses.
         """
-        if loss is not None:
-            raise SettingError("attack.loss", "a loss", f"none: {self.name} minimises the distance")
         eps = float(threat.eps)
-        closest, distance = self.minimal(forward, image, target, threat.norm, enough=eps)
+        closest, distance = self.minimal(net, image, label, threat.norm, enough=eps)
         return torch.where((distance <= eps).view(-1, 1, 1, 1), closest, image)
 
 
@@ -77,15 +79,15 @@ class Closest:
         self.clean, self.norm, self.image = image, norm, image.clone()
         self.distance = image.new_full((len(image),), math.inf)
 
-    def see(self, rows: Tensor, point: Tensor, wrong: Tensor) -> None:
-        """Points [m, c, h, w] of these samples [m], and which of them the network gets wrong [m]."""
-        distance, before = length(point - self.clean[rows], self.norm), self.distance[rows]
+    def update(self, rows: Tensor, x_adv: Tensor, wrong: Tensor) -> None:
+        """Images [m, c, h, w] of these samples [m], and which of them the network gets wrong [m]."""
+        distance, before = length(x_adv - self.clean[rows], self.norm), self.distance[rows]
         closer = wrong & (distance < before)
-        self.image[rows] = torch.where(closer.view(-1, 1, 1, 1), point, self.image[rows])
+        self.image[rows] = torch.where(closer.view(-1, 1, 1, 1), x_adv, self.image[rows])
         self.distance[rows] = torch.where(closer, distance, before)
 
 
-def look(forward: Forward, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def margin_and_slope(net: Forward, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One forward and one image gradient.
 
     Returns:
@@ -97,7 +99,7 @@ def look(forward: Forward, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor
     """
     image = image.detach().requires_grad_(True)
     with torch.enable_grad():
-        logits = forward(image)
+        logits = net(image)
         gap = margin(logits, label)
         slope = image_gradient(gap, image).nan_to_num(0, 0, 0)
     # Logits may be wider than the images; the rest of a search is not.

@@ -1,31 +1,19 @@
-"""Attacks by the short names that tables show."""
+"""Attacks by the short names that tables show: a registry that each attack's file adds itself to.
+
+A name begins with the one an attack is registered under; what follows behind a hyphen, such as counts, is
+understood by the attack's own :meth:`~softdefend.attacks.base.Attack.from_name`. Packages of others add
+theirs by entry points of the group ``softdefend.attacks``, see :class:`~softdefend.core.registry.Registry`.
+"""
 
 from __future__ import annotations
 
-import re
-
-from softdefend.attacks.apgd import APGD, TargetedAPGD
 from softdefend.attacks.base import Attack
-from softdefend.attacks.cw import CWL2, CWLinf
-from softdefend.attacks.deepfool import DeepFool
-from softdefend.attacks.fab import FAB
-from softdefend.attacks.fmn import FMN
-from softdefend.attacks.pgd import FGSM, PGD
-from softdefend.attacks.square import Square
 from softdefend.core.errors import SettingError
+from softdefend.core.registry import Registry
 
-_COUNTS = r"(?:-(?P<steps>\d+)(?:x(?P<restarts>\d+))?)?"
-_GRADIENT = re.compile(r"(?:fgsm|pgd-(?P<steps>\d+)(?:x(?P<restarts>\d+))?)(?:-(?P<loss>ce|margin|kl))?")
-_APGD = re.compile(rf"apgd-(?:(?P<loss>ce|dlr)|t){_COUNTS}(?:-eot(?P<eot>\d+))?")
-_FAB = re.compile(rf"fab(?P<targeted>-t)?{_COUNTS}")
-_CW_LINF = re.compile(rf"cw-linf{_COUNTS}")
-_CW_L2 = re.compile(r"cw-l2(?:-(?P<rounds>\d+)x(?P<steps>\d+))?")
-_COUNTED = re.compile(r"(?P<attack>square|fmn|deepfool)(?:-(?P<count>\d+))?")
-_ACCEPTED = (
-    "fgsm, pgd-STEPS or pgd-STEPSxRESTARTS, with -margin or -kl behind; apgd-ce, apgd-dlr, apgd-t, fab, "
-    "fab-t, cw-linf, with -STEPS or -STEPSxRESTARTS behind; square-QUERIES, fmn-STEPS, deepfool-STEPS, "
-    "cw-l2-ROUNDSxSTEPS, with or without the counts"
-)
+ATTACKS: Registry[type[Attack]] = Registry("attacks")
+COUNTS = r"(?:-(?P<steps>\d+)(?:x(?P<restarts>\d+))?)?"
+"""A pattern for what may follow most names: ``-100`` steps, ``-100x5`` restarts."""
 
 
 def parse_attack(name: str) -> Attack:
@@ -44,32 +32,35 @@ def parse_attack(name: str) -> Attack:
         SettingError: any other name; a name that begins with ``transfer-``, because a transfer attack needs
             a second network.
     """
-    if match := _APGD.fullmatch(name):
-        counts = _numbers(match, "steps", "restarts", "eot")
-        if match["loss"]:
-            return APGD(loss=match["loss"], **counts)  # type: ignore[arg-type]
-        if "eot" not in counts:
-            return TargetedAPGD(**counts)
-    if match := _FAB.fullmatch(name):
-        return FAB(targeted=match["targeted"] is not None, **_numbers(match, "steps", "restarts"))
-    if match := _CW_LINF.fullmatch(name):
-        return CWLinf(**_numbers(match, "steps", "restarts"))  # type: ignore[arg-type]
-    if match := _CW_L2.fullmatch(name):
-        return CWL2(**_numbers(match, "rounds", "steps"))
-    if match := _COUNTED.fullmatch(name):
-        counts = _numbers(match, "count")
-        if match["attack"] == "square":
-            return Square(*counts.values())
-        return FMN(*counts.values()) if match["attack"] == "fmn" else DeepFool(*counts.values())
-    if match := _GRADIENT.fullmatch(name):
-        loss, counts = match["loss"] or "ce", _numbers(match, "steps", "restarts")
-        return PGD(loss=loss, **counts) if counts else FGSM(loss=loss)  # type: ignore[arg-type]
-    if name.startswith("transfer-"):
-        accepted = "Transfer(other_net, attack) in Python: a transfer attack needs a second network"
-        raise SettingError("attacks", repr(name), accepted)
-    raise SettingError("attacks", repr(name), _ACCEPTED)
+    registered = [known for known in ATTACKS.names() if name == known or name.startswith(f"{known}-")]
+    if registered:
+        # The longest one: fab-t-50 is fab-t with 50 steps.
+        attack = ATTACKS[max(registered, key=len)].from_name(name)
+        if attack is not None:
+            return attack
+    raise SettingError("attacks", repr(name), accepted_names())
 
 
-def _numbers(match: re.Match[str], *groups: str) -> dict[str, int]:
-    """Those of the groups that matched."""
-    return {group: int(match[group]) for group in groups if match[group] is not None}
+def accepted_names() -> str:
+    """Every name that is understood, for messages."""
+    suffixes = {name: _suffix(name) for name in ATTACKS.names()}
+    names = ", ".join(f"{name}{suffix}" for name, suffix in suffixes.items() if suffix is not None)
+    return f"fgsm, pgd-20, pgd-50x10-margin or the like: {names}"
+
+
+def _suffix(name: str) -> str | None:
+    try:
+        return ATTACKS[name].suffix
+    except SettingError:  # a package of somebody else that cannot be imported
+        return ""
+
+
+def count_suffix(steps: int, restarts: int, default: int) -> str:
+    """What :data:`COUNTS` reads: nothing for the default steps and one restart.
+
+    >>> [count_suffix(100, 1, 100), count_suffix(50, 1, 100), count_suffix(100, 5, 100)]
+    ['', '-50', '-100x5']
+    """
+    if restarts > 1:
+        return f"-{steps}x{restarts}"
+    return "" if steps == default else f"-{steps}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple
@@ -10,12 +9,13 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from softdefend.attacks.base import Attack, Forward, Randomness, larger, pick, value_and_gradient
+from softdefend.attacks.base import Attack, Randomness, larger, pick, value_and_gradient
 from softdefend.attacks.losses import AttackLoss, LossName, hard_label, named
+from softdefend.attacks.names import ATTACKS, COUNTS
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import Budget, ThreatModel
-from softdefend.execution.counting import Journal, Oracle, View
-from softdefend.execution.randomness import Draws
+from softdefend.execution.context import ActiveImages, AttackContext
+from softdefend.execution.counting import CountingModel, Forward
 
 Start = Literal["auto", "uniform", "uniform-unclipped", "gaussian", "none"]
 
@@ -23,6 +23,7 @@ GAUSSIAN_START_STD = 0.001
 """Standard deviation of the ``gaussian`` start, in pixel units (TRADES' reference code)."""
 
 
+@ATTACKS.register("pgd")
 @dataclass(frozen=True)
 class PGD(Attack):
     """Projected gradient descent in l-inf or l2.
@@ -57,6 +58,9 @@ class PGD(Attack):
     keep: Literal["last", "best"] = "last"
     """Which iterate to return: last or best."""
     randomness: ClassVar[Randomness] = "image"
+    several_batches: ClassVar[bool] = True
+    pattern: ClassVar[str] = rf"pgd(?=-\d){COUNTS}(?:-(?P<loss>ce|margin|kl))?"
+    suffix: ClassVar[str | None] = "-STEPS[xRESTARTS][-margin|-kl]"
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -81,105 +85,114 @@ class PGD(Attack):
         suffix = "" if self.loss == "ce" else f"-{self.loss}"
         return f"pgd-{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "") + suffix
 
-    def __call__(
-        self,
-        forward: Forward,
-        image: Tensor,
-        target: Tensor,
-        threat: ThreatModel,
-        *,
-        loss: AttackLoss | None = None,
-        generator: torch.Generator | None = None,
+    def run(
+        self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
     ) -> Tensor:
-        """See :meth:`Attack.__call__`. Cost per restart: ``steps`` forwards and input gradients, one
-        forward more where the best iterate is kept, and one where restarts are compared."""
-        climb = loss or named(self.loss, forward, image, target)
-        begin = partial(_begin, self.start, image, threat, generator)
-        return self._ascend(forward, climb, image, hard_label(target), threat, begin)
+        """See :meth:`Attack.run`. In an evaluation a start belongs to the image's position in the data, so a
+        result depends neither on batches nor on what else is in them.
 
-    def search(
-        self,
-        oracle: Oracle,
-        image: Tensor,
-        label: Tensor,
-        threat: ThreatModel,
-        *,
-        draws: Draws,
-        journal: Journal | None = None,
+        Cost per restart: ``steps`` forwards and input gradients, one forward more where the best iterate is
+        kept, and one where restarts are compared.
+        """
+        clean = net.clean_logits(image) if self.loss == "kl" and context.loss is None else label
+        search = partial(self._search, _Given(image, label, clean), threat, context)
+        return context.in_portions(image, search)
+
+    def _search(
+        self, given: _Given, threat: ThreatModel, context: AttackContext, active: ActiveImages
     ) -> Tensor:
-        """See :meth:`Attack.search`. A start belongs to the image's position in the data, so a result depends
-        neither on batches nor on what else is in them."""
-        clean = oracle.clean(image) if self.loss == "kl" else label
-        found = []
-        for rows in oracle.parts(len(image), image.device):
-            forward, given = oracle.at(rows), _Given(*oracle.fill(image[rows], label[rows], clean[rows]))
-            begin = partial(_begin_alone, self.start, image[rows], threat, draws, rows)
-            step = _Step(self.loss, threat, self._step_size(threat))
-            result = self._ascend(
-                forward,
-                step.climbs(given),
-                given.image,
-                given.label,
-                threat,
-                partial(_filled, oracle, begin),
-                partial(_advanced, forward, step, given, self.steps),
-            )
-            found.append(result[: len(rows)])
-        return torch.cat(found)
-
-    def _step_size(self, threat: ThreatModel) -> float:
-        return float(threat.eps) / 4 if self.step_size is None else float(self.step_size)
-
-    def _ascend(
-        self,
-        forward: Forward,
-        climb: AttackLoss,
-        image: Tensor,
-        label: Tensor,
-        threat: ThreatModel,
-        begin: Callable[[int], Tensor],
-        moved: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """The search; ``begin`` gives the start of each restart, ``moved`` makes all its steps at once."""
-        chosen = None
+        """The image that each sample keeps of all restarts."""
+        given = active.take(given)
+        step = _Step(
+            context.loss or self.loss,
+            threat,
+            float(threat.eps) / 4 if self.step_size is None else float(self.step_size),
+            contiguous=active.rows is not None,
+        )
+        loss, label, kept = step.loss_of(given), hard_label(given.label), None
         for restart in range(self.restarts):
-            found = self._restart(forward, climb, image, threat, begin(restart), moved)
+            start = self._start(given.image[: len(active)], active.rows, threat, context, restart)
+            x_adv = self._ascend(active, step, given, active.fill(start))
             if self.restarts == 1:
-                return found
+                return x_adv
             with torch.no_grad():
-                logits = forward(found)
-                reached = _Reached(found, logits.argmax(1) != label, climb(logits))
-            chosen = reached if chosen is None else _worse(reached, chosen)
-        assert chosen is not None
-        return chosen.image
+                logits = active.net(x_adv)
+                reached = _Reached(x_adv, logits.argmax(1) != label, loss(logits))
+            kept = reached if kept is None else _worse(reached, kept)
+        assert kept is not None
+        return kept.image
 
-    def _restart(
-        self,
-        forward: Forward,
-        climb: AttackLoss,
-        image: Tensor,
-        threat: ThreatModel,
-        adversarial: Tensor,
-        moved: Callable[[Tensor], Tensor] | None,
+    def _start(
+        self, image: Tensor, rows: Tensor | None, threat: ThreatModel, context: AttackContext, restart: int
     ) -> Tensor:
-        """Where the search from one start ends."""
+        """Where a restart begins."""
+        if self.start == "none":
+            return image
+        if self.start == "gaussian":
+            return image + GAUSSIAN_START_STD * context.random.normal_like(image, rows, restart)
+        start = context.random.in_ball(threat, image, rows, restart)
+        return start if self.start == "uniform-unclipped" else start.clamp(0, 1)
+
+    def _ascend(self, active: ActiveImages, step: _Step, given: _Given, start: Tensor) -> Tensor:
+        """Where the steps from one start lead."""
+        threat, image = step.threat, given.image
         if self.keep == "last":
-            if moved is not None:
-                return threat.project(image, moved(adversarial))
-            for _ in range(self.steps):
-                _, grad = value_and_gradient(forward, climb, adversarial)
-                adversarial = threat.move(image, adversarial, grad, self._step_size(threat))
-            return threat.project(image, adversarial)
-        best = best_value = None
+            return threat.project(image, active.repeat(step, _State(start), given, self.steps).x_adv)
+        x_adv, loss, best, best_value = start, step.loss_of(given), None, None
         for _ in range(self.steps):
-            value, grad = value_and_gradient(forward, climb, adversarial)
-            best, best_value = _better(adversarial, value, best, best_value)
-            adversarial = threat.move(image, adversarial, grad, self._step_size(threat))
-        adversarial = threat.project(image, adversarial)
+            value, grad = value_and_gradient(active.net, loss, x_adv)
+            best, best_value = _better(x_adv, value, best, best_value)
+            x_adv = threat.move(image, x_adv, grad, step.step_size)
+        x_adv = threat.project(image, x_adv)
         with torch.no_grad():
-            value = climb(forward(adversarial))
-        best, _ = _better(adversarial, value, best, best_value)
+            value = loss(active.net(x_adv))
+        best, _ = _better(x_adv, value, best, best_value)
         return threat.project(image, best)
+
+
+class _State(NamedTuple):
+    """Where a search of m samples stands."""
+
+    x_adv: Tensor
+    """Iterate, [m, c, h, w]."""
+
+
+class _Given(NamedTuple):
+    """What a search of m samples reads."""
+
+    image: Tensor
+    """Clean, [m, c, h, w]."""
+    label: Tensor
+    """[m] int64, or probabilities [m, k]."""
+    clean: Tensor
+    """Clean logits [m, k] where the loss measures from them; else anything [m, ...]."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A move of all samples.
+
+    Args:
+        loss: what to climb, by its name or as a caller gives it.
+        threat: the set to stay in.
+        step_size: of the move, in pixel units.
+        contiguous: bring gradients into contiguous memory, whatever order the network gives them in. Not so
+            where one batch is attacked as it is: in training that would be a copy of every gradient.
+    """
+
+    loss: LossName | AttackLoss
+    threat: ThreatModel
+    step_size: float
+    contiguous: bool
+
+    def loss_of(self, given: _Given) -> AttackLoss:
+        """What these samples climb."""
+        return self.loss if callable(self.loss) else named(self.loss, given.label, given.clean)
+
+    def __call__(self, net: Forward, state: _State, given: _Given) -> _State:
+        _, grad = value_and_gradient(net, self.loss_of(given), state.x_adv)
+        grad = grad.contiguous() if self.contiguous else grad
+        return _State(self.threat.move(given.image, state.x_adv, grad, self.step_size))
 
 
 class _Reached(NamedTuple):
@@ -191,114 +204,6 @@ class _Reached(NamedTuple):
     """Whether the network gets it wrong, [m] bool."""
     value: Tensor
     """Its loss, [m]."""
-
-
-class _State(NamedTuple):
-    """Where a search of m samples stands: its iterate, [m, c, h, w]."""
-
-    here: Tensor
-
-
-class _Given(NamedTuple):
-    """What a search of m samples reads."""
-
-    image: Tensor
-    """Clean, [m, c, h, w]."""
-    label: Tensor
-    """[m] int64."""
-    clean: Tensor
-    """Clean logits [m, k] where the loss measures from them; else anything [m, ...]."""
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A move of all samples."""
-
-    loss: LossName
-    threat: ThreatModel
-    step_size: float
-
-    def climbs(self, given: _Given) -> AttackLoss:
-        """What these samples climb."""
-        return named(self.loss, lambda image: given.clean, given.image, given.label)
-
-    def __call__(self, forward: View, state: _State, given: _Given) -> _State:
-        _, grad = value_and_gradient(forward, self.climbs(given), state.here)
-        return _State(self.threat.move(given.image, state.here, grad.contiguous(), self.step_size))
-
-
-def _filled(oracle: Oracle, begin: Callable[[int], Tensor], restart: int) -> Tensor:
-    return oracle.fill(begin(restart))[0]
-
-
-def _advanced(forward: View, step: _Step, given: _Given, steps: int, start: Tensor) -> Tensor:
-    return forward.advance(step, _State(start), given, steps).here
-
-
-@dataclass(frozen=True)
-class FGSM(Attack):
-    """One signed-gradient step of length ``eps`` from the image (Goodfellow et al., arXiv 1412.6572).
-
-    In l2 the step is the normalized gradient. Deterministic: no random start.
-    """
-
-    loss: LossName = "ce"
-    """What to climb: ce, margin or kl."""
-    randomness: ClassVar[Randomness] = "none"
-
-    @property
-    def name(self) -> str:
-        """``fgsm``, or ``fgsm-margin`` and the like."""
-        return "fgsm" if self.loss == "ce" else f"fgsm-{self.loss}"
-
-    def __call__(
-        self,
-        forward: Forward,
-        image: Tensor,
-        target: Tensor,
-        threat: ThreatModel,
-        *,
-        loss: AttackLoss | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """See :meth:`Attack.__call__`. Cost: one forward and one input gradient."""
-        climb = loss or named(self.loss, forward, image, target)
-        _, grad = value_and_gradient(forward, climb, image)
-        return threat.move(image, image, grad, float(threat.eps))
-
-
-def _begin(
-    start: Start, image: Tensor, threat: ThreatModel, generator: torch.Generator | None, restart: int
-) -> Tensor:
-    """The start of a restart, from the next numbers of a generator."""
-    if start == "none":
-        return image
-    if start == "gaussian":
-        noise = torch.randn(image.shape, generator=generator, device=image.device, dtype=image.dtype)
-        return image + GAUSSIAN_START_STD * noise
-    point = threat.random_start(image, generator)
-    return point if start == "uniform-unclipped" else point.clamp(0, 1)
-
-
-def _begin_alone(
-    start: Start, image: Tensor, threat: ThreatModel, draws: Draws, rows: Tensor, restart: int
-) -> Tensor:
-    """As :func:`_begin`, from numbers that belong to each image."""
-    if start == "none":
-        return image
-    pixels = image[0].numel()
-    if start == "gaussian":
-        noise = draws.normal(rows, pixels, 2 * restart).view_as(image).to(image)
-        return image + GAUSSIAN_START_STD * noise
-    if threat.norm == "linf":
-        noise = draws.uniform(rows, pixels, 2 * restart).view_as(image).to(image)
-        point = image + (2 * noise - 1) * float(threat.eps)
-    else:
-        noise = draws.normal(rows, pixels, 2 * restart).view_as(image).to(image)
-        # The volume inside radius r grows as r^d, so uniform in the ball means r = eps * u^(1/d).
-        radius = draws.uniform(rows, 1, 2 * restart + 1).to(image).pow(1 / pixels) * float(threat.eps)
-        point = image + threat.ascend(torch.zeros_like(image), noise, 1.0) * radius.view(-1, 1, 1, 1)
-    return point if start == "uniform-unclipped" else point.clamp(0, 1)
 
 
 def _better(
@@ -317,3 +222,31 @@ def _worse(one: _Reached, other: _Reached) -> _Reached:
     return _Reached(
         pick(wins, one.image, other.image), one.wrong | other.wrong, torch.where(wins, one.value, other.value)
     )
+
+
+@ATTACKS.register("fgsm")
+@dataclass(frozen=True)
+class FGSM(Attack):
+    """One signed-gradient step of length ``eps`` from the image (Goodfellow et al., arXiv 1412.6572).
+
+    In l2 the step is the normalized gradient. Deterministic: no random start.
+    """
+
+    loss: LossName = "ce"
+    """What to climb: ce, margin or kl."""
+    randomness: ClassVar[Randomness] = "none"
+    pattern: ClassVar[str] = "fgsm(?:-(?P<loss>ce|margin|kl))?"
+    suffix: ClassVar[str | None] = "[-margin|-kl]"
+
+    @property
+    def name(self) -> str:
+        """``fgsm``, or ``fgsm-margin`` and the like."""
+        return "fgsm" if self.loss == "ce" else f"fgsm-{self.loss}"
+
+    def run(
+        self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
+    ) -> Tensor:
+        """See :meth:`Attack.run`. Cost: one forward and one input gradient."""
+        loss = context.loss or named(self.loss, label, net.clean_logits(image) if self.loss == "kl" else None)
+        _, grad = value_and_gradient(net, loss, image)
+        return threat.move(image, image, grad, float(threat.eps))

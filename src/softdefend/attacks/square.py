@@ -13,23 +13,25 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from softdefend.attacks.base import Attack, Forward
+from softdefend.attacks.base import Attack
 from softdefend.attacks.losses import AttackLoss, hard_label, margin
+from softdefend.attacks.names import ATTACKS
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import ThreatModel
-from softdefend.execution.counting import Journal, Oracle, View, block
-from softdefend.execution.graphs import filled
-from softdefend.execution.randomness import Draws
+from softdefend.execution.context import ActiveImages, AttackContext, steps_until_packing
+from softdefend.execution.counting import CountingModel, Forward
+from softdefend.execution.step_graphs import fill_up
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries after which the share of pixels that a square covers halves (the reference's table for 10,000)."""
 
 
+@ATTACKS.register("square")
 @dataclass(frozen=True)
 class Square(Attack):
     """Square attack in l-inf or l2 on the margin loss.
@@ -51,6 +53,9 @@ class Square(Attack):
     """Proposals per image, >= 0."""
     p_init: float = 0.8
     """Share of the pixels that the first windows cover, in (0, 1]."""
+    several_batches: ClassVar[bool] = True
+    pattern: ClassVar[str] = r"square(?:-(?P<queries>\d+))?"
+    suffix: ClassVar[str | None] = "[-QUERIES]"
 
     def __post_init__(self) -> None:
         if self.queries < 0:
@@ -69,110 +74,82 @@ class Square(Attack):
         side = max(round(math.sqrt(share * height * width)), 1 if norm == "linf" else 3)
         return min(side if norm == "linf" else side | 1, height, width)
 
-    def __call__(
-        self,
-        forward: Forward,
-        image: Tensor,
-        target: Tensor,
-        threat: ThreatModel,
-        *,
-        loss: AttackLoss | None = None,
-        generator: torch.Generator | None = None,
+    @torch.no_grad()
+    def run(
+        self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
     ) -> Tensor:
-        """See :meth:`Attack.__call__`. Cost: at most ``queries + 2`` forwards of each image, no gradient.
+        """See :meth:`Attack.run`. Cost: at most ``queries + 2`` forwards of each image, no gradient.
 
         An image that is wrong from the start is returned unchanged, one that stays right as its worst point
-        found. A ``loss`` given decides what is worse, in place of the margin. ``generator`` may live on the
-        CPU wherever the images are: its numbers are then the same for every device. Random numbers belong
-        to the batch, so a batch is part of the result.
+        found. A caller's loss decides what is worse, in place of the margin.
+
+        A generator may live on the CPU wherever the images are: its numbers are then the same for every
+            device.
+        Every batch reads the same sequence of random numbers: the stripes of its images that are right, then
+        the queries. In l-inf places and colors are therefore shared by all batches with equally many right
+        images; in l2 signs are drawn for the images that are still right, so a verdict depends on its batch
+        and on nothing else beside it.
         """
-        oracle, draws = Oracle(forward, len(image)), Draws.of(generator, len(image))
-        return self._run(oracle, image, hard_label(target), threat, draws, Journal(), loss)
-
-    def search(
-        self,
-        oracle: Oracle,
-        image: Tensor,
-        label: Tensor,
-        threat: ThreatModel,
-        *,
-        draws: Draws,
-        journal: Journal | None = None,
-    ) -> Tensor:
-        """See :meth:`Attack.search`. Every logical batch reads the same sequence of random numbers: the
-        stripes of its images that are right, then the queries. In l-inf places and colors are therefore
-        shared by all batches with equally many right images; in l2 signs are drawn for the images that are
-        still right, so a verdict depends on its logical batch and on nothing else beside it."""
-        return self._run(oracle, image, label, threat, draws, journal or Journal(), None)
-
-    @torch.no_grad()
-    def _run(
-        self,
-        oracle: Oracle,
-        image: Tensor,
-        label: Tensor,
-        threat: ThreatModel,
-        draws: Draws,
-        journal: Journal,
-        loss: AttackLoss | None,
-    ) -> Tensor:
-        clean, saved, device = oracle.clean(image), journal.load(), image.device
-        walk: _Walk = (_LinfWalk if threat.norm == "linf" else _L2Walk)(float(threat.eps))
-        query = _Query(walk, None if loss is None else partial(_badness, loss, clean))
+        clean, label, device = net.clean_logits(image), hard_label(label), image.device
+        proposals: _Proposals = (_LinfProposals if threat.norm == "linf" else _L2Proposals)(float(threat.eps))
+        query = _Query(proposals, None if context.loss is None else partial(_of_rows, context.loss, clean))
+        saved = context.progress.load()
         if saved:
-            result, done = saved["result"], int(saved["query"])
-            left = _Left(*(saved[name] for name in _Left._fields))
-            numbers = _Numbers.resumed(draws.sequence(), saved["numbers"], device)
+            x_adv, done = saved["x_adv"], int(saved["query"])
+            left = _Remaining(*(saved[name] for name in _Remaining._fields))
+            numbers = _Numbers.resumed(context.random.sequence(), saved["numbers"], device)
         else:
-            result, done = image.clone(), 0
+            x_adv, done = image.clone(), 0
             rows = (clean.argmax(dim=1) == label).nonzero().flatten()
             if not len(rows):
-                return result
-            numbers = _Numbers(draws.sequence(), int(draws.batch[-1]) + 1, device)
-            stream = numbers.narrow(draws.batch.to(device)[rows])
-            result[rows], stream = walk.start(image[rows], numbers, stream)
-            wrong, badness = query.look(oracle.at(rows), *oracle.fill(result[rows], label[rows], rows))
-            left = _Left(rows, stream, badness[: len(rows)], torch.zeros_like(rows, dtype=torch.bool))
-            left = left.packed(oracle, result, label, numbers, ~wrong)
+                return x_adv
+            numbers = _Numbers(context.random.sequence(), int(context.random.batch[-1]) + 1, device)
+            stream = numbers.narrow(context.random.batch.to(device)[rows])
+            x_adv[rows], stream = proposals.start(image[rows], numbers, stream)
+            active = context.active(rows)
+            wrong, loss = query.evaluate(active.net, *map(active.fill, (x_adv[rows], label[rows], rows)))
+            left = _Remaining(rows, stream, loss[: len(rows)], torch.zeros_like(rows, dtype=torch.bool))
+            left = left.packed(active, x_adv, label, numbers, ~wrong)
         noted, (height, width) = done, image.shape[2:]
         while done < self.queries and len(left.rows):
             if done > noted:
-                journal.save(partial(_note, result, done, left, numbers))
+                context.progress.save(partial(_progress, x_adv, done, left, numbers))
             # Queries whose windows are of one size; only after them does the host look at the device, often
             # at first, when most images fall.
             side, until = self.side(done, height, width, threat.norm), done + 1
-            last = min(done + block(done, 50), self.queries)
+            last = min(done + steps_until_packing(done, 50), self.queries)
             while until < last and self.side(until, height, width, threat.norm) == side:
                 until += 1
-            numbers.reserve((until - done) * walk.numbers_per_query(image.shape[1], left.stream))
-            state, given = left.filled(oracle, result, image, label, numbers, walk.window(side, device))
-            state = oracle.at(left.rows).advance(query, state, given, until - done)
+            numbers.reserve((until - done) * proposals.numbers_per_query(image.shape[1], left.stream))
+            active, window = context.active(left.rows), proposals.window(side, device)
+            state, given = left.filled(active, x_adv, image, label, numbers, window)
+            state = active.repeat(query, state, given, until - done)
             done, numbers.position = until, state.position
-            result[left.rows] = state.best[: len(left.rows)]
-            left = left._replace(badness=state.badness[: len(left.rows)])
-            left = left.packed(oracle, result, label, numbers, state.active)
-        return threat.project(image, result)
+            x_adv[left.rows] = state.x_adv[: len(left.rows)]
+            left = left._replace(loss=state.loss[: len(left.rows)])
+            left = left.packed(active, x_adv, label, numbers, state.right)
+        return threat.project(image, x_adv)
 
 
-def _badness(loss: AttackLoss, clean: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
-    """A given loss knows only the whole batch: rows not asked for stand at their clean logits."""
+def _of_rows(loss: AttackLoss, clean: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
+    """A caller's loss knows only the whole batch: rows not asked for stand at their clean logits."""
     value: Tensor = loss(clean.index_copy(0, rows, logits))[rows]
     return value
 
 
-def _note(result: Tensor, query: int, left: _Left, numbers: _Numbers) -> dict[str, Tensor]:
+def _progress(x_adv: Tensor, query: int, left: _Remaining, numbers: _Numbers) -> dict[str, Tensor]:
     numbered = {"query": torch.tensor(query), "numbers": numbers.state()}
-    return {"result": result, **left._asdict(), **numbered}
+    return {"x_adv": x_adv, **left._asdict(), **numbered}
 
 
 class _State(NamedTuple):
     """Where the search of m images stands."""
 
-    best: Tensor
+    x_adv: Tensor
     """The worst point found around each, [m, c, h, w]."""
-    badness: Tensor
-    """Its margin, or the given loss, [m]."""
-    active: Tensor
+    loss: Tensor
+    """Its margin, or the caller's loss, [m]."""
+    right: Tensor
     """Not yet claimed to be wrong, [m] bool."""
     position: Tensor
     """Where each stream of random numbers is read on, [streams] int64."""
@@ -187,14 +164,14 @@ class _Given(NamedTuple):
     """[m] int64."""
     rows: Tensor
     """Positions in the batch, [m] int64."""
-    doubted: Tensor
+    refuted: Tensor
     """Claimed to be wrong before and found right in full precision, [m] bool: only a worse point counts."""
     stream: Tensor
     """The stream of random numbers that each image reads, [m] int64, ascending."""
     pool: Tensor
     """Random numbers, [numbers]."""
     window: Tensor
-    """The size of the windows; see :meth:`_Walk.window`."""
+    """The size of the windows; see :meth:`_Proposals.window`."""
 
 
 @dataclass(frozen=True)
@@ -202,62 +179,71 @@ class _Query:
     """A proposal for all images, kept where it is worse.
 
     Args:
-        walk: makes the proposal.
-        badness: of logits [m, k] of the images at ``rows`` [m], [m]; the margin when None.
+        proposals: where candidates come from.
+        loss: of logits [m, k] of the images at ``rows`` [m], [m]; the margin when None.
     """
 
-    walk: _Walk
-    badness: Callable[[Tensor, Tensor], Tensor] | None
+    proposals: _Proposals
+    loss: Callable[[Tensor, Tensor], Tensor] | None
 
-    def __call__(self, forward: View, state: _State, given: _Given) -> _State:
+    def __call__(self, net: Forward, state: _State, given: _Given) -> _State:
         numbers = _Reader(given.pool, state.position)
-        candidate = self.walk.propose(state, given, numbers)
-        wrong, value = self.look(forward, candidate, given.label, given.rows)
-        wins = state.active & ((wrong & ~given.doubted) | (value > state.badness))
+        candidate = self.proposals.propose(state, given, numbers)
+        wrong, loss = self.evaluate(net, candidate, given.label, given.rows)
+        wins = state.right & ((wrong & ~given.refuted) | (loss > state.loss))
         return _State(
-            torch.where(wins.view(-1, 1, 1, 1), candidate, state.best),
-            torch.where(wins, value, state.badness),
-            state.active & ~(wrong & wins),
+            torch.where(wins.view(-1, 1, 1, 1), candidate, state.x_adv),
+            torch.where(wins, loss, state.loss),
+            state.right & ~(wrong & wins),
             numbers.position,
         )
 
-    def look(self, forward: View, image: Tensor, label: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether each image is wrong by now, and how bad it is, both [m]."""
-        logits = forward(image)
+    def evaluate(self, net: Forward, candidate: Tensor, label: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether the network gets each image wrong, and its loss, both [m]."""
+        logits = net(candidate)
         # By argmax, as the verdict is: at a tie the true class may still be the answer.
         wrong = logits.argmax(1) != label
-        return wrong, margin(logits, label) if self.badness is None else self.badness(logits, rows)
+        return wrong, margin(logits, label) if self.loss is None else self.loss(logits, rows)
 
 
-class _Left(NamedTuple):
+class _Remaining(NamedTuple):
     """The m images that are still searched, between packings; fields as in ``_State`` and ``_Given``."""
 
     rows: Tensor
     stream: Tensor
-    badness: Tensor
-    doubted: Tensor
+    loss: Tensor
+    refuted: Tensor
 
     def filled(
-        self, oracle: Oracle, best: Tensor, image: Tensor, label: Tensor, numbers: _Numbers, window: Tensor
+        self,
+        active: ActiveImages,
+        x_adv: Tensor,
+        image: Tensor,
+        label: Tensor,
+        numbers: _Numbers,
+        window: Tensor,
     ) -> tuple[_State, _Given]:
-        """Where a block of queries begins, and what it reads; ``best``, ``image``, ``label`` of the batch."""
-        rows, stream, badness, doubted = oracle.fill(*self)
-        # What fills up is never active: it must not use up random numbers.
-        active = torch.arange(len(rows), device=rows.device) < len(self.rows)
-        state = _State(best[rows], badness, active, numbers.position)
-        return state, _Given(image[rows], label[rows], rows, doubted, stream, numbers.padded(), window)
+        """Where a block of queries begins, and what it reads; ``x_adv``, ``image``, ``label`` of the
+        batch."""
+        rows, stream, loss, refuted = map(active.fill, self)
+        # What fills up is not searched: it must not use up random numbers.
+        searched = torch.arange(len(rows), device=rows.device) < len(self.rows)
+        state = _State(x_adv[rows], loss, searched, numbers.position)
+        return state, _Given(image[rows], label[rows], rows, refuted, stream, numbers.padded(), window)
 
-    def packed(self, oracle: Oracle, best: Tensor, label: Tensor, numbers: _Numbers, active: Tensor) -> _Left:
-        """Without the images that are wrong; ``best`` and ``label`` of the batch."""
-        left, active = self, active[: len(self.rows)]
-        if oracle.doubted:
-            fooled = oracle.confirmed(~active, best[self.rows], label[self.rows], self.rows)
-            left = self._replace(doubted=self.doubted | (~active & ~fooled))
-            active = ~fooled
-        kept = active.nonzero().flatten()
+    def packed(
+        self, active: ActiveImages, x_adv: Tensor, label: Tensor, numbers: _Numbers, right: Tensor
+    ) -> _Remaining:
+        """Without the images that are not ``right`` any more; ``x_adv`` and ``label`` of the batch."""
+        left, right = self, right[: len(self.rows)]
+        if active.model.unverified:
+            fooled = active.verified(~right, x_adv[self.rows], label[self.rows])
+            left = self._replace(refuted=self.refuted | (~right & ~fooled))
+            right = ~fooled
+        kept = right.nonzero().flatten()
         if len(kept) == len(self.rows):
             return left
-        left = _Left(*(field[kept] for field in left))
+        left = _Remaining(*(field[kept] for field in left))
         return left._replace(stream=numbers.narrow(left.stream)) if len(kept) else left
 
 
@@ -338,12 +324,12 @@ class _Numbers(_Reader):
 
     def padded(self) -> Tensor:
         """The pool at one of few lengths (powers of four), so that few different queries are recorded."""
-        return filled(self.pool, 4 ** max(math.ceil(math.log(len(self.pool), 4)), 6))
+        return fill_up(self.pool, 4 ** max(math.ceil(math.log(len(self.pool), 4)), 6))
 
 
 @dataclass(frozen=True)
-class _Walk(ABC):
-    """How a search begins and proposes, in balls of radius ``eps``."""
+class _Proposals(ABC):
+    """Where a search begins and where its candidates come from, in balls of radius ``eps``."""
 
     eps: float
 
@@ -364,7 +350,7 @@ class _Walk(ABC):
         """A candidate for each image, [m, c, h, w], inside the ball and the box."""
 
 
-class _LinfWalk(_Walk):
+class _LinfProposals(_Proposals):
     """Vertical stripes at plus or minus eps, then windows of one sign per channel (algorithm 2)."""
 
     def numbers_per_query(self, channels: int, stream: Tensor) -> int:
@@ -391,11 +377,11 @@ class _LinfWalk(_Walk):
         inside = (row >= 0) & (row < side) & (column >= 0) & (column < side)
         step = torch.where(inside, 2 * self.eps * _sign(drawn[:, 2:])[..., None, None], 0)
         # One stream is the common case: a view for every image.
-        moved = state.best + (step if len(drawn) == 1 else step[given.stream])
+        moved = state.x_adv + (step if len(drawn) == 1 else step[given.stream])
         return torch.minimum(torch.maximum(moved, given.image - self.eps), given.image + self.eps).clamp(0, 1)
 
 
-class _L2Walk(_Walk):
+class _L2Proposals(_Proposals):
     """Tiles of ``_eta``, then windows that take over the length of a second window (algorithm 3).
 
     The sign of a window is drawn for each image that is still right, so the numbers depend on how many are.
@@ -429,7 +415,7 @@ class _L2Walk(_Walk):
         (m, channels), device = given.image.shape[:2], given.image.device
         drawn = numbers.next(5)
         fresh = _turned(given.window, drawn[:, 4:], given.stream)
-        fresh = fresh * _signs(numbers, given.stream, state.active, channels)
+        fresh = fresh * _signs(numbers, given.stream, state.right, channels)
         images = (
             torch.arange(m, device=device)[:, None, None, None],
             torch.arange(channels, device=device)[:, None, None],
@@ -437,7 +423,7 @@ class _L2Walk(_Walk):
         side, size = given.window.shape[0], tuple(given.image.shape[2:])
         into = *images, *(along[given.stream] for along in _window(drawn, side, size))
         source = *images, *(along[given.stream] for along in _window(drawn[:, 2:], side, size))
-        delta = state.best - given.image
+        delta = state.x_adv - given.image
         free = (self.eps**2 - _length(delta, (1, 2, 3)) ** 2).clamp_min(0) / channels
         both = torch.zeros_like(delta)
         # A number of the host would be copied to the device, which a graph cannot hold.

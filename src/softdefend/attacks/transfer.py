@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from softdefend.attacks.base import Attack, Forward, larger
-from softdefend.attacks.losses import AttackLoss, hard_label, margin
+from softdefend.attacks.base import Attack, larger
+from softdefend.attacks.losses import hard_label, margin
+from softdefend.attacks.names import ATTACKS
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import ThreatModel
-from softdefend.execution.modes import attacked
+from softdefend.execution.context import AttackContext
+from softdefend.execution.counting import CountingModel, Forward
+from softdefend.execution.network_mode import frozen
 
 
+@ATTACKS.register("transfer")
 @dataclass(frozen=True)
 class Transfer(Attack):
     """An attack on other networks, judged on the network it is called with.
@@ -42,6 +47,7 @@ class Transfer(Attack):
     """What is run on each of them."""
     source: str = ""
     """What the surrogates are called, for the name."""
+    suffix: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         nets = self._surrogates()
@@ -61,17 +67,20 @@ class Transfer(Attack):
         """See :meth:`Attack.check`: whatever the inner attack takes."""
         self.attack.check(threat)
 
-    def __call__(
-        self,
-        forward: Forward,
-        image: Tensor,
-        target: Tensor,
-        threat: ThreatModel,
-        *,
-        loss: AttackLoss | None = None,
-        generator: torch.Generator | None = None,
+    @classmethod
+    def from_name(cls, name: str) -> Self | None:
+        """Never: a name cannot bring a network along.
+
+        Raises:
+            SettingError: always.
+        """
+        accepted = "Transfer(other_net, attack) in Python: a transfer attack needs a second network"
+        raise SettingError("attacks", repr(name), accepted)
+
+    def run(
+        self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
     ) -> Tensor:
-        """See :meth:`Attack.__call__`; ``loss`` and ``generator`` go to the inner attack. Cost: the inner
+        """See :meth:`Attack.run`; the caller's loss and generator go to the inner attack. Cost: the inner
         attack on each surrogate, one forward of the attacked network and one more for each surrogate.
 
         Of the images made on several surrogates, each sample gets the one of largest margin on the attacked
@@ -80,18 +89,23 @@ class Transfer(Attack):
         Raises:
             SettingError: a surrogate with another number of classes; what the inner attack refuses.
         """
-        label = hard_label(target)
+        true = hard_label(label)
         with torch.no_grad():
-            logits = forward(image)
-        best, worst = image, torch.full_like(margin(logits, label), -torch.inf)
-        for net in self._surrogates():
-            with attacked(net, "eval"):
-                made = self.attack(
-                    _same_classes(net, logits.shape[1]), image, target, threat, loss=loss, generator=generator
+            logits = net(image)
+        best, value = image, torch.full_like(margin(logits, true), -torch.inf)
+        for surrogate in self._surrogates():
+            with frozen(surrogate, "eval"):
+                x_adv = self.attack(
+                    _same_classes(surrogate, logits.shape[1]),
+                    image,
+                    label,
+                    threat,
+                    loss=context.loss,
+                    generator=context.generator,
                 )
             with torch.no_grad():
-                reached = margin(forward(made), label)
-            best, worst = larger(made, reached, best, worst)
+                reached = margin(net(x_adv), true)
+            best, value = larger(x_adv, reached, best, value)
         return best
 
 
@@ -101,6 +115,6 @@ def _same_classes(net: nn.Module, k: int) -> Forward:
         if logits.shape[1] != k:
             given = f"a network with {logits.shape[1]} classes"
             raise SettingError("attack.surrogate", given, f"the {k} classes of the attacked network")
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return logits
 
     return forward

@@ -18,7 +18,7 @@ from softdefend.evaluation.evaluate import Evaluator, cost_line
 from softdefend.evaluation.records import Evaluation, Rate
 from softdefend.evaluation.resume import StateFile
 from softdefend.evaluation.settings import EvaluateSettings
-from softdefend.execution.batches import images_at_once
+from softdefend.execution.microbatch import fitting_microbatch
 
 _log = logging.getLogger(__name__)
 
@@ -111,8 +111,10 @@ def _attack(
     source = checkpoint.source
     evaluator = make_evaluator(checkpoint, settings)
     attacks = [parse(attack, len(source.bundle.classes)) for attack in settings.attacks]
-    evaluation = evaluator(attacks, limit=settings.size, progress=source.progress, state=state, say=_log.info)
-    evaluator.physical_batch = evaluation.how["physical_batch"]  # as many as have fitted into memory
+    evaluation = evaluator(
+        attacks, limit=settings.size, progress=source.progress, state=state, log_costs=True
+    )
+    evaluator.microbatch = evaluation.how["physical_batch"]  # as many as have fitted into memory
     threat = {"norm": source.threat.norm, "eps": str(source.threat.eps)}
     return evaluation, {
         "which": source.which,
@@ -131,14 +133,14 @@ def make_evaluator(checkpoint: Checkpoint, settings: EvaluateSettings) -> Evalua
     """The evaluator of a checkpoint under its threat."""
     microbatch = settings.physical_batch
     if microbatch is None:
-        microbatch = images_at_once(checkpoint.net, checkpoint.test_images(1).image)
+        microbatch = fitting_microbatch(checkpoint.net, checkpoint.test_images(1).image)
     return Evaluator(
         checkpoint.net,
         checkpoint.data,
         checkpoint.source.threat,
         batch_size=settings.batch_size,
         seed=settings.seed,
-        physical_batch=microbatch,
+        microbatch=microbatch,
         precision=settings.precision,
         compile=settings.compile,
     )

@@ -13,21 +13,24 @@ from dataclasses import dataclass, replace
 from softdefend.attacks import APGD, FAB, Attack, Square, TargetedAPGD
 from softdefend.attacks.names import parse_attack
 from softdefend.core.errors import SettingError
+from softdefend.core.registry import Registry
 from softdefend.core.threat import ThreatModel
 
-VERSIONS: dict[str, tuple[Attack, ...]] = {
-    "autoattack": (APGD(), TargetedAPGD(), FAB(), Square()),
-    "autoattack-plus": (
+ENSEMBLES: Registry[tuple[Attack, ...]] = Registry("ensembles")
+"""Members in order by the ensemble's name; packages of others add theirs by entry points of the group
+``softdefend.ensembles``. Those here are ``standard``, ``plus`` and ``rand`` of the authors' code."""
+ENSEMBLES.register("autoattack")((APGD(), TargetedAPGD(), FAB(), Square()))
+ENSEMBLES.register("autoattack-plus")(
+    (
         APGD(restarts=5),
         APGD(restarts=5, loss="dlr"),
         FAB(restarts=5, targeted=False),
         Square(),
         TargetedAPGD(),
         FAB(),
-    ),
-    "autoattack-rand": (APGD(eot=20), APGD(loss="dlr", eot=20)),
-}
-"""``standard``, ``plus`` and ``rand`` of the authors' code, by the names used here."""
+    )
+)
+ENSEMBLES.register("autoattack-rand")((APGD(eot=20), APGD(loss="dlr", eot=20)))
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ def expand(name: str, k: int) -> list[Attack]:
     Raises:
         SettingError: unknown name, or fewer than two classes.
     """
-    if name not in VERSIONS:
-        raise SettingError("attacks", repr(name), ", ".join(VERSIONS))
+    if name not in ENSEMBLES:
+        raise SettingError("attacks", repr(name), ", ".join(ENSEMBLES.names()))
     if k < 2:
         raise SettingError(
             "attacks", f"{name} on a network with {k} class", "a network with at least 2 classes"
@@ -84,7 +87,7 @@ def expand(name: str, k: int) -> list[Attack]:
         replace(member, targets=min(member.targets, k - 1))
         if isinstance(member, TargetedAPGD | FAB)
         else member
-        for member in VERSIONS[name]
+        for member in ENSEMBLES[name]
     ]
 
 
@@ -94,10 +97,10 @@ def parse(name: str, k: int = 10) -> Attack | Ensemble:
     Raises:
         SettingError: unknown name; fewer than two classes.
     """
-    if name in VERSIONS:
+    if name in ENSEMBLES:
         return Ensemble(name, tuple(expand(name, k)))
     try:
         return parse_attack(name)
     except SettingError as error:
-        accepted = f"{error.accepted}; or {', '.join(VERSIONS)}"
+        accepted = f"{error.accepted}; or {', '.join(ENSEMBLES.names())}"
         raise SettingError(error.setting, error.given, accepted) from error

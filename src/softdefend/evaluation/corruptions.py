@@ -29,7 +29,7 @@ from softdefend.evaluation.evaluate import answers
 from softdefend.evaluation.measurement import Measurement
 from softdefend.evaluation.records import Rate
 from softdefend.evaluation.settings import EvaluateSettings
-from softdefend.execution.modes import attacked, tf32
+from softdefend.execution.network_mode import frozen, tf32
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -150,7 +150,7 @@ def evaluate_corruptions(
         return Rate.of(torch.cat(right))
 
     table: dict[str, Any] = {}
-    with attacked(net, "eval"), tf32(False):
+    with frozen(net, "eval"), tf32(False):
         clean = rate(lambda image, _: image)
         for name in tqdm(names, desc="corruptions", leave=False, disable=None if progress else True):
             rates = [rate(_corruptor(name, severity, seed)) for severity in SEVERITIES]

@@ -15,7 +15,7 @@ from softdefend.core import rng
 from softdefend.core.errors import SettingError
 from softdefend.core.weight_files import load_weights_file
 from softdefend.evaluation.preflight import own_random_numbers
-from softdefend.execution.modes import tf32
+from softdefend.execution.network_mode import tf32
 from softdefend.models.factory import from_user
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from softdefend.attacks import margin
 from softdefend.data import Resident
 from softdefend.evaluation.table import Table
-from softdefend.execution.modes import attacked, tf32
+from softdefend.execution.network_mode import frozen, tf32
 
 
 def hardest_first(table: Table, clean_margin: NDArray[np.float32], eps: float) -> NDArray[np.int64]:
@@ -60,7 +60,7 @@ def choose_gallery(
 @torch.no_grad()
 def _clean_margins(net: nn.Module, data: Resident, n: int, batch_size: int) -> NDArray[np.float32]:
     """How far the label's logit is above the best other one, of the first n samples."""
-    with attacked(net, "eval"), tf32(False):
+    with frozen(net, "eval"), tf32(False):
         margins = [
             -margin(net(batch.image).float(), batch.label).cpu()
             for index in torch.split(torch.arange(n, device=data.labels.device), batch_size)

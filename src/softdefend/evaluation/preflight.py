@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from softdefend.core import rng
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import ThreatModel
-from softdefend.execution.modes import tf32
+from softdefend.execution.network_mode import tf32
 
 LOOK = 256
 """Images that are shown to the network; pixels and labels are all checked."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from softdefend.core.files import write_atomic
 
-_KEY = "softdefend-evaluation-2"
+_KEY = "softdefend-evaluation-3"
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and plain values."""
 

@@ -10,7 +10,7 @@ from torch import nn
 from softdefend.core.errors import SettingError
 from softdefend.evaluation.autoattack import parse
 from softdefend.evaluation.robustbench import check_standard, read_known
-from softdefend.execution.search import Precision, check_precision
+from softdefend.execution.search_network import Precision, check_precision
 
 
 @dataclass(frozen=True)

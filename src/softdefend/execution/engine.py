@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from softdefend.core.errors import SettingError
-from softdefend.execution.modes import on_device, tf32
+from softdefend.execution.network_mode import on_device, tf32
 
 _MOST_THREADS = 1024
 """More than any machine has cores for; far more stop a process before its first step."""

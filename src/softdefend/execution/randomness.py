@@ -1,63 +1,53 @@
-"""Where an attack's random numbers come from when the images of several logical batches are attacked at once.
+"""Where an attack's random numbers come from: a caller's generator, or an evaluation's seed.
 
-A *logical* batch owns its random numbers, whatever else is computed beside it; how many images are computed
-at once is a matter of memory only. Two families:
+An evaluation attacks the images of several batches at once. A batch owns its random numbers, whatever else is
+computed beside it; how many images are computed at once is a matter of memory only. Two families:
 
-* :meth:`Draws.fresh` and :meth:`Draws.sequence` are the numbers of AutoAttack's reference implementation
-  (github.com/fra31/auto-attack): every attack starts every logical batch from a CPU generator with the same
-  seed, so all batches read one and the same sequence, each from its own place.
-* :meth:`Draws.uniform` and :meth:`Draws.normal` belong to the image: they are a hash of seed, attack and the
-  image's position in the data, the same in every batch, in every order and on every device (up to rounding).
+* :meth:`AttackRandomness.batch_noise` and :meth:`AttackRandomness.sequence` are the numbers of AutoAttack's
+  reference implementation (github.com/fra31/auto-attack): every attack starts every batch from a CPU
+  generator with the same seed, so all batches read one and the same sequence, each from its own place.
+* :meth:`AttackRandomness.normal_like` and :meth:`AttackRandomness.in_ball` belong to the image: in an
+  evaluation they are a hash of seed, attack and the image's position in the data, the same in every batch, in
+  every order and on every device (up to rounding).
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from softdefend.core import rng
+from softdefend.core.threat import ThreatModel
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Random numbers for n images, which form one or more logical batches.
+class AttackRandomness(ABC):
+    """Random numbers for n images, which form one or more batches.
 
-    Attributes:
-        batch: [n] int64 on the CPU, ascending from 0: the logical batch of each image.
-        generators: one for each logical batch; None is torch's global generator.
-        index: [n] int64, position of each image in the data.
-        seed: the evaluation's seed; None where a caller's generator is all there is.
-        name: of the attack.
-        first: how many logical batches came before these.
+    Args:
+        generators: one for each batch; None is torch's global generator.
     """
 
-    batch: Tensor
-    generators: tuple[torch.Generator | None, ...]
-    index: Tensor
-    seed: int | None = None
-    name: str = ""
-    first: int = 0
+    def __init__(self, generators: Sequence[torch.Generator | None]) -> None:
+        self.generators = tuple(generators)
 
-    @classmethod
-    def of(cls, generator: torch.Generator | None, n: int) -> Draws:
-        """One logical batch of n images that draws from ``generator``."""
-        return cls(torch.zeros(n, dtype=torch.int64), (generator,), torch.arange(n))
+    @property
+    @abstractmethod
+    def batch(self) -> Tensor:
+        """The batch of each image, [n] int64 on the CPU, ascending from 0."""
 
-    @classmethod
-    def seeded(cls, index: Sequence[Tensor], seed: int, name: str, first: int = 0) -> Draws:
-        """Several logical batches of an evaluation, given by the positions of their images in the data."""
-        sizes = torch.tensor([len(part) for part in index])
-        generators = tuple(torch.Generator().manual_seed(seed) for _ in index)
-        batch = torch.arange(len(index)).repeat_interleave(sizes)
-        return cls(batch, generators, torch.cat(list(index)), seed, name, first)
+    @property
+    def generator(self) -> torch.Generator | None:
+        """Of the one batch that there is."""
+        (own,) = self.generators
+        return own
 
-    def fresh(self, rows: Tensor, image: Tensor, *, normal: bool) -> Tensor:
-        """Numbers never seen before, shaped and typed like ``image`` [m, c, h, w], one draw for each logical
-        batch that has any of ``rows`` [m] (ascending). Uniform in [0, 1), or standard normal."""
+    def batch_noise(self, image: Tensor, rows: Tensor, *, normal: bool) -> Tensor:
+        """Numbers never seen before, shaped and typed like ``image`` [m, c, h, w], one draw for each batch
+        that has any of ``rows`` [m] (ascending). Uniform in [0, 1), or standard normal."""
         draw = torch.randn if normal else torch.rand
         counts = torch.bincount(self.batch[rows.cpu()], minlength=len(self.generators)).tolist()
         parts = []
@@ -69,32 +59,29 @@ class Draws:
                 parts.append(draw(shape, generator=generator, device=device).to(image))
         return torch.cat(parts)
 
+    @abstractmethod
     def sequence(self) -> torch.Generator | None:
-        """A generator at the start of the sequence that every logical batch reads."""
-        if self.seed is None:
-            return self.generators[0]
-        return torch.Generator().manual_seed(self.seed)
+        """A generator at the start of the sequence that every batch reads."""
 
-    def portions(self, device: torch.device) -> Iterator[tuple[Tensor, torch.Generator | None]]:
-        """The rows of each logical batch, and a generator of its own on ``device``: for attacks that know
-        nothing of logical batches."""
-        for number, own in enumerate(self.generators):
-            rows = (self.batch == number).nonzero().squeeze(1)
-            if self.seed is not None:
-                step = self.first + number
-                own = rng.stream(self.seed, f"evaluate/{self.name}", step=step, device=device)
-            yield rows.to(device), own
+    @abstractmethod
+    def normal_like(self, image: Tensor, rows: Tensor | None, number: int) -> Tensor:
+        """Standard normal numbers shaped like ``image`` [m, c, h, w], which belong to the images.
 
-    def uniform(self, rows: Tensor, count: int, number: int) -> Tensor:
-        """``count`` numbers in [0, 1) for each of ``rows`` [m], [m, count] float32 on their device; the same
-        ones whenever asked for under the same ``number``."""
-        key = rng.key(self.seed or 0, f"evaluate/{self.name}", step=number)
-        return hashed(key, self.index.to(rows.device)[rows], count)
+        Args:
+            image: of these images.
+            rows: their positions [m] among the n; all when None.
+            number: of this draw, from 0.
+        """
 
-    def normal(self, rows: Tensor, count: int, number: int) -> Tensor:
-        """Standard normal numbers (Box and Muller), else as :meth:`uniform`."""
-        radius, angle = self.uniform(rows, 2 * count, number).chunk(2, dim=1)
-        return (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * angle)
+    @abstractmethod
+    def in_ball(self, threat: ThreatModel, image: Tensor, rows: Tensor | None, number: int) -> Tensor:
+        """A point drawn uniformly from the ball around each image, [m, c, h, w], not cut to [0, 1]; see
+        :meth:`normal_like`."""
+
+    @abstractmethod
+    def batches(self, device: torch.device) -> Iterator[tuple[Tensor, AttackRandomness]]:
+        """The rows of each batch, and randomness of its own on ``device``: for attacks that know one batch
+        only."""
 
     def state(self) -> Tensor:
         """Where the generators stand, [batches, bytes] uint8."""
@@ -105,6 +92,104 @@ class Draws:
         for generator, own in zip(self.generators, state, strict=True):
             if generator is not None:
                 generator.set_state(own.cpu().clone())  # torch crashes on a view
+
+
+class CallerRandomness(AttackRandomness):
+    """One batch of n images, all of whose numbers come one after the other from a caller's generator.
+
+    Args:
+        generator: None is torch's global generator.
+        n: images.
+    """
+
+    def __init__(self, generator: torch.Generator | None, n: int) -> None:
+        super().__init__([generator])
+        self.n = n
+
+    @property
+    def batch(self) -> Tensor:
+        """See :attr:`AttackRandomness.batch`."""
+        return torch.zeros(self.n, dtype=torch.int64)
+
+    def sequence(self) -> torch.Generator | None:
+        """See :meth:`AttackRandomness.sequence`."""
+        return self.generator
+
+    def normal_like(self, image: Tensor, rows: Tensor | None, number: int) -> Tensor:
+        """See :meth:`AttackRandomness.normal_like`."""
+        return torch.randn(image.shape, generator=self.generator, device=image.device, dtype=image.dtype)
+
+    def in_ball(self, threat: ThreatModel, image: Tensor, rows: Tensor | None, number: int) -> Tensor:
+        """See :meth:`AttackRandomness.in_ball`."""
+        return threat.random_start(image, self.generator)
+
+    def batches(self, device: torch.device) -> Iterator[tuple[Tensor, AttackRandomness]]:
+        """See :meth:`AttackRandomness.batches`."""
+        yield torch.arange(self.n, device=device), self
+
+
+class SeededRandomness(AttackRandomness):
+    """Several batches of an evaluation.
+
+    Args:
+        index: for each batch the positions of its images in the data, int64.
+        seed: the evaluation's seed.
+        name: of the attack.
+        first: how many batches came before these.
+    """
+
+    def __init__(self, index: Sequence[Tensor], seed: int, name: str, first: int = 0) -> None:
+        super().__init__([torch.Generator().manual_seed(seed) for _ in index])
+        self.index, self.seed, self.name, self.first = torch.cat(list(index)), seed, name, first
+        sizes = torch.tensor([len(part) for part in index])
+        self._batch = torch.arange(len(index)).repeat_interleave(sizes)
+
+    @property
+    def batch(self) -> Tensor:
+        """See :attr:`AttackRandomness.batch`."""
+        return self._batch
+
+    def sequence(self) -> torch.Generator | None:
+        """See :meth:`AttackRandomness.sequence`."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def normal_like(self, image: Tensor, rows: Tensor | None, number: int) -> Tensor:
+        """See :meth:`AttackRandomness.normal_like`."""
+        rows = self._rows(image, rows)
+        return self.normal(rows, image[0].numel(), 2 * number).view(image.shape).to(image)
+
+    def in_ball(self, threat: ThreatModel, image: Tensor, rows: Tensor | None, number: int) -> Tensor:
+        """See :meth:`AttackRandomness.in_ball`."""
+        rows, pixels = self._rows(image, rows), image[0].numel()
+        if threat.norm == "linf":
+            noise = self.uniform(rows, pixels, 2 * number).view(image.shape).to(image)
+            return image + (2 * noise - 1) * float(threat.eps)
+        noise = self.normal_like(image, rows, number)
+        # The volume inside radius r grows as r^d, so uniform in the ball means r = eps * u^(1/d).
+        radius = self.uniform(rows, 1, 2 * number + 1).to(image).pow(1 / pixels) * float(threat.eps)
+        return image + threat.ascend(torch.zeros_like(image), noise, 1.0) * radius.view(-1, 1, 1, 1)
+
+    def batches(self, device: torch.device) -> Iterator[tuple[Tensor, AttackRandomness]]:
+        """See :meth:`AttackRandomness.batches`."""
+        for number in range(len(self.generators)):
+            rows = (self._batch == number).nonzero().squeeze(1)
+            step = self.first + number
+            own = rng.stream(self.seed, f"evaluate/{self.name}", step=step, device=device)
+            yield rows.to(device), CallerRandomness(own, len(rows))
+
+    def uniform(self, rows: Tensor, count: int, number: int) -> Tensor:
+        """``count`` numbers in [0, 1) for each of ``rows`` [m], [m, count] float32 on their device; the same
+        ones whenever asked for under the same ``number``."""
+        key = rng.key(self.seed, f"evaluate/{self.name}", step=number)
+        return hashed(key, self.index.to(rows.device)[rows], count)
+
+    def normal(self, rows: Tensor, count: int, number: int) -> Tensor:
+        """Standard normal numbers (Box and Muller), else as :meth:`uniform`."""
+        radius, angle = self.uniform(rows, 2 * count, number).chunk(2, dim=1)
+        return (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * angle)
+
+    def _rows(self, image: Tensor, rows: Tensor | None) -> Tensor:
+        return torch.arange(len(image), device=image.device) if rows is None else rows
 
 
 def hashed(key: int, index: Tensor, count: int) -> Tensor:

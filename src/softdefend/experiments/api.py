@@ -16,10 +16,10 @@ from softdefend.data import DataBundle, Resident, from_tensors, split
 from softdefend.evaluation import Ensemble, Evaluation, Evaluator
 from softdefend.evaluation.autoattack import averages_draws, parse
 from softdefend.evaluation.preflight import LOOK, preflight
-from softdefend.execution.batches import images_at_once
 from softdefend.execution.engine import resolve_device
-from softdefend.execution.modes import attacked
-from softdefend.execution.search import Precision
+from softdefend.execution.microbatch import fitting_microbatch
+from softdefend.execution.network_mode import frozen
+from softdefend.execution.search_network import Precision
 from softdefend.models import check_logits
 from softdefend.report import RunRecord, read_run
 from softdefend.training import TrainConfig, Trainer
@@ -130,18 +130,18 @@ def evaluate(
     made = [parse(attack, k) if isinstance(attack, str) else attack for attack in attacks]
     threat = threat or ThreatModel()
     steady = not averages_draws([attack.name for attack in made])
-    with attacked(net, "eval"):
+    with frozen(net, "eval"):
         shown = data.take(torch.arange(min(data.n, LOOK), device=chosen))
         preflight(net, shown.image, shown.label, threat, classes=k, assumes_determinism=steady)
     if physical_batch is None and chosen.type == "cuda":
-        physical_batch = images_at_once(net, data.take(data.labels.new_zeros(1)).image)
+        physical_batch = fitting_microbatch(net, data.take(data.labels.new_zeros(1)).image)
     evaluator = Evaluator(
         net,
         data,
         threat,
         batch_size=batch_size,
         seed=seed,
-        physical_batch=physical_batch,
+        microbatch=physical_batch,
         precision=precision,
         compile=compile,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from softdefend.attacks.losses import cross_entropy
 from softdefend.core.registry import Registry
 from softdefend.core.rule import Rule, RunInfo
-from softdefend.execution.modes import BNMode as BNMode
+from softdefend.execution.network_mode import BNMode as BNMode
 
 if TYPE_CHECKING:
     from softdefend.data import Batch

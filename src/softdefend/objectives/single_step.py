@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from softdefend.attacks import PGD, Attack, AttackLoss, Forward, cross_entropy, value_and_gradient
+from softdefend.attacks import PGD, Attack, cross_entropy, value_and_gradient
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import Budget, ThreatModel
+from softdefend.execution.context import AttackContext
+from softdefend.execution.counting import CountingModel
 from softdefend.objectives.at import PGDAT
 from softdefend.objectives.base import OBJECTIVES
 
@@ -28,21 +30,14 @@ class _NoisyStep(Attack):
     def name(self) -> str:
         return "n-fgsm"
 
-    def __call__(
-        self,
-        forward: Forward,
-        image: Tensor,
-        target: Tensor,
-        threat: ThreatModel,
-        *,
-        loss: AttackLoss | None = None,
-        generator: torch.Generator | None = None,
+    def run(
+        self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
     ) -> Tensor:
-        climb = loss or (lambda logits: cross_entropy(logits, target))
+        loss = context.loss or (lambda logits: cross_entropy(logits, label))
         # The ball around nothing, scaled: uniform in the ball of radius noise * eps, for either norm.
-        noise = self.noise * threat.random_start(torch.zeros_like(image), generator)
+        noise = self.noise * threat.random_start(torch.zeros_like(image), context.generator)
         noisy = (image + noise).clamp(0, 1)
-        _, grad = value_and_gradient(forward, climb, noisy)
+        _, grad = value_and_gradient(net, loss, noisy)
         return threat.ascend(noisy, grad, self.alpha * float(threat.eps)).clamp(0, 1)
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from softdefend.attacks import PGD
 from softdefend.core.errors import SettingError
-from softdefend.execution.search import Precision, check_precision
+from softdefend.execution.search_network import Precision, check_precision
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from softdefend.core.errors import SettingError
 from softdefend.data import Batch, Resident
 from softdefend.execution.engine import Engine
 from softdefend.execution.fused import FusedNet, FusedThreat, agree, fused, refusal
-from softdefend.execution.modes import attacked, set_mode
+from softdefend.execution.network_mode import frozen, set_mode
 from softdefend.labels import BNMode, Predictions, Supervision
 from softdefend.training.config import Recipe
 from softdefend.training.mixture import Mixture, mixing_refusal
@@ -152,7 +152,7 @@ class TrainStep:
         batch = Batch(index, image, first.label)
         attack_target = first.attack_target(label, phase.label)
         attack_target = attack_target.repeat(views, *[1] * (attack_target.ndim - 1))
-        with attacked(self.net, self.recipe.attack_bn):
+        with frozen(self.net, self.recipe.attack_bn):
             forward = self._attack_forward(batch.image)
             loss = objective.inner_loss(forward, batch, attack_target)
             adversarial = self.attack(

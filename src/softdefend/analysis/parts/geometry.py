@@ -22,7 +22,7 @@ from softdefend.analysis.probe import attack_images, draw_positions, per_sample_
 from softdefend.analysis.results import PartResults, number
 from softdefend.analysis.runs import AnalyzedNetwork
 from softdefend.core.rng import stream
-from softdefend.execution.modes import tf32
+from softdefend.execution.network_mode import tf32
 from softdefend.report.content import Block, Paragraph, Section, Table, figures
 from softdefend.report.figures import Plot
 

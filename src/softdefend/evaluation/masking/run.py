@@ -15,7 +15,7 @@ from softdefend.core.threat import ThreatModel
 from softdefend.evaluation.masking import attack_comparisons, behavior, surface
 from softdefend.evaluation.masking.finding import Audit, Check, Finding
 from softdefend.evaluation.masking.probe import Probe
-from softdefend.execution.modes import attacked, tf32
+from softdefend.execution.network_mode import frozen, tf32
 
 CHECKS = (*behavior.CHECKS, *surface.CHECKS, *attack_comparisons.CHECKS)
 """Everything that an audit looks at."""
@@ -64,7 +64,7 @@ def audit(
         stack.enter_context(tf32(False))
         for module in (net, surrogate):
             if module is not None:
-                stack.enter_context(attacked(module, "eval"))
+                stack.enter_context(frozen(module, "eval"))
         probe = Probe(net, images, labels, threat, batch_size, seed)
         stack.enter_context(behavior.seeded(probe))
         right = ~probe.fooled(images)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from softdefend.execution.modes import attacked, set_mode, tf32, untried_kernels
+from softdefend.execution.network_mode import frozen, no_kernel_search, set_mode, tf32
 
 
 def make() -> nn.Sequential:
@@ -39,7 +39,7 @@ def test_an_attack_leaves_mode_and_frozen_parameters_as_they_were(training):
     net[0].bias.requires_grad_(False)
 
     def fail_inside():
-        with attacked(net, "eval"):
+        with frozen(net, "eval"):
             assert not any(p.requires_grad for p in net.parameters())
             assert not net.training
             raise RuntimeError("inside")
@@ -60,6 +60,6 @@ def test_tf32_is_put_back():
 @pytest.mark.parametrize("before", [True, False])
 def test_kernels_are_tried_again_only_where_they_were(monkeypatch, before):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
-    with untried_kernels():
+    with no_kernel_search():
         assert not torch.backends.cudnn.benchmark
     assert torch.backends.cudnn.benchmark is before

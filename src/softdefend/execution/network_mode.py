@@ -1,4 +1,4 @@
-"""How a network stands for one forward: batch-normalization mode, frozen parameters, TF32."""
+"""The mode of a network for one forward: batch normalization, frozen parameters, TF32."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def set_mode(net: nn.Module, mode: BNMode) -> None:
 
 
 @contextlib.contextmanager
-def attacked(net: nn.Module, mode: BNMode) -> Iterator[None]:
+def frozen(net: nn.Module, mode: BNMode) -> Iterator[None]:
     """The network as an attack sees it: in ``mode`` and with frozen parameters; both restored after, module
     by module.
 
@@ -61,7 +61,7 @@ def on_device(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def untried_kernels() -> Iterator[None]:
+def no_kernel_search() -> Iterator[None]:
     """cuDNN chooses by rule, not by trial: a trial for every size of batch costs seconds where sizes vary."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:

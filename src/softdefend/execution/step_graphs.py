@@ -1,4 +1,4 @@
-"""Steps of a search that are recorded once and replayed: on a GPU their launches then cost nothing.
+"""Steps of a search that are captured once and replayed: on a GPU their launches then cost nothing.
 
 A *step* is a function of (state, given), both flat named tuples of tensors, to the next state. It
 reads nothing else that changes, reads nothing back to the host, and changes no shape. That is what makes it
@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,41 +20,47 @@ from torch import Tensor
 from softdefend.core.errors import SettingError
 
 Fields = tuple[Tensor, ...]
+"""What a step works on is a named tuple of tensors."""
 S = TypeVar("S", bound=Fields)
 G = TypeVar("G", bound=Fields)
-Tape = Callable[[Callable[[], None]], Callable[[], None]]
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Turns a function that works on fixed tensors into one that does the same work again."""
 
-LEAST = 16
-"""Smallest batch that is recorded."""
+SMALLEST = 16
+"""Smallest batch that is captured."""
 _SPACING = 64
 """Of batches beyond 128."""
-_WORTH = 8
-"""Steps of a kind that are taken before it is recorded, the next ones included: a recording costs a few, and
+_WORTHWHILE = 8
+"""Steps of a kind that are taken before it is captured, the next ones included: a capture costs a few, and
 a batch that shrinks leaves many sizes after fewer."""
 
 
-def size(count: int) -> int:
+def captured_size(count: int) -> int:
     """The batch in which ``count`` >= 1 images are computed: a power of two from 16 to 128, or a multiple
     of 64.
 
     Few enough sizes that a shrinking search meets each only a few times, at most an eighth of a batch above
     448 for nothing, and whole tiles for matrix units.
 
-    >>> [size(count) for count in (1, 9, 100, 129, 420)]
+    >>> [captured_size(count) for count in (1, 9, 100, 129, 420)]
     [16, 16, 128, 192, 448]
     """
     if count > 2 * _SPACING:
         return -(-count // _SPACING) * _SPACING
-    return max(LEAST, 1 << (count - 1).bit_length())
+    return max(SMALLEST, 1 << (count - 1).bit_length())
 
 
-def filled(tensor: Tensor, count: int) -> Tensor:
+def fill_up(tensor: Tensor, count: int) -> Tensor:
     """``tensor`` [m, ...] with copies of its last row behind, [count, ...]."""
     missing = count - len(tensor)
     if missing <= 0:
         return tensor
     return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])])
+
+
+def with_fields(kind: S, tensors: Any) -> S:
+    """A named tuple of the type of ``kind`` with other tensors."""
+    return type(kind)(*tensors)
 
 
 class Meter(Protocol):
@@ -64,7 +70,7 @@ class Meter(Protocol):
     gradients: int
 
 
-class _Recording(NamedTuple):
+class _StepGraph(NamedTuple):
     state: Fields
     given: Fields
     replay: Callable[[], None]
@@ -72,32 +78,33 @@ class _Recording(NamedTuple):
     gradients: int
 
 
-class Recorder:
-    """Recordings of steps, one for each step, shape and type.
+class StepGraphs:
+    """Captured steps, one for each step, shape and type.
 
     Args:
-        tape: how a function on fixed tensors is recorded: :class:`CudaTape`, or in tests the function itself.
+        capture: how a function on fixed tensors is captured: :class:`CudaGraphCapture`, or in tests the
+            function itself.
     """
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, capture: Capture) -> None:
         self.enabled = True
-        """Whether steps that were not recorded yet are."""
+        """Whether steps that were not captured yet are."""
         self.seconds = 0.0
-        """Spent on recording, the device's work included."""
-        self._tape = tape
-        self._recordings: dict[Hashable, _Recording] = {}
+        """Spent on capturing, the device's work included."""
+        self._capture = capture
+        self._graphs: dict[Hashable, _StepGraph] = {}
         self._asked: Counter[Hashable] = Counter()
 
-    def forget(self) -> None:
-        """Give the recordings' memory back."""
-        self._recordings.clear()
+    def release(self) -> None:
+        """Give the graphs' memory back."""
+        self._graphs.clear()
 
     def __call__(
         self, key: Hashable, step: Callable[[S, G], S], meter: Meter, state: S, given: G, times: int
     ) -> tuple[S, int, int] | None:
         """``step`` applied ``times`` times from ``state``, and the forwards and gradients that it made.
 
-        What comes back is the caller's own memory. None where there is no recording and none is worth it yet,
+        What comes back is the caller's own memory. None where there is no graph and none is worth it yet,
         or none can be made: then the caller runs the step.
 
         Args:
@@ -108,51 +115,51 @@ class Recorder:
             times: >= 1.
         """
         whole = (key, _signature(state), _signature(given))
-        recording = self._recordings.get(whole)
-        if recording is None:
+        graph = self._graphs.get(whole)
+        if graph is None:
             self._asked[whole] += times
             # Two rehearsals may need what two steps need.
-            if not self.enabled or times < 2 or self._asked[whole] < _WORTH:
+            if not self.enabled or times < 2 or self._asked[whole] < _WORTHWHILE:
                 return None
-            recording = self._record(step, meter, state, given)
-            if recording is None:
+            graph = self._record(step, meter, state, given)
+            if graph is None:
                 return None
-            self._recordings[whole] = recording
-        for buffers, tensors in ((recording.state, state), (recording.given, given)):
+            self._graphs[whole] = graph
+        for buffers, tensors in ((graph.state, state), (graph.given, given)):
             _write(buffers, tensors)
         for _ in range(times):
-            recording.replay()
-        ended = cast(S, _like(state, [_clone(buffer) for buffer in recording.state]))
-        return ended, times * recording.forwards, times * recording.gradients
+            graph.replay()
+        ended = with_fields(state, map(_clone, graph.state))
+        return ended, times * graph.forwards, times * graph.gradients
 
-    def _record(self, step: Callable[[S, G], S], meter: Meter, state: S, given: G) -> _Recording | None:
+    def _record(self, step: Callable[[S, G], S], meter: Meter, state: S, given: G) -> _StepGraph | None:
         started = _now(state)
         own, read = tuple(map(_clone, state)), tuple(map(_clone, given))
         before, cost = (meter.forwards, meter.gradients), (0, 0)
 
         def once() -> None:
             nonlocal before, cost
-            _write(own, _apart(step(cast(S, _like(state, own)), cast(G, _like(given, read))), own))
+            _write(own, _apart(step(with_fields(state, own), with_fields(given, read)), own))
             after = meter.forwards, meter.gradients
             before, cost = after, (after[0] - before[0], after[1] - before[1])
 
         try:
-            replay = self._tape(once)
+            replay = self._capture(once)
         except (torch.OutOfMemoryError, SettingError):
             raise
         except Exception as error:
-            # A network may do anything in its forward; what cannot be recorded is still evaluated.
+            # A network may do anything in its forward; what cannot be captured is still evaluated.
             self.enabled = False
             reason = " ".join(str(error).split())[:160]
             consequence = "steps are not captured, which is slower"
             warnings.warn(f"{consequence}: {reason}", RuntimeWarning, stacklevel=2)
             return None
         self.seconds += _now(state) - started
-        return _Recording(own, read, replay, *cost)
+        return _StepGraph(own, read, replay, *cost)
 
 
-class CudaTape:
-    """Records CUDA graphs that share one pool of memory: scratch, nothing in it outlives a replay."""
+class CudaGraphCapture:
+    """Captures CUDA graphs that share one pool of memory: scratch, nothing in it outlives a replay."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -161,7 +168,7 @@ class CudaTape:
         self._newest: Callable[[], torch.cuda.CUDAGraph | None] = lambda: None
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        """``run`` as a graph; it runs twice before it is recorded, to load and choose its kernels."""
+        """``run`` as a graph; it runs twice before it is captured, to load and choose its kernels."""
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
@@ -175,7 +182,7 @@ class CudaTape:
                 with torch.cuda.graph(graph, pool=pool, stream=self._stream):
                     run()
             finally:
-                # A recording that fails leaves torch on the recording's stream.
+                # A capture that fails leaves torch on the capture's stream.
                 torch.cuda.set_stream(current)
         self._newest = weakref.ref(graph)
         replay: Callable[[], None] = graph.replay
@@ -191,11 +198,6 @@ def _now(tensors: Fields) -> float:
 
 def _signature(tensors: Fields) -> tuple[Any, ...]:
     return tuple((tuple(t.shape), t.dtype, t.device) for t in tensors)
-
-
-def _like(kind: Fields, tensors: Any) -> Fields:
-    """A named tuple of the same type with other tensors."""
-    return type(kind)(*tensors)
 
 
 def _clone(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Evaluations whose steps are recorded, and without. A recording here runs its function again."""
+"""Evaluations whose steps are captured, and without. A capture here runs its function again."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import warnings
 
 import pytest
 import torch
-from ensemble_tools import rugged, sample
 from torch import nn
 
+from ensemble_tools import rugged, sample
 from softdefend.attacks import APGD, FAB, PGD, Square, TargetedAPGD
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.evaluation import Ensemble, EvaluateSettings, Evaluator
-from softdefend.execution.counting import Oracle
-from softdefend.execution.graphs import Recorder
-from softdefend.execution.randomness import Draws
-from softdefend.execution.search import _check_equal, _compiled, _narrow, _optional
+from softdefend.execution.context import AttackContext
+from softdefend.execution.counting import CountingModel
+from softdefend.execution.randomness import SeededRandomness
+from softdefend.execution.search_network import _check_equal, _compiled, _narrow, _optional
+from softdefend.execution.step_graphs import StepGraphs
 from softdefend.models.resnet import BasicBlock
 from softdefend.models.small_cnn import SmallCNN
 
@@ -44,24 +45,24 @@ def again(run):
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("norm", list(THREATS))
-def test_recorded_and_filled_searches_find_and_count_the_same(norm, precision):
-    """In float64, in which filling up a batch rounds nothing that matters; for physical batches above and
-    below the logical ones."""
+def test_captured_and_filled_searches_find_and_count_the_same(norm, precision):
+    """In float64, in which filling up a batch rounds nothing that matters; for microbatches above and
+    below the batches."""
     net = rugged(SHAPE)
     data, ensemble = sample(net, 60, SHAPE), Ensemble("all", MEMBERS)
 
-    def trials(physical, recorder):
-        options = {"batch_size": 17, "seed": 5, "physical_batch": physical, "precision": precision}
+    def trials(microbatch, graphs):
+        options = {"batch_size": 17, "seed": 5, "microbatch": microbatch, "precision": precision}
         evaluator = Evaluator(net, data, THREATS[norm], **options)
-        evaluator.searching.recorder = recorder
+        evaluator.search_network.step_graphs = graphs
         return evaluator([ensemble]).attacks["all"].trials
 
     wanted = trials(500, None)
     assert 0 < sum(int((t.attacked & (t.prediction != data.labels)).sum()) for t in wanted.values()) < 45
-    for physical in (500, 20):
-        recorder = Recorder(again)
-        found = trials(physical, recorder)
-        assert recorder.seconds > 0
+    for microbatch in (500, 20):
+        graphs = StepGraphs(again)
+        found = trials(microbatch, graphs)
+        assert graphs.seconds > 0
         for name, trial in wanted.items():
             assert torch.equal(found[name].prediction, trial.prediction), name
             assert torch.equal(found[name].forwards, trial.forwards), name
@@ -76,13 +77,13 @@ def test_a_success_that_the_search_does_not_see_is_found_at_its_end():
     label = net(image).argmax(1)
     image = image[label == label[0]]
     label, favour = label[label == label[0]], 0.3 * nn.functional.one_hot(label[0], 5)
-    oracle = Oracle(lambda x: net(x) + favour, len(image), exact=net, clean=net(image))
-    draws = Draws.seeded([torch.arange(len(image))], 0, "a")
-    found = APGD(steps=1).search(oracle, image, label, threat, draws=draws)
+    model = CountingModel(lambda x: net(x) + favour, len(image), exact=net, clean_logits=net(image))
+    context = AttackContext(model, SeededRandomness([torch.arange(len(image))], 0, "a"))
+    found = APGD(steps=1).run_batches(model, image, label, threat, context)
     wrong = net(found).argmax(1) != label
     claimed = (net(found) + favour).argmax(1) != label
     assert (wrong & ~claimed).sum() > 1
-    assert (oracle.counts()[0][~wrong] == 3).all()  # start, step, and the look in full precision
+    assert (model.counts().forwards[~wrong] == 3).all()  # start, step, and the look in full precision
 
 
 class Tight(nn.Module):
@@ -98,21 +99,21 @@ class Tight(nn.Module):
         return self.inner(image)
 
 
-def test_recordings_are_given_up_where_memory_runs_out_and_after_each_attack():
+def test_graphs_are_given_up_where_memory_runs_out_and_after_each_attack():
     net, threat = rugged(SHAPE), THREATS["linf"]
     data, attacks = sample(net, 60, SHAPE), [Ensemble("two", (APGD(steps=30), Square(queries=40)))]
     wanted = Evaluator(net, data, threat, batch_size=30)(attacks)
-    evaluator, forgotten = Evaluator(Tight(net, 16), data, threat, batch_size=30, physical_batch=60), []
-    recorder = evaluator.searching.recorder = Recorder(again)
-    forget = recorder.forget
-    recorder.forget = lambda: forgotten.append(len(recorder._recordings)) or forget()
+    evaluator, released = Evaluator(Tight(net, 16), data, threat, batch_size=30, microbatch=60), []
+    graphs = evaluator.search_network.step_graphs = StepGraphs(again)
+    release = graphs.release
+    graphs.release = lambda: released.append(len(graphs._graphs)) or release()
     found = evaluator(attacks)
     assert found.how["physical_batch"] == 15
-    *short, first, second = forgotten
+    *short, first, second = released
     assert len(short) == 2
     assert first > 0
     assert second > 0  # after each attack too: the next has no use for them
-    assert not recorder._recordings
+    assert not graphs._graphs
     for name, trial in wanted.attacks["two"].trials.items():
         assert torch.equal(found.attacks["two"].trials[name].prediction, trial.prediction)
 
@@ -121,7 +122,7 @@ def test_other_threats_share_what_was_prepared():
     net = rugged(SHAPE)
     evaluator = Evaluator(net, sample(net, 20, SHAPE), THREATS["linf"])
     other = evaluator.under(THREATS["l2"])
-    assert other.searching is evaluator.searching
+    assert other.search_network is evaluator.search_network
     assert (evaluator.threat, other.threat) == (THREATS["linf"], THREATS["l2"])
 
 

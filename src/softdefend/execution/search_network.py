@@ -20,13 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softdefend.core.errors import SettingError
-from softdefend.execution.counting import Forward, Oracle
+from softdefend.execution.counting import CountingModel, Forward
 from softdefend.execution.fused import FusedNet, agree, fused
-from softdefend.execution.graphs import LEAST, CudaTape, Recorder, filled, size
-from softdefend.execution.modes import attacked, on_device, tf32, untried_kernels
+from softdefend.execution.network_mode import frozen, no_kernel_search, on_device, tf32
+from softdefend.execution.step_graphs import (
+    SMALLEST,
+    CudaGraphCapture,
+    StepGraphs,
+    captured_size,
+    fill_up,
+)
 
 Precision = Literal["exact", "strict", "fast"]
-WORTHWHILE = 256
+COMPILE_FROM = 256
 """Images of an evaluation from which on compiling and capturing pay, unless the user says otherwise."""
 _AGREE = 0.05
 """Largest difference of logits, by Euclidean length as a share of theirs, between two ways of computing them
@@ -34,7 +40,7 @@ that are held for the same: bfloat16 makes about a per cent, a wrong program mor
 
 
 def check_precision(precision: str, setting: str = "evaluate.precision") -> None:
-    """Refuse the name of no precision.
+    """Refuse an unknown precision.
 
     Raises:
         SettingError: not exact, strict or fast.
@@ -43,8 +49,8 @@ def check_precision(precision: str, setting: str = "evaluate.precision") -> None
         raise SettingError(setting, repr(precision), "exact, strict or fast")
 
 
-class Searching:
-    """One network in one precision.
+class SearchNetwork:
+    """One network, as attacks search with it in one precision and as it is asked for a verdict.
 
     Args:
         net: images [b, c, h, w] in [0, 1] to logits [b, k].
@@ -59,8 +65,8 @@ class Searching:
     def __init__(self, net: nn.Module, device: torch.device, precision: Precision) -> None:
         check_precision(precision)
         self.net, self.device, self.precision = net, device, precision
-        self.recorder: Recorder | None = None
-        """Of the steps of searches, once :meth:`compile` has made one."""
+        self.step_graphs: StepGraphs | None = None
+        """Captured steps of searches, once :meth:`compile` has begun to capture."""
         self._tf32 = precision == "exact" and device.type == "cuda"
         self._plain: Forward = self._autocast if precision == "fast" else net
         self._forward: Forward = self._plain
@@ -71,48 +77,52 @@ class Searching:
     @property
     def seconds(self) -> float:
         """Spent on compiling and capturing so far."""
-        return self._compiling + (0.0 if self.recorder is None else self.recorder.seconds)
+        return self._compiling + (0.0 if self.step_graphs is None else self.step_graphs.seconds)
 
     @contextlib.contextmanager
-    def standing(self) -> Iterator[None]:
+    def search_mode(self) -> Iterator[None]:
         """Device, modes, gradients, choice of kernels and TF32 as searches want them, put back after."""
-        steady = on_device(self.device), untried_kernels()
-        with steady[0], steady[1], attacked(self.net, "eval"), tf32(self._tf32, products=False):
+        with (
+            on_device(self.device),
+            no_kernel_search(),
+            frozen(self.net, "eval"),
+            tf32(self._tf32, products=False),
+        ):
             self._refresh()
             yield
 
     def strict(self, image: Tensor) -> Tensor:
         """Logits [b, k] of the network itself, in float32 without TF32."""
         n = len(image)
-        if self.recorder is not None:
-            image = filled(image, size(n))  # of few sizes: cuDNN makes a plan for each
+        if self.step_graphs is not None:
+            image = fill_up(image, captured_size(n))  # of few sizes: cuDNN makes a plan for each
         with tf32(False) if self._tf32 else contextlib.nullcontext():
             logits: Tensor = self.net(image)
         return logits[:n]
 
-    def oracle(self, n: int, clean: Tensor, most: int) -> Oracle:
+    def counting_model(self, n: int, clean_logits: Tensor, microbatch: int) -> CountingModel:
         """What an attack on n images asks, given their clean logits [n, k]."""
-        return Oracle(
+        return CountingModel(
             self._forward,
             n,
-            several=self._plain,  # a compiled network gives one gradient of a call
+            many_gradients=self._plain,  # a compiled network gives one gradient of a call
             exact=self.strict,
-            doubted=self._tf32 or self.precision == "fast",
-            clean=clean,
-            most=most,
-            recorder=self.recorder,
+            unverified=self._tf32 or self.precision == "fast",
+            clean_logits=clean_logits,
+            microbatch=microbatch,
+            step_graphs=self.step_graphs,
         )
 
-    def forget(self) -> None:
+    def release_graphs(self) -> None:
         """Give the memory of captured steps back."""
-        if self.recorder is not None:
-            self.recorder.forget()
+        if self.step_graphs is not None:
+            self.step_graphs.release()
 
     def compile(self, image: Tensor) -> None:
-        """Adapt and compile the searching network and record steps from now on; once, within
-        :meth:`standing`, on a GPU.
+        """Adapt and compile the searching network and capture steps from now on; once, within
+        :meth:`search_mode`, on a GPU.
 
-        What a network does not bear is left out, with one line of warning each.
+        What fails with this network is left out, with one line of warning each.
 
         Args:
             image: [b, c, h, w], of the size of most forwards to come.
@@ -120,11 +130,11 @@ class Searching:
         Raises:
             torch.OutOfMemoryError: too many images at once.
         """
-        if self.recorder is not None:
+        if self.step_graphs is not None:
             return
         torch.cuda.synchronize(self.device)
         started = time.perf_counter()
-        image = filled(image, size(len(image)))
+        image = fill_up(image, captured_size(len(image)))
         with torch.no_grad():
             wanted = self.net(image)
         self.fuse(image)
@@ -134,18 +144,18 @@ class Searching:
             self._forward = self._plain
             with _optional("the network is not compiled, which is slower"):
                 self._forward = _compiled(self._plain, image, wanted)
-        recorder, tape = Recorder(CudaTape(self.device)), CudaTape(self.device)
+        step_graphs = StepGraphs(CudaGraphCapture(self.device))
         with _optional("steps are not captured, which is slower"):
-            recorder.enabled = False
-            _check_capture(tape, self._forward, image)
-            recorder.enabled = True
-        self.recorder = recorder
+            step_graphs.enabled = False
+            _check_capture(CudaGraphCapture(self.device), self._forward, image)
+            step_graphs.enabled = True
+        self.step_graphs = step_graphs
         torch.cuda.synchronize(self.device)
         self._compiling += time.perf_counter() - started
 
     def fuse(self, image: Tensor) -> None:
         """Search with fused kernels from now on where the search is ``fast`` and there are some for this
-        network and device; within :meth:`standing`.
+        network and device; within :meth:`search_mode`.
 
         Args:
             image: [b, c, h, w], on which the kernels must do what the network does.
@@ -170,14 +180,14 @@ class Searching:
         if bf16:
             _narrow(net)
 
-        def look(image: Tensor) -> Tensor:
+        def forward(image: Tensor) -> Tensor:
             with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
                 logits: Tensor = net(image.contiguous(memory_format=torch.channels_last))
             return logits if logits.dtype == torch.float64 else logits.float()
 
         with torch.no_grad():
-            _check_equal(look(image), wanted)
-        self._copy, self._plain = net, look
+            _check_equal(forward(image), wanted)
+        self._copy, self._plain = net, forward
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -233,27 +243,27 @@ def _compiled(forward: Forward, image: Tensor, wanted: Tensor) -> Forward:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     program: Forward = torch.compile(forward)
 
-    def look(image: Tensor) -> Tensor:
+    def padded(image: Tensor) -> Tensor:
         n = len(image)
-        image = filled(image, LEAST).contiguous()  # very small batches would be programs of their own
+        image = fill_up(image, SMALLEST).contiguous()  # very small batches would be programs of their own
         torch._dynamo.mark_dynamic(image, 0)
         return program(image)[:n]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.no_grad():
-            _check_equal(look(image), wanted)
+            _check_equal(padded(image), wanted)
         shown = image.clone().requires_grad_(True)
         with torch.enable_grad():
-            logits = look(shown)
+            logits = padded(shown)
             if logits.requires_grad:
                 torch.autograd.grad(logits.sum(), shown, allow_unused=True)
         _check_equal(logits.detach(), wanted)
-    return look
+    return padded
 
 
 @torch.no_grad()
-def _check_capture(tape: CudaTape, forward: Forward, image: Tensor) -> None:
+def _check_capture(capture: CudaGraphCapture, forward: Forward, image: Tensor) -> None:
     """Refuse a forward that a graph cannot hold: one that makes the host wait, or depends on more than the
     image.
 
@@ -273,7 +283,7 @@ def _check_capture(tape: CudaTape, forward: Forward, image: Tensor) -> None:
             run()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    replay = tape(run)
+    replay = capture(run)
     shown.copy_(image.flip(0))
     replay()
     _check_equal(logits, forward(image.flip(0)))
