@@ -7,7 +7,8 @@
 Prints and writes, for each network: seconds of both and their ratio; robust images after each attack, with
 forwards, gradients and seconds; and every image on which the verdicts differ, with its margin (negative where
 the network is fooled) at what each side found. ``CHECKOUT`` is a clone of github.com/fra31/auto-attack;
-without it only this package is measured.
+without it only this package is measured. ``--more-seeds 1 2`` runs every mode with these seeds too and writes
+on which images the verdict depends on the random numbers.
 
 The authors' code runs as people run it: at torch's defaults, which allow TF32 in convolutions, with
 parameters that ask for gradients, on images that are already on the device, after a warm-up. Ours is given no
@@ -384,6 +385,27 @@ def compared(
     return {"times_faster_than_reference": ratios, "images_of_other_verdict": apart}
 
 
+def by_seed(case: Case, args: argparse.Namespace, flags: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """How much a verdict depends on the random numbers: the first seed and further ones in every mode.
+
+    Returns:
+        Robust images of each run, and for each image on which the runs differ those that left it robust.
+    """
+    runs = {f"{mode}, seed {args.seed}": flags[mode][0] for mode in args.modes}
+    for seed in args.more_seeds:
+        again = argparse.Namespace(**{**vars(args), "seed": seed})
+        runs |= {f"{mode}, seed {seed}": ours(case, again, mode)[1] for mode in args.modes}
+    if "reference" in flags:
+        runs[f"reference, seed {args.seed}"] = flags["reference"][0]
+    robust = torch.stack([run.cpu() for run in runs.values()])
+    differing = (robust.any(0) & ~robust.all(0)).nonzero().flatten().tolist()
+    left = {str(i): [name for name, run in runs.items() if run[i]] for i in differing}
+    for image, names in left.items():
+        print(f"{case[0]}: image {image} is left robust by {len(names)} of {len(runs)}: {'; '.join(names)}")
+    counts = {name: int(run.sum()) for name, run in runs.items()}
+    return {"robust": counts, "images_that_differ": left}
+
+
 def write(networks: dict[str, Any], args: argparse.Namespace, device: torch.device) -> None:
     """The file, as far as it goes."""
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
@@ -422,6 +444,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=500, help="logical batch; the authors' batch")
     parser.add_argument("--physical-batch", type=int, default=None, help="found from the memory by default")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more-seeds", nargs="*", type=int, default=[], help="verdicts with these too")
     parser.add_argument("--steps", type=int, default=None, help="shorten APGD and FAB, for a trial")
     parser.add_argument("--queries", type=int, default=None, help="shorten Square, for a trial")
     parser.add_argument("--device", default="auto")
@@ -450,6 +473,8 @@ def main() -> int:
         row: dict[str, Any] = {"norm": threat.norm, "eps": str(threat.eps), "classes": k}
         if args.reference:
             row = {**compared(case, args, found, flags), **row}
+        if args.more_seeds:
+            row["by_seed"] = by_seed(case, args, flags)
         networks[name] = {**row, **found}
         # After each network, so that what is interrupted leaves what it has.
         write(networks, args, device)
