@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import logging
 import os
 import sys
 import time
@@ -458,6 +459,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Measure every network in every mode."""
     args = arguments()
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     device = resolve_device(args.device)
     networks: dict[str, Any] = {}
     for case in cases(args, device):
