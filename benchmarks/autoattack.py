@@ -442,7 +442,7 @@ def arguments() -> argparse.Namespace:
     )
     modes = ("exact", "strict", "fast")
     parser.add_argument("--modes", nargs="+", default=["exact", "fast"], choices=modes)
-    parser.add_argument("--batch-size", type=int, default=500, help="logical batch; the authors' batch")
+    parser.add_argument("--batch-size", type=int, default=500, help="of a batch, as the authors'")
     parser.add_argument("--physical-batch", type=int, default=None, help="found from the memory by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--more-seeds", nargs="*", type=int, default=[], help="verdicts with these too")

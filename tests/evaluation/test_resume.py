@@ -126,7 +126,7 @@ def test_killed_at_every_save_it_ends_in_the_same_records(case, monkeypatch, thr
     assert report == wanted_report
     assert examples == wanted_examples
     assert not (folder / "run" / "evaluation" / "last.state").exists()
-    # Clean pass, groups of logical batches, and within them restarts, targets and blocks of queries.
+    # Clean pass, groups of batches, and within them restarts, targets and blocks of queries.
     assert kills > 30
 
 
@@ -162,7 +162,7 @@ def test_what_is_done_is_not_done_again(case, monkeypatch):
 
 
 def test_harmless_settings_continue(case, monkeypatch):
-    """Another physical batch or number of pictures finds the same state."""
+    """Another microbatch or number of pictures finds the same state."""
     evaluate, folder = case
     save = StateFile.save
 
