@@ -2,7 +2,7 @@
 
     python benchmarks/audit_zoo.py --jobs 2
     python benchmarks/audit_zoo.py --cifar DIR     # adds four small networks on CIFAR-10 in hub layout
-    python benchmarks/audit_zoo.py --tables        # the tables of docs/audit.md, and one of the honest networks
+    python benchmarks/audit_zoo.py --tables        # the tables of docs/audit.md, and of honest networks
 
 The thresholds were chosen on four seeds; two were only looked at afterwards. A
 seed changes the split, the initial weights, the batches and the audit's draws.
