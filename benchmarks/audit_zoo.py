@@ -2,7 +2,7 @@
 
     python benchmarks/audit_zoo.py --jobs 2
     python benchmarks/audit_zoo.py --cifar DIR     # adds four small networks on CIFAR-10 in hub layout
-    python benchmarks/audit_zoo.py --tables        # the tables of docs/audit.md from the result file
+    python benchmarks/audit_zoo.py --tables        # the tables of docs/audit.md, and of honest networks
 
 The thresholds were chosen on four seeds; two were only looked at afterwards. A
 seed changes the split, the initial weights, the batches and the audit's draws.
@@ -54,7 +54,7 @@ def main() -> int:
     args = parser.parse_args()
     content = json.loads(args.output.read_text()) if args.output.exists() else {}
     if args.tables:
-        print(*(table(content) for table in TABLES), sep="\n\n")
+        print(*(table(content) for table in (*TABLES, honest_table)), sep="\n\n")
         return 0
     if args.cifar:
         content["cifar"] = cifar(args.cifar, args.cifar_name)
@@ -243,7 +243,8 @@ def _times(check: str, rows: list[dict[str, Any]]) -> str:
     return f" ({times} of {len(rows)})" * (times < len(rows))
 
 
-TABLES = (check_table, honest_table, deceiver_table)
+TABLES = (check_table, deceiver_table)
+"""Those of the document."""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -377,6 +377,8 @@ def test_every_preset_resolves_with_every_protocol(protocol, preset):
 @pytest.fixture
 def example(request, tmp_path, monkeypatch):
     """The example of CONTRIBUTING.md in a module of somebody's own; afterwards it is forgotten."""
+    if "Prior" in RULES["label"]:
+        pytest.skip("the example lies in the package")
     module = getattr(request, "param", "rules_of_mine")
     code = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)[1]
     (tmp_path / f"{module}.py").write_text(code)

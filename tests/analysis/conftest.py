@@ -20,7 +20,7 @@ SMALL = """
 
 def _train(folder: Path, cache: Path, *words: str) -> Path:
     run = ["--folder", str(folder), "--data.cache", str(cache), *SMALL.split(), *words]
-    return train(resolve(run), say=lambda _: None)
+    return train(resolve(run))
 
 
 @pytest.fixture(scope="session")

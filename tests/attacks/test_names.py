@@ -128,9 +128,11 @@ def test_every_registered_attack_is_public_on_the_page_and_tested_here():
             assert kind.__name__ in attacks.__all__, (
                 f"import {kind.__name__} in softdefend/attacks/__init__.py"
             )
-            assert f"`{kind.__name__}" in PAGE, f"add a row of {kind.__name__} to docs/attacks.md"
+            assert f"`{kind.__name__}" in PAGE, f"add a row of `{kind.__name__}` to docs/attacks.md"
             tested = {given for given, attack in NAMES.items() if type(attack) is kind}
-            assert kind.suffix is None or any(given.startswith(name) for given in tested), name
+            assert kind.suffix is None or any(given.startswith(name) for given in tested), (
+                f"add {name!r} to NAMES in this file"
+            )
 
 
 def test_the_pages_example_runs():

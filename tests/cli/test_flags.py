@@ -97,7 +97,7 @@ def test_words_by_themselves_may_stand_anywhere_in_one_row(words: str) -> None:
 
 BEHIND = "a value behind it; --name=VALUE where it begins with a minus"
 REFUSED = {
-    "nothing": ("", "action: got nothing; accepted: a value, as 'softdefend thing --help' says"),
+    "nothing": ("", "action: got nothing; accepted: what to do; see 'softdefend thing --help'"),
     "a word with a flag": ("--action do", "action: got an unknown setting; accepted: seeds, eps, "),
     "in two rows": ("do a --loud b", "command line: got 'b'; accepted: settings as --name value"),
     "unknown": ("do --foo 1", "foo: got an unknown setting; accepted: seeds, eps, folder, log, loud, "),

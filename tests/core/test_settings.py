@@ -145,11 +145,12 @@ REFUSED = {
     "unknown": ("foo: 1", f"foo: got an unknown setting; accepted: {NAMES}"),
     "unknown in a section": (
         "inner: {rat: 1}",
-        "inner.rat: got an unknown setting; accepted: those of inner: rate, count, plan",
+        "inner.rat: got an unknown setting; accepted: those of inner: rate, count, plan; did you mean rate?",
     ),
     "unknown two levels down": (
         "inner: {plan: {mark: 1}}",
-        "inner.plan.mark: got an unknown setting; accepted: those of inner.plan: kind, marks",
+        "inner.plan.mark: got an unknown setting; accepted: those of inner.plan: kind, marks; "
+        "did you mean marks?",
     ),
     "a name below a value": ("seed.x: 1", f"seed.x: got an unknown setting; accepted: {NAMES}"),
     "a name that is no text": ("3: 4", f"3: got an unknown setting; accepted: {NAMES}"),

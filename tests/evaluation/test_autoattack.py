@@ -82,6 +82,17 @@ def test_the_versions_are_the_references():
     assert rand == (APGD(loss="ce", eot=20), APGD(loss="dlr", eot=20))
 
 
+@pytest.mark.parametrize(("name", "meant"), [("pdg-20", "pgd"), ("autoatack", "autoattack")])
+def test_an_unknown_name_is_answered_with_the_nearest_one(name, meant):
+    with pytest.raises(SettingError, match=rf"autoattack-rand; did you mean {meant}\?$"):
+        parse(name)
+
+
+def test_a_wrong_count_is_not_answered_with_other_names():
+    with pytest.raises(SettingError, match=r"attack\.restarts: got 0; accepted: a whole number >= 1$"):
+        parse("pgd-20x0")
+
+
 @pytest.mark.parametrize(("k", "targets"), [(2, 1), (3, 2), (10, 9), (100, 9)])
 def test_targets_are_at_most_the_wrong_classes(k, targets):
     members = expand("autoattack", k)

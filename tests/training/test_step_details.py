@@ -9,7 +9,7 @@ from softdefend.core.errors import SettingError
 from softdefend.labels import SGLR, Hard, Predictions, Supervision
 from softdefend.objectives import PGDAT
 from softdefend.training import OptimSettings
-from softdefend.training.targets import check_rows
+from softdefend.training.target_checks import check_rows
 
 
 @pytest.mark.parametrize("row", [0, 3, 5])

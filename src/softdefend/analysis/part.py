@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from softdefend.analysis.request import AnalysisRequest
 from softdefend.analysis.results import PartResults
 from softdefend.analysis.runs import AnalyzedNetwork, AnalyzedRun
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import SettingError, did_you_mean
 from softdefend.core.registry import Registry
 from softdefend.report.content import Section
 
@@ -81,5 +81,6 @@ def make_parts(request: AnalysisRequest) -> list[AnalysisPart]:
     names = PARTS.names() if request.parts is None else dict.fromkeys(request.parts)
     for name in names:
         if name not in PARTS:
-            raise SettingError("--parts", repr(name), ", ".join(PARTS.names()))
+            known = PARTS.names()
+            raise SettingError("--parts", repr(name), ", ".join(known) + did_you_mean(name, known))
     return [PARTS[name](name, request) for name in sorted(names, key=lambda name: (PARTS[name].order, name))]

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from softdefend.core.docstrings import field_docstrings
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import SettingError, did_you_mean
 from softdefend.core.hints import REQUIRED, SEQUENCES, Slot, fields_of, members_of
 from softdefend.core.settings import Settings, Tree, Word
 from softdefend.core.threat import Budget
@@ -108,16 +108,22 @@ class Flags:
             elif self.passes_on:
                 rest += written
             elif flag:
-                raise SettingError(
-                    flag.removeprefix("--") or flag, "an unknown setting", ", ".join(self._flags)
-                )
+                bare = flag.removeprefix("--") or flag
+                accepted = ", ".join(self._flags) + did_you_mean(bare, self._flags)
+                raise SettingError(bare, "an unknown setting", accepted)
             else:
                 raise stray(written[0])
         for name, _ in self.settings.missing(values):
             bare = name.removeprefix("--")
             shown = bare if bare in self._positional else name
-            raise SettingError(shown, "nothing", f"a value, as '{self.prog} --help' says")
+            raise SettingError(shown, "nothing", f"{self._meaning(bare)}; see '{self.prog} --help'")
         return Given(values, rest)
+
+    def _meaning(self, name: str) -> str:
+        """What help says of a flag, inside a sentence."""
+        texts = {one: text for kind in self.kinds for one, text in field_docstrings(kind).items()}
+        text = texts.get(name, "").removesuffix(".")
+        return text[:1].lower() + text[1:] or "a value"
 
     def _setting(self, flag: str, values: Tree) -> str:
         """The setting that a flag is for, or the next word by itself where it is empty; empty for none."""

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from softdefend.cli.console import log_to_console
 from softdefend.cli.flags import HELP
 from softdefend.core.environment import VERSION
-from softdefend.core.errors import DivergenceError, SettingError
+from softdefend.core.errors import DivergenceError, SettingError, did_you_mean
 
 EXIT_DONE, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 2, 3, 130, 141
 
@@ -75,7 +75,7 @@ def run(words: Sequence[str]) -> None:
         name = first.lstrip("-").partition("=")[0]
         raise SettingError(name, "an unknown setting", "a command or one of the options of softdefend --help")
     else:
-        accepted = f"{', '.join(COMMANDS)}; see softdefend --help"
+        accepted = f"{', '.join(COMMANDS)}; see softdefend --help{did_you_mean(first, COMMANDS)}"
         raise SettingError("command", repr(first) if first else "nothing", accepted)
 
 

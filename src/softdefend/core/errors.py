@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class SettingError(ValueError):
     """A setting, file or tensor from outside that cannot be used. The command line exits with code 2.
@@ -23,3 +26,14 @@ class SettingError(ValueError):
 
 class DivergenceError(RuntimeError):
     """Training stopped because the loss or a weight is no longer a usable number (exit code 3)."""
+
+
+def did_you_mean(given: str, names: Iterable[str]) -> str:
+    """The other name that is spelled most like ``given``, as an ending for ``accepted``; empty where none is.
+
+    >>> did_you_mean("pgdat", ["trades", "pgd-at"]), did_you_mean("nope", ["trades", "pgd-at"])
+    ('; did you mean pgd-at?', '')
+    """
+    spelled = {name.lower(): name for name in names if name != given}
+    near = get_close_matches(given.lower(), spelled, n=1)
+    return f"; did you mean {spelled[near[0]]}?" if near else ""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import SettingError, did_you_mean
 
 T = TypeVar("T")
 
@@ -70,7 +70,8 @@ class Registry(Generic[T]):
         if name in self._items:
             return self._items[name]
         if name not in self._others():
-            raise SettingError(self.kind, repr(name), ", ".join(self.names()))
+            known = self.names()
+            raise SettingError(self.kind, repr(name), ", ".join(known) + did_you_mean(name, known))
         try:
             return self.register(name)(self._others()[name]())
         except Exception as error:  # importing somebody else's package fails in any way

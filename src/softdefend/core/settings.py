@@ -17,7 +17,7 @@ from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import SettingError, did_you_mean
 from softdefend.core.hints import (
     MISFIT,
     REQUIRED,
@@ -159,7 +159,7 @@ class Settings:
         for key, value in new.items():
             name, dot, rest = str(key).partition(".")
             if name not in slots or (dot and not self._is_nested(slots[name].hint)):
-                accepted = f"{owner}{', '.join(slots) or 'none'}"
+                accepted = f"{owner}{', '.join(slots) or 'none'}{did_you_mean(name, slots)}"
                 raise SettingError(f"{prefix}{key}", "an unknown setting", accepted)
             given = {rest: value} if dot else value
             values[name] = self._adapt(values.get(name), given, slots[name], f"{prefix}{name}")

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from softdefend.attacks import APGD, FAB, Attack, Square, TargetedAPGD
-from softdefend.attacks.names import parse_attack
-from softdefend.core.errors import SettingError
+from softdefend.attacks.names import ATTACKS, parse_attack
+from softdefend.core.errors import SettingError, did_you_mean
 from softdefend.core.registry import Registry
 from softdefend.core.threat import ThreatModel
 
@@ -102,5 +102,9 @@ def parse(name: str, k: int = 10) -> Attack | Ensemble:
     try:
         return parse_attack(name)
     except SettingError as error:
-        accepted = f"{error.accepted}; or {', '.join(ENSEMBLES.names())}"
+        if error.setting != "attacks":  # the name is understood, a number in it is not accepted
+            raise
+        names = ENSEMBLES.names()
+        hint = did_you_mean(re.sub(r"-\d.*", "", name), [*ATTACKS.names(), *names])
+        accepted = f"{error.accepted}; or {', '.join(names)}{hint}"
         raise SettingError(error.setting, error.given, accepted) from error

@@ -18,7 +18,7 @@ class EvaluateSettings:
     """The evaluation of a finished run on its test images."""
 
     attacks: tuple[str, ...] = ("pgd-20",)
-    """Names of attacks: fgsm, pgd-20, pgd-50x10, pgd-20-margin, autoattack."""
+    """Names of attacks, such as pgd-20, pgd-50x10 (ten restarts) or autoattack; docs/attacks.md lists all."""
     size: int | None = None
     """Test images used, at most; all when null."""
     curve_size: int = 1000

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softdefend.attacks import Attack
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import SettingError, did_you_mean
 from softdefend.core.threat import ThreatModel
 from softdefend.data import DataBundle, Resident, from_tensors, split
 from softdefend.evaluation import Ensemble, Evaluation, Evaluator
@@ -82,7 +82,7 @@ def _config(settings: Mapping[str, Any]) -> TrainConfig:
     known = [name for name in flat_hints() if name not in brought]
     for name in settings:
         if name not in known:
-            raise SettingError(name, "an unknown setting", ", ".join(known))
+            raise SettingError(name, "an unknown setting", ", ".join(known) + did_you_mean(name, known))
     given = {name: value for name, value in settings.items() if value is not None}
     return TrainConfig(**nest({**given, **dict.fromkeys(brought)}))
 

@@ -19,7 +19,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-d
 from jsonargparse.typing import register_type
 
 from softdefend.attacks import PGD, CWLinf
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import SettingError, did_you_mean
 from softdefend.core.hints import Slot
 from softdefend.core.registry import Registry
 from softdefend.core.rule import Rule
@@ -60,7 +60,8 @@ def find(kind: str, name: str) -> Path:
         return shipped[name]
     if Path(name).is_file():
         return Path(name)
-    raise SettingError(f"--{kind}", repr(name), f"the path of a YAML file, or one of {', '.join(shipped)}")
+    accepted = f"the path of a YAML file, or one of {', '.join(shipped)}{did_you_mean(name, shipped)}"
+    raise SettingError(f"--{kind}", repr(name), accepted)
 
 
 def split_files(words: Sequence[str]) -> tuple[list[Path], list[str]]:

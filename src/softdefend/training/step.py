@@ -22,7 +22,7 @@ from softdefend.execution.network_mode import frozen, set_mode
 from softdefend.labels import BNMode, Predictions, Supervision
 from softdefend.training.config import Recipe
 from softdefend.training.mixture import Mixture, mixing_refusal
-from softdefend.training.targets import check_form, check_rows
+from softdefend.training.target_checks import check_form, check_rows
 
 
 class Phase(NamedTuple):

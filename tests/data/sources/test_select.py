@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -67,12 +68,10 @@ def test_one_folder_of_pictures_beside_parquet_files_is_no_data_set(
     assert len(read(DataSettings(str(hub_folder))).train) == 9
 
 
-@pytest.mark.parametrize("name", ["picture.png", "labels.npz"])
+@pytest.mark.parametrize("name", ["picture.png", "labels.csv"])
 def test_a_file_that_is_no_source_is_answered_with_the_kinds_of_source(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"no Parquet")
-    with pytest.raises(
-        SettingError, match="which is not a Parquet file; accepted: digits, hf:owner/name, a Par"
-    ):
+    with pytest.raises(SettingError, match=r"which is not a Parquet file; accepted: digits, .*a Parquet f"):
         read(DataSettings(str(tmp_path / name)))
 
 
@@ -80,10 +79,10 @@ def test_all_kinds_of_source_are_listed(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SettingError) as caught:
         read(DataSettings(str(tmp_path / "file")))
-    assert caught.value.accepted == (
-        "digits, hf:owner/name, a Parquet file or a folder of them, a folder of images (class/name.png), "
-        "or a folder cifar-10-batches-py or cifar-100-python"
-    )
+    ours = ["digits", "hf:owner/name", "a Parquet file or a folder of them"]
+    ours += ["a folder of images (class/name.png)"]
+    assert [kind for kind in re.split(r", (?:or )?", caught.value.accepted) if kind in ours] == ours
+    assert "a folder cifar-10-batches-py or cifar-100-python" in caught.value.accepted
 
 
 def test_a_folder_called_digits_does_not_hide_the_digits(
