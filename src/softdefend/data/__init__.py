@@ -7,6 +7,7 @@ from softdefend.data.describe import channel_stats, describe
 from softdefend.data.load import from_tensors, load
 from softdefend.data.resident import Resident
 from softdefend.data.settings import DataSettings
+from softdefend.data.subsets import SubsetOrder, describe_subset, subset, subset_order
 
 __all__ = [
     "AugmentSettings",
@@ -16,11 +17,15 @@ __all__ = [
     "DataSettings",
     "Resident",
     "Split",
+    "SubsetOrder",
     "channel_stats",
     "describe",
+    "describe_subset",
     "epoch_plan",
     "fingerprint",
     "from_tensors",
     "load",
     "split",
+    "subset",
+    "subset_order",
 ]
