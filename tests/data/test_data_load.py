@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,41 @@ def test_the_split_follows_its_seed() -> None:
     assert made[0].fingerprint == made[1].fingerprint
     for part in ("validation", "test"):
         assert positions(getattr(made[0], part)) != positions(getattr(made[2], part))
+
+
+@pytest.mark.parametrize(
+    ("part", "first", "digest"),
+    [
+        ("train", [0, 2, 5, 7, 8, 19, 20, 21, 23, 27, 28, 29], "b64a928a7292901d"),
+        ("validation", [4, 9, 33, 36, 39, 51, 60, 74, 80, 85, 89, 94], "6e9f25aad5064513"),
+        ("test", [1, 3, 6, 10, 11, 12, 13, 14, 15, 16, 17, 18], "439e77042ada20b2"),
+    ],
+)
+def test_the_splits_of_the_demo_are_those_of_the_published_figures(
+    part: str, first: list[int], digest: str
+) -> None:
+    settings = DataSettings(test_fraction=0.4435, validation=200, train_size=800)  # of digits_demo.yaml
+    at = {image.numpy().tobytes(): i for i, image in enumerate(read(settings).train.images)}
+    found = [at[image.numpy().tobytes()] for image in getattr(load(settings), part).images]
+    assert found[:12] == first
+    assert hashlib.sha256(repr(found).encode()).hexdigest().startswith(digest)
+
+
+def test_held_out_splits_of_small_classes_follow_the_seed_and_say_which_classes_they_lack(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    images, labels = numbered_images(600, classes=300)
+    splits = [from_tensors(images, labels, validation=30, split_seed=seed) for seed in (0, 1)]
+    for part, size in (("test", 120), ("validation", 30)):
+        one, other = (set(getattr(bundle, part).labels.tolist()) for bundle in splits)
+        assert len(one) == len(other) == size
+        assert max(one) > 200
+        assert len(one & other) < 0.7 * size  # 0.4 and 0.1 by chance
+    # The rest of the first split has both images of 180 classes and one of 120.
+    assert caplog.messages[:2] == [
+        "the test split has 120 images for 300 classes, so it has none of 180 of them",
+        "the validation split has 30 images for 300 classes, so it has none of 270 of them",
+    ]
 
 
 def test_by_default_a_tenth_is_held_out_for_validation() -> None:

@@ -44,6 +44,27 @@ def test_a_draw_follows_its_generator() -> None:
     assert not torch.equal(draw_by_class(labels, 50, generator(1)), draw_by_class(labels, 50, generator(2)))
 
 
+@pytest.mark.parametrize(("classes", "size", "count"), [(30, 2, 12), (20, 3, 5), (6, 4, 14)])
+def test_of_classes_of_one_size_each_is_as_likely_to_be_drawn(classes: int, size: int, count: int) -> None:
+    labels = torch.arange(classes).repeat(size)
+    draws = 2000
+    hits = sum(
+        torch.bincount(labels[draw_by_class(labels, count, generator(seed))], minlength=classes)
+        for seed in range(draws)
+    )
+    # A class is rounded up or not, so its count is a coin's: four deviations of one.
+    up = count / classes % 1
+    assert (torch.as_tensor(hits) - draws * count / classes).abs().max() < 4 * (draws * up * (1 - up)) ** 0.5
+
+
+def test_where_no_class_is_tied_the_lot_changes_nothing() -> None:
+    labels = torch.arange(5).repeat_interleave(torch.tensor([11, 23, 31, 40, 7]))
+    for seed in range(20):
+        index = draw_by_class(labels, 30, generator(seed))
+        # 30 of 112: shares 2.95, 6.16, 8.30, 10.71, 1.88.
+        assert torch.bincount(labels[index]).tolist() == [3, 6, 8, 11, 2]
+
+
 @pytest.mark.parametrize("index", [[], [0], [4, 1], [0, 1, 2, 3, 4]])
 def test_complement(index: list[int]) -> None:
     rest = complement(torch.tensor(index, dtype=torch.int64), 5)

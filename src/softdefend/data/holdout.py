@@ -13,7 +13,8 @@ def draw_by_class(labels: Tensor, count: int, generator: torch.Generator) -> Ten
     """Draw ``count`` positions without replacement, each class in proportion to its size.
 
     Shares are rounded by largest remainders, so the counts add up to ``count`` exactly and no class is more
-    than one sample away from its share.
+    than one sample away from its share. Which of equal remainders is rounded up is drawn, so that of many
+    small classes all are as likely to be among the draw.
 
     Args:
         labels: [n] int64.
@@ -27,8 +28,9 @@ def draw_by_class(labels: Tensor, count: int, generator: torch.Generator) -> Ten
     # Integers, not floats: shares and remainders must be the same on every machine.
     quota, remainder = sizes * count // len(labels), sizes * count % len(labels)
     left = count - int(quota.sum())
-    quota[remainder.argsort(descending=True, stable=True)[:left]] += 1
     order = torch.randperm(len(labels), generator=generator)
+    lot = torch.randperm(len(sizes), generator=generator)  # decides among equal remainders only
+    quota[(remainder * len(sizes) - lot).argsort(descending=True)[:left]] += 1
     by_class = order[labels[order].argsort(stable=True)]
     rank = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[by_class]]
     return by_class[rank < quota[labels[by_class]]].sort().values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,6 +18,8 @@ from softdefend.data.holdout import complement, draw_by_class
 from softdefend.data.raw import RawData, number_classes
 from softdefend.data.settings import DataSettings
 from softdefend.data.sources import read
+
+_log = logging.getLogger(__name__)
 
 
 def load(settings: DataSettings) -> DataBundle:
@@ -88,6 +91,7 @@ def _bundle(raw: RawData, settings: DataSettings, notes: dict[str, object]) -> D
         count = min(max(1, round(settings.test_fraction * n)), n - 1)
         held_out = draw_by_class(labels, count, stream(seed, "test"))
         test, pool = raw.train.subset(held_out), complement(held_out, n)
+        _tell_missing_classes("test", test.labels, labels)
         notes["test_split"] = f"{count} images held out: the source has no test split"
         _check_classes("data.test_fraction", settings.test_fraction, labels[pool])
     if settings.validation >= len(pool):
@@ -99,6 +103,7 @@ def _bundle(raw: RawData, settings: DataSettings, notes: dict[str, object]) -> D
     held_out = draw_by_class(labels[pool], settings.validation, stream(seed, "split"))
     validation_at, train_at = pool[held_out], pool[complement(held_out, len(pool))]
     _check_classes("data.validation", settings.validation, labels[train_at])
+    _tell_missing_classes("validation", labels[validation_at], labels[pool])
     if settings.train_size is not None:
         if settings.train_size > len(train_at):
             raise SettingError(
@@ -108,6 +113,7 @@ def _bundle(raw: RawData, settings: DataSettings, notes: dict[str, object]) -> D
             )
         train_at = train_at[draw_by_class(labels[train_at], settings.train_size, stream(seed, "subset"))]
         _check_classes("data.train_size", settings.train_size, labels[train_at])
+        _tell_missing_classes("training", labels[train_at], labels[pool])
     train, validation = raw.train.subset(train_at), raw.train.subset(validation_at)
     if settings.noise != "none":
         train = _with_noise(train, train_at, raw, settings, "noise")
@@ -126,6 +132,15 @@ def _check_classes(setting: str, given: object, labels: Tensor) -> None:
         raise SettingError(
             setting, f"{given}, which leaves {count} for training", "training images of at least 2 classes"
         )
+
+
+def _tell_missing_classes(name: str, part: Tensor, whole: Tensor) -> None:
+    """Say that a split has too few images for one of each class; which classes it has is drawn."""
+    classes = len(set(whole.tolist()))
+    if len(part) < classes:
+        missing = classes - len(set(part.tolist()))
+        text = "the %s split has %d images for %d classes, so it has none of %d of them"
+        _log.warning(text, name, len(part), classes, missing)
 
 
 def _with_noise(part: Split, at: Tensor, raw: RawData, settings: DataSettings, name: str) -> Split:
