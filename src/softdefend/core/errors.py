@@ -6,6 +6,24 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+def printable(text: str) -> str:
+    """A text with an escape for each character that a page, a file or a terminal cannot have or would obey.
+
+    Names of files are bytes to the system; those that are no UTF-8 come as lone surrogates.
+
+    >>> printable("caf\\udce9\\x1b[1m")
+    'caf\\\\xe9\\\\x1b[1m'
+    """
+    return "".join(map(_printable, text))
+
+
+def _printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    byte = ord(character) - 0xDC00  # where it stands for a byte, from 0x80 on
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()
+
+
 class SettingError(ValueError):
     """A setting, file or tensor from outside that cannot be used. The command line exits with code 2.
 
@@ -21,7 +39,7 @@ class SettingError(ValueError):
     def __init__(self, setting: str, given: object, accepted: str) -> None:
         self.setting, self.given, self.accepted = setting, given, accepted
         text = f"{setting}: got {given}; accepted: {accepted}"
-        super().__init__(" ".join(text.split()))
+        super().__init__(printable(" ".join(text.split())))
 
 
 class DivergenceError(RuntimeError):

@@ -1,20 +1,71 @@
-"""Writing files so that a crash or a full disk loses nothing that was there."""
+"""Writing files so that a crash or a full disk loses nothing that was there, and reading no other things."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
+import json
 import os
+import stat
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from softdefend.core.errors import SettingError
 
 _ABANDONED = 3600
 """Seconds without a change after which nobody writes a temporary file any more."""
+
+
+def check_regular(path: Path, most: int | None = None) -> int:
+    """The size of a file in bytes, of one that can be read to its end.
+
+    Args:
+        path: of the file, or of a link to it.
+        most: bytes that it may have.
+
+    Raises:
+        OSError: there is no such file; it is a folder, a device, a pipe or a socket, whose reading may never
+            end; it has more than ``most`` bytes; the name is none that the system could have.
+    """
+    try:
+        status = os.stat(path)
+    except ValueError as error:  # a NUL, or characters that the file system's encoding has not
+        raise OSError(errno.EINVAL, f"no possible name of a file: {error}", str(path)) from None
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    if most is not None and status.st_size > most:
+        raise OSError(errno.EFBIG, f"{status.st_size} bytes, where {most} are the most", str(path))
+    return status.st_size
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a file of at most ``most`` bytes.
+
+    Raises:
+        OSError: as :func:`check_regular` does, or it cannot be read.
+    """
+    size = check_regular(path, most)
+    with open(path, "rb") as file:
+        return file.read(size)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON text as plain values.
+
+    Raises:
+        ValueError: it is none, or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -108,7 +108,7 @@ class Settings:
                 return self._section(old, new, Slot(member, slot.default), name)
             if get_origin(member) in SEQUENCES and isinstance(new, SEQUENCES):
                 return self._items(list(new), member, name)
-        if isinstance(new, str) and (loaded := parse_value(new)) != new:
+        if isinstance(new, str) and (loaded := parse_value(new, name)) != new:
             return self._adapt(old, loaded, slot, name, show)  # a number in quotes
         raise SettingError(name, show(new) or "nothing", self.describe(slot.hint))
 
@@ -119,7 +119,7 @@ class Settings:
             raise no_value(f"--{name.removeprefix('--')}")
         if any(fit(text, member) is not MISFIT for member in members if member not in (str, Path)):
             return text
-        value = parse_value(text)
+        value = parse_value(text, name)
         if not isinstance(value, str) and any(fit(value, member) is not MISFIT for member in members):
             return value
         if any(fit(text, member) is not MISFIT for member in members):

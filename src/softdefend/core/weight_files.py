@@ -20,7 +20,10 @@ from torch import Tensor, nn
 
 from softdefend.core.digest import checksum, file_digest
 from softdefend.core.errors import SettingError
-from softdefend.core.files import write_atomic
+from softdefend.core.files import check_regular, parse_json, write_atomic
+from softdefend.core.memory import check_memory
+from softdefend.core.pickles import BoundsError
+from softdefend.core.torch_files import check_torch_file
 
 NESTED = ("state_dict", "model_state_dict", "model", "net")
 """Keys under which training codes keep the weights among other things, in the order in which we look."""
@@ -51,14 +54,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata of a weights file; empty for one from elsewhere. The weights are not read.
 
     Raises:
-        OSError, SafetensorError, ValueError: missing or damaged.
+        OSError, SafetensorError, ValueError: missing, damaged, or no regular file.
     """
+    check_regular(path)
     with safe_open(path, "pt") as file:
         return _metadata(file)
 
 
 def _metadata(file: Any) -> dict[str, Any]:
-    metadata = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+    metadata = parse_json((file.metadata() or {}).get(_KEY, "{}"))
     if not isinstance(metadata, dict):
         raise ValueError(f"metadata that are a {type(metadata).__name__}")
     return metadata
@@ -74,12 +78,11 @@ def read_safetensors(path: Path, accepted: str) -> tuple[dict[str, Tensor], dict
     Raises:
         SettingError: missing, damaged, or altered since it was written.
     """
+    _check_file(path, accepted)
     try:
         with safe_open(path, "pt") as file:
             metadata = _metadata(file)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError as error:
-        raise SettingError(str(path), "no such file", accepted) from error
     except (SafetensorError, OSError, ValueError) as error:
         raise SettingError(str(path), "a damaged or foreign file", accepted) from error
     if metadata.get("sha256") not in (None, checksum(sorted(tensors.items()))):
@@ -93,10 +96,9 @@ def weights_digest(path: Path) -> str:
     Raises:
         SettingError: no such file, or one that cannot be read.
     """
+    _check_file(path, _OF_A_RUN)
     try:
         return file_digest(path)
-    except FileNotFoundError as error:
-        raise SettingError(str(path), "no such file", _OF_A_RUN) from error
     except OSError as error:
         raise SettingError(str(path), "a damaged or foreign file", _OF_A_RUN) from error
 
@@ -156,12 +158,17 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     accepted = "safetensors, or a state dict written by torch.save"
     if path.suffix == ".safetensors":
         return read_safetensors(path, accepted)[0]
+    _check_file(path, accepted)
     try:
+        with open(path, "rb") as file:
+            check_torch_file(file, str(path))
         with warnings.catch_warnings():  # about formats that are refused below
             warnings.simplefilter("ignore")
             content: object = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise SettingError(str(path), "no such file", accepted) from error
+    except SettingError:
+        raise
+    except BoundsError as error:
+        raise SettingError(str(path), f"a damaged or foreign file ({error})", accepted) from error
     except pickle.UnpicklingError as error:
         name = re.search(r"(?:GLOBAL|allowlist|class) `?([\w.]+)", str(error))
         # a truncated pickle names nothing
@@ -172,6 +179,18 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise SettingError(str(path), f"a file that holds a {type(content).__name__}", accepted)
     return content
+
+
+def _check_file(path: Path, accepted: str) -> None:
+    """Refuse what cannot be read to its end, or not within memory."""
+    try:
+        check_memory(check_regular(path), str(path), "a file of weights")
+    except FileNotFoundError as error:
+        raise SettingError(str(path), "no such file", accepted) from error
+    except IsADirectoryError as error:
+        raise SettingError(str(path), "a damaged or foreign file", accepted) from error
+    except OSError as error:
+        raise SettingError(str(path), error.strerror or error, accepted) from error
 
 
 def save_weights(net: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None:

@@ -4,6 +4,8 @@ import builtins
 import os
 import pickle
 import subprocess
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from softdefend.core.errors import SettingError
+from softdefend.data.sources import unpickle
 from softdefend.data.sources.unpickle import load
 
 
@@ -172,3 +175,68 @@ def test_a_pickle_cut_anywhere_is_refused(loaded: Loaded) -> None:
     for length in range(0, len(whole), 7):
         with pytest.raises(SettingError):
             loaded(whole[:length])
+
+
+DOUBLED = b"K\x01q\x00" + b"h\x00\x86q\x00" * 60
+"""1, (1, 1), ((1, 1), (1, 1)) and so on: 2**60 numbers."""
+ENCODE = text("_codecs", "encode") + b"q\x010X" + (100_000).to_bytes(4, "little") + b"a" * 100_000 + b"q\x02"
+ENCODED = b"h\x01h\x02X\x06\x00\x00\x00latin1\x86R0"
+BOMBS = {
+    "a memo of 2**30 entries": b"K\x01r" + (2**30).to_bytes(4, "little"),
+    "a key of doubled tuples": b"}" + DOUBLED + b"K\x01s",
+    "a call with doubled tuples": text("numpy", "dtype") + DOUBLED + b"\x85R",
+    "a state of doubled tuples": text("numpy", "dtype") + b"U\x02u1\x85R" + DOUBLED + b"b",
+    "a tuple in tuples": b")" + b"\x85" * 500_000,
+    "lists in lists": b"]" * 400_000 + b"a" * 399_999,
+    "many operations": b"K\x010" * 1_500_000,
+    "long integers": b"\x8b" + (2_000_000).to_bytes(4, "little") + b"\x7f" * 2_000_000,
+    "long digits": b"L" + b"9" * 2_000_000 + b"L\n",
+    "many bytes of no content": text("builtins", "bytes")
+    + b"J"
+    + (2**31 - 1).to_bytes(4, "little")
+    + b"\x85R",
+    "a length beyond the end": b"\x8e" + (2**40).to_bytes(8, "little") + b"x",
+    "a long key": b"}X" + (10**6).to_bytes(4, "little") + b"k" * 10**6 + b"K\x01s",
+    "marks and no end": b"(" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_little_time_and_memory_go_into_a_pickle_that_asks_for_much(loaded: Loaded, kind: str) -> None:
+    content = b"\x80\x02}U\x01x" + BOMBS[kind] + b"s."
+    began = time.process_time()
+    with pytest.raises(SettingError, match=r"^data\.source: got .*batch"):
+        loaded(content)
+    assert time.process_time() - began < 5
+    if len(content) < 200_000:  # to watch what is made takes longer than to make it
+        tracemalloc.start()
+        try:
+            with pytest.raises(SettingError):
+                loaded(content)
+            assert tracemalloc.get_traced_memory()[1] < 1e6
+        finally:
+            tracemalloc.stop()
+
+
+def test_a_text_is_not_encoded_more_often_than_it_is_there(loaded: Loaded) -> None:
+    once = b"\x80\x02}U\x01x" + ENCODE + b"0" + ENCODED.removesuffix(b"0") + b"s."
+    assert loaded(once) == {"x": b"a" * 100_000}
+    with pytest.raises(SettingError, match="one text encoded many times"):
+        loaded(b"\x80\x02}U\x01x" + ENCODE + b"0" + ENCODED * 1000 + b"s.")
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "too large"])
+def test_what_is_no_regular_file_or_too_large_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    path = tmp_path / "batch"
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(b"x" * 100)
+        monkeypatch.setattr(unpickle, "_LARGEST", 99)
+    given = "100 bytes, where 99 are the most" if kind == "too large" else "no regular file"
+    with pytest.raises(SettingError, match=rf"batch \({given}\); accepted: an intact pickle of arrays"):
+        load(path)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from softdefend.core.errors import SettingError
+from softdefend.core.files import read_bytes
+from softdefend.core.pickles import read_pickle
 
+_LARGEST = 2**30
+"""Bytes of a file; those of CIFAR have at most 155 million."""
+_LONGEST_NAME = 4096
 _PLAIN_CODE = re.compile(r"[biuf][1248]")
 
 
@@ -25,44 +30,64 @@ def load(path: Path) -> dict[str, object]:
         SettingError: naming the refused global, or saying why the file cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            content = _Unpickler(file, encoding="bytes").load()
+        data = read_bytes(path, _LARGEST)
+        content, _ = read_pickle(data, _Arrays(len(data)))
         if not isinstance(content, dict):
             raise TypeError(f"it holds a {type(content).__name__}, not a dictionary")
         return {_text(key): _value(value) for key, value in content.items()}
     except SettingError as error:
         raise SettingError("data.source", f"{path} with {error.given}", error.accepted) from None
-    except Exception as error:  # a damaged pickle makes the machine fail in any way
-        raise SettingError(
-            "data.source", f"{path} ({error or type(error).__name__})", "an intact pickle of arrays"
-        ) from None
+    except (OSError, TypeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SettingError("data.source", f"{path} ({reason})", "an intact pickle of arrays") from None
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> object:
+class _Arrays:
+    """The world of a pickle of ``size`` bytes that holds numpy arrays."""
+
+    def __init__(self, size: int) -> None:
+        self._to_encode = size
+
+    def find(self, module: str, name: str) -> object:
+        if (module, name) == ("_codecs", "encode"):
+            return _Function(self._encode)
         admitted = _ADMITTED.get((module, name))
         if admitted is None:
             raise _refused(f"the global {module}.{name}")
         return admitted
 
-    def persistent_load(self, pid: object) -> object:
+    def call(self, function: object, arguments: tuple[Any, ...]) -> object:
+        if not isinstance(function, _Function):
+            raise _refused("a call of what is no function")
+        return function.call(*arguments)
+
+    def build(self, item: object, state: object) -> None:
+        if not isinstance(item, _Dtype | _Array):
+            raise _refused("a changed function or type")
+        item.set_state(state)
+
+    def persistent(self, name: object) -> object:
         raise _refused("a persistent id")
+
+    def _encode(self, text: object, encoding: object) -> bytes:
+        """_codecs.encode, the way in which Python 3 writes byte strings for Python 2."""
+        if _text(encoding) not in ("latin1", "latin-1"):
+            raise _refused(f"the encoding {_text(encoding)}")
+        if not isinstance(text, str):
+            raise TypeError("an encoding of what is no text")
+        self._to_encode -= len(text)
+        if self._to_encode < 0:  # each text is encoded once, and takes its length in the file
+            raise _refused("one text encoded many times")
+        return text.encode("latin-1")
 
 
 class _Function:
-    """A callable without attributes, so that a pickle that "restores its state" cannot change it."""
+    """What a pickle may call."""
 
-    __slots__ = ("_call",)
-    _call: Callable[..., object]
+    __slots__ = ("call",)
 
     def __init__(self, call: Callable[..., object]) -> None:
-        object.__setattr__(self, "_call", call)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise _refused("a changed function")
-
-    def __call__(self, *args: object) -> object:
-        return self._call(*args)
+        self.call = call
 
 
 class _Dtype:
@@ -76,7 +101,7 @@ class _Dtype:
             raise _refused(f"an array of type {text!r}")
         self.value = np.dtype(text)
 
-    def __setstate__(self, state: tuple[object, ...]) -> None:
+    def set_state(self, state: Any) -> None:
         self.value = self.value.newbyteorder(">" if _text(state[1]) == ">" else "<")
 
 
@@ -88,7 +113,7 @@ class _Array:
     def __init__(self) -> None:
         self.value = np.empty(0, np.uint8)
 
-    def __setstate__(self, state: tuple[object, ...]) -> None:
+    def set_state(self, state: Any) -> None:
         _version, shape, dtype, column_major, data = state
         self.value = _array(data, dtype, shape, "F" if column_major else "C")
 
@@ -115,26 +140,18 @@ def _reconstruct(kind: object, shape: object, code: object) -> _Array:
     return _Array()
 
 
-def _encode(text: object, encoding: object) -> bytes:
-    """_codecs.encode, the way in which Python 3 writes byte strings for Python 2."""
-    if _text(encoding) not in ("latin1", "latin-1"):
-        raise _refused(f"the encoding {_text(encoding)}")
-    return _text(text).encode("latin-1")
-
-
 def _no_call(*args: object) -> object:
     raise _refused("a call of numpy.ndarray")
 
 
 _NDARRAY = _Function(_no_call)
-_BUILTINS = {"list": list, "dict": dict, "bytes": bytes, "str": str, "int": int}
 _ADMITTED: dict[tuple[str, str], object] = {
-    ("_codecs", "encode"): _Function(_encode),
     ("numpy", "ndarray"): _NDARRAY,
     ("numpy", "dtype"): _Function(lambda code, *flags: _Dtype(code)),
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Function(_reconstruct) for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _Function(_from_buffer) for core in ("core", "_core")},
-    **{(module, name): kind for module in ("builtins", "__builtin__") for name, kind in _BUILTINS.items()},
+    # Python 3 writes an empty byte string for Python 2 as a call without arguments.
+    **{(module, "bytes"): _Function(lambda: b"") for module in ("builtins", "__builtin__")},
 }
 
 
@@ -143,6 +160,9 @@ def _refused(what: str) -> SettingError:
 
 
 def _text(value: object) -> str:
+    """A name or code, which Python 2 wrote as bytes."""
+    if isinstance(value, bytes | str) and len(value) > _LONGEST_NAME:
+        raise ValueError("a text longer than any name")
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, str):
