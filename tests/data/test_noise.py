@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -148,3 +149,16 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_name_that_is_too_long_for_a_file_is_refused_in_one_line() -> None:
     with pytest.raises(SettingError, match=r"data\.noise_file: got x+ \(File name too long\); accepted"):
         from_file("x" * 300, None, CLEAN, 3)
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
+def test_what_is_no_regular_file_is_not_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "noise.npz"
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(SettingError, match=r"data\.noise_file: got .*noise\.npz.*; accepted: an .*\.npz"):
+        from_file(str(path), None, CLEAN, 3)

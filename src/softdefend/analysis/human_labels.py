@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from softdefend.analysis.runs import AnalyzedRun, source_positions
+from softdefend.core.arrays import open_arrays
 from softdefend.core.errors import SettingError
 
 
@@ -78,16 +79,16 @@ def check_exists(flag: str, path: str | None) -> None:
 def _arrays(flag: str, path: str, keys: tuple[str, ...]) -> dict[str, np.ndarray[Any, Any]]:
     check_exists(flag, path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in keys if key not in file.files]
+        with open_arrays(Path(path)) as file:
+            missing = [key for key in keys if key not in file.names]
             if missing or not keys:
                 raise SettingError(
-                    flag, f"{path} without {', '.join(missing)}", f"arrays {', '.join(file.files)}"
+                    flag, f"{path} without {', '.join(missing)}", f"arrays {', '.join(file.names)}"
                 )
-            return {key: file[key] for key in keys}
+            return {key: file.read(key) for key in keys}
     except SettingError:
         raise
-    except Exception as error:  # numpy raises many kinds for a file that is no archive
+    except (OSError, ValueError) as error:
         raise SettingError(flag, f"{path} ({error})", "an .npz file of plain integer arrays") from None
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from softdefend.core.arrays import ArrayFile, open_arrays
 from softdefend.core.errors import SettingError
 
 CIFAR10_CLASSES = (
@@ -109,49 +108,43 @@ def from_file(path: str, key: str | None, clean: Tensor, classes: int) -> Tensor
     Raises:
         SettingError: a missing or unreadable file, an unknown key, labels of another length, type or range.
     """
-    arrays = _read_npz(path, key)
-    noisy = _labels(path, arrays["noisy"], len(clean), classes)
-    if "clean" in arrays:
-        own = _labels(path, arrays["clean"], len(clean), classes)
-        wrong = int((own != clean).sum())
-        if wrong:
-            raise SettingError(
-                "data.noise_file",
-                f"{path}, whose clean_label differs from the source's for {wrong} of {len(clean)} images",
-                "a file in the source's order",
-            )
-    return noisy
-
-
-def _read_npz(path: str, key: str | None) -> dict[str, np.ndarray]:
     try:
-        if not Path(path).is_file():
-            raise SettingError("data.noise_file", path, "an existing .npz file")
-        # Opened here, because NumPy leaves a file open that turns out not to be an archive.
-        with open(path, "rb") as handle:
-            file = np.lib.npyio.NpzFile(handle, allow_pickle=False)
-            names = list(file)
-            if key is None and len(names) == 1:
-                key = names[0]
-            if key not in names:
-                raise SettingError("data.noise_key", key, f"one of {', '.join(names)}")
-            found = {"noisy": file[key]}
-            if "clean_label" in names:
-                found["clean"] = file["clean_label"]
-            return found
+        with open_arrays(Path(path)) as file:
+            if key is None and len(file.names) == 1:
+                key = file.names[0]
+            if key not in file.names:
+                raise SettingError("data.noise_key", key, f"one of {', '.join(file.names)}")
+            noisy = _labels(path, file, key, len(clean), classes)
+            own = clean
+            if "clean_label" in file.names:
+                own = _labels(path, file, "clean_label", len(clean), classes)
     except SettingError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except FileNotFoundError:
+        raise SettingError("data.noise_file", path, "an existing .npz file") from None
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise SettingError(
             "data.noise_file", f"{path} ({reason})", "an .npz file of plain integer arrays"
         ) from None
+    wrong = int((own != clean).sum())
+    if wrong:
+        raise SettingError(
+            "data.noise_file",
+            f"{path}, whose clean_label differs from the source's for {wrong} of {len(clean)} images",
+            "a file in the source's order",
+        )
+    return noisy
 
 
-def _labels(path: str, array: np.ndarray, n: int, classes: int) -> Tensor:
-    if array.dtype.kind not in "iu" or array.shape != (n,):
-        given = f"{array.dtype} {list(array.shape)} in {path}"
+def _labels(path: str, file: ArrayFile, key: str, n: int, classes: int) -> Tensor:
+    dtype, shape = file.header(key)
+    if dtype.hasobject:
+        raise ValueError("Python objects")
+    if dtype.kind not in "iu" or shape != (n,):
+        given = f"{dtype} {list(shape)} in {path}"
         raise SettingError("data.noise_file", given, f"one integer label for each of the {n} training images")
+    array = file.read(key)
     outside = (array < 0) | (array >= classes)
     if outside.any():
         row = int(outside.argmax())
