@@ -238,6 +238,25 @@ def test_a_number_beyond_all_floats_is_refused() -> None:
         SETTINGS.update({}, {"inner": {"rate": 10**400}})
 
 
+@pytest.mark.parametrize("name", ["seed", "inner.count", "pair"])
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**30])
+def test_whole_numbers_have_64_bits(name: str, number: int) -> None:
+    text = f"[{number}, a]" if name == "pair" else str(number)
+    for value in (Word(text), parse_value(text)):
+        with pytest.raises(
+            SettingError, match=rf"^{name}: got {number}; accepted: a whole number from -2\^63 to 2\^63 - 1$"
+        ):
+            SETTINGS.update({}, {name: value})
+    assert SETTINGS.update({}, {"seed": 2**63 - 1}) == {"seed": 2**63 - 1}
+    assert SETTINGS.update({}, {"seed": Word(str(-(2**63)))}) == {"seed": -(2**63)}
+
+
+@pytest.mark.parametrize("value", ["{rate: 1, rate: 2}", "{plan: {kind: step}, plan.kind: cosine}"])
+def test_a_setting_that_stands_twice_in_a_value_is_refused_by_its_name(value: str) -> None:
+    with pytest.raises(SettingError, match=r"^inner: got '.*' a second time; accepted: each setting once$"):
+        SETTINGS.update({}, {"inner": Word(value)})
+
+
 def test_what_is_not_a_number_is_left_to_the_setting() -> None:
     assert math.isnan(read("inner.rate=.nan")["inner"]["rate"])
     assert read("inner.rate=1e400")["inner"]["rate"] == math.inf

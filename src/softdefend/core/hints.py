@@ -21,6 +21,9 @@ MISFIT = object()
 
 SEQUENCES = (tuple, list, set, frozenset)
 
+WHOLE = 2**63
+"""Whole numbers of settings are from -WHOLE to WHOLE - 1, as tensors and generators have them."""
+
 WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -115,7 +118,7 @@ def fit(value: Any, member: Any) -> Any:
         except SettingError:
             return MISFIT
     elif member is int:
-        fits = number and isinstance(value, int)
+        fits = number and isinstance(value, int) and -WHOLE <= value < WHOLE
     elif member is str:
         fits = isinstance(value, str)
     elif member is Path:

@@ -22,6 +22,7 @@ from softdefend.core.hints import (
     MISFIT,
     REQUIRED,
     SEQUENCES,
+    WHOLE,
     WORDS,
     Slot,
     arguments_of,
@@ -99,6 +100,8 @@ class Settings:
                 return fitting
         if not any(self._is_known(member) for member in members if member is not type(None)):
             return new  # a type that no plain value tells of
+        if int in members and isinstance(new, int) and not -WHOLE <= new < WHOLE:
+            raise SettingError(name, new, "a whole number from -2^63 to 2^63 - 1")
         if new is None:
             raise SettingError(name, _NULL, f"a value: {self.describe(slot.hint)}")
         for member in members:
