@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -136,3 +137,17 @@ def test_damaged_tensors_count_as_absent(store):
         assert store.find_tensors("gallery", {}) is None
     save_file({"a": torch.zeros(1)}, path)
     assert store.find_tensors("gallery", {}) is None
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_what_is_no_regular_file_is_no_result(store, kind):
+    store.folder.mkdir(parents=True)
+    for suffix in (".json", ".safetensors"):
+        if kind == "device":
+            store.path("best", suffix).symlink_to("/dev/zero")
+        else:
+            os.mkfifo(store.path("best", suffix))
+    assert store.read("best") is None
+    assert store.find_tensors("best", {}) is None
+    assert store.set_aside("best") is None
+    assert store.compute("best", {}, lambda: {"rate": 1})["rate"] == 1

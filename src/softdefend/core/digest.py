@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softdefend.core.files import check_regular
+
 
 def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """sha256 over names, dtypes, shapes and bytes of tensors in host memory, in the given order."""
@@ -24,7 +26,12 @@ def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 (hex) of a file."""
+    """sha256 (hex) of a file.
+
+    Raises:
+        OSError: there is none, it is no regular file, or it cannot be read.
+    """
+    check_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -13,7 +13,10 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from softdefend.core.digest import checksum, value_digest
-from softdefend.core.files import write_atomic
+from softdefend.core.files import check_regular, parse_json, read_bytes, write_atomic
+
+_LARGEST = 2**28
+"""Bytes of a JSON file; an audit's has some hundred thousand."""
 
 _OWN = ("inputs", "key", "sha256")
 """What the store adds to a result."""
@@ -41,7 +44,7 @@ class ResultStore:
     def read(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file, whatever it was made from; None where there is none, or no result."""
         try:
-            content = json.loads(self.path(name).read_text(encoding="utf-8"))
+            content = parse_json(read_bytes(self.path(name), _LARGEST))
             wanted = value_digest(dict(content["inputs"])), value_digest(_result(content))
             intact = (content["key"], content["sha256"]) == wanted
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -90,8 +93,10 @@ class ResultStore:
         self, name: str, inputs: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """Tensors and metadata of a file that was made from ``inputs``, else None."""
+        path = self.path(name, ".safetensors")
         try:
-            with safe_open(self.path(name, ".safetensors"), "pt") as file:
+            check_regular(path)
+            with safe_open(path, "pt") as file:
                 metadata = dict(file.metadata() or {})
                 tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
         except (OSError, SafetensorError):
@@ -134,7 +139,7 @@ class ResultStore:
             place = earlier / f"{name}-{number}.json"
             if not place.exists():
                 break
-            if place.read_bytes() == content:
+            if place.is_file() and place.read_bytes() == content:
                 return None
         for path in companions:
             if path.is_file():
