@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from softdefend.core.digest import checksum
+from softdefend.core.errors import SettingError
 from softdefend.data import Split
 from softdefend.data.cache import default_folder, read_or_build, source_key
 from softdefend.data.raw import RawData
@@ -146,3 +147,20 @@ def test_the_default_folder_follows_the_desktop_standard(monkeypatch: pytest.Mon
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
     assert default_folder() == Path("/home/someone/.cache/softdefend")
+
+
+def test_a_cache_beyond_memory_is_refused_with_both_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_or_build(tmp_path, "key", Build())
+    monkeypatch.setattr("softdefend.core.memory.available_memory", lambda: 10_000)
+    with pytest.raises(SettingError, match=r"^data\.source: got decoded images, .* at most the 10 kB"):
+        read_or_build(tmp_path, "key", Build())
+
+
+def test_a_header_nested_beyond_reading_is_rebuilt(tmp_path: Path) -> None:
+    header = b'{"__metadata__":{"softdefend":"' + b"[" * 100_000 + b'"}}'
+    (tmp_path / "key.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    build = Build()
+    read_or_build(tmp_path, "key", build)
+    assert build.calls == 1

@@ -36,6 +36,8 @@ def test_the_command_line_sets_every_field_and_explains_it() -> None:
         ({"test_fraction": 0.0}, "data.test_fraction: got 0.0"),
         ({"test_fraction": float("nan")}, "data.test_fraction: got nan"),
         ({"noise": "pink"}, "data.noise: got pink"),
+        ({"channels": "red"}, "data.channels: got red; accepted: first or gray or rgb"),
+        ({"sixteen_bit": "clip"}, "data.sixteen_bit: got clip; accepted: refuse or scale"),
         ({"noise": "symmetric", "noise_rate": 1.0}, "data.noise_rate: got 1.0; accepted: a value in [0, 1)"),
         ({"noise": "symmetric", "noise_rate": -0.1}, "data.noise_rate: got -0.1"),
         ({"noise": "symmetric", "noise_rate": float("nan")}, "data.noise_rate: got nan"),

@@ -14,11 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from softdefend.core.digest import checksum
+from softdefend.core.files import parse_json
+from softdefend.core.memory import check_memory
 from softdefend.data.base import Split
 from softdefend.data.raw import RawData
 
 _log = logging.getLogger(__name__)
-_FORMAT = 2
+_FORMAT = 3
 """Part of every key: goes up where the same files are decoded or checked otherwise, so that nothing old is
 taken for it."""
 
@@ -52,14 +54,21 @@ def _read(path: Path) -> RawData | None:
     try:
         if not path.is_file():
             return None
+        size = path.stat().st_size
+    except (OSError, ValueError) as error:
+        _log.warning("cache file %s is rebuilt: %s", path, error)
+        return None
+    check_memory(2 * size, "data.source", "decoded images, with their copies in the splits,")
+    try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["softdefend"])
+            header = parse_json(file.metadata()["softdefend"])
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         if checksum(tensors.items()) != header["checksum"]:
             raise ValueError("its content does not match its checksum")
         test = Split(tensors["test.images"], tensors["test.labels"]) if header["test"] else None
         train = Split(tensors["train.images"], tensors["train.labels"])
-        return RawData(header["name"], train, test, tuple(header["classes"]), header["notes"])
+        classes, first_label = tuple(header["classes"]), int(header["first_label"])
+        return RawData(header["name"], train, test, classes, header["notes"], first_label)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         _log.warning("cache file %s is rebuilt: %s", path, error)
         return None
@@ -75,6 +84,7 @@ def _write(path: Path, raw: RawData) -> None:
         "test": raw.test is not None,
         "classes": raw.classes,
         "notes": raw.notes,
+        "first_label": raw.first_label,
     }
     temporary = path.with_suffix(f".{os.getpid()}.tmp")  # its own: several runs may decode at once
     try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softdefend.core.errors import SettingError
+from softdefend.core.memory import available_memory, in_words
+from softdefend.data.settings import DataSettings
 
 _CHUNK = 256
+_COPIES = 2
+"""How often the images are in memory while they are split."""
+_MOST_NAMED = 100
 # Below this many pixels Python's own work outweighs the codec's, and threads only queue for the interpreter:
 # 50,000 JPEGs of 32x32 take 3.6 s on one thread and 5 s on two. At 224x224 two threads are twice as fast.
 _THREADS_FROM_PIXELS = 64 * 64
@@ -31,75 +38,241 @@ _UPRIGHT = {
 }
 
 
-def decode(count: int, read: Callable[[int], bytes], name: Callable[[int], str], what: str) -> Tensor:
+def decode(
+    count: int,
+    read: Callable[[int], bytes],
+    name: Callable[[int], str],
+    what: str,
+    how: DataSettings | None = None,
+    skipped: list[int] | None = None,
+    remarks: list[str] | None = None,
+) -> Tensor:
     """Decode ``count`` images of one size to [n, c, h, w] uint8, in parallel where that pays.
 
-    All images are turned upright as their EXIF orientation says, and brought to the mode of the first: gray
-    (c = 1) or RGB (c = 3; transparency is dropped). Sizes are those of the upright images.
+    All images are turned upright as their EXIF orientation says, and brought to one mode: gray (c = 1) or RGB
+    (c = 3; transparency is dropped). Sizes are those of the upright images.
 
     Args:
         count: number of images, >= 1.
-        read: the encoded bytes of image i; called from several threads.
+        read: the encoded bytes of image i; called from several threads. A :class:`SettingError` counts as
+            damage of the image.
         name: how messages call image i.
         what: what the progress bar calls the images. It is only shown on a terminal.
+        how: has ``channels``, ``sixteen_bit`` and ``skip_damaged``; all as they are by default when None.
+        skipped: takes the numbers of the damaged images that are left out; n is the number of the others.
+        remarks: takes a sentence about images that were left out or changed their mode.
 
     Raises:
-        SettingError: naming the first image that cannot be decoded or has another size than the first.
+        SettingError: naming all images that cannot be decoded, or the first one of another size than the rest
+            or of more bits; or images that do not fit into memory.
     """
-    first = _open(read(0), name(0))
-    mode = "L" if first.mode in ("1", "L", "LA") else "RGB"
-    if not first.mode.startswith(("I", "F")):
-        first = _decoded(first, mode, name(0))
+    images = _Images(read, name, how or DataSettings())
+    first = images.first(count)
     width, height = first.size
-    out = np.empty((count, len(mode), height, width), dtype=np.uint8)
+    out = _empty((count, len(images.mode), height, width))
+    damaged: dict[int, SettingError] = {}
+    converted = 0
 
-    def chunk(start: int) -> int:
-        stop = min(start + _CHUNK, count)
-        for i in range(start, stop):
-            image = _open(read(i), name(i))
-            if image.mode.startswith(("I", "F")):  # Pillow would clip them to 8 bits
-                raise SettingError(
-                    "data.source", f"{name(i)} of mode {image.mode}", "images of 8 bits per channel"
-                )
-            if sorted(image.size) == sorted(first.size):  # a huge image is refused unread
-                image = _decoded(image, mode, name(i))
+    def chunk(start: int) -> tuple[range, dict[int, SettingError], int]:
+        numbers = range(start, min(start + _CHUNK, count))
+        wrong, changed = dict[int, SettingError](), 0
+        for i in numbers:
+            try:
+                image, was_gray = images.image(i, first)
+            except _DamagedError as error:
+                wrong[i] = error.reason
+                continue
             if image.size != first.size:
                 raise SettingError(
                     "data.source",
                     f"{name(i)} of {_size(image)} pixels",
-                    f"images of one size ({_size(first)}, as {name(0)})",
+                    f"images of one size ({_size(first)}, as {images.first_name})",
                 )
+            changed += was_gray != (images.mode == "L")
             pixels = np.frombuffer(image.tobytes(), np.uint8)
-            out[i] = pixels.reshape(height, width, len(mode)).transpose(2, 0, 1)
-        return stop - start
+            out[i] = pixels.reshape(height, width, len(images.mode)).transpose(2, 0, 1)
+        return numbers, wrong, changed
 
     workers = min(os.cpu_count() or 1, 8) if width * height >= _THREADS_FROM_PIXELS else 1
     with ThreadPoolExecutor(workers) as pool, tqdm(total=count, desc=what, unit="img", disable=None) as bar:
         try:
             # In order, so that the error raised is that of the first bad image.
-            for done in pool.map(chunk, range(0, count, _CHUNK)):
-                bar.update(done)
+            for numbers, wrong, changed in pool.map(chunk, range(0, count, _CHUNK)):
+                bar.update(len(numbers))
+                damaged |= wrong
+                converted += changed
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    if damaged and not (images.how.skip_damaged and skipped is not None):
+        raise _all_damaged(list(damaged.values()))
+    if skipped is not None:
+        skipped.extend(damaged)
+    out = _without(out, damaged)
+    if remarks is not None:
+        remarks += _remarks(images, [name(i) for i in damaged], count, converted)
     return torch.from_numpy(out)
 
 
-def _open(data: bytes, name: str) -> Image.Image:
+def check_size(count: int, data: bytes, how: DataSettings) -> None:
+    """Refuse ``count`` images of the size of an encoded one where they do not fit into memory.
+
+    Raises:
+        SettingError: how much they would take, and how much there is.
+    """
     try:
-        return Image.open(io.BytesIO(data))
-    except Exception as error:
-        raise _undecodable(name, error) from None
+        image = Image.open(io.BytesIO(data))
+    except Exception:  # it is damaged, as will be said
+        return
+    gray = how.channels == "gray" or (how.channels == "first" and _is_gray(image))
+    _check_fits((count, 1 if gray else 3, image.height, image.width))
 
 
-def _decoded(image: Image.Image, mode: str, name: str) -> Image.Image:
+class _DamagedError(Exception):
+    """An image that cannot be read, and why."""
+
+    def __init__(self, reason: SettingError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+class _Images:
+    """The encoded images of one data set, which become images of one mode."""
+
+    def __init__(self, read: Callable[[int], bytes], name: Callable[[int], str], how: DataSettings) -> None:
+        self._read, self._name, self.how = read, name, how
+        self.mode = {"gray": "L", "rgb": "RGB"}.get(how.channels, "")
+        """L or RGB; as the first image has it, where it is not set."""
+        self.first_name = ""
+
+    def first(self, count: int) -> Image.Image:
+        """The first image that can be decoded."""
+        damaged = []
+        for i in range(count):
+            try:
+                image = self._opened(i)
+                mode = self.mode or ("L" if _is_gray(image) else "RGB")
+                image = self._decoded(image, i, mode)
+            except _DamagedError as error:
+                damaged.append(error.reason)
+                continue
+            self.mode, self.first_name = mode, self._name(i)
+            return image
+        raise _all_damaged(damaged)
+
+    def image(self, i: int, first: Image.Image) -> tuple[Image.Image, bool]:
+        """Image i, and whether it was gray; unread where its size cannot be that of the first."""
+        image = self._opened(i)
+        was_gray = _is_gray(image)
+        if sorted(image.size) == sorted(first.size):
+            image = self._decoded(image, i, self.mode)
+        return image, was_gray
+
+    def _opened(self, i: int) -> Image.Image:
+        try:
+            data = self._read(i)
+        except SettingError as error:
+            raise _DamagedError(error) from None
+        try:
+            image = Image.open(io.BytesIO(data))
+            bits = _bits(image, data)
+        except Exception as error:  # codecs fail on bad bytes with errors of many classes
+            raise _DamagedError(_undecodable(self._name(i), error)) from None
+        if bits > (16 if self.how.sixteen_bit == "scale" else 8):
+            kind = f"mode {image.mode}" if image.mode.startswith(("I", "F")) else f"{bits} bits per channel"
+            accepted = "images of 8 bits per channel; of 16 with data.sixteen_bit scale"
+            raise SettingError("data.source", f"{self._name(i)} of {kind}", accepted)
+        return image
+
+    def _decoded(self, image: Image.Image, i: int, mode: str) -> Image.Image:
+        try:
+            image.load()
+            if image.mode.startswith(
+                "I"
+            ):  # Pillow would clip 16 bits; those of other modes it scales so itself
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if (turn := _UPRIGHT.get(_orientation(image))) is not None:
+                image = image.transpose(turn)
+            return image if image.mode == mode else image.convert(mode)
+        except Exception as error:
+            raise _DamagedError(_undecodable(self._name(i), error)) from None
+
+
+def _is_gray(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+
+
+def _bits(image: Image.Image, data: bytes) -> int:
+    """Bits per channel of an image that is not loaded, from which Pillow may make 8 without a word."""
+    tiles = [(tile[0], tile[3]) for tile in getattr(image, "tile", ())]
+    if image.mode.startswith("I;16") or any(";16" in str(args) for _, args in tiles):
+        return 16
+    if image.mode in ("I", "F"):
+        return 32
+    if any(codec == "ppm" and isinstance(args, tuple) and args[-1] > 255 for codec, args in tiles):
+        return 16
+    marks = {"JPEG2000": (b"\xff\x4f\xff\x51", 42, 1), "AVIF": (b"pixi", 9, 0)}
+    mark, behind, below = marks.get(image.format or "", (b"", 0, 0))
+    at = data.find(mark) if mark else -1
+    return (data[at + behind] & 0x7F) + below if at >= 0 else 8
+
+
+def _empty(shape: tuple[int, int, int, int]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Room for all images.
+
+    Raises:
+        SettingError: there is not enough memory for them.
+    """
+    _check_fits(shape)
     try:
-        image.load()
-        if (turn := _UPRIGHT.get(_orientation(image))) is not None:
-            image = image.transpose(turn)
-        return image if image.mode == mode else image.convert(mode)
-    except Exception as error:
-        raise _undecodable(name, error) from None
+        return np.empty(shape, dtype=np.uint8)
+    except MemoryError:
+        raise _too_large(shape, 0) from None
+
+
+def _check_fits(shape: tuple[int, int, int, int]) -> None:
+    available = available_memory()
+    if available is not None and _COPIES * math.prod(shape) > available:
+        raise _too_large(shape, available)
+
+
+def _too_large(shape: tuple[int, int, int, int], available: int) -> SettingError:
+    count, channels, height, width = shape
+    given = (
+        f"{count} images of {width}x{height} pixels and {channels} channel{'s' * (channels > 1)}, which take "
+        f"{in_words(math.prod(shape))} of memory, and as much again when they are split"
+    )
+    accepted = f"images that fit into the {in_words(available)} that are free: fewer or smaller ones"
+    return SettingError("data.source", given, accepted)
+
+
+def _without(out: np.ndarray[Any, Any], damaged: Container[int]) -> np.ndarray[Any, Any]:
+    """The images that are not damaged, in the same memory."""
+    if not damaged:
+        return out
+    kept = [i for i in range(len(out)) if i not in damaged]
+    for place, i in enumerate(kept):
+        out[place] = out[i]
+    return out[: len(kept)]
+
+
+def _all_damaged(errors: list[SettingError]) -> SettingError:
+    """One error for all damaged images."""
+    if len(errors) == 1:
+        return errors[0]
+    named = ", ".join(str(error.given) for error in errors[:_MOST_NAMED])
+    more = f" and {len(errors) - _MOST_NAMED} more" if len(errors) > _MOST_NAMED else ""
+    accepted = "images that can be decoded; data.skip_damaged true leaves the others out"
+    return SettingError("data.source", f"{len(errors)} damaged images: {named}{more}", accepted)
+
+
+def _remarks(images: _Images, damaged: list[str], count: int, converted: int) -> Iterator[str]:
+    if damaged:
+        more = ", ..." if len(damaged) > 10 else ""
+        yield f"{len(damaged)} of {count} images are damaged and left out: {', '.join(damaged[:10])}{more}"
+    if converted and images.how.channels == "first":
+        was, made = ("in color", "gray") if images.mode == "L" else ("gray", "in color")
+        yield f"{converted} of {count} images are {was} and were made {made}, as {images.first_name} is"
 
 
 def _orientation(image: Image.Image) -> int:
@@ -111,7 +284,6 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _undecodable(name: str, error: Exception) -> SettingError:
-    # Codecs fail on bad bytes with errors of many classes; whichever it is, the image is what is wrong.
     reason = "not a known format" if type(error).__name__ == "UnidentifiedImageError" else str(error)
     return SettingError("data.source", f"{name} ({reason})", "images that can be decoded")
 

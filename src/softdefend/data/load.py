@@ -86,6 +86,9 @@ def _bundle(raw: RawData, settings: DataSettings, notes: dict[str, object]) -> D
     """Make the splits. They are lists of positions first: the images are copied once, at the end."""
     notes = {**notes, **raw.notes}
     labels, n, seed = raw.train.labels, len(raw.train), settings.split_seed
+    if empty := sorted(set(range(len(raw.classes))) - set(labels.tolist())):
+        named = ", ".join(raw.classes[i] for i in empty[:5]) + (", ..." if len(empty) > 5 else "")
+        _log.info("%s: %d of %d classes without images: %s", raw.name, len(empty), len(raw.classes), named)
     test, pool = raw.test, torch.arange(n)
     if test is None:
         count = min(max(1, round(settings.test_fraction * n)), n - 1)
@@ -139,15 +142,17 @@ def _tell_missing_classes(name: str, part: Tensor, whole: Tensor) -> None:
     classes = len(set(whole.tolist()))
     if len(part) < classes:
         missing = classes - len(set(part.tolist()))
-        text = "the %s split has %d images for %d classes, so it has none of %d of them"
-        _log.warning(text, name, len(part), classes, missing)
+        text = "the %s split has fewer images (%d) than there are classes (%d): it has none of %d of them"
+        _log.info(text, name, len(part), classes, missing)
 
 
 def _with_noise(part: Split, at: Tensor, raw: RawData, settings: DataSettings, name: str) -> Split:
     """The images at positions ``at`` of the source with noisy labels, drawn from the stream ``name``."""
     clean, generator = part.labels, stream(settings.noise_seed, name)
     if settings.noise_file is not None:
-        whole = noise.from_file(settings.noise_file, settings.noise_key, raw.train.labels, len(raw.classes))
+        whole = noise.from_file(
+            settings.noise_file, settings.noise_key, raw.train.labels, len(raw.classes), raw.first_label
+        )
         noisy = whole[at]
     elif settings.noise == "symmetric":
         noisy = noise.symmetric(clean, len(raw.classes), settings.noise_rate, generator)

@@ -90,7 +90,7 @@ def asymmetric(labels: Tensor, classes: tuple[str, ...], rate: float, generator:
     return noisy
 
 
-def from_file(path: str, key: str | None, clean: Tensor, classes: int) -> Tensor:
+def from_file(path: str, key: str | None, clean: Tensor, classes: int, first_label: int = 0) -> Tensor:
     """Read labels from an array of an .npz file, such as ``worse_label`` of CIFAR-10N.
 
     CIFAR-10N is of Wei et al., ICLR 2022, arXiv:2110.12088.
@@ -101,6 +101,7 @@ def from_file(path: str, key: str | None, clean: Tensor, classes: int) -> Tensor
         clean: [n] int64, the source's own labels, in the same order. If the file has a ``clean_label`` array
             it must equal them: that is how a file in another order is found out.
         classes: number of classes.
+        first_label: what the file has for class 0.
 
     Returns:
         [n] int64.
@@ -114,10 +115,10 @@ def from_file(path: str, key: str | None, clean: Tensor, classes: int) -> Tensor
                 key = file.names[0]
             if key not in file.names:
                 raise SettingError("data.noise_key", key, f"one of {', '.join(file.names)}")
-            noisy = _labels(path, file, key, len(clean), classes)
+            noisy = _labels(path, file, key, len(clean), classes, first_label)
             own = clean
             if "clean_label" in file.names:
-                own = _labels(path, file, "clean_label", len(clean), classes)
+                own = _labels(path, file, "clean_label", len(clean), classes, first_label)
     except SettingError:
         raise
     except FileNotFoundError:
@@ -137,7 +138,7 @@ def from_file(path: str, key: str | None, clean: Tensor, classes: int) -> Tensor
     return noisy
 
 
-def _labels(path: str, file: ArrayFile, key: str, n: int, classes: int) -> Tensor:
+def _labels(path: str, file: ArrayFile, key: str, n: int, classes: int, first: int) -> Tensor:
     dtype, shape = file.header(key)
     if dtype.hasobject:
         raise ValueError("Python objects")
@@ -145,13 +146,15 @@ def _labels(path: str, file: ArrayFile, key: str, n: int, classes: int) -> Tenso
         given = f"{dtype} {list(shape)} in {path}"
         raise SettingError("data.noise_file", given, f"one integer label for each of the {n} training images")
     array = file.read(key)
-    outside = (array < 0) | (array >= classes)
+    outside = (array < first) | (array >= first + classes)
     if outside.any():
         row = int(outside.argmax())
         raise SettingError(
-            "data.noise_file", f"label {array[row]} at row {row} of {path}", f"labels in 0..{classes - 1}"
+            "data.noise_file",
+            f"label {array[row]} at row {row} of {path}",
+            f"labels in {first}..{first + classes - 1}",
         )
-    return torch.from_numpy(array.astype(np.int64))
+    return torch.from_numpy(array.astype(np.int64)) - first
 
 
 def _check_rate(rate: float) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import SettingError, printable
 from softdefend.data.base import Split
 
 
@@ -21,6 +21,7 @@ class RawData:
         test: None where the source has no test split.
         classes: class names.
         notes: plain values for the run's record.
+        first_label: what the source has for class 0 in its labels, and in files of labels in its order.
 
     Raises:
         SettingError: labels without a class, one class only, test images of another shape.
@@ -31,8 +32,12 @@ class RawData:
     test: Split | None
     classes: tuple[str, ...]
     notes: Mapping[str, object] = field(default_factory=dict)
+    first_label: int = 0
 
     def __post_init__(self) -> None:
+        # Names come from outside, and go into files, pages and terminals.
+        object.__setattr__(self, "name", printable(self.name))
+        object.__setattr__(self, "classes", tuple(map(printable, self.classes)))
         for part, split in (("training", self.train), ("test", self.test)):
             if split is not None:
                 self._check_labels(part, split)
@@ -53,6 +58,12 @@ class RawData:
         outside = (split.labels < 0) | (split.labels >= len(self.classes))
         if bool(outside.any()):
             row = int(outside.nonzero()[0])
+            if (int(split.labels.min()), int(split.labels.max())) == (1, len(self.classes)):
+                raise SettingError(
+                    "data.source",
+                    f"labels 1..{len(self.classes)} in the {part} data of {self.name}, which count from one",
+                    f"labels in 0..{len(self.classes) - 1}, one for each of {len(self.classes)} classes",
+                )
             raise SettingError(
                 "data.source",
                 f"label {int(split.labels[row])} at row {row} of the {part} data of {self.name}",
@@ -61,13 +72,14 @@ class RawData:
 
 
 def number_classes(
-    train: Split, test: Split | None, labels_name: str = "data.label_column"
+    train: Split, test: Split | None, labels_name: str = "data.label_column", first: int = 0
 ) -> tuple[str, ...]:
     """Class names "0", "1", ... up to the largest label, for data that come without names.
 
     Args:
         train, test: a source's own splits.
         labels_name: what the user knows the labels of the test split by.
+        first: what the source calls label 0. Names and messages count from it.
 
     Raises:
         SettingError: a label that is not below the number of images, so is hardly a class; a test label that
@@ -77,15 +89,16 @@ def number_classes(
     n = sum(len(split) for split in (train, test) if split is not None)
     if largest >= n:
         raise SettingError(
-            "data.label_column", f"label {largest} among {n} images", "classes numbered from 0"
+            "data.label_column", f"label {first + largest} among {n} images", "classes numbered from 0"
         )
     if test is not None:
         unknown = ~torch.isin(test.labels, train.labels)
         if bool(unknown.any()):
             row = int(unknown.nonzero()[0])
+            label = first + int(test.labels[row])
             raise SettingError(
                 labels_name,
-                f"label {int(test.labels[row])} at row {row} of the test data, which no training image has",
+                f"label {label} at row {row} of the test data, which no training image has",
                 "test labels that training has, or named classes",
             )
-    return tuple(str(i) for i in range(largest + 1))
+    return tuple(str(first + i) for i in range(largest + 1))

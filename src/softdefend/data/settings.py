@@ -9,6 +9,8 @@ from typing import Literal, get_args
 from softdefend.core.errors import SettingError
 
 Noise = Literal["none", "symmetric", "asymmetric", "file"]
+Channels = Literal["first", "gray", "rgb"]
+SixteenBit = Literal["refuse", "scale"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,19 @@ class DataSettings:
     """Parquet only: the column of encoded images; found from the schema if not given."""
 
     label_column: str | None = None
-    """Parquet: the column of integer labels; found from the schema if not given. CIFAR-100: fine_label
-    (default) or coarse_label."""
+    """Parquet: the column of labels, integers or names of classes; found from the schema if not given.
+    CIFAR-100: fine_label (default) or coarse_label."""
+
+    channels: Channels = "first"
+    """Encoded images where some are gray and some in color: first (all become what the first one is), gray or
+    rgb."""
+
+    sixteen_bit: SixteenBit = "refuse"
+    """Encoded images of 16 bits per channel: refuse, or scale to 8 bits (the upper byte)."""
+
+    skip_damaged: bool = False
+    """Whether to leave out encoded images that cannot be decoded, and say how many, rather than to refuse the
+    source."""
 
     train_size: int | None = None
     """Train on only this many images, drawn by class with split_seed after the validation split is held out;
@@ -69,8 +82,9 @@ class DataSettings:
     """Folder for decoded images; softdefend inside $XDG_CACHE_HOME or ~/.cache if not given."""
 
     def __post_init__(self) -> None:
-        if self.noise not in get_args(Noise):
-            raise SettingError("data.noise", self.noise, " or ".join(get_args(Noise)))
+        for name, kind in (("noise", Noise), ("channels", Channels), ("sixteen_bit", SixteenBit)):
+            if getattr(self, name) not in get_args(kind):
+                raise SettingError(f"data.{name}", getattr(self, name), " or ".join(get_args(kind)))
         if not self.source:
             raise SettingError(
                 "data.source", "nothing", "digits, hf:owner/name, or the path of a file or folder"

@@ -172,3 +172,16 @@ def test_a_meta_file_without_names_is_refused(tmp_path: Path, meta: dict[str, ob
     (folder / "batches.meta").write_bytes(dump2(meta))
     with pytest.raises(SettingError, match=r"batches\.meta without label_names"):
         raw(folder)
+
+
+def test_names_that_are_no_text_are_shown_as_bytes(tmp_path: Path) -> None:
+    folder = write_cifar10(tmp_path)
+    (folder / "batches.meta").write_bytes(dump2({"label_names": [b"caf\xe9", b"a\x00b", *NAMES[2:]]}))
+    assert raw(folder).classes[:2] == ("caf\\xe9", "a\\x00b")
+
+
+def test_a_label_beyond_64_bits_is_refused(tmp_path: Path) -> None:
+    folder = write_cifar10(tmp_path)
+    (folder / "data_batch_2").write_bytes(python3({"data": pixels(2, 0), "labels": [0, 2**70]}))
+    with pytest.raises(SettingError, match="data_batch_2 without usable labels"):
+        raw(folder)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from picture_tools import encode, planes
 
 from softdefend.core.errors import SettingError
@@ -19,8 +22,8 @@ def write(root: Path, pictures: np.ndarray, names: list[str]) -> Path:
     return root
 
 
-def raw(root: Path) -> RawData:
-    return read(DataSettings(str(root)))
+def raw(root: Path, **settings: Any) -> RawData:
+    return read(DataSettings(str(root), **settings))
 
 
 def test_classes_and_files_are_taken_by_name(tmp_path: Path, pictures: np.ndarray) -> None:
@@ -185,3 +188,98 @@ def test_classes_beside_a_train_folder_are_not_left_out_unsaid(tmp_path: Path, p
     ):
         raw(tmp_path)
     assert raw(tmp_path / "Train").classes == ("diesel", "steam")
+
+
+def test_every_usual_suffix_is_read_and_the_rest_is_counted(
+    tmp_path: Path, pictures: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "pets"
+    kinds = {"1.jfif": "JPEG", "2.JPE": "JPEG", "3.avif": "AVIF", "4.jp2": "JPEG2000", "5.png": "PNG"}
+    for name, kind in kinds.items():
+        for folder in ("a", "b"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            (root / folder / name).write_bytes(encode(np.zeros((64, 64, 3), np.uint8), kind))
+    for name in ("a/list.txt", "b/list.txt", "b/6.heic", "b/README"):
+        (root / name).write_text("nothing")
+    (root / "7.png").write_bytes(encode(pictures[0]))
+    with caplog.at_level(logging.INFO, "softdefend"):
+        found = raw(root)
+    assert torch.bincount(found.train.labels).tolist() == [5, 5]
+    left_out = "2 .txt, 1 images outside of the folders of classes, 1 .heic, 1 without a suffix"
+    assert f"pets: files that are not read: {left_out}" in caplog.messages
+    assert found.notes["files"] == f"2 .jfif, 2 .jpe, 2 .avif, 2 .jp2, 2 .png; not read: {left_out}"
+
+
+def test_all_damaged_files_are_named_or_left_out(
+    tmp_path: Path, pictures: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write(tmp_path / "pets", pictures, ["a/1.png", "a/2.png", "b/3.png", "b/4.png"])
+    for name in ("a/1.png", "b/4.png"):
+        (root / name).write_bytes((root / name).read_bytes()[:-40])
+    with pytest.raises(SettingError, match=r"got 2 damaged images: a/1\.png \(.*, b/4\.png \(.*skip_damaged"):
+        raw(root)
+    remark = "pets: 2 of 4 images are damaged and left out: a/1.png, b/4.png"
+    for _ in range(2):  # decoded, and from the cache
+        with caplog.at_level(logging.INFO, "softdefend"):
+            found = raw(root, skip_damaged=True)
+        assert found.train.labels.tolist() == [0, 1]
+        np.testing.assert_array_equal(found.train.images.numpy(), planes(pictures)[1:3])
+        assert remark in caplog.messages
+        caplog.clear()
+    with pytest.raises(SettingError, match="got 2 damaged images"):
+        raw(root)  # not from the cache of the others
+
+
+def test_how_images_are_decoded_is_a_setting(tmp_path: Path, pictures: np.ndarray) -> None:
+    root = write(tmp_path, pictures, ["a/2.png", "b/3.png"])
+    (root / "a" / "1.png").write_bytes(encode(pictures[0, :, :, 0]))
+    shapes = {how: raw(root, channels=how).train.images.shape[1] for how in ("first", "gray", "rgb")}
+    assert shapes == {"first": 1, "gray": 1, "rgb": 3}
+    assert raw(root).notes["images"] == "2 of 3 images are in color and were made gray, as a/1.png is"
+    (root / "a" / "1.png").write_bytes(encode(np.full((5, 7), 40_000, np.uint16)))
+    assert raw(root, sixteen_bit="scale").train.images[0].unique().tolist() == [40_000 >> 8]
+    with pytest.raises(SettingError, match="of mode I;16"):
+        raw(root)
+
+
+def test_names_that_are_no_text_are_shown_as_bytes(tmp_path: Path, pictures: np.ndarray) -> None:
+    names = [os.fsdecode(name) for name in (b"caf\xe9/\xff.png", b"a\nb/1.png", "käfer/2.png".encode())]
+    root = write(tmp_path / os.fsdecode(b"p\xe9ts"), pictures, names)
+    found = raw(root)
+    assert (found.name, found.classes) == ("p\\xe9ts", ("a\\nb", "caf\\xe9", "käfer"))
+    assert raw(root).train.images.equal(found.train.images)
+    (root / names[0]).write_bytes(b"broken")
+    with pytest.raises(SettingError, match=r"got caf\\xe9/\\xff\.png \(not a known format\)") as caught:
+        raw(root)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("kind", ["too large", "device"])
+def test_files_are_read_to_a_bound(
+    tmp_path: Path, pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    root = write(tmp_path, pictures, ["a/1.png", "b/2.png"])
+    if kind == "device":
+        (root / "b" / "3.png").symlink_to("/dev/zero")
+        os.mkfifo(root / "b" / "4.png")
+        assert len(raw(root).train) == 2
+    else:
+        with (root / "b" / "2.png").open("ab") as file:
+            file.truncate(10**6)
+        monkeypatch.setattr("softdefend.data.sources.folder._LARGEST", 10**6 - 1)
+        with pytest.raises(SettingError, match=r"2\.png \(1000000 bytes, where 999999 are the most\)"):
+            raw(root)
+
+
+def test_a_folder_that_is_a_loop_of_links_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (tmp_path / "loop", tmp_path / "loop" / "inner"):
+        with pytest.raises(SettingError, match=r"^data\.source: got .*loop"):
+            raw(path)
+
+
+def test_paths_longer_than_the_system_allows_are_one_line(tmp_path: Path) -> None:
+    for path in ("x" * 300, "/".join(["x" * 200] * 30), "a\0b", "\ud800"):
+        with pytest.raises(SettingError, match=r"^data\.source: got ") as caught:
+            raw(tmp_path / path)
+        assert str(caught.value).isprintable()

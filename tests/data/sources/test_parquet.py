@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,14 +16,14 @@ import torch
 from picture_tools import encode, planes
 
 from softdefend.core.errors import SettingError
-from softdefend.data import DataSettings
+from softdefend.data import DataSettings, load
 from softdefend.data.sources import RawData, read
 
 WriteParquet = Callable[..., Path]
 
 
-def raw(path: Path, **columns: str) -> RawData:
-    return read(DataSettings(str(path), **columns))  # type: ignore[arg-type]
+def raw(path: Path, **settings: Any) -> RawData:
+    return read(DataSettings(str(path), **settings))
 
 
 def test_a_hub_folder_gives_its_shards_in_order(hub_folder: Path, pictures: np.ndarray) -> None:
@@ -336,3 +338,151 @@ def test_real_files_have_the_published_labels(shared_data: Path) -> None:
     assert found.train.images.shape == (10_000, 3, 32, 32)
     assert torch.bincount(found.train.labels).tolist() == [1000] * 10
     assert [found.classes[i] for i in found.train.labels[:5]] == ["cat", "ship", "ship", "airplane", "frog"]
+
+
+LABELS = ["dog", "cat", "owl", "dog", "cat", "owl"]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())])
+def test_labels_that_are_names_are_classes_in_the_order_of_the_names(
+    tmp_path: Path, pictures: np.ndarray, kind: pa.DataType
+) -> None:
+    def write(split: str, labels: list[str | None]) -> None:
+        images = [encode(picture) for picture in pictures[: len(labels)]]
+        columns = {"id": list(range(len(labels))), "img": images, "label": pa.array(labels, kind)}
+        pq.write_table(pa.table(columns), tmp_path / f"{split}.parquet")
+
+    write("train", LABELS)
+    write("test", ["owl", "cat"])
+    found = raw(tmp_path)
+    assert found.classes == ("cat", "dog", "owl")
+    assert found.train.labels.tolist() == [1, 0, 2, 1, 0, 2]
+    assert found.test is not None
+    assert found.test.labels.tolist() == [2, 0]
+    assert raw(tmp_path, label_column="id").classes == tuple("012345")
+    write("test", ["owl", "bee"])
+    with pytest.raises(SettingError, match=r"got bee at row 1 of test\.parquet, which no .*: cat, dog, owl"):
+        raw(tmp_path)
+    write("test", ["owl", None])
+    with pytest.raises(SettingError, match=r"data\.label_column: got no label at row 1 of test\.parquet"):
+        raw(tmp_path)
+
+
+def test_names_in_one_file_and_numbers_in_another_are_refused(tmp_path: Path, pictures: np.ndarray) -> None:
+    images = [encode(picture) for picture in pictures[:6]]
+    pq.write_table(pa.table({"img": images, "label": LABELS}), tmp_path / "train-0.parquet")
+    pq.write_table(pa.table({"img": images, "label": list(range(6))}), tmp_path / "train-1.parquet")
+    with pytest.raises(SettingError, match=r"train-1\.parquet with labels of another type than train-0"):
+        raw(tmp_path)
+
+
+def test_labels_that_count_from_one_are_classes_of_these_numbers(
+    tmp_path: Path, pictures: np.ndarray, write_parquet: WriteParquet
+) -> None:
+    images = [encode(picture) for picture in pictures]
+    write_parquet(tmp_path / "train.parquet", images, [1, 2, 3] * 4)
+    write_parquet(tmp_path / "test.parquet", images[:2], [3, 2])
+    np.savez(tmp_path / "noise.npz", worse=[1, 2, 3] * 3 + [3, 1, 2])
+    for _ in range(2):  # decoded, and from the cache
+        found = raw(tmp_path)
+        assert found.classes == ("1", "2", "3")
+        assert found.train.labels.tolist() == [0, 1, 2] * 4
+        assert found.test is not None
+        assert found.test.labels.tolist() == [2, 1]
+        noisy = {"noise": "file", "noise_file": str(tmp_path / "noise.npz"), "validation": 3}
+        train = load(DataSettings(str(tmp_path), **noisy)).train  # type: ignore[arg-type]
+        assert train.clean_labels is not None
+        moved = (train.labels - train.clean_labels)[train.labels != train.clean_labels]
+        assert set((moved % 3).tolist()) <= {2}
+    write_parquet(tmp_path / "test.parquet", images[:2], [3, 4])
+    with pytest.raises(SettingError, match="label 4 at row 1 of the test data, which no training image has"):
+        raw(tmp_path)
+
+
+def test_labels_that_count_from_one_among_named_classes_are_said_to(
+    tmp_path: Path, pictures: np.ndarray, write_parquet: WriteParquet
+) -> None:
+    images = [encode(picture) for picture in pictures[:3]]
+    path = write_parquet(tmp_path / "x.parquet", images, [1, 2, 3], metadata=named("ant", "bee", "cow"))
+    with pytest.raises(
+        SettingError, match=r"labels 1\.\.3 in the training data .*which count from one; .*0\.\.2"
+    ):
+        raw(path)
+
+
+def test_classes_without_images_are_said(
+    tmp_path: Path, pictures: np.ndarray, write_parquet: WriteParquet, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = [encode(picture) for picture in pictures]
+    path = write_parquet(tmp_path / "x.parquet", images, [0, 3] * 6)
+    with caplog.at_level(logging.INFO, "softdefend"):
+        load(DataSettings(str(path), validation=2))
+    assert "x.parquet: 2 of 4 classes without images: 1, 2" in caplog.messages
+
+
+@pytest.mark.parametrize("name", ["img", "label"])
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, pictures: np.ndarray, name: str) -> None:
+    images, labels = [encode(picture) for picture in pictures], [i % 2 for i in range(12)]
+    columns = [("img", images), ("label", labels)]
+    columns.append((name, images if name == "img" else labels))
+    table = pa.Table.from_arrays([pa.array(values) for _, values in columns], [key for key, _ in columns])
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(SettingError, match=f"with several columns {name}; accepted: files whose columns"):
+        raw(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "[" * 100_000,
+        '{"info": {"features": {"label": {"names": [' + "[" * 500 + "]" * 500 + "]}}}}",
+        '{"info": {"features": ' + '{"a":' * 900 + "1" + "}" * 900 + "}}",
+        '{"info": {"features": {"label": {"names": [{}, null]}}}}',
+    ],
+    ids=["open", "deep name", "deep feature", "no text"],
+)
+def test_metadata_nested_deeply_are_passed_over(
+    tmp_path: Path, pictures: np.ndarray, write_parquet: WriteParquet, metadata: str
+) -> None:
+    images = [encode(picture) for picture in pictures]
+    path = write_parquet(tmp_path / "x.parquet", images, [0, 1] * 6, metadata=metadata)
+    assert raw(path).classes == ("0", "1")
+
+
+def test_names_of_classes_are_printable(
+    tmp_path: Path, pictures: np.ndarray, write_parquet: WriteParquet
+) -> None:
+    images = [encode(picture) for picture in pictures]
+    metadata = named("a\0b", "\ud800", "\x1b[1mcow")
+    path = write_parquet(tmp_path / "x.parquet", images, [0, 1, 2] * 4, metadata=metadata)
+    assert raw(path).classes == ("a\\x00b", "\\ud800", "\\x1b[1mcow")
+    table = pq.read_table(path).replace_schema_metadata({b"huggingface": b'{"\xff": 1}', b"\xff": b"\xff"})
+    pq.write_table(table, path)
+    assert raw(path).classes == ("0", "1", "2")
+
+
+def test_damaged_rows_may_be_left_out(
+    tmp_path: Path, pictures: np.ndarray, write_parquet: WriteParquet
+) -> None:
+    images: list[bytes | None] = [encode(picture) for picture in pictures]
+    images[1], images[7] = None, b"x"
+    path = write_parquet(tmp_path / "x.parquet", images, [i % 3 for i in range(12)])
+    with pytest.raises(SettingError, match=r"2 damaged images: row 1 of x\.parquet \(no bytes\), row 7 of"):
+        raw(path)
+    found = raw(path, skip_damaged=True)
+    kept = [i for i in range(12) if i not in (1, 7)]
+    assert found.train.labels.tolist() == [i % 3 for i in kept]
+    np.testing.assert_array_equal(found.train.images.numpy(), planes(pictures)[kept])
+
+
+def test_rows_beyond_memory_are_refused_before_they_are_read(
+    tmp_path: Path, pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dictionary makes many rows of one image a small file."""
+    image = encode(np.zeros((500, 500, 3), np.uint8))
+    table = pa.table({"img": pa.array([image] * 100_000), "label": [0, 1] * 50_000})
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert (tmp_path / "x.parquet").stat().st_size < 10**5
+    monkeypatch.setattr("softdefend.data.decode.available_memory", lambda: 16 * 10**9)
+    with pytest.raises(SettingError, match=r"got 100000 images of 500x500 pixels .* take 75 GB"):
+        raw(tmp_path / "x.parquet")

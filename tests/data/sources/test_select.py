@@ -27,6 +27,13 @@ def test_columns_are_refused_where_they_have_no_effect(
             read(DataSettings(source, **{name: "x"}))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("setting", [{"skip_damaged": True}, {"channels": "rgb"}, {"sixteen_bit": "scale"}])
+def test_how_images_are_decoded_is_refused_where_none_are(setting: dict[str, object]) -> None:
+    ((name, value),) = setting.items()
+    with pytest.raises(SettingError, match=rf"data\.{name}: got {value}; accepted: .* for the source digits"):
+        read(DataSettings(**setting))  # type: ignore[arg-type]
+
+
 def test_the_user_folder_is_written_as_a_tilde(
     tmp_path: Path, hub_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,8 @@ class Source(ABC):
     """How ``data.source`` names such a place, for messages."""
     columns: ClassVar[tuple[str, ...]] = ()
     """The settings of :data:`COLUMNS` that it uses. The others are refused with it."""
+    decodes: ClassVar[bool] = False
+    """Whether it reads encoded images, for which there are the settings of :data:`DECODING`."""
     priority: ClassVar[int] = 0
     """Sources of higher priority are asked first, equal ones in the order of their names. 1 is for addresses
     that are no path, -1 for a source that takes every folder."""
@@ -55,6 +57,9 @@ class Source(ABC):
 
 COLUMNS = ("image_column", "label_column")
 """Settings of the data that name a column."""
+
+DECODING = ("channels", "sixteen_bit", "skip_damaged")
+"""Settings of the data that say how images are decoded."""
 
 SOURCES: Registry[type[Source]] = Registry("data")
 """Data sources by name; other packages add theirs by entry points of the group ``softdefend.data``."""

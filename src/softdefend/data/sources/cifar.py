@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def _names(path: Path, key: str) -> tuple[str, ...]:
     names = load(path).get(key)
     if not isinstance(names, list) or not all(isinstance(name, bytes | str) for name in names):
         raise SettingError("data.source", f"{path} without {key}", "a list of class names")
-    return tuple(name.decode() if isinstance(name, bytes) else name for name in names)
+    return tuple(os.fsdecode(name) for name in names)
 
 
 def _split(files: list[Path], labels_key: str) -> Split:
@@ -96,7 +97,8 @@ def _split(files: list[Path], labels_key: str) -> Split:
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3072,):
             raise SettingError("data.source", f"{path} without image data", "data: a uint8 array [n, 3072]")
         own = own.tolist() if isinstance(own, np.ndarray) else own
-        if not isinstance(own, list) or len(own) != len(pixels) or not all(type(x) is int for x in own):
+        whole = isinstance(own, list) and all(type(x) is int and -(2**63) <= x < 2**63 for x in own)
+        if not isinstance(own, list) or not whole or len(own) != len(pixels):
             raise SettingError("data.source", f"{path} without usable {labels_key}", "one integer per image")
         images.append(torch.from_numpy(pixels.copy()))  # the bytes of a pickle are not writable
         labels += own

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from softdefend.core.errors import SettingError
+from softdefend.core.files import read_bytes
 from softdefend.data.base import Split, split
 from softdefend.data.cache import read_or_build, source_key
 from softdefend.data.decode import decode
+from softdefend.data.holdout import complement
 from softdefend.data.raw import RawData
 from softdefend.data.settings import DataSettings
-from softdefend.data.sources.base import SOURCES, Source
+from softdefend.data.sources.base import DECODING, SOURCES, Source
 from softdefend.data.sources.walk import list_folder, walk_files
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+_log = logging.getLogger(__name__)
+_SUFFIXES = {
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".avif"),
+    *(".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+}
+_OUTSIDE = "images outside of the folders of classes"
+_LARGEST = 2**28
+"""Bytes of one encoded image."""
 _TEST_FOLDERS = ("test", "validation", "valid", "val")
 
 
@@ -25,30 +37,38 @@ class ImageFolder(Source):
     """A folder of images, by class and perhaps by split."""
 
     address = "a folder of images (class/name.png)"
+    decodes = True
     priority = -1
 
     def recognizes(self, address: str, path: Path) -> bool:
         return path.is_dir()
 
     def read(self, settings: DataSettings, path: Path, cache: Path) -> RawData:
-        return read_folder(path, cache)
+        return read_folder(path, cache, settings)
 
 
-def read_folder(root: Path, cache: Path) -> RawData:
+def read_folder(root: Path, cache: Path, settings: DataSettings | None = None) -> RawData:
     """Read images by folder.
 
     Classes and files are taken in the order of their names; files may lie deeper. If ``root`` has a ``train``
     folder, the test split is ``test``, else ``validation``, ``valid`` or ``val``, else there is none; upper
-    and lower case are the same. Hidden files and folders, and files that are not images, are passed over.
-    Linked folders are followed.
+    and lower case are the same. Hidden files and folders are passed over, and so are files that are no images
+    by their names or lie in no class, which a line counts. Linked folders are followed.
+
+    Args:
+        root: the folder.
+        cache: folder of decoded images.
+        settings: say how images are decoded; as they are by default when None.
 
     Raises:
         SettingError: no images, a folder that cannot be read, a folder that may be a split or a class, a test
             class that training does not have, undecodable images.
     """
+    how = settings or DataSettings()
     splits = _splits(root)
     train_folder = splits.get("train")
-    train_files = _by_class(train_folder or root)
+    other: Counter[str] = Counter()
+    train_files = _by_class(train_folder or root, other)
     if not train_files:
         accepted = "class/name.png or train/class/name.png, or Parquet files"
         if train_folder is None:
@@ -63,7 +83,7 @@ def read_folder(root: Path, cache: Path) -> RawData:
     held_out = next((splits[name] for name in _TEST_FOLDERS if train_folder and name in splits), None)
     if train_folder and not held_out:
         _refuse_classes_beside(train_folder)
-    test_files = _by_class(held_out) if held_out else {}
+    test_files = _by_class(held_out, other) if held_out else {}
     unknown = [name for name in test_files if name not in classes]
     if unknown:
         raise SettingError(
@@ -72,10 +92,20 @@ def read_folder(root: Path, cache: Path) -> RawData:
     files = [file for group in (train_files, test_files) for paths in group.values() for file in paths]
 
     def build() -> RawData:
-        test = _read_split(test_files, classes, root) if test_files else None
-        return RawData(root.resolve().name, _read_split(train_files, classes, root), test, classes)
+        remarks: list[str] = []
+        train = _read_split(train_files, classes, root, how, remarks)
+        test = _read_split(test_files, classes, root, how, remarks) if test_files else None
+        notes = {"images": "; ".join(remarks)} if remarks else {}
+        return RawData(root.resolve().name, train, test, classes, notes)
 
-    return read_or_build(cache, source_key(files, reader="folder", root=str(root.absolute())), build)
+    options = {name: getattr(how, name) for name in DECODING}
+    key = source_key(files, reader="folder", root=str(root.absolute()), **options)
+    raw = read_or_build(cache, key, build)
+    counts = _in_words(Counter(map(_suffix, files)))
+    if left_out := _in_words(+other):
+        _log.info("%s: files that are not read: %s", raw.name, left_out)
+        counts += f"; not read: {left_out}"
+    return replace(raw, notes={**raw.notes, "files": counts})
 
 
 def class_folders(root: Path) -> list[Path]:
@@ -115,26 +145,51 @@ def _refuse_classes_beside(train: Path) -> None:
 
 
 def _images(folder: Path, root: Path) -> Iterator[Path]:
-    return (path for path in walk_files(folder, root) if path.suffix.lower() in _SUFFIXES)
+    return (path for path in walk_files(folder, root) if _suffix(path) in _SUFFIXES)
 
 
-def _by_class(root: Path) -> dict[str, list[Path]]:
-    """Class name to its image files; classes without images are left out."""
-    found = {folder.name: sorted(_images(folder, root)) for folder in list_folder(root)[0]}
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
+
+
+def _in_words(counts: Counter[str]) -> str:
+    """How many files have each suffix, the most frequent first."""
+    return ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in counts.most_common())
+
+
+def _by_class(root: Path, other: Counter[str]) -> dict[str, list[Path]]:
+    """Class name to its image files; classes without images are left out, and what is not read counted."""
+    found: dict[str, list[Path]] = {}
+    folders, beside = list_folder(root)
+    other[_OUTSIDE] += sum(_suffix(path) in _SUFFIXES for path in beside)
+    for folder in folders:
+        files = sorted(walk_files(folder, root))
+        found[folder.name] = [path for path in files if _suffix(path) in _SUFFIXES]
+        other.update(_suffix(path) for path in files if _suffix(path) not in _SUFFIXES)
     return {name: images for name, images in found.items() if images}
 
 
-def _read_split(by_class: dict[str, list[Path]], classes: tuple[str, ...], root: Path) -> Split:
+def _read_split(
+    by_class: dict[str, list[Path]],
+    classes: tuple[str, ...],
+    root: Path,
+    how: DataSettings,
+    remarks: list[str],
+) -> Split:
     files = [path for paths in by_class.values() for path in paths]
     labels = [classes.index(name) for name, paths in by_class.items() for _ in paths]
 
     def content(i: int) -> bytes:
         try:
-            return files[i].read_bytes()
+            return read_bytes(files[i], _LARGEST)
         except OSError as error:
             raise SettingError("data.source", f"{files[i]} ({error.strerror})", "readable images") from None
 
     def name(i: int) -> str:
         return str(files[i].relative_to(root))
 
-    return split(decode(len(files), content, name, "decoding"), torch.tensor(labels))
+    skipped: list[int] = []
+    images = decode(len(files), content, name, "decoding", how, skipped, remarks)
+    return split(
+        images, torch.tensor(labels)[complement(torch.tensor(skipped, dtype=torch.int64), len(files))]
+    )

@@ -45,6 +45,7 @@ class Hub(Source):
 
     address = "hf:owner/name"
     columns = COLUMNS
+    decodes = True
     priority = 1
 
     def recognizes(self, address: str, path: Path) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,15 @@ import pyarrow.parquet as pq
 import torch
 
 from softdefend.core.errors import SettingError
+from softdefend.core.files import check_regular, parse_json
+from softdefend.core.memory import check_memory
 from softdefend.data.base import Split, split
 from softdefend.data.cache import read_or_build, source_key
-from softdefend.data.decode import decode
+from softdefend.data.decode import check_size, decode
+from softdefend.data.holdout import complement
 from softdefend.data.raw import RawData, number_classes
 from softdefend.data.settings import DataSettings
-from softdefend.data.sources.base import COLUMNS, SOURCES, Source
+from softdefend.data.sources.base import COLUMNS, DECODING, SOURCES, Source
 from softdefend.data.sources.folder import class_folders
 from softdefend.data.sources.walk import list_folder, walk_files
 
@@ -40,6 +42,7 @@ class Parquet(Source):
 
     address = "a Parquet file or a folder of them"
     columns = COLUMNS
+    decodes = True
 
     def recognizes(self, address: str, path: Path) -> bool:
         if path.is_file():
@@ -65,8 +68,10 @@ def read_files(path: Path, settings: DataSettings, cache: Path, name: str) -> Ra
         path: file or folder.
         settings: ``image_column`` is struct{bytes, path} or binary; None: the ``Image`` feature of the
             ``huggingface`` schema metadata, else the only column of such a type. ``label_column`` is of an
-            integer type; None: the ``ClassLabel`` feature, else a column called label, labels, fine_label or
-            fine_labels, else the only integer column.
+            integer type, or has names, whose order is that of the classes; None: the ``ClassLabel`` feature,
+            else a column called label, labels, fine_label or fine_labels, else the only integer column.
+            Labels without names that begin at 1 are classes of these numbers, and there is no class 0.
+            The others say how images are decoded.
         cache: folder of decoded images.
         name: what tables call the data.
 
@@ -81,16 +86,26 @@ def read_files(path: Path, settings: DataSettings, cache: Path, name: str) -> Ra
         notes["test_split"] = "the source's validation split"
     train, test = shards["train"], shards.get("test")
     image_column, label_column = settings.image_column, settings.label_column
-    key = source_key(
-        [*train, *(test or ())], reader="parquet", columns=[image_column, label_column], name=name
-    )
+    options = {option: getattr(settings, option) for option in DECODING}
+    columns = [image_column, label_column]
+    key = source_key([*train, *(test or ())], reader="parquet", columns=columns, name=name, **options)
 
     def build() -> RawData:
         schema = _schema(train[0])
         columns = _image_column(schema, image_column, train[0]), _label_column(schema, label_column, train[0])
         names = _class_names([*train, *(test or ())], columns[1])
-        parts = _read_split(train, *columns), None if test is None else _read_split(test, *columns)
-        return RawData(name, *parts, names or number_classes(*parts), notes)
+        rows = [_Rows(files, *columns, settings) for files in (train, test) if files is not None]
+        if rows[0].named:
+            names = _number_names(rows)
+        remarks: list[str] = []
+        parts = [part.decode(remarks) for part in rows]
+        first = 0
+        if names is None and min(int(part.labels.min()) for part in parts) == 1:
+            first = 1  # MATLAB and others count from one; no class 0 is to be learned
+            parts = [Split(part.images, part.labels - first) for part in parts]
+        both = parts[0], parts[1] if len(parts) > 1 else None
+        known = {**notes, "images": "; ".join(remarks)} if remarks else notes
+        return RawData(name, *both, names or number_classes(*both, first=first), known, first)
 
     return read_or_build(cache, key, build)
 
@@ -166,11 +181,17 @@ def _shards(root: Path) -> dict[str, list[Path]]:
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
+        check_regular(path)
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except (pa.ArrowException, OSError, UnicodeError, MemoryError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise SettingError("data.source", f"{path} ({reason})", "an intact Parquet file") from None
+
+
+def _metadata(path: Path) -> pq.FileMetaData:
+    with _opened(path) as file:
+        return file.metadata
 
 
 def _schema(path: Path) -> pa.Schema:
@@ -181,7 +202,7 @@ def _schema(path: Path) -> pa.Schema:
 def _features(schema: pa.Schema) -> dict[str, Any]:
     """The hub's description of the columns; empty where there is none."""
     try:
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        features = parse_json(schema.metadata[b"huggingface"])["info"]["features"]
         return {name: value for name, value in features.items() if isinstance(value, dict)}
     except (TypeError, KeyError, ValueError, AttributeError):
         return {}
@@ -192,7 +213,7 @@ def _class_names(files: list[Path], column: str) -> tuple[str, ...] | None:
     first: tuple[Path, tuple[str, ...]] | None = None
     for path in files:
         names = _features(_schema(path)).get(column, {}).get("names")
-        if not isinstance(names, list) or not names:
+        if not isinstance(names, list) or not names or not all(isinstance(name, str | int) for name in names):
             continue
         own = tuple(str(name) for name in names)
         first = first or (path, own)
@@ -219,7 +240,7 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _image_column(schema: pa.Schema, wanted: str | None, path: Path) -> str:
-    usable = [field.name for field in schema if _holds_images(field.type)]
+    usable = _usable(schema, _holds_images, path)
     marked = [
         n for n, feature in _features(schema).items() if feature.get("_type") == "Image" and n in usable
     ]
@@ -229,12 +250,36 @@ def _image_column(schema: pa.Schema, wanted: str | None, path: Path) -> str:
 
 
 def _label_column(schema: pa.Schema, wanted: str | None, path: Path) -> str:
-    usable = [field.name for field in schema if pa.types.is_integer(field.type)]
+    usable = _usable(schema, pa.types.is_integer, path)
+    texts = _usable(schema, _holds_names, path)
     features = _features(schema).items()
     marked = [n for n, feature in features if feature.get("_type") == "ClassLabel" and n in usable]
     if len(marked) != 1:  # CIFAR-100 has a fine and a coarse label
-        marked = [name for name in _LABEL_NAMES if name in (marked or usable)][:1]
-    return _choose("data.label_column", wanted, usable, marked, f"integer labels{_present(schema, path)}")
+        marked = [name for name in _LABEL_NAMES if name in (marked or [*usable, *texts])][:1]
+    if wanted is not None:
+        usable += texts
+    accepted = f"integer labels, or of names of classes{_present(schema, path)}"
+    return _choose("data.label_column", wanted, usable, marked, accepted)
+
+
+def _usable(schema: pa.Schema, fits: Callable[[pa.DataType], bool], path: Path) -> list[str]:
+    """Names of the columns of a type.
+
+    Raises:
+        SettingError: two of them have the same name.
+    """
+    names = [field.name for field in schema if fits(field.type)]
+    twice = sorted({name for name in names if schema.names.count(name) > 1})
+    if twice:
+        given = f"{path} with several columns {twice[0]}"
+        raise SettingError("data.source", given, "files whose columns have different names")
+    return names
+
+
+def _holds_names(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _holds_names(kind.value_type)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _present(schema: pa.Schema, path: Path) -> str:
@@ -249,38 +294,84 @@ def _choose(setting: str, wanted: str | None, usable: list[str], marked: list[st
     return candidates[0]
 
 
-def _read_split(files: list[Path], image_column: str, label_column: str) -> Split:
-    encoded: list[bytes | None] = []
-    labels: list[int | None] = []
-    starts = []
-    for path in files:
-        starts.append(len(encoded))
-        with _opened(path) as file:
-            # Every shard must have the columns that were found in the first.
-            _image_column(file.schema_arrow, image_column, path)
-            _label_column(file.schema_arrow, label_column, path)
-            table = file.read(columns=[image_column, label_column])
-            images = table.column(image_column)
-            if pa.types.is_struct(images.type):
-                images = pc.struct_field(images, "bytes")
-            encoded += images.to_pylist()
-            labels += table.column(label_column).cast(pa.int64()).to_pylist()
-    if not encoded:
-        raise SettingError("data.source", f"{files[0]} without rows", "at least one image")
+class _Rows:
+    """The rows of one split: encoded images and labels, from one file after the other."""
 
-    def name(i: int) -> str:
-        shard = bisect_right(starts, i) - 1
-        return f"row {i - starts[shard]} of {files[shard].name}"
+    def __init__(self, files: list[Path], image_column: str, label_column: str, how: DataSettings) -> None:
+        self.labels: list[Any] = []
+        self._encoded: list[bytes | None] = []
+        self._files, self._starts, self._how = files, list[int](), how
+        self.named = False
+        """Whether the labels are names rather than numbers."""
+        for path in files:
+            self._starts.append(len(self._encoded))
+            with _opened(path) as file:
+                self._read(file, image_column, label_column, path)
+        if not self._encoded:
+            raise SettingError("data.source", f"{files[0]} without rows", "at least one image")
+        if None in self.labels:
+            row = self.labels.index(None)
+            raise SettingError("data.label_column", f"no label at {self.name(row)}", "a label per image")
 
-    def content(i: int) -> bytes:
-        data = encoded[i]
+    def _read(self, file: pq.ParquetFile, image_column: str, label_column: str, path: Path) -> None:
+        schema = file.schema_arrow
+        # Every shard must have the columns that were found in the first.
+        _image_column(schema, image_column, path)
+        _label_column(schema, label_column, path)
+        named = _holds_names(schema.field(label_column).type)
+        if named != self.named and self.labels:
+            given = f"{path} with labels of another type than {self._files[0].name}"
+            raise SettingError("data.label_column", given, "numbers in all files, or names in all")
+        self.named = named
+        if path == self._files[0]:
+            self._check_size(file, image_column)
+        groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+        size = sum(group.total_byte_size for group in groups)
+        check_memory(size, "data.source", f"the rows of {path.name}")
+        table = file.read(columns=[image_column, label_column])
+        images = table.column(image_column)
+        if pa.types.is_struct(images.type):
+            images = pc.struct_field(images, "bytes")
+        self._encoded += images.to_pylist()
+        self.labels += table.column(label_column).cast(pa.string() if named else pa.int64()).to_pylist()
+
+    def _check_size(self, file: pq.ParquetFile, image_column: str) -> None:
+        """Refuse more images than fit into memory, from the first image and the number of rows."""
+        for batch in file.iter_batches(batch_size=1, columns=[image_column]):
+            (cell,) = batch.column(0).to_pylist()
+            encoded = cell.get("bytes") if isinstance(cell, dict) else cell
+            rows = sum(_metadata(path).num_rows for path in self._files)
+            check_size(rows, encoded or b"", self._how)
+            break
+
+    def name(self, i: int) -> str:
+        """What messages call a row."""
+        shard = bisect_right(self._starts, i) - 1
+        return f"row {i - self._starts[shard]} of {self._files[shard].name}"
+
+    def content(self, i: int) -> bytes:
+        """The encoded image of a row."""
+        data = self._encoded[i]
         if data is None:
-            raise SettingError("data.source", f"{name(i)} (no bytes)", "images stored in the file")
+            raise SettingError("data.source", f"{self.name(i)} (no bytes)", "images stored in the file")
         return data
 
-    if None in labels:
-        raise SettingError(
-            "data.label_column", f"no label at {name(labels.index(None))}", "a label per image"
-        )
-    images = decode(len(encoded), content, name, "decoding")
-    return split(images, torch.tensor(labels), labels_name="data.label_column")
+    def decode(self, remarks: list[str]) -> Split:
+        """The split, in the order of the rows."""
+        count, skipped = len(self._encoded), list[int]()
+        images = decode(count, self.content, self.name, "decoding", self._how, skipped, remarks)
+        kept = complement(torch.tensor(skipped, dtype=torch.int64), count)
+        return split(images, torch.tensor(self.labels)[kept], labels_name="data.label_column")
+
+
+def _number_names(rows: list[_Rows]) -> tuple[str, ...]:
+    """Put numbers in place of labels that are names; the classes are the names of training, sorted."""
+    classes = tuple(sorted(set(rows[0].labels)))
+    number = {name: i for i, name in enumerate(classes)}
+    for part in rows:
+        for row, name in enumerate(part.labels):
+            if name not in number:
+                given = f"{name} at {part.name(row)}, which no training image has"
+                raise SettingError("data.label_column", given, f"training's classes: {', '.join(classes)}")
+        part.labels = [number[name] for name in part.labels]
+    return classes

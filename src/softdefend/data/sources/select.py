@@ -9,7 +9,7 @@ from softdefend.core.errors import SettingError
 from softdefend.data.cache import default_folder
 from softdefend.data.raw import RawData
 from softdefend.data.settings import DataSettings
-from softdefend.data.sources.base import COLUMNS, SOURCES, Source
+from softdefend.data.sources.base import COLUMNS, DECODING, SOURCES, Source
 
 _log = logging.getLogger(__name__)
 
@@ -24,13 +24,16 @@ def read(settings: DataSettings) -> RawData:
     path = _expand("data.source", settings.source)
     try:
         source = _find(settings.source, path)
-        _refuse_columns(settings, source)
-        return source.read(settings, path, cache)
+        _refuse_unused(settings, source)
+        raw = source.read(settings, path, cache)
     except OSError as error:  # of any look at the files: a name too long, a folder that may not be entered
         name = error.filename or settings.source
         raise SettingError(
             "data.source", f"{name} ({error.strerror or error})", "a path that can be read"
         ) from None
+    if "images" in raw.notes:
+        _log.info("%s: %s", raw.name, raw.notes["images"])
+    return raw
 
 
 def _find(address: str, path: Path) -> Source:
@@ -58,11 +61,16 @@ def _sources() -> list[Source]:
     return sorted(found, key=lambda source: -source.priority)
 
 
-def _refuse_columns(settings: DataSettings, source: Source) -> None:
-    """Refuse column names where they would have no effect."""
+def _refuse_unused(settings: DataSettings, source: Source) -> None:
+    """Refuse settings of columns and images where they would have no effect."""
     for name in COLUMNS:
         if name not in source.columns and (given := getattr(settings, name)) is not None:
             accepted = f"no column for the source {settings.source}, which has none"
+            raise SettingError(f"data.{name}", given, accepted)
+    for name in DECODING:
+        given, default = (getattr(one, name) for one in (settings, DataSettings()))
+        if not source.decodes and given != default:
+            accepted = f"{default} for the source {settings.source}, which has no encoded images"
             raise SettingError(f"data.{name}", given, accepted)
 
 
