@@ -8,12 +8,13 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from softdefend.core.digest import checksum, value_digest
-from softdefend.core.files import check_regular, parse_json, read_bytes, write_atomic
+from softdefend.core.files import parse_json, read_bytes, write_atomic
+from softdefend.core.safetensors_files import open_safetensors
 
 _LARGEST = 2**28
 """Bytes of a JSON file; an audit's has some hundred thousand."""
@@ -93,10 +94,8 @@ class ResultStore:
         self, name: str, inputs: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """Tensors and metadata of a file that was made from ``inputs``, else None."""
-        path = self.path(name, ".safetensors")
         try:
-            check_regular(path)
-            with safe_open(path, "pt") as file:
+            with open_safetensors(self.path(name, ".safetensors")) as file:
                 metadata = dict(file.metadata() or {})
                 tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
         except (OSError, SafetensorError):

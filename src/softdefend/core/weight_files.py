@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from softdefend.core.errors import SettingError
 from softdefend.core.files import check_regular, parse_json, write_atomic
 from softdefend.core.memory import check_memory
 from softdefend.core.pickles import BoundsError
+from softdefend.core.safetensors_files import open_safetensors
 from softdefend.core.torch_files import check_torch_file
 
 NESTED = ("state_dict", "model_state_dict", "model", "net")
@@ -56,8 +57,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         OSError, SafetensorError, ValueError: missing, damaged, or no regular file.
     """
-    check_regular(path)
-    with safe_open(path, "pt") as file:
+    with open_safetensors(path) as file:
         return _metadata(file)
 
 
@@ -80,7 +80,7 @@ def read_safetensors(path: Path, accepted: str) -> tuple[dict[str, Tensor], dict
     """
     _check_file(path, accepted)
     try:
-        with safe_open(path, "pt") as file:
+        with open_safetensors(path) as file:
             metadata = _metadata(file)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:

@@ -10,12 +10,13 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from softdefend.core.digest import checksum
 from softdefend.core.files import parse_json
 from softdefend.core.memory import check_memory
+from softdefend.core.safetensors_files import open_safetensors
 from softdefend.data.base import Split
 from softdefend.data.raw import RawData
 
@@ -60,7 +61,7 @@ def _read(path: Path) -> RawData | None:
         return None
     check_memory(2 * size, "data.source", "decoded images, with their copies in the splits,")
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             header = parse_json(file.metadata()["softdefend"])
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         if checksum(tensors.items()) != header["checksum"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from softdefend.core.errors import printable
 from softdefend.data.base import DataBundle, Split
 
 _CHUNK = 1000
@@ -58,4 +59,4 @@ def describe(bundle: DataBundle) -> str:
 def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else printable(str(value))

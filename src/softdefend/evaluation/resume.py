@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from softdefend.core.files import write_atomic
+from softdefend.core.safetensors_files import open_safetensors
 
 _KEY = "softdefend-evaluation-3"
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
@@ -36,7 +37,7 @@ class StateFile:
     def load(self) -> Saved | None:
         """What was saved last, on the CPU; None where there is nothing, or something damaged or foreign."""
         try:
-            with safe_open(self.path, "pt") as file:
+            with open_safetensors(self.path) as file:
                 content = json.loads((file.metadata() or {})[_KEY])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError, KeyError, ValueError):

@@ -101,7 +101,8 @@ def read_table(path: Path) -> Table | None:
     if not path.is_file():
         return None
     try:
-        content = pq.read_table(path)
+        with path.open("rb") as file:  # pyarrow takes names in UTF-8 only
+            content = pq.read_table(file)
         column = {name: _filled(content.column(name)) for name in content.column_names}
         names = [name.removesuffix("/robust") for name in column if name.endswith("/robust")]
         attacks = {}

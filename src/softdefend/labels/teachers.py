@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from softdefend.core.digest import checksum
 from softdefend.core.errors import SettingError
+from softdefend.core.safetensors_files import open_safetensors
 from softdefend.core.weight_files import load_weights_file, read_weights
 from softdefend.core.yaml_files import read_yaml
 from softdefend.models import NetSettings, build
@@ -123,7 +124,7 @@ def _trained_net(config: Path) -> NetSettings:
 def _trained_shape(folder: Path) -> tuple[int, ...] | None:
     """Shape of the example images that an evaluated run keeps."""
     try:
-        with safe_open(folder / "evaluation" / "examples.safetensors", "pt") as file:
+        with open_safetensors(folder / "evaluation" / "examples.safetensors") as file:
             return tuple(file.get_slice("image").get_shape()[1:])
     except (OSError, SafetensorError):
         return None

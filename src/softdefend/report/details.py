@@ -10,9 +10,10 @@ from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from softdefend.core.errors import SettingError
+from softdefend.core.safetensors_files import open_safetensors
 from softdefend.evaluation.table import Table, read_table
 
 ABOUT = ("weights", "test_data", "norm", "eps")
@@ -132,7 +133,7 @@ def _gallery(path: Path, table: Table | None, evaluation: dict[str, Any]) -> Gal
         return None
     names = [name for name in GalleryImages.__dataclass_fields__ if name not in ("classes", "attacks")]
     try:
-        with safe_open(str(path), framework="numpy") as file:
+        with open_safetensors(path, "numpy") as file:
             tensors = {name: file.get_tensor(name) for name in names}
             metadata = file.metadata() or {}
             if any(metadata.get(name) != evaluation.get(name) for name in ABOUT):

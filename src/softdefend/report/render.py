@@ -35,4 +35,5 @@ def render_page(title: str, about: str, sections: Iterable[Section], *, summary:
         summary: what stands out at the top.
     """
     template = templates().get_template("page.html.j2")
-    return template.render(title=title, about=about, sections=list(sections), summary=summary).encode()
+    page = template.render(title=title, about=about, sections=list(sections), summary=summary)
+    return page.encode(errors="backslashreplace")  # names of files may be no text

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from softdefend.core.errors import SettingError
+from softdefend.core.safetensors_files import open_safetensors
 from softdefend.core.yaml_files import flatten
 from softdefend.report.details import Details, is_number, read_details
 
@@ -254,7 +255,7 @@ def _examples(path: Path) -> ExampleImages | None:
         return None
     names = [name for name in ExampleImages.__dataclass_fields__ if name != "classes"]
     try:
-        with safe_open(str(path), framework="numpy") as file:
+        with open_safetensors(path, "numpy") as file:
             tensors = {name: file.get_tensor(name) for name in names}
             classes = json.loads((file.metadata() or {}).get("classes", "[]"))
     except (SafetensorError, OSError, ValueError) as error:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -459,6 +460,18 @@ def test_names_of_classes_are_printable(
     table = pq.read_table(path).replace_schema_metadata({b"huggingface": b'{"\xff": 1}', b"\xff": b"\xff"})
     pq.write_table(table, path)
     assert raw(path).classes == ("0", "1", "2")
+
+
+def test_a_file_may_have_a_name_that_is_no_text(
+    tmp_path: Path, pictures: np.ndarray, write_parquet: WriteParquet
+) -> None:
+    images = [encode(picture) for picture in pictures]
+    made = write_parquet(tmp_path / "x.parquet", images, [0, 1] * 6)
+    path = made.rename(tmp_path / os.fsdecode(b"caf\xe9.parquet"))
+    for _ in range(2):  # decoded, and from a cache that has such a name too
+        found = raw(path, cache=str(tmp_path / os.fsdecode(b"\xff")))
+        assert found.name == "caf\\xe9.parquet"
+        np.testing.assert_array_equal(found.train.images.numpy(), planes(pictures))
 
 
 def test_damaged_rows_may_be_left_out(

@@ -182,7 +182,8 @@ def _shards(root: Path) -> dict[str, list[Path]]:
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
         check_regular(path)
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        # Opened here, since pyarrow takes names in UTF-8 only.
+        with path.open("rb") as content, pq.ParquetFile(content, page_checksum_verification=True) as file:
             yield file
     except (pa.ArrowException, OSError, UnicodeError, MemoryError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
