@@ -20,6 +20,7 @@ from softdefend.execution.engine import resolve_device
 from softdefend.execution.microbatch import fitting_microbatch
 from softdefend.execution.network_mode import frozen
 from softdefend.execution.search_network import Precision
+from softdefend.experiments.network import check_trainable
 from softdefend.models import check_logits
 from softdefend.report import RunRecord, read_run
 from softdefend.training import TrainConfig, Trainer
@@ -62,8 +63,7 @@ def train(
     if not (isinstance(data, DataBundle) or (isinstance(data, (tuple, list)) and len(data) == 2)):
         raise SettingError("data", f"a {type(data).__name__}", "a DataBundle, or a pair (images, labels)")
     bundle = data if isinstance(data, DataBundle) else from_tensors(*data)
-    device = next((p.device for p in net.parameters()), torch.device("cpu"))
-    check_logits(net, tuple(bundle.train.images.shape[1:]), len(bundle.classes), device)
+    check_trainable(net, bundle, config)
     trainer = Trainer(net, bundle, config, folder, progress=progress)
     try:
         trainer.fit()

@@ -1,14 +1,26 @@
-"""The network of an experiment."""
+"""The network of an experiment, and what is asked of it before the first step."""
 
 from __future__ import annotations
+
+import logging
 
 import torch
 from torch import nn
 
 from softdefend.core import rng
-from softdefend.data import DataBundle, channel_stats
+from softdefend.core.errors import SettingError
+from softdefend.data import Batch, DataBundle, Resident, Split, channel_stats
+from softdefend.evaluation.autoattack import averages_draws
+from softdefend.evaluation.preflight import LOOK, check_determinism, check_pixels, preflight_training
+from softdefend.evaluation.settings import check_attacks
+from softdefend.execution.engine import resolve_device
+from softdefend.execution.network_mode import frozen
 from softdefend.experiments.config import Experiment
 from softdefend.models import build, check_logits
+from softdefend.models.logits import check_parameters
+from softdefend.training import TrainConfig
+
+_log = logging.getLogger(__name__)
 
 
 def make_net(experiment: Experiment, bundle: DataBundle) -> nn.Module:
@@ -20,3 +32,50 @@ def make_net(experiment: Experiment, bundle: DataBundle) -> nn.Module:
         net = build(experiment.net, num_classes=len(bundle.classes), in_channels=shape[0], mean=mean, std=std)
     check_logits(net, shape, len(bundle.classes), "cpu")
     return net
+
+
+def check_trainable(net: nn.Module, bundle: DataBundle, config: TrainConfig) -> None:
+    """Refuse before anything is written what only the evaluation of the trained network would refuse.
+
+    A network whose logits move is refused unless the evaluation's attacks average over its draws. Where the
+    caller evaluates himself, who may use such attacks, a warning says so instead.
+
+    Args:
+        net: moved to the run's device.
+        bundle: whose first test images are shown to the network, as in an evaluation.
+        config: of the run.
+
+    Raises:
+        SettingError: what :func:`~softdefend.evaluation.preflight.preflight_training` and
+            :func:`~softdefend.evaluation.settings.check_attacks` refuse.
+    """
+    device, threat, k = resolve_device(config.runtime.device), config.recipe.threat, len(bundle.classes)
+    check_parameters(net)
+    net.to(device)
+    check_logits(net, tuple(bundle.train.images.shape[1:]), k, device)
+    if config.evaluate is not None:
+        check_attacks(config.evaluate, threat, k, device)
+    check_pixels(bundle.train.images)
+    shown = _first(bundle.test, min(LOOK, max(config.optim.batch_size, 8)), device)
+    steady = config.evaluate is not None and not averages_draws(config.evaluate.attacks)
+    preflight_training(
+        net,
+        shown.image,
+        shown.label,
+        threat,
+        classes=k,
+        assumes_determinism=steady,
+        attacked_in_training=config.recipe.objective.attack_units(config.recipe.attack.steps) > 0,
+    )
+    if config.evaluate is None:
+        try:
+            with frozen(net, "eval"):
+                check_determinism(net, shown.image)
+        except SettingError as error:
+            _log.warning("an evaluation will refuse this network: %s", error)
+
+
+def _first(part: Split, most: int, device: torch.device) -> Batch:
+    """The first images of a split on a device."""
+    index = torch.arange(min(most, len(part)))
+    return Resident(part.subset(index), device).take(index.to(device))
