@@ -159,7 +159,13 @@ def _net(name: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # the network is drawn on the CPU
         torch.manual_seed(0)
         return build(
-            NetSettings(name=name), num_classes=CLASSES, in_channels=3, mean=(0.5,) * 3, std=(0.25,) * 3
+            NetSettings(name=name),
+            num_classes=CLASSES,
+            in_channels=3,
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
+            image_size=(SIZE, SIZE),
+            pretrained=False,
         )
 
 

@@ -3,33 +3,55 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from softdefend.core import rng
 from softdefend.core.errors import SettingError
 from softdefend.data import Batch, DataBundle, Resident, Split, channel_stats
 from softdefend.evaluation.autoattack import averages_draws
-from softdefend.evaluation.preflight import LOOK, check_determinism, check_pixels, preflight_training
+from softdefend.evaluation.preflight import (
+    LOOK,
+    check_determinism,
+    check_pixels,
+    own_random_numbers,
+    preflight_training,
+)
 from softdefend.evaluation.settings import check_attacks
 from softdefend.execution.engine import resolve_device
 from softdefend.execution.network_mode import frozen
 from softdefend.experiments.config import Experiment
 from softdefend.models import build, check_logits
 from softdefend.models.logits import check_parameters
+from softdefend.models.normalization import find_normalizations
 from softdefend.training import TrainConfig
 
 _log = logging.getLogger(__name__)
 
 
-def make_net(experiment: Experiment, bundle: DataBundle) -> nn.Module:
-    """The experiment's network with fresh weights, a function of its seed."""
+def make_net(experiment: Experiment, bundle: DataBundle, *, pretrained: bool = False) -> nn.Module:
+    """The experiment's network with first weights, a function of its seed.
+
+    Args:
+        experiment: which network.
+        bundle: what it is for.
+        pretrained: whether to get the weights that a name of timm's asks for; False where others follow.
+    """
     mean, std = channel_stats(bundle.train)
     shape = tuple(bundle.train.images.shape[1:])
     with torch.random.fork_rng(devices=[]):  # the network is drawn on the CPU
         torch.manual_seed(rng.key(experiment.seed, "init"))
-        net = build(experiment.net, num_classes=len(bundle.classes), in_channels=shape[0], mean=mean, std=std)
+        net = build(
+            experiment.net,
+            num_classes=len(bundle.classes),
+            in_channels=shape[0],
+            mean=mean,
+            std=std,
+            image_size=shape[1:],
+            pretrained=pretrained,
+        )
     check_logits(net, shape, len(bundle.classes), "cpu")
     return net
 
@@ -67,12 +89,34 @@ def check_trainable(net: nn.Module, bundle: DataBundle, config: TrainConfig) -> 
         assumes_determinism=steady,
         attacked_in_training=config.recipe.objective.attack_units(config.recipe.attack.steps) > 0,
     )
+    _warn_of_normalizations(net, shown.image, config)
     if config.evaluate is None:
         try:
             with frozen(net, "eval"):
                 check_determinism(net, shown.image)
         except SettingError as error:
             _log.warning("an evaluation will refuse this network: %s", error)
+
+
+def _warn_of_normalizations(net: nn.Module, image: Tensor, config: TrainConfig) -> None:
+    """Say loudly that images are normalized twice, and not loudly that nothing normalizes them."""
+    with own_random_numbers(image.device):
+        found = find_normalizations(net, image)
+    if len(found) > 1:
+        steps = ", then ".join(
+            f"mean {_numbers(mean)} and standard deviation {_numbers(std)}" for mean, std in found
+        )
+        remedy = "softdefend.normalize is needed once"
+        if config.net is not None:
+            remedy = "net.normalize false leaves it to the network"
+        _log.warning("the network normalizes twice what it is given (%s): %s", steps, remedy)
+    elif not found and config.net is not None and not config.net.normalizes:
+        text = "%s gets pixels in [0, 1] as they are; net.normalize true normalizes them first"
+        _log.info(text, config.net.name)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.3g}" for value in values)
 
 
 def _first(part: Split, most: int, device: torch.device) -> Batch:

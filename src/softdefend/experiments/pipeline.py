@@ -25,9 +25,10 @@ WHICH = ("best", "last")
 
 def make_trainer(experiment: Experiment, bundle: DataBundle) -> Trainer:
     """What trains the experiment, in its folder: new, or to be continued."""
-    net = make_net(experiment, bundle)
+    net = make_net(experiment, bundle, pretrained=True)
     check_trainable(net, bundle, experiment)
-    check_writable("evaluation", experiment.folder / "evaluation" / "best.json")
+    if experiment.folder.is_dir():
+        check_writable("evaluation", experiment.folder / "evaluation" / "best.json")
     return Trainer(net, bundle, experiment, experiment.folder, progress=experiment.progress)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,19 +45,25 @@ def check_logits(
     image = torch.rand((2, *image_shape), generator=stream(0, "check-logits")).to(device)
     width = f"{least} or more" if num_classes is None else str(num_classes)
     accepted = f"a network that maps images {list(image.shape)} to floating point logits [2, {width}]"
-    training = {module: module.training for module in net.modules()}
-    net.eval()
-    try:
-        with torch.no_grad():
-            logits = logits_of(net, image, accepted)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with in_eval_mode(net), torch.no_grad():
+        logits = logits_of(net, image, accepted)
     k = logits.shape[1]
     if not (k >= least if num_classes is None else k == num_classes):
         raise SettingError("net", f"a network that returns shape {list(logits.shape)}", accepted)
     check_values(logits)
     return k
+
+
+@contextlib.contextmanager
+def in_eval_mode(net: nn.Module) -> Iterator[None]:
+    """Eval mode; every module's own is put back after."""
+    training = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
 
 
 def logits_of(net: nn.Module, image: Tensor, accepted: str) -> Tensor:
