@@ -50,6 +50,7 @@ class Transfer(Attack):
     suffix: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         nets = self._surrogates()
         if not nets or not all(isinstance(net, nn.Module) for net in nets):
             given = ", ".join(type(net).__name__ for net in nets) or "none"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from softdefend.core.errors import SettingError
+from softdefend.core.hints import check_fields
 
 Noise = Literal["none", "symmetric", "asymmetric", "file"]
 
@@ -69,6 +70,7 @@ class DataSettings:
     """Folder for decoded images; softdefend inside $XDG_CACHE_HOME or ~/.cache if not given."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "data")
         if self.noise not in get_args(Noise):
             raise SettingError("data.noise", self.noise, " or ".join(get_args(Noise)))
         if not self.source:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from softdefend.core.errors import SettingError
+from softdefend.core.hints import check_fields
 from softdefend.core.threat import ThreatModel
 from softdefend.evaluation.autoattack import parse
 from softdefend.evaluation.robustbench import check_standard, read_known
@@ -41,6 +42,7 @@ class EvaluateSettings:
     """Of the attacks' random numbers."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "evaluate")
         object.__setattr__(self, "attacks", tuple(self.attacks))
         for name in self.attacks:
             parse(name)

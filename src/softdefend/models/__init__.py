@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from softdefend.core.errors import SettingError
+from softdefend.core.hints import check_fields
 from softdefend.models.factory import (
     from_timm,
     from_user,
@@ -58,6 +59,9 @@ class NetSettings:
     """Put a layer in front that subtracts the training images' mean and divides by their standard deviation
     (of pretrained weights: by their own). null: true for built-in networks and timm's, false for your own
     factory, which takes pixels in [0, 1] here as in softdefend evaluate --model."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "net")
 
     @property
     def normalizes(self) -> bool:

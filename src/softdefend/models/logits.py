@@ -113,21 +113,6 @@ def check_values(logits: Tensor) -> None:
         raise SettingError("net", "a network that returns probabilities", accepted)
 
 
-def check_parameters(net: nn.Module) -> None:
-    """Refuse parameters and buffers that cannot be computed with: without values, sparse, of inference mode.
-
-    Raises:
-        SettingError: naming the first.
-    """
-    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-        accepted = "a network whose parameters and buffers are plain tensors"
-        if form := unusual_form(tensor):
-            raise SettingError("net", f"a network whose {name} is {form}", accepted)
-        if tensor.is_inference():
-            given = f"a network whose {name} was made in inference mode"
-            raise SettingError("net", given, f"{accepted}, made outside of torch.inference_mode()")
-
-
 def describe_error(error: BaseException) -> str:
     """An error of somebody else's code in one line that is not too long."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
