@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.masked import MaskedTensor
 
 import softdefend as sd
+from softdefend.attacks import Transfer
 from softdefend.data import AugmentSettings, DataBundle, Split
-from softdefend.evaluation import Ensemble, EvaluateSettings
+from softdefend.evaluation import Ensemble, EvaluateSettings, Requests
 from softdefend.experiments.evaluate import evaluate_network
 from softdefend.models import NetSettings
 from softdefend.training import RuntimeSettings, SaveSettings, ValidateSettings
@@ -120,7 +121,7 @@ NO_NETWORKS = {
     "tuple": lambda: Returns(lambda z: (z, z)),
     "dictionary": lambda: Returns(lambda z: {"logits": z}),
     "other classes": lambda: Returns(lambda z: z[:, :2]),
-    "probabilities": lambda: Returns(lambda z: z.softmax(1)),
+    "softmax": lambda: Returns(lambda z: z.softmax(1)),
     "not a number": lambda: Returns(lambda z: z * torch.nan),
     "exit": lambda: Returns(lambda z: sys.exit(0)),
     "error": lambda: Returns(lambda z: z[0, 99]),
@@ -412,6 +413,22 @@ def test_settings_check_their_types(make, setting):
 )
 def test_an_evaluation_checks_its_arguments(setting, value):
     refused_evaluation(setting, **{setting: value})
+
+
+@pytest.mark.parametrize(
+    "kind", ["error", "exit", "tuple", "other classes", "inference mode", "probabilities"]
+)
+def test_a_surrogate_is_looked_at_before_anything_is_attacked(kind, tmp_path):
+    surrogate = NO_NETWORKS[kind]()
+    transfer = Transfer(surrogate, sd.PGD(steps=1))
+    for attacks in ([transfer], [Ensemble("both", (sd.FGSM(), transfer))]):
+        refused_evaluation("surrogate", attacks=attacks)
+    requests = Requests(surrogates={"other": surrogate})
+    call = functools.partial(
+        evaluate_network, network(), (IMAGES, LABELS), tmp_path / "r", requests=requests, device="cpu"
+    )
+    message_of(call, "other")
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_bundle_of_tensors_without_values_is_refused(tmp_path):

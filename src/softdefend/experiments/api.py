@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softdefend.attacks import Attack
+from softdefend.attacks import Attack, Transfer
 from softdefend.core.errors import SettingError, did_you_mean
 from softdefend.core.hints import check_type
 from softdefend.core.threat import ThreatModel
@@ -22,7 +22,7 @@ from softdefend.execution.engine import resolve_device
 from softdefend.execution.microbatch import fitting_microbatch
 from softdefend.execution.network_mode import frozen
 from softdefend.execution.search_network import Precision
-from softdefend.experiments.network import check_trainable
+from softdefend.experiments.network import check_surrogate, check_trainable
 from softdefend.models import check_logits
 from softdefend.models.network import as_network, check_parameters
 from softdefend.report import RunRecord, read_run
@@ -173,6 +173,10 @@ def evaluate(
     k = check_logits(net, shape, None, chosen, least=least)
     data = Resident(checked, chosen)
     made = [parse(attack, k) if isinstance(attack, str) else attack for attack in attacks]
+    for attack in made:
+        for member in attack.members if isinstance(attack, Ensemble) else (attack,):
+            for surrogate in member.surrogates if isinstance(member, Transfer) else ():
+                check_surrogate("attack.surrogate", surrogate, shape, k, chosen)
     steady = not averages_draws([attack.name for attack in made])
     with frozen(net, "eval"):
         shown = data.take(torch.arange(min(data.n, LOOK), device=chosen))

@@ -26,7 +26,7 @@ from softdefend.evaluation.settings import check_requests
 from softdefend.evaluation.surrogates import surrogate_names
 from softdefend.execution.engine import resolve_device
 from softdefend.experiments.config import Experiment, resolve
-from softdefend.experiments.network import make_net
+from softdefend.experiments.network import check_surrogate, make_net
 from softdefend.models import check_logits
 from softdefend.models.network import check_parameters, check_state
 from softdefend.report import read_run, write_report
@@ -198,7 +198,10 @@ def evaluate_network(
     net.to(chosen).eval()
     bundle = data if isinstance(data, DataBundle) else _test_only(net, *data, chosen)
     check_requests(settings, requests, len(bundle.test))
-    check_logits(net, tuple(bundle.test.images.shape[1:]), len(bundle.classes), chosen)
+    shape, k = tuple(bundle.test.images.shape[1:]), len(bundle.classes)
+    check_logits(net, shape, k, chosen)
+    for name, surrogate in requests.surrogates.items():
+        check_surrogate(f"surrogates.{name}", surrogate.to(chosen), shape, k, chosen)
     source = CheckpointSource(
         net,
         bundle,

@@ -101,6 +101,26 @@ def check_trainable(net: nn.Module, bundle: DataBundle, config: TrainConfig) -> 
             _log.warning("an evaluation will refuse this network: %s", error)
 
 
+def check_surrogate(setting: str, net: nn.Module, shape: Sequence[int], k: int, device: torch.device) -> None:
+    """Refuse a network, of which images are to be tried on another, that does not take such images.
+
+    Args:
+        setting: what the user knows it by.
+        net: on the device, or without parameters.
+        shape: (c, h, w) of the images.
+        k: classes of the attacked network.
+        device: of the evaluation.
+
+    Raises:
+        SettingError: see :func:`~softdefend.models.check_logits`.
+    """
+    try:
+        check_parameters(net)
+        check_logits(net, shape, k, device)
+    except SettingError as error:
+        raise SettingError(setting, error.given, error.accepted) from error
+
+
 def _check_statistics(net: nn.Module, recipe: Recipe) -> None:
     """Refuse TorchScript where batch normalization is to use a batch's statistics and leave the running ones:
     only a module of Python can be told so."""
