@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from torch import nn
 import softdefend as sd
 from softdefend.data import AugmentSettings, load
 from softdefend.experiments.config import resolve
+from softdefend.experiments.evaluate import evaluate_external
 from softdefend.experiments.network import make_net
 from softdefend.experiments.pipeline import train
 from softdefend.training import RuntimeSettings, ValidateSettings
@@ -115,6 +117,29 @@ def test_python_is_warned_of_a_second_normalization(tmp_path, caplog):
             progress=False,
         )
         assert len(loud(caplog)) == count
+
+
+@pytest.mark.parametrize(
+    ("factory", "setting"), [("inside", "null"), ("plain", "null"), ("plain", "true"), ("inside", "true")]
+)
+def test_weights_of_a_run_fit_the_factory_that_it_was_trained_with(factory, setting, nets, tmp_path):
+    made = resolve(words(tmp_path, f"{nets}:{factory}", f"--net.normalize={setting}"))
+    train(made)
+    theirs = evaluate_external(
+        f"{nets}:{factory}",
+        tmp_path / "run" / "last.safetensors",
+        made.data,
+        tmp_path / "outside",
+        threat=made.recipe.threat,
+        settings=made.evaluate,
+        device="cpu",
+        progress=False,
+    )
+    ours = json.loads((tmp_path / "run" / "evaluation" / "last.json").read_text())
+    assert theirs["attacks"]["fgsm"]["count"] == ours["attacks"]["fgsm"]["count"]
+    assert theirs["clean"] == ours["clean"]
+    one, other = (tmp_path / name / "last.safetensors" for name in ("run", "outside"))
+    assert load_file(one).keys() == load_file(other).keys()
 
 
 def test_timms_weights_are_asked_for_once_and_for_the_datas_size(tmp_path, monkeypatch):

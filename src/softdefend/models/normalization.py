@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,12 @@ def normalize(net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn
         SettingError: statistics that :class:`Normalize` refuses.
     """
     return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), net=net))
+
+
+def stands_in_front(weights: Iterable[str], net: nn.Module) -> bool:
+    """Whether weights by these names are those of :func:`normalize` around ``net``, not of ``net`` itself."""
+    statistics = [f"normalize.{name}" for name in ("mean", "std")]
+    return set(weights) == {*statistics, *(f"net.{name}" for name in net.state_dict())}
 
 
 def find_normalizations(net: nn.Module, image: Tensor) -> list[tuple[list[float], list[float]]]:
