@@ -15,6 +15,7 @@ from softdefend.attacks.names import ATTACKS, parse_attack
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
+from softdefend.evaluation.autoattack import parse
 
 NAMES = {
     "fgsm": FGSM(),
@@ -94,6 +95,38 @@ def test_other_names_are_refused_and_the_answer_lists_all(name):
 def test_counts_must_make_sense(name):
     with pytest.raises(SettingError, match=r"attack\.(steps|restarts|rounds)"):
         parse_attack(name)
+
+
+LARGE = {
+    "pgd-99999999999999999999": "attack.steps",
+    "pgd-20x1000001": "attack.restarts",
+    "apgd-ce-eot99999999999999": "attack.eot",
+    "apgd-t-1000001": "attack.steps",
+    "fab-t-5x99999999": "attack.restarts",
+    "square-1000001": "attack.queries",
+    "cw-linf-99999999999": "attack.steps",
+    "cw-l2-9x99999999999": "attack.steps",
+    "cw-l2-99999999999x9": "attack.rounds",
+    "fmn-1000001": "attack.steps",
+    "deepfool-1000001": "attack.steps",
+    "pgd-" + 5000 * "9": "attack.steps",  # more digits than Python reads
+    "apgd-dlr-eot" + 5000 * "9": "attack.eot",
+}
+
+
+@pytest.mark.parametrize("name", LARGE, ids=lambda name: name[:20])
+def test_counts_that_would_take_for_ever_are_one_short_line(name):
+    for read in (parse_attack, parse):
+        with pytest.raises(SettingError, match=r"accepted: at most 1,000,000$") as error:
+            read(name)
+        assert error.value.setting == LARGE[name]
+        assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["square-1000000", "pgd-1000000", "apgd-ce-eot1000000"])
+def test_a_million_is_a_count(name):
+    assert parse_attack(name).name == name
+    assert parse_attack("pgd-" + 5000 * "0" + "20") == PGD(steps=20)
 
 
 def test_a_transfer_attack_needs_a_second_network():

@@ -423,7 +423,7 @@ number = 3
 USER_NETS = {
     "wrong_count": ("net", "shape [2, 9]", "logits [2, 10]"),
     "probabilities": ("net", "probabilities", "leave out the network's last softmax"),
-    "wrong_shape": ("net", "fails on one forward pass", "images [2, 1, 8, 8]"),
+    "wrong_shape": ("net", "fails on a forward pass", "images [2, 1, 8, 8]"),
     "picky": ("net", "I want 32x32", "images [2, 1, 8, 8]"),
     "frozen": ("net", "without trainable parameters", "to train"),
     "nan": ("net", "NaN", "finite logits"),
@@ -830,7 +830,7 @@ PYTHON: dict[str, tuple[nn.Module, tuple[Any, Any], str, str, str]] = {
         "probabilities",
         "leave out the network's last softmax",
     ),
-    "shape": (linear(), (IMAGES[..., :5], LABELS), "net", "fails on one forward", "images [2, 1, 6, 5]"),
+    "shape": (linear(), (IMAGES[..., :5], LABELS), "net", "fails on a forward", "images [2, 1, 6, 5]"),
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.core.threat import ThreatModel
-from softdefend.evaluation.preflight import difference, preflight
+from softdefend.evaluation.preflight import difference, preflight, preflight_training
 
 THREAT = ThreatModel("linf", "8/255")
 IMAGES = torch.rand(20, 3, 4, 4, generator=stream(0, "x"))
@@ -63,6 +63,8 @@ def test_an_honest_network_passes():
         lambda z: z.bfloat16(),
         lambda z: 1e4 * z,
         lambda z: torch.full_like(z, 0.5),  # in [0, 1], but rows do not sum to one
+        lambda z: z.log_softmax(1),
+        lambda z: ((z.softmax(1) + z.roll(1, 1).softmax(1)) / 2).log(),  # averaged probabilities
     ],
 )
 def test_what_is_odd_but_usable_passes(change):
@@ -148,7 +150,6 @@ def test_a_network_in_train_mode_is_named():
     [
         (lambda z: z.softmax(1), "returns probabilities"),
         (lambda z: z.softmax(1).bfloat16(), "returns probabilities"),
-        (lambda z: z.log_softmax(1), "returns log-probabilities"),
         (lambda z: (20 * z).sigmoid(), "outputs all lie in [0, 1]"),
         (lambda z: z * torch.nan, "NaN or infinity"),
         (lambda z: z / 0.0, "NaN or infinity"),
@@ -158,6 +159,10 @@ def test_a_network_in_train_mode_is_named():
         (lambda z: z[:, :1], "shape [20, 1]"),
         (lambda z: z[..., None], "shape [20, 5, 1]"),
         (lambda z: z @ z, "fails on a forward pass"),
+        (lambda z: z.to_sparse(), "returns a sparse tensor"),
+        (lambda z: z.to("meta"), "returns a tensor on the meta device"),
+        (lambda z: torch.nested.nested_tensor(list(z), layout=torch.jagged), "returns a nested tensor"),
+        (lambda z: sys.exit(3), "fails on a forward pass (SystemExit: 3)"),
     ],
 )
 def test_outputs(change, word):
@@ -177,6 +182,12 @@ def test_a_network_that_changes_its_input():
     before = IMAGES.clone()
     assert "writes into the images" in refused(InPlace())
     assert torch.equal(IMAGES, before)
+
+
+def test_a_network_that_writes_the_same_values_into_its_input():
+    """In an attack the image requires a gradient, and torch refuses to write into it."""
+    assert float(IMAGES.min()) >= 0
+    assert "writes into the images" in refused(nn.Sequential(nn.ReLU(inplace=True), Net()).eval())
 
 
 def test_class_counts():
@@ -301,7 +312,10 @@ def test_one_image_alone_shows_statistics_that_eight_images_share_with_all():
 
 def test_a_network_that_fails_on_one_image_is_refused_in_one_line():
     squeezed = Net(lambda logits: logits.squeeze())
-    assert "returns shape [5]" in refused(squeezed)
+    for announced in (True, False):  # an attack that averages has a last batch too
+        assert "returns shape [5]" in refused(squeezed, assumes_determinism=announced)
+    alone = nn.Sequential(nn.Flatten(), nn.Linear(48, 5), nn.BatchNorm1d(5, track_running_stats=False)).eval()
+    assert "more than 1 value per channel" in refused(alone, assumes_determinism=False)
 
 
 def test_a_network_that_looks_at_the_batch_is_refused_unless_announced():
@@ -309,3 +323,148 @@ def test_a_network_that_looks_at_the_batch_is_refused_unless_announced():
     assert "in another batch" in refused(Company(), darker)
     preflight(Company(), darker, LABELS, THREAT, assumes_determinism=False)
     preflight(Net(), darker, LABELS, THREAT)
+
+
+# --- before training ----------------------------------------------------------------------------------------
+
+
+class Train(Net):
+    """Something else in train mode than in eval mode."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.in_train_mode = change
+
+    def forward(self, image: Tensor) -> object:
+        logits = self.layers(image)
+        return self.in_train_mode(logits) if self.training else logits
+
+
+class Behind(Net):
+    """Something done to the image first."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.before = before
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layers(self.before(image))
+
+
+def refused_in_training(net, images=IMAGES, **settings) -> str:
+    with pytest.raises(SettingError) as caught:
+        preflight_training(net, images, LABELS, THREAT, classes=5, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("net", "images"),
+    [
+        (Net(lambda z: z.softmax(1)), IMAGES),
+        (InPlace(), IMAGES),
+        (Net(lambda z: z[0]), IMAGES),
+        (Noisy(), IMAGES),
+        (Company(), IMAGES * torch.linspace(0.1, 1, 20).view(-1, 1, 1, 1)),
+        (Net(), IMAGES / 255),
+        (Net(lambda z: sys.exit(3)), IMAGES),
+    ],
+    ids=["softmax", "in place", "shape", "noise", "batch statistics", "divided twice", "exit"],
+)
+def test_training_is_refused_in_the_words_of_the_evaluation(net, images):
+    assert refused_in_training(net, images) == refused(net, images)
+
+
+def test_a_sigmoid_is_seen_before_its_outputs_are_sure_of_anything():
+    fresh = Net(torch.sigmoid)
+    assert fresh(IMAGES).detach().max() < 0.9
+    before = {name: value.clone() for name, value in fresh.state_dict().items()}
+    message = refused_in_training(fresh)
+    assert message == refused(Net(lambda z: (20 * z).sigmoid()))
+    assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
+
+
+def head(weight: Tensor, change=lambda z: z) -> nn.Module:
+    """Brightness and darkness of an image, weighed."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 5, bias=False)
+            self.linear.weight = nn.Parameter(weight.clone())
+
+        def forward(self, image):
+            bright = image.mean((1, 2, 3))
+            return change(self.linear(torch.stack([bright, 1 - bright], 1)))
+
+    return Head()
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        head(torch.full((5, 2), 0.5)),  # logits that lie in [0, 1] by chance
+        head(torch.zeros(5, 2)),  # a last layer that starts at zero
+        head(torch.full((5, 2), 0.1), F.relu),
+        head(torch.full((5, 2), 0.1), lambda z: F.normalize(z, dim=1)),
+        Net(lambda z: z.log_softmax(1)),
+    ],
+    ids=["by chance", "zero", "relu", "cosines", "log-probabilities"],
+)
+def test_outputs_that_may_leave_the_unit_range_are_no_sigmoid(net):
+    preflight_training(net, IMAGES, LABELS, THREAT, classes=5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda z: (z, z), "returns tuple, in train mode"),
+        (lambda z: {"out": z, "aux": z}, "returns dict, in train mode"),
+        (lambda z: None, "returns NoneType, in train mode"),
+        (lambda z: z.softmax(1), "returns probabilities, in train mode"),
+        (lambda z: z[:, :4], "a network with 4 outputs, in train mode"),
+        (lambda z: z * torch.nan, "NaN or infinity, in train mode"),
+        (lambda z: z @ z, "fails on a forward pass"),
+        (lambda z: z.detach(), "no gradient in its parameters"),
+    ],
+)
+def test_train_mode_is_tried_too(change, words):
+    net = Train(change)
+    preflight(net, IMAGES, LABELS, THREAT)
+    message = refused_in_training(net)
+    assert message.startswith("net: got a network")
+    assert words in message
+    assert not net.training
+
+
+def test_a_gradient_in_the_image_is_needed_where_training_attacks():
+    net = Behind(lambda image: image.detach())
+    assert "no gradient in the image" in refused_in_training(net)
+    preflight_training(net, IMAGES, LABELS, THREAT, classes=5, attacked_in_training=False)
+
+
+@pytest.mark.parametrize("count", [1, 2, 20])
+def test_training_leaves_everything_as_it_was(count):
+    class Replacing(Net):
+        """Puts another tensor in the place of a buffer."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, image):
+            if self.training:
+                self.seen = self.seen + len(image)
+            return self.layers(image)
+
+    net = Replacing().train()
+    net.layers[1].eval()
+    buffer, state = net.seen, torch.get_rng_state()
+    modes = [module.training for module in net.modules()]
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    preflight_training(net, IMAGES[:count], LABELS[:count], THREAT, classes=5)
+    assert [module.training for module in net.modules()] == modes
+    assert net.seen is buffer
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+    assert torch.equal(torch.get_rng_state(), state)

@@ -150,9 +150,10 @@ def test_a_failure_leaves_the_others_alone_and_is_told_at_the_end(job):
     assert all("last words" in made.log.read_text() for made in jobs)
 
 
-def test_at_least_one_at_once(job):
-    with pytest.raises(SettingError, match="--parallel: got 0"):
-        run_all([job("a")], 0)
+def test_at_least_one_and_not_a_milliard_at_once(job):
+    for count in (0, 1025, 99999999999):
+        with pytest.raises(SettingError, match=f"--parallel: got {count}; accepted: .* from 1 to 1024"):
+            run_all([job("a")], count)
 
 
 def test_jobs_wait_for_what_they_need_and_run_on_the_devices_given(coded, tmp_path):

@@ -36,6 +36,9 @@ def no_module(num_classes):
 def broken():
     raise KeyError("the user's own mistake")
 
+def leaves():
+    raise SystemExit(3)
+
 constant = 3
 """
 
@@ -97,6 +100,14 @@ def test_a_mistake_inside_the_factory_keeps_its_own_error(nets: str) -> None:
     ) as caught:
         from_user(f"{nets}:broken", 5, 2)
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_factory_that_ends_the_process_is_one_line(nets: str, tmp_path) -> None:
+    with pytest.raises(SettingError, match=r"leaves, which raised SystemExit: 3"):
+        from_user(f"{nets}:leaves", 5, 2)
+    (tmp_path / "script_without_a_guard.py").write_text("import sys\nsys.exit(0)")
+    with pytest.raises(SettingError, match=r"whose import raised SystemExit: 0"):
+        from_user("script_without_a_guard:make", 5, 2)
 
 
 def test_a_module_that_cannot_be_read_is_one_line(tmp_path, monkeypatch) -> None:

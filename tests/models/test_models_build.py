@@ -143,13 +143,108 @@ def test_convolutions_start_as_asked(name: str, init: str) -> None:
             assert layer.weight.var().item() == pytest.approx(expected, rel=0.2)
 
 
-def test_networks_from_outside_are_normalized_too(monkeypatch) -> None:
+def test_networks_of_timm_are_normalized_too_and_ones_own_take_pixels(monkeypatch) -> None:
     timm = SimpleNamespace(create_model=lambda name, **kw: nn.Conv2d(kw["in_chans"], kw["num_classes"], 1))
     monkeypatch.setitem(sys.modules, "timm", timm)
     net = make("timm:anything", channels=2, classes=6)
     assert isinstance(net[0], Normalize)
     assert net(torch.rand(1, 2, 4, 4)).shape == (1, 6, 4, 4)
-    assert isinstance(make("torch.nn:Flatten")[0], Normalize)
+    assert isinstance(make("torch.nn:Flatten"), nn.Flatten)
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "timm:anything", "torch.nn:Flatten"])
+@pytest.mark.parametrize("wanted", [None, True, False])
+def test_normalization_stands_in_front_where_the_setting_says_so(name, wanted, monkeypatch) -> None:
+    timm = SimpleNamespace(create_model=lambda name, **kw: nn.Flatten())
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    made = make(name, normalize=wanted)
+    in_front = any(isinstance(module, Normalize) for module in made.modules())
+    assert in_front == (name != "torch.nn:Flatten" if wanted is None else wanted)
+    assert NetSettings(name, normalize=wanted).normalizes == in_front
+    bare = made.net if in_front else made
+    assert type(bare).__name__ == ("SmallCNN" if name == "small_cnn" else "Flatten")
+
+
+def fake_timm(asked: list[dict[str, Any]], *, fixed: bool = False, known: bool = True) -> SimpleNamespace:
+    """timm with one network; ``asked`` gets the keywords of each call."""
+
+    def create_model(name: str, **keywords: Any) -> nn.Module:
+        asked.append({"name": name, **keywords})
+        net = nn.Sequential(nn.Flatten(), nn.LazyLinear(keywords["num_classes"]))
+        if known:
+            net.pretrained_cfg = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+        return net
+
+    def get_pretrained_cfg(name: str) -> object:
+        if name.endswith(".no_such_tag"):
+            raise RuntimeError("Invalid pretrained tag (no_such_tag)")
+        return SimpleNamespace(fixed_input_size=fixed) if known else None
+
+    return SimpleNamespace(create_model=create_model, get_pretrained_cfg=get_pretrained_cfg)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("vit", False), ("vit.", False), ("vit.tag", True), ("vit.a.b", True), ("hf-hub:owner/vit", True)],
+)
+def test_a_tag_asks_for_pretrained_weights_and_their_normalization(name, weights, monkeypatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setitem(sys.modules, "timm", fake_timm(asked))
+    for needed in (True, False):
+        net = build(
+            NetSettings(f"timm:{name}"),
+            num_classes=5,
+            in_channels=3,
+            mean=[0.7] * 3,
+            std=[0.8] * 3,
+            pretrained=needed,
+        )
+        assert asked.pop() == {
+            "name": name,
+            "pretrained": weights and needed,
+            "num_classes": 5,
+            "in_chans": 3,
+        }
+        mean = [0.1, 0.2, 0.3] if weights else [0.7] * 3
+        std = [0.4, 0.5, 0.6] if weights else [0.8] * 3
+        torch.testing.assert_close(net[0].mean.flatten(), torch.tensor(mean))
+        torch.testing.assert_close(net[0].std.flatten(), torch.tensor(std))
+
+
+def test_pretrained_weights_of_other_channels_or_without_statistics_get_those_of_the_data(
+    monkeypatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", fake_timm([]))
+    torch.testing.assert_close(make("timm:vit.tag", channels=2)[0].mean.flatten(), torch.tensor([0.4, 0.4]))
+    monkeypatch.setitem(sys.modules, "timm", fake_timm([], known=False))
+    torch.testing.assert_close(make("timm:vit.tag")[0].mean.flatten(), torch.tensor([0.4] * 3))
+    bare = make("timm:vit.tag", normalize=False)
+    assert not any(isinstance(module, Normalize) for module in bare.modules())
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("size", [None, (6, 9)])
+def test_a_network_made_for_one_size_is_made_for_the_datas(fixed, size, monkeypatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setitem(sys.modules, "timm", fake_timm(asked, fixed=fixed))
+    settings = {"num_classes": 5, "in_channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
+    build(NetSettings("timm:vit"), image_size=size, **settings)
+    assert asked[0].get("img_size") == (size if fixed else None)
+
+
+def test_weights_that_timm_cannot_get_are_one_line(monkeypatch) -> None:
+    def create_model(name: str, **keywords: Any) -> nn.Module:
+        raise OSError("no connection\nto anywhere")
+
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
+    with pytest.raises(
+        SettingError, match=r"net.name: got timm:vit.tag \(OSError: no connection to"
+    ) as caught:
+        make("timm:vit.tag")
+    assert "NAME without .TAG has fresh weights" in str(caught.value)
+    monkeypatch.setitem(sys.modules, "timm", fake_timm([]))
+    with pytest.raises(SettingError, match="Invalid pretrained tag"):
+        make("timm:vit.no_such_tag")
 
 
 @pytest.mark.parametrize(

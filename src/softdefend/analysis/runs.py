@@ -298,7 +298,7 @@ def _filled(rows: Tensor, labels: Tensor) -> Tensor:
 
 def initial_network(run: AnalyzedRun) -> nn.Module:
     """Build the network as it was before training, on the CPU. It is a function of the run's seed."""
-    return make_net(run.experiment, run.bundle)
+    return make_net(run.experiment, run.bundle, pretrained=True)
 
 
 def source_positions(run: AnalyzedRun) -> Tensor:

@@ -73,6 +73,7 @@ class APGD(Attack):
     suffix: ClassVar[str | None] = "[-STEPS[xRESTARTS]][-eotFORWARDS]"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(self.rho, steps=self.steps, restarts=self.restarts, eot=self.eot)
         if self.loss not in ("ce", "dlr"):
             raise SettingError("attack.loss", repr(self.loss), "ce or dlr")
@@ -135,6 +136,7 @@ class TargetedAPGD(Attack):
     suffix: ClassVar[str | None] = "[-STEPS[xRESTARTS]]"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(self.rho, steps=self.steps, restarts=self.restarts, targets=self.targets)
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from softdefend.attacks.losses import AttackLoss, image_gradient
 from softdefend.core.errors import SettingError
+from softdefend.core.hints import check_fields
 from softdefend.core.threat import ThreatModel
 from softdefend.execution.context import AttackContext
 from softdefend.execution.counting import CountingModel
@@ -19,6 +20,9 @@ from softdefend.execution.counting import Forward as Forward
 from softdefend.execution.randomness import CallerRandomness
 
 Randomness = Literal["none", "image", "batch"]
+
+MOST = 1_000_000
+"""Steps, restarts, queries and the like: more are a typing mistake that would run for years."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,10 @@ class Attack(ABC):
     """What may stand behind the name that the attack is registered under, for messages:
     ``-STEPS[xRESTARTS]``. None where a name alone makes no attack."""
 
+    def __post_init__(self) -> None:
+        """Check the types of all settings, and that counts are at most :data:`MOST`."""
+        check_fields(self, "attack", MOST)
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -65,7 +73,7 @@ class Attack(ABC):
         if match is None:
             return None
         given = {setting: value for setting, value in match.groupdict().items() if value is not None}
-        return cls(**{s: int(value) if value.isdecimal() else value for s, value in given.items()})
+        return cls(**{s: _count(s, v) if v.isdecimal() else v for s, v in given.items()})
 
     def check(self, threat: ThreatModel) -> None:  # noqa: B027 (most attacks take every threat model)
         """Refuse a threat model that this attack is not made for; an evaluation asks before it runs anything.
@@ -151,6 +159,13 @@ class Attack(ABC):
             x_adv = self.run(part, image[rows], label[rows], threat, AttackContext(part, random))
             found.append(x_adv.detach())
         return torch.cat(found)
+
+
+def _count(setting: str, digits: str) -> int:
+    digits = digits.lstrip("0") or "0"
+    if len(digits) > len(str(MOST)):  # Python refuses to read thousands of digits
+        raise SettingError(f"attack.{setting}", f"a number of {len(digits)} digits", f"at most {MOST:,}")
+    return int(digits)
 
 
 def value_and_gradient(net: Forward, loss: AttackLoss, image: Tensor) -> tuple[Tensor, Tensor]:

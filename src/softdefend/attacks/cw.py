@@ -80,6 +80,7 @@ class CWL2(MinimalAttack):
     suffix: ClassVar[str | None] = "[-ROUNDSxSTEPS]"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, valid, accepted in (
             ("rounds", self.rounds >= 1, "a whole number >= 1"),
             ("steps", self.steps >= 1, "a whole number >= 1"),

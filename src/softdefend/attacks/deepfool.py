@@ -47,6 +47,7 @@ class DeepFool(MinimalAttack):
     suffix: ClassVar[str | None] = "[-STEPS]"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, valid, accepted in (
             ("steps", self.steps >= 1, "a whole number >= 1"),
             ("targets", self.targets >= 1, "a whole number >= 1"),

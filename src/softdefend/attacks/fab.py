@@ -70,6 +70,7 @@ class FAB(Attack):
     suffix: ClassVar[str | None] = "[-STEPS[xRESTARTS]]"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, valid, accepted in (
             ("steps", self.steps >= 0, "a whole number >= 0"),
             ("targets", self.targets >= 1, "a whole number >= 1"),

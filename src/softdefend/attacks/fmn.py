@@ -45,6 +45,7 @@ class FMN(MinimalAttack):
     suffix: ClassVar[str | None] = "[-STEPS]"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, valid, accepted in (
             ("steps", self.steps >= 1, "a whole number >= 1"),
             ("step_size", 0 < self.step_size < math.inf, "a positive length in pixel units"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ class PGD(Attack):
     suffix: ClassVar[str | None] = "-STEPS[xRESTARTS][-margin|-kl]"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 0:
             raise SettingError("attack.steps", self.steps, "a whole number >= 0")
         if self.restarts < 1:
@@ -237,6 +238,11 @@ class FGSM(Attack):
     randomness: ClassVar[Randomness] = "none"
     pattern: ClassVar[str] = "fgsm(?:-(?P<loss>ce|margin|kl))?"
     suffix: ClassVar[str | None] = "[-margin|-kl]"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in get_args(LossName):
+            raise SettingError("attack.loss", repr(self.loss), " or ".join(get_args(LossName)))
 
     @property
     def name(self) -> str:

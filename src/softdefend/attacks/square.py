@@ -58,6 +58,7 @@ class Square(Attack):
     suffix: ClassVar[str | None] = "[-QUERIES]"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.queries < 0:
             raise SettingError("attack.queries", self.queries, "a whole number >= 0")
         if not 0 < self.p_init <= 1:

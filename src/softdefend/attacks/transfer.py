@@ -50,12 +50,15 @@ class Transfer(Attack):
     suffix: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
-        nets = self._surrogates()
+        super().__post_init__()
+        nets = self.surrogates
         if not nets or not all(isinstance(net, nn.Module) for net in nets):
             given = ", ".join(type(net).__name__ for net in nets) or "none"
             raise SettingError("attack.surrogate", given, "an nn.Module or a tuple of them")
 
-    def _surrogates(self) -> tuple[nn.Module, ...]:
+    @property
+    def surrogates(self) -> tuple[nn.Module, ...]:
+        """All of them."""
         return self.surrogate if isinstance(self.surrogate, tuple) else (self.surrogate,)
 
     @property
@@ -93,7 +96,7 @@ class Transfer(Attack):
         with torch.no_grad():
             logits = net(image)
         best, value = image, torch.full_like(margin(logits, true), -torch.inf)
-        for surrogate in self._surrogates():
+        for surrogate in self.surrogates:
             with frozen(surrogate, "eval"):
                 x_adv = self.attack(
                     _same_classes(surrogate, logits.shape[1]),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import Budget
@@ -34,6 +37,11 @@ WORDS: dict[Any, str] = {
     type(None): "null",
 }
 """What types of single values accept."""
+
+LARGEST_WHOLE = 2**63 - 1
+"""What torch takes as a whole number."""
+
+_LARGEST_FLOAT = 10**308
 
 
 class Slot(NamedTuple):
@@ -126,3 +134,120 @@ def fit(value: Any, member: Any) -> Any:
     elif member in (bool, type(None)):
         fits = isinstance(value, member)
     return value if fits else MISFIT
+
+
+def check_type(name: str, value: Any, hint: Any, most: int | None = LARGEST_WHOLE) -> Any:
+    """A value from Python that has the type of its setting; NumPy's numbers as Python's.
+
+    Args:
+        name: of the setting, for the message.
+        value: what was given.
+        hint: its type. Of types that hold others only lists and tuples are looked into.
+        most: the largest whole number; None where the caller says.
+
+    Raises:
+        SettingError: another type, a class where an object of it is wanted, or a larger whole number.
+    """
+    members = members_of(hint)
+    for member in members:
+        if (held := _held(name, value, member, most)) is not MISFIT:
+            return held
+    wanted = [member for member in members if member is not type(None)]
+    if get_origin(wanted[0]) is Literal:
+        raise SettingError(name, repr(value), " or ".join(map(str, get_args(wanted[0]))))
+    if isinstance(value, type) and isinstance(wanted[0], type) and issubclass(value, wanted[0]):
+        raise SettingError(name, f"the class {value.__name__}", f"an object of it, as {value.__name__}()")
+    plain = isinstance(value, (str, int, float, type(None)))
+    accepted = " or ".join(dict.fromkeys(_words(member) for member in wanted))
+    raise SettingError(name, repr(value) if plain else f"a {type(value).__name__}", accepted)
+
+
+def check_fields(settings: Any, section: str, most: int = LARGEST_WHOLE) -> None:
+    """Check the values of a dataclass by :func:`check_type`, before the class compares them with anything.
+
+    Choices among words are left to the class as long as they are words, and so is the range of seeds.
+
+    Args:
+        settings: the object, from its ``__post_init__``.
+        section: what its settings are called together, such as ``optim``; empty for none.
+        most: the largest whole number.
+
+    Raises:
+        SettingError: naming the setting.
+    """
+    kind: Any = type(settings)
+    for name, hint in _hints_of_fields(kind).items():
+        value = getattr(settings, name)
+        if get_origin(hint) is Literal and isinstance(value, str):
+            continue
+        limit = None if name.endswith("seed") else most
+        checked = check_type(f"{section}.{name}".removeprefix("."), value, hint, limit)
+        if checked is not value:
+            object.__setattr__(settings, name, checked)
+
+
+@functools.cache
+def _hints_of_fields(kind: Any) -> dict[str, Any]:
+    try:
+        hints = get_type_hints(kind)
+    except NameError:  # a name that its module imports for type checkers only
+        return {}
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+
+
+def _words(member: Any) -> str:
+    if get_origin(member) in SEQUENCES:
+        return "a list, such as [a, b]"
+    return WORDS.get(member) or f"an object of {getattr(member, '__name__', member)}"
+
+
+def _held(name: str, value: Any, member: Any, most: int | None) -> Any:
+    """The value as a member of a union has it, :data:`MISFIT` for one of another type."""
+    origin = get_origin(member)
+    if origin is Literal:
+        return value if any(type(c) is type(value) and c == value for c in get_args(member)) else MISFIT
+    if origin in SEQUENCES:
+        return _held_list(name, value, get_args(member)[0], most)
+    if member in (int, float, Budget):
+        return _held_number(name, value, member, most)
+    if member is bool:
+        return bool(value) if isinstance(value, (bool, np.bool_)) else MISFIT
+    if member is Path:
+        return value if isinstance(value, (str, Path)) else MISFIT
+    return value if not isinstance(member, type) or isinstance(value, member) else MISFIT
+
+
+def _held_list(name: str, value: Any, inner: Any, most: int | None) -> Any:
+    if not isinstance(value, SEQUENCES):
+        return MISFIT
+    items = [check_type(name, item, inner, most) for item in value]
+    same = all(item is given for item, given in zip(items, value, strict=True))
+    return value if same else type(value)(items)
+
+
+def _held_number(name: str, value: Any, member: Any, most: int | None) -> Any:
+    if isinstance(value, (bool, np.bool_)):
+        return MISFIT
+    if isinstance(value, (Budget, str)):
+        return value if member is Budget or (member is float and isinstance(value, Budget)) else MISFIT
+    if isinstance(value, (int, np.integer)):
+        value = int(value)
+        if member is int:
+            return _bounded(name, value, most)
+        if abs(value) <= LARGEST_WHOLE:
+            return value
+        return float(value) if abs(value) < _LARGEST_FLOAT else MISFIT
+    if member is int or not isinstance(value, (float, np.floating)):
+        return MISFIT
+    return value if type(value) is float else float(value)
+
+
+def _bounded(name: str, value: int, most: int | None) -> int:
+    if value.bit_length() > 200:  # thousands of digits cannot be printed
+        raise SettingError(
+            name, f"a number of {value.bit_length()} bits", "a whole number of 64 bits at most"
+        )
+    if most is None or -most - 1 <= value <= most:
+        return value
+    accepted = "a whole number from -2^63 to 2^63 - 1" if most == LARGEST_WHOLE else f"at most {most:,}"
+    raise SettingError(name, value, accepted)

@@ -79,7 +79,7 @@ class ThreatModel:
     """Radius in pixel units of [0, 1], such as 8/255."""
 
     def __post_init__(self) -> None:
-        if self.norm not in LARGEST:
+        if not isinstance(self.norm, str) or self.norm not in LARGEST:
             raise SettingError("threat.norm", repr(self.norm), "linf or l2")
         eps = Budget(self.eps)
         object.__setattr__(self, "eps", eps)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from softdefend.core.errors import SettingError
+from softdefend.core.hints import check_fields
 from softdefend.core.rng import stream
 
 Augment = Literal["none", "flip", "crop", "crop-flip"]
@@ -57,6 +58,7 @@ class AugmentSettings:
         return self.pad if "crop" in self.kind else 0
 
     def __post_init__(self) -> None:
+        check_fields(self, "augment")
         for name, kind in (("kind", Augment), ("pad_mode", PadMode), ("policy", Policy)):
             if getattr(self, name) not in get_args(kind):
                 raise SettingError(f"augment.{name}", getattr(self, name), " or ".join(get_args(kind)))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from softdefend.core.digest import checksum
 from softdefend.core.errors import SettingError
+from softdefend.core.tensors import unusual_form
 
 # The float error of k/255 in float32 is 3e-8; anything further off did not come from 8 bits.
 _EIGHT_BIT_TOLERANCE = 1e-6
@@ -100,6 +101,7 @@ def split(
         SettingError: naming the first wrong image or label.
     """
     _check_images(images, images_name, stored=False)
+    _check_plain(labels_name, labels)
     if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
         raise SettingError(labels_name, _kind(labels), "a tensor of integer labels [n]")
     labels = labels.detach().cpu().long()
@@ -122,7 +124,14 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
+def _check_plain(name: str, value: object) -> None:
+    """Refuse a tensor without plain values; other things than tensors are refused by who looks further."""
+    if isinstance(value, Tensor) and (form := unusual_form(value)):
+        raise SettingError(name, form, "a plain tensor")
+
+
 def _check_images(images: Tensor, name: str = "images", *, stored: bool = True) -> None:
+    _check_plain(name, images)
     good = isinstance(images, Tensor) and images.ndim == 4 and images.numel() > 0
     if good and images.dtype != torch.uint8:
         good = images.dtype == torch.float32 if stored else images.is_floating_point()
@@ -133,6 +142,7 @@ def _check_images(images: Tensor, name: str = "images", *, stored: bool = True) 
 
 
 def _check_labels(name: str, labels: Tensor, n: int) -> None:
+    _check_plain(name, labels)
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (n,):
         raise SettingError(name, _kind(labels), f"one integer label per image, [{n}] int64")
 

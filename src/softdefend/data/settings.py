@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from softdefend.core.errors import SettingError
+from softdefend.core.hints import check_fields
 
 Noise = Literal["none", "symmetric", "asymmetric", "file"]
 Channels = Literal["first", "gray", "rgb"]
@@ -82,6 +83,7 @@ class DataSettings:
     """Folder for decoded images; softdefend inside $XDG_CACHE_HOME or ~/.cache if not given."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "data")
         for name, kind in (("noise", Noise), ("channels", Channels), ("sixteen_bit", SixteenBit)):
             if getattr(self, name) not in get_args(kind):
                 raise SettingError(f"data.{name}", getattr(self, name), " or ".join(get_args(kind)))

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from softdefend.core import rng
 from softdefend.core.errors import SettingError
-from softdefend.core.weight_files import load_weights_file
+from softdefend.core.weight_files import load_weights_file, read_weights
 from softdefend.evaluation.preflight import own_random_numbers
 from softdefend.execution.network_mode import tf32
+from softdefend.models import normalize
 from softdefend.models.factory import from_user
+from softdefend.models.normalization import stands_in_front
 
 
 def load_network(
@@ -26,7 +28,8 @@ def load_network(
 
     Args:
         factory: ``package.module:function``; it returns an ``nn.Module`` that maps images in [0, 1] to
-            logits, and is passed ``num_classes`` and ``in_channels`` as far as it accepts them.
+            logits, and is passed ``num_classes`` and ``in_channels`` as far as it accepts them. A layer that
+            normalizes stands in front where the weights are of a run with ``net.normalize``.
         weights: safetensors, or a torch file.
         num_classes, in_channels: of the data.
 
@@ -40,7 +43,11 @@ def load_network(
         net = from_user(factory, num_classes, in_channels)
     except SettingError as error:
         raise SettingError("--model", error.given, error.accepted) from error
-    return net.eval(), load_weights_file(net, weights)
+    content = read_weights(weights)
+    if stands_in_front(content, net):
+        net = normalize(net, [0.0] * in_channels, [1.0] * in_channels)  # the file has the statistics
+        return net.eval(), ["normalizes first, as in training", *load_weights_file(net, weights, content)]
+    return net.eval(), load_weights_file(net, weights, content)
 
 
 def identity(net: nn.Module, origin: str, images: Tensor, labels: Tensor) -> dict[str, str]:

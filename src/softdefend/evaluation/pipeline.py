@@ -12,14 +12,20 @@ import torch
 from softdefend.core.files import write_atomic
 from softdefend.evaluation.accuracy import evaluate_attacks, summary_line
 from softdefend.evaluation.audit import audit_measurement
-from softdefend.evaluation.autoattack import averages_draws, parse
+from softdefend.evaluation.autoattack import averages_draws
 from softdefend.evaluation.autoattack_log import log_lines
 from softdefend.evaluation.checkpoint import Checkpoint, CheckpointSource
 from softdefend.evaluation.corruptions import corruption_measurement
 from softdefend.evaluation.measurement import measured
 from softdefend.evaluation.pictures import renew_pictures
 from softdefend.evaluation.robustbench import model_info, read_known
-from softdefend.evaluation.settings import EvaluateSettings, Requests, check_requests, check_writable
+from softdefend.evaluation.settings import (
+    EvaluateSettings,
+    Requests,
+    check_attacks,
+    check_requests,
+    check_writable,
+)
 from softdefend.evaluation.surrogates import transfer_measurement, transfer_warning
 from softdefend.evaluation.table import Table, read_table
 
@@ -46,7 +52,7 @@ def evaluate_checkpoint(
         SettingError: weights, data or a network that do not fit, or a file that cannot be written or filled.
     """
     requests = requests or Requests()
-    _check(source, settings, requests)
+    _check(source, settings, requests, device)
     steady = not averages_draws(settings.attacks)
     checkpoint = Checkpoint(source, device, assumes_determinism=steady and not requests.audit)
     audit = transferred = None
@@ -70,12 +76,13 @@ def evaluate_checkpoint(
     return result
 
 
-def _check(source: CheckpointSource, settings: EvaluateSettings, requests: Requests) -> None:
+def _check(
+    source: CheckpointSource, settings: EvaluateSettings, requests: Requests, device: torch.device
+) -> None:
     """Refuse what would fail only after hours."""
     check_requests(settings, requests, len(source.bundle.test))
     check_writable("evaluation", source.folder / "evaluation" / f"{source.name}.json")
-    for name in settings.attacks:
-        parse(name, max(2, len(source.bundle.classes))).check(source.threat)
+    check_attacks(settings, source.threat, len(source.bundle.classes), device)
 
 
 def _write_model_info(

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from softdefend.core.errors import SettingError
+from softdefend.core.hints import check_fields
+from softdefend.core.threat import ThreatModel
 from softdefend.evaluation.autoattack import parse
 from softdefend.evaluation.robustbench import check_standard, read_known
 from softdefend.execution.search_network import Precision, check_precision
@@ -39,6 +42,7 @@ class EvaluateSettings:
     """Of the attacks' random numbers."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "evaluate")
         object.__setattr__(self, "attacks", tuple(self.attacks))
         for name in self.attacks:
             parse(name)
@@ -73,6 +77,29 @@ class Requests:
     surrogates: dict[str, nn.Module] = field(default_factory=dict)
     robustbench: Path | None = None
     log: Path | None = None
+
+
+def check_attacks(settings: EvaluateSettings, threat: ThreatModel, k: int, device: torch.device) -> None:
+    """Refuse attacks that an evaluation would refuse once it runs.
+
+    Args:
+        settings: the attacks, and whether the network is compiled.
+        threat: what the network is attacked under.
+        k: classes.
+        device: of the evaluation.
+
+    Raises:
+        SettingError: two attacks share a name, one is not made for the threat or for k classes, or compiling
+            is asked for on a CPU.
+    """
+    attacks = [parse(name, max(2, k)) for name in settings.attacks]
+    names = [attack.name for attack in attacks]
+    if len(set(names)) < len(names):
+        raise SettingError("evaluate.attacks", ", ".join(names), "attacks with different names")
+    for attack in attacks:
+        attack.check(threat)
+    if settings.compile and device.type != "cuda":
+        raise SettingError("evaluate.compile", "true on a CPU", "false or null, or a CUDA device")
 
 
 def check_requests(settings: EvaluateSettings, requests: Requests, full: int) -> None:

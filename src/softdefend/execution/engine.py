@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from softdefend.core.errors import SettingError
+from softdefend.core.hints import check_fields
 from softdefend.execution.network_mode import on_device, tf32
 
 _MOST_THREADS = 1024
@@ -49,6 +50,7 @@ class RuntimeSettings:
     """CPU threads; torch's choice when null. Bit-exact resume needs the same number."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "runtime")
         if self.precision not in ("auto", "fp32", "tf32", "bf16"):
             raise SettingError("runtime.precision", repr(self.precision), "auto, fp32, tf32 or bf16")
         if self.threads is not None and not 1 <= self.threads <= _MOST_THREADS:
@@ -61,6 +63,8 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         SettingError: the device is absent or not of a kind we run on.
     """
+    if not isinstance(name, str):
+        raise SettingError("runtime.device", f"a {type(name).__name__}", "auto, cpu, cuda or cuda:N")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from softdefend.attacks import Attack
+from softdefend.attacks import Attack, Transfer
 from softdefend.core.errors import SettingError, did_you_mean
+from softdefend.core.hints import check_type
 from softdefend.core.threat import ThreatModel
 from softdefend.data import DataBundle, Resident, from_tensors, split
 from softdefend.evaluation import Ensemble, Evaluation, Evaluator
@@ -20,10 +22,12 @@ from softdefend.execution.engine import resolve_device
 from softdefend.execution.microbatch import fitting_microbatch
 from softdefend.execution.network_mode import frozen
 from softdefend.execution.search_network import Precision
+from softdefend.experiments.network import check_surrogate, check_trainable
 from softdefend.models import check_logits
+from softdefend.models.network import as_network, check_parameters
 from softdefend.report import RunRecord, read_run
 from softdefend.training import TrainConfig, Trainer
-from softdefend.training.config import check_type, flat_hints, nest
+from softdefend.training.config import flat_hints, nest
 
 
 def train(
@@ -57,19 +61,47 @@ def train(
         DivergenceError: the loss or a weight is no longer finite, the loss is far above that of guessing and
             of the first step, or ``validate.alarm`` is ``stop`` and rings.
     """
+    _refuse_inference_mode("train")
     check_type("net", net, nn.Module)
+    place = _folder(folder)
     config = _config(settings)
     if not (isinstance(data, DataBundle) or (isinstance(data, (tuple, list)) and len(data) == 2)):
         raise SettingError("data", f"a {type(data).__name__}", "a DataBundle, or a pair (images, labels)")
     bundle = data if isinstance(data, DataBundle) else from_tensors(*data)
-    device = next((p.device for p in net.parameters()), torch.device("cpu"))
-    check_logits(net, tuple(bundle.train.images.shape[1:]), len(bundle.classes), device)
-    trainer = Trainer(net, bundle, config, folder, progress=progress)
+    with torch.enable_grad():
+        check_trainable(net, bundle, config)
+        trainer = Trainer(net, bundle, config, place, progress=progress)
+        try:
+            trainer.fit()
+        finally:
+            trainer.folder.close()
+    return read_run(place)
+
+
+def _refuse_inference_mode(function: str) -> None:
+    """Tensors that are made there have no gradients."""
+    if torch.is_inference_mode_enabled():
+        given = "a call in torch.inference_mode()"
+        raise SettingError(f"softdefend.{function}", given, "a call outside of it")
+
+
+def _folder(folder: object) -> Path:
+    """The path of a run folder.
+
+    Raises:
+        SettingError: something else, or a path that no system has.
+    """
+    path = os.fspath(folder) if isinstance(folder, os.PathLike) else folder
+    if not isinstance(path, str):
+        given = "None" if folder is None else f"a {type(folder).__name__}"
+        raise SettingError("folder", given, "the path of a run folder")
     try:
-        trainer.fit()
-    finally:
-        trainer.folder.close()
-    return read_run(Path(folder))
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        path = ""
+    if not path or "\0" in path:
+        raise SettingError("folder", repr(folder), "the path of a run folder")
+    return Path(path)
 
 
 def _config(settings: Mapping[str, Any]) -> TrainConfig:
@@ -88,7 +120,7 @@ def _config(settings: Mapping[str, Any]) -> TrainConfig:
 
 
 def evaluate(
-    net: nn.Module,
+    net: nn.Module | Callable[[Tensor], Tensor],
     images: Tensor,
     labels: Tensor,
     *,
@@ -99,7 +131,7 @@ def evaluate(
     precision: Precision = "exact",
     compile: bool | None = None,
     seed: int = 0,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     progress: bool = False,
 ) -> Evaluation:
     """Clean and robust accuracy of any module on any images, in eval mode and fp32.
@@ -108,7 +140,9 @@ def evaluate(
     ``net`` is moved to the device; its mode and gradients are put back as they were.
 
     Args:
-        net: images [b, c, h, w] float32 in [0, 1] to logits [b, k].
+        net: images [b, c, h, w] float32 in [0, 1] to logits [b, k]: a module, or a function. Modules that a
+            function keeps in its variables or attributes are treated as its own; others are the caller's to
+            put into eval mode and on the device.
         images: [n, c, h, w], uint8 or float in [0, 1].
         labels: [n] integers in [0, k).
         threat: l-inf at 8/255 when None.
@@ -121,14 +155,28 @@ def evaluate(
     Raises:
         SettingError: images, labels, a threat or a network that do not fit.
     """
+    _refuse_inference_mode("evaluate")
+    net = as_network(net)
+    threat = check_type("threat", threat, ThreatModel | None) or ThreatModel()
+    attacks = _attacks(attacks)
+    batch_size = check_type("batch_size", batch_size, int)
+    physical_batch = check_type("physical_batch", physical_batch, int | None)
+    compile = check_type("compile", compile, bool | None)
+    seed = check_type("seed", seed, int, None)
+    if not -(2**63) <= seed < 2**64:
+        raise SettingError("seed", seed, "a whole number from -2^63 to 2^64 - 1")
     checked = split(images, labels)
-    chosen = resolve_device(device)
-    net = net.to(chosen)
+    chosen = resolve_device(str(device) if isinstance(device, torch.device) else device)
+    check_parameters(net)
+    net.to(chosen)
     shape, least = tuple(checked.images.shape[1:]), int(checked.labels.max()) + 1
     k = check_logits(net, shape, None, chosen, least=least)
     data = Resident(checked, chosen)
     made = [parse(attack, k) if isinstance(attack, str) else attack for attack in attacks]
-    threat = threat or ThreatModel()
+    for attack in made:
+        for member in attack.members if isinstance(attack, Ensemble) else (attack,):
+            for surrogate in member.surrogates if isinstance(member, Transfer) else ():
+                check_surrogate("attack.surrogate", surrogate, shape, k, chosen)
     steady = not averages_draws([attack.name for attack in made])
     with frozen(net, "eval"):
         shown = data.take(torch.arange(min(data.n, LOOK), device=chosen))
@@ -146,3 +194,23 @@ def evaluate(
         compile=compile,
     )
     return evaluator(made, progress=progress)
+
+
+def _attacks(given: object) -> list[str | Attack | Ensemble]:
+    """The attacks of a list of them.
+
+    Raises:
+        SettingError: something else.
+    """
+    accepted = "a list of attacks or of their names, such as ['pgd-20', softdefend.FGSM()]"
+    if isinstance(given, (str, Attack, Ensemble)) or not isinstance(given, Iterable):
+        plain = isinstance(given, (str, int, float, type(None)))
+        raise SettingError("attacks", repr(given) if plain else f"a {type(given).__name__}", accepted)
+    attacks = list(given)
+    for one in attacks:
+        if isinstance(one, type) and issubclass(one, Attack):
+            name = one.__name__
+            raise SettingError("attacks", f"the class {name}", f"an object of it, as {name}()")
+        if not isinstance(one, (str, Attack, Ensemble)):
+            raise SettingError("attacks", f"a list with a {type(one).__name__}", accepted)
+    return attacks

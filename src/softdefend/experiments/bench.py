@@ -22,6 +22,7 @@ from softdefend.core import rng
 from softdefend.core.environment import environment
 from softdefend.core.errors import SettingError
 from softdefend.core.files import write_atomic
+from softdefend.core.hints import check_fields
 from softdefend.core.rule import RunInfo
 from softdefend.data import Augmented, Split
 from softdefend.execution.engine import Engine
@@ -70,6 +71,7 @@ class BenchSettings:
     """JSON file to write; none when null."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "bench")
         for name in ("nets", "presets", "batch_sizes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         counts = [(name, getattr(self, name)) for name in ("steps", "repeats", "warmup", "images")]
@@ -159,7 +161,13 @@ def _net(name: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # the network is drawn on the CPU
         torch.manual_seed(0)
         return build(
-            NetSettings(name=name), num_classes=CLASSES, in_channels=3, mean=(0.5,) * 3, std=(0.25,) * 3
+            NetSettings(name=name),
+            num_classes=CLASSES,
+            in_channels=3,
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
+            image_size=(SIZE, SIZE),
+            pretrained=False,
         )
 
 

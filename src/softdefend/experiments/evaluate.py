@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from softdefend.core.errors import SettingError
 from softdefend.core.files import write_atomic
+from softdefend.core.hints import check_type
 from softdefend.core.threat import ThreatModel
 from softdefend.core.weight_files import load_weights, load_weights_file, save_weights
 from softdefend.core.yaml_files import read_yaml
@@ -25,8 +26,9 @@ from softdefend.evaluation.settings import check_requests
 from softdefend.evaluation.surrogates import surrogate_names
 from softdefend.execution.engine import resolve_device
 from softdefend.experiments.config import Experiment, resolve
-from softdefend.experiments.network import make_net
+from softdefend.experiments.network import check_surrogate, make_net
 from softdefend.models import check_logits
+from softdefend.models.network import check_parameters, check_state
 from softdefend.report import read_run, write_report
 from softdefend.report.runs import OUTSIDE
 
@@ -190,10 +192,16 @@ def evaluate_network(
     settings, requests = settings or EvaluateSettings(), requests or Requests()
     _refuse_run(folder)
     chosen = resolve_device(device)
+    check_type("net", net, nn.Module)
+    check_parameters(net)
+    check_state(net)
     net.to(chosen).eval()
     bundle = data if isinstance(data, DataBundle) else _test_only(net, *data, chosen)
     check_requests(settings, requests, len(bundle.test))
-    check_logits(net, tuple(bundle.test.images.shape[1:]), len(bundle.classes), chosen)
+    shape, k = tuple(bundle.test.images.shape[1:]), len(bundle.classes)
+    check_logits(net, shape, k, chosen)
+    for name, surrogate in requests.surrogates.items():
+        check_surrogate(f"surrogates.{name}", surrogate.to(chosen), shape, k, chosen)
     source = CheckpointSource(
         net,
         bundle,

@@ -23,6 +23,9 @@ from softdefend.core.store import ResultStore
 
 _log = logging.getLogger(__name__)
 
+_MOST = 1024
+"""Slots: more than any machine has cores for."""
+
 
 def command_line(*words: str) -> list[str]:
     """A command of this package, in the interpreter that runs now."""
@@ -171,10 +174,11 @@ def run_all(jobs: Sequence[Job], parallel: int, *, spread: bool = True) -> None:
         spread: where several GPUs are visible, give each slot one of them; False if a job names one.
 
     Raises:
-        SettingError: ``parallel`` below 1; or, when all have ended, the last words of the first that failed.
+        SettingError: ``parallel`` below 1 or above 1024; or, when all have ended, the last words of the first
+            that failed.
     """
-    if parallel < 1:
-        raise SettingError("--parallel", parallel, "a whole number >= 1")
+    if not 1 <= parallel <= _MOST:
+        raise SettingError("--parallel", parallel, f"a whole number from 1 to {_MOST}")
     gpus = torch.cuda.device_count() if spread else 0  # starts nothing on any of them
     devices = [f"cuda:{slot % gpus}" for slot in range(parallel)] if gpus > 1 else ["auto"] * parallel
     scheduler = Scheduler(devices)

@@ -10,9 +10,10 @@ from typing import Any
 
 from softdefend.core.errors import SettingError
 from softdefend.data import DataBundle, load
+from softdefend.evaluation.settings import check_writable
 from softdefend.experiments.config import Experiment, first_given, resolve
 from softdefend.experiments.evaluate import evaluate_run
-from softdefend.experiments.network import make_net
+from softdefend.experiments.network import check_trainable, make_net
 from softdefend.experiments.parallel import Job, command_line, run_all
 from softdefend.report import comparison_rows, read_run, text_table, write_report
 from softdefend.training import Trainer
@@ -24,7 +25,10 @@ WHICH = ("best", "last")
 
 def make_trainer(experiment: Experiment, bundle: DataBundle) -> Trainer:
     """What trains the experiment, in its folder: new, or to be continued."""
-    net = make_net(experiment, bundle)
+    net = make_net(experiment, bundle, pretrained=True)
+    check_trainable(net, bundle, experiment)
+    if experiment.folder.is_dir():
+        check_writable("evaluation", experiment.folder / "evaluation" / "best.json")
     return Trainer(net, bundle, experiment, experiment.folder, progress=experiment.progress)
 
 

@@ -81,12 +81,20 @@ def load_teacher(given: object, k: int, channels: int) -> LoadedTeacher:
     settings = teacher.net or _trained_net(config)
     content = read_weights(path)
     normalizes = any(name.endswith("normalize.mean") for name in _names(content))
+    shape = _trained_shape(path.parent) if config.is_file() else None
     with torch.random.fork_rng(devices=[]):  # the network is drawn on the CPU
         net = build(
-            settings, num_classes=k, in_channels=channels, mean=[0.0] * channels, std=[1.0] * channels
+            settings,
+            num_classes=k,
+            in_channels=channels,
+            mean=[0.0] * channels,
+            std=[1.0] * channels,
+            image_size=None if shape is None else shape[1:],
+            pretrained=False,
         )
-    load_weights_file(net if normalizes else net.get_submodule("net"), path, content)
-    return LoadedTeacher(_frozen(net), _trained_shape(path.parent) if config.is_file() else None)
+    bare = settings.normalizes and not normalizes
+    load_weights_file(net.get_submodule("net") if bare else net, path, content)
+    return LoadedTeacher(_frozen(net), shape)
 
 
 def weights_digest(net: nn.Module) -> Tensor:

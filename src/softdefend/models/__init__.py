@@ -9,7 +9,14 @@ from typing import Literal, get_args
 from torch import nn
 
 from softdefend.core.errors import SettingError
-from softdefend.models.factory import from_timm, from_user
+from softdefend.core.hints import check_fields
+from softdefend.models.factory import (
+    from_timm,
+    from_user,
+    has_pretrained_weights,
+    is_own,
+    statistics_of_weights,
+)
 from softdefend.models.layers import init_kaiming
 from softdefend.models.logits import check_logits
 from softdefend.models.normalization import Normalize, normalize
@@ -38,8 +45,8 @@ class NetSettings:
     """The network to train."""
 
     name: str = "resnet18"
-    """small_cnn, resnet18, preact_resnet18, wrn28_10, wrn34_10, timm:NAME (where timm is installed), or your
-    own factory as package.module:function."""
+    """small_cnn, resnet18, preact_resnet18, wrn28_10, wrn34_10, timm:NAME (where timm is installed; with .TAG
+    behind it pretrained weights), or your own factory as package.module:function."""
 
     width: int | None = None
     """Channels of the first layer; for small_cnn only (default 32)."""
@@ -48,17 +55,39 @@ class NetSettings:
     """How convolutions of a built-in network start: own (as the code that each is known from has it: torch's
     uniform draw in the ResNets, kaiming in the others) or kaiming (normal, fan-out)."""
 
+    normalize: bool | None = None
+    """Put a layer in front that subtracts the training images' mean and divides by their standard deviation
+    (of pretrained weights: by their own). null: true for built-in networks and timm's, false for your own
+    factory, which takes pixels in [0, 1] here as in softdefend evaluate --model."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "net")
+
+    @property
+    def normalizes(self) -> bool:
+        """What ``normalize`` comes to."""
+        return not is_own(self.name) if self.normalize is None else self.normalize
+
 
 def build(
-    settings: NetSettings, *, num_classes: int, in_channels: int, mean: Sequence[float], std: Sequence[float]
+    settings: NetSettings,
+    *,
+    num_classes: int,
+    in_channels: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: Sequence[int] | None = None,
+    pretrained: bool = True,
 ) -> nn.Module:
-    """Make a network whose first layer normalizes; its weights are drawn from torch's global generator.
+    """Make a network that takes pixels; its weights are drawn from torch's global generator.
 
     Args:
-        settings: which network.
+        settings: which network, and whether its first layer normalizes.
         num_classes: k, the length of the logits.
         in_channels: channels c of the images.
         mean, std: of each channel, in units of pixels in [0, 1].
+        image_size: height and width of the images, for networks that are made for one size.
+        pretrained: whether to get the weights that a name of timm's asks for.
 
     Returns:
         A module that maps images [b,c,h,w], float32 in [0, 1], to logits [b,k]; any h and w of 8 or more
@@ -74,13 +103,24 @@ def build(
     if len(mean) != in_channels:
         given = f"{len(mean)} means for images with {in_channels} channels"
         raise SettingError("normalization", given, "one mean and one standard deviation per channel")
-    net = _build_bare(settings, num_classes, in_channels)
+    net = _build_bare(settings, num_classes, in_channels, image_size, pretrained)
     if settings.init == "kaiming":
         init_kaiming(net)
+    if not settings.normalizes:
+        return net
+    timm = settings.name.removeprefix("timm:")
+    if timm != settings.name and has_pretrained_weights(timm):
+        mean, std = statistics_of_weights(net, in_channels) or (mean, std)
     return normalize(net, mean, std)
 
 
-def _build_bare(settings: NetSettings, num_classes: int, in_channels: int) -> nn.Module:
+def _build_bare(
+    settings: NetSettings,
+    num_classes: int,
+    in_channels: int,
+    image_size: Sequence[int] | None,
+    pretrained: bool,
+) -> nn.Module:
     name, width = settings.name, settings.width
     if name not in NAMES and ":" not in name:
         raise SettingError("net.name", name, f"{', '.join(NAMES)}, timm:NAME or module:function")
@@ -99,5 +139,6 @@ def _build_bare(settings: NetSettings, num_classes: int, in_channels: int) -> nn
     if name in _RESIDUAL:
         return _RESIDUAL[name](num_classes, in_channels)
     if name.startswith("timm:"):
-        return from_timm(name.removeprefix("timm:"), num_classes, in_channels)
+        timm = name.removeprefix("timm:")
+        return from_timm(timm, num_classes, in_channels, image_size=image_size, pretrained=pretrained)
     return from_user(name, num_classes, in_channels)

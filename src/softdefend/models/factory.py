@@ -6,34 +6,75 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from softdefend.core.errors import SettingError
+from softdefend.models.logits import describe_error
 
 
-def from_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
-    """Make a network by ``timm.create_model``, with fresh weights and logits of length ``num_classes``.
+def has_pretrained_weights(name: str) -> bool:
+    """Whether a name of timm's asks for weights: ``resnet18.a1_in1k`` and ``hf-hub:OWNER/MODEL`` do."""
+    return ":" in name or name.partition(".")[2] != ""
+
+
+def from_timm(
+    name: str,
+    num_classes: int,
+    in_channels: int,
+    *,
+    image_size: Sequence[int] | None = None,
+    pretrained: bool = True,
+) -> nn.Module:
+    """Make a network by ``timm.create_model``, with logits of length ``num_classes``.
+
+    Args:
+        name: with a tag behind it (``resnet18.a1_in1k``) or from a hub, the network gets those weights; else
+            fresh ones.
+        num_classes: the length of the logits.
+        in_channels: channels of the images.
+        image_size: height and width of the images. A network that is made for one size, such as a vision
+            transformer, is made for this one.
+        pretrained: whether to get the weights that the name asks for; False where others follow.
 
     Raises:
-        SettingError: timm is not installed, or knows no such model.
+        SettingError: timm is not installed, knows no such model, or cannot get its weights.
     """
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
         accepted = "a built-in network, or install timm: pip install 'softdefend[timm]'"
         raise SettingError("net.name", f"timm:{name} without timm", accepted) from error
+    wanted = pretrained and has_pretrained_weights(name)
+    size: dict[str, Any] = {}
     try:
+        known = timm.get_pretrained_cfg(name) if hasattr(timm, "get_pretrained_cfg") else None
+        if image_size is not None and getattr(known, "fixed_input_size", False):
+            size = {"img_size": tuple(image_size)}
         net: nn.Module = timm.create_model(
-            name, pretrained=False, num_classes=num_classes, in_chans=in_channels
+            name, pretrained=wanted, num_classes=num_classes, in_chans=in_channels, **size
         )
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise SettingError(
-            "net.name", f"timm:{name} ({error})", "timm:NAME with a NAME timm can build"
-        ) from error
+    except (Exception, SystemExit) as error:  # of somebody else's code, and of the network
+        accepted = "timm:NAME with a NAME timm can build"
+        if wanted:
+            accepted += " and whose weights it can get; NAME without .TAG has fresh weights"
+        raise SettingError("net.name", f"timm:{name} ({describe_error(error)})", accepted) from error
     return net
+
+
+def statistics_of_weights(net: nn.Module, channels: int) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Mean and standard deviation that a pretrained network of timm's was normalized by; None if it says none
+    for so many channels."""
+    known = getattr(net, "pretrained_cfg", None)
+    mean, std = (known.get(name) for name in ("mean", "std")) if isinstance(known, Mapping) else (None, None)
+    return (mean, std) if mean and std and len(mean) == len(std) == channels else None
+
+
+def is_own(name: str) -> bool:
+    """Whether a network's name is that of a user's factory."""
+    return ":" in name and not name.startswith("timm:")
 
 
 def from_user(path: str, num_classes: int, in_channels: int) -> nn.Module:
@@ -51,7 +92,7 @@ def from_user(path: str, num_classes: int, in_channels: int) -> nn.Module:
     keywords = _keywords(path, factory, offered)
     try:
         net = factory(**keywords)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SettingError(
             "net.name", f"{path}, which raised {_describe(error)}", "a function that runs"
         ) from error
@@ -61,7 +102,7 @@ def from_user(path: str, num_classes: int, in_channels: int) -> nn.Module:
     return net
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     """What an error says, and where it was raised."""
     text = " ".join(str(error).split())
     if isinstance(error, SyntaxError):
@@ -81,7 +122,7 @@ def _find(path: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise SettingError("net.name", f"{path} ({error})", accepted) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SettingError(
             "net.name", f"{path}, whose import raised {_describe(error)}", "a module that can be imported"
         ) from error

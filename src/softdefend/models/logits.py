@@ -1,14 +1,19 @@
-"""A check of what a network returns, before a long run is spent on it."""
+"""Checks of a network and of what it returns, before a long run is spent on it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
+from softdefend.core.tensors import unusual_form
+
+_MOST_SAID = 300
+"""Characters of somebody else's error in ours: TorchScript quotes whole files."""
 
 
 def check_logits(
@@ -39,38 +44,76 @@ def check_logits(
     """
     image = torch.rand((2, *image_shape), generator=stream(0, "check-logits")).to(device)
     width = f"{least} or more" if num_classes is None else str(num_classes)
-    accepted = f"a network that maps images {list(image.shape)} to logits [2, {width}]"
-    try:
-        logits = _eval_forward(net, image)
-    except Exception as error:  # a network's own code may fail in any way
-        raise SettingError("net", f"a network that fails on one forward pass ({error})", accepted) from error
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        given = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise SettingError("net", f"a network that returns {given}", accepted + ", floating point")
-    fits = logits.dim() == 2 and len(logits) == len(image)
-    if not fits or not (logits.shape[1] >= least if num_classes is None else logits.shape[1] == num_classes):
+    accepted = f"a network that maps images {list(image.shape)} to floating point logits [2, {width}]"
+    with in_eval_mode(net), torch.no_grad():
+        logits = logits_of(net, image, accepted)
+    k = logits.shape[1]
+    if not (k >= least if num_classes is None else k == num_classes):
         raise SettingError("net", f"a network that returns shape {list(logits.shape)}", accepted)
-    if not bool(logits.isfinite().all()):
-        raise SettingError("net", "a network that returns NaN or infinity", "finite logits")
-    if _are_probabilities(logits.float()):
-        accepted = "logits: leave out the network's last softmax (or sigmoid), the loss applies it"
-        raise SettingError("net", "a network that returns probabilities", accepted)
-    return logits.shape[1]
+    check_values(logits)
+    return k
 
 
-@torch.no_grad()
-def _eval_forward(net: nn.Module, image: Tensor) -> object:
-    training = {module: module.training for module in net.modules()}
+@contextlib.contextmanager
+def in_eval_mode(net: nn.Module) -> Iterator[None]:
+    """Eval mode; every module's own is put back after."""
+    training = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
-        output: object = net(image)
-        return output
+        yield
     finally:
-        for module, mode in training.items():
+        for module, mode in training:
             module.training = mode
 
 
-def _are_probabilities(rows: Tensor) -> bool:
-    in_range = ((rows >= 0) & (rows <= 1)).all()
-    # wide enough for a softmax taken in bfloat16
-    return bool(in_range and ((rows.sum(dim=1) - 1).abs() < 1e-2).all())
+def logits_of(net: nn.Module, image: Tensor, accepted: str) -> Tensor:
+    """The float32 logits [b, k] of ``image`` [b, c, h, w].
+
+    Args:
+        net: the network.
+        image: what it gets; a network may write into it.
+        accepted: what would have been a network, for the message.
+
+    Raises:
+        SettingError: the network fails, or returns something other than floating point [b, k] with k >= 1.
+    """
+    try:
+        logits: object = net(image)
+    except (Exception, SystemExit) as error:  # a network's own code may fail in any way
+        given = f"a network that fails on a forward pass ({describe_error(error)})"
+        raise SettingError("net", given, accepted) from error
+    if not isinstance(logits, Tensor):
+        raise SettingError("net", f"a network that returns {type(logits).__name__}", accepted)
+    if form := unusual_form(logits):
+        raise SettingError("net", f"a network that returns {form}", accepted)
+    if not logits.is_floating_point():
+        raise SettingError("net", f"a network that returns {logits.dtype}", accepted)
+    if logits.ndim != 2 or len(logits) != len(image) or logits.shape[1] < 1:
+        raise SettingError("net", f"a network that returns shape {list(logits.shape)}", accepted)
+    return logits.float()
+
+
+def check_values(logits: Tensor) -> None:
+    """Refuse logits [b, k] that no loss can use: not finite, or probabilities.
+
+    Log-probabilities are logits like any other: the softmax that every loss applies leaves them as they are.
+
+    Raises:
+        SettingError: see above.
+    """
+    if not bool(logits.isfinite().all()):
+        raise SettingError("net", "a network that returns NaN or infinity", "finite logits")
+    in_range = ((logits >= 0) & (logits <= 1)).all()
+    # Wide enough for a softmax taken in bfloat16.
+    if bool(in_range and ((logits.sum(dim=1) - 1).abs() < 1e-2).all()):
+        accepted = (
+            "logits, or log-probabilities: leave out the network's last softmax, which the losses apply "
+            "themselves, or return the logarithm of what it gives"
+        )
+        raise SettingError("net", "a network that returns probabilities", accepted)
+
+
+def describe_error(error: BaseException) -> str:
+    """An error of somebody else's code in one line that is not too long."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]} ..."

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from softdefend.core.errors import SettingError
+from softdefend.models.logits import in_eval_mode
+
+_SAME = 0.01
+"""Scales and shifts that differ by less are of one normalization."""
+_EXACT = 1e-4
+"""Largest deviation from a straight line, in units of its values."""
 
 
 class Normalize(nn.Module):
@@ -63,3 +71,85 @@ def normalize(net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn
         SettingError: statistics that :class:`Normalize` refuses.
     """
     return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), net=net))
+
+
+def stands_in_front(weights: Iterable[str], net: nn.Module) -> bool:
+    """Whether weights by these names are those of :func:`normalize` around ``net``, not of ``net`` itself."""
+    statistics = [f"normalize.{name}" for name in ("mean", "std")]
+    return set(weights) == {*statistics, *(f"net.{name}" for name in net.state_dict())}
+
+
+def find_normalizations(net: nn.Module, image: Tensor) -> list[tuple[list[float], list[float]]]:
+    """Per-channel normalizations that an image passes, one after another, before the first trained layer.
+
+    Looked at is what the network does, whatever its layers are called: the input and output of each module up
+    to the first with trained weights are compared with the image. A normalization is given by the mean it
+    subtracts and the number it divides by, each from the image on: two entries are a network that normalizes
+    twice. TorchScript hides its modules; nothing is found there.
+
+    Args:
+        net: images to logits; one forward is made, in eval mode and without gradient.
+        image: [b, c, h, w].
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+    reached = False
+
+    def look(value: object) -> None:
+        line = _line(image, value)
+        if line is not None and not any(_close(line, other) for other in [_identity(image), *found]):
+            found.append(line)
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal reached
+        if not reached:
+            look(inputs[0] if inputs else None)
+        reached = reached or any(weight.requires_grad for weight in module.parameters(recurse=False))
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not reached:
+            look(output)
+
+    net = getattr(net, "_orig_mod", net)  # torch.compile would compile again for the hooks
+    with in_eval_mode(net), torch.no_grad():
+        _with_hooks(net, before, after, lambda: net(image.clone()))
+    return [((-shift / scale).tolist(), (1 / scale).tolist()) for scale, shift in found]
+
+
+def _with_hooks(
+    net: nn.Module, before: Callable[..., None], after: Callable[..., None], run: Callable[[], object]
+) -> None:
+    handles: list[RemovableHandle] = []
+    try:
+        for module in net.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _line(image: Tensor, value: object) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift [c] that make ``value`` of the image, channel by channel; None where none do."""
+    if not isinstance(value, Tensor) or value.numel() != image.numel() or len(value) != len(image):
+        return None
+    x, y = (t.detach().double().reshape(image.shape).transpose(0, 1).flatten(1) for t in (image, value))
+    centered = x - x.mean(1, keepdim=True)
+    spread = centered.square().sum(1)
+    scale = (centered * y).sum(1) / spread
+    shift = y.mean(1) - scale * x.mean(1)
+    off = (y - scale[:, None] * x - shift[:, None]).abs().amax(1)
+    good = (off <= _EXACT * y.abs().amax(1)) & (scale.abs() > _EXACT)  # NaN, of an even image, is neither
+    return (scale, shift) if bool(good.all()) else None
+
+
+def _identity(image: Tensor) -> tuple[Tensor, Tensor]:
+    ones = torch.ones(image.shape[1], dtype=torch.float64, device=image.device)
+    return ones, torch.zeros_like(ones)
+
+
+def _close(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    (scale, shift), (its_scale, its_shift) = one, other
+    return bool(((scale - its_scale).abs() <= _SAME * its_scale.abs()).all()) and bool(
+        ((shift - its_shift).abs() <= _SAME).all()
+    )

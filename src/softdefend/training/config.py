@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-from softdefend.attacks import PGD
+from softdefend.attacks import FGSM, PGD
 from softdefend.core.docstrings import field_docstrings
 from softdefend.core.errors import SettingError
+from softdefend.core.hints import check_fields, check_type
 from softdefend.core.registry import Registry
 from softdefend.core.threat import ThreatModel
 from softdefend.data import AugmentSettings, DataSettings
@@ -60,6 +61,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        check_type("attack_bn", self.attack_bn, BNMode)
         if self.attack.loss != "ce":
             accepted = "ce, the default: in training the objective says what the attack climbs"
             raise SettingError("attack.loss", repr(self.attack.loss), accepted)
@@ -141,43 +143,21 @@ def flat_docstrings() -> dict[str, str]:
     return _spliced(field_docstrings)
 
 
-def check_type(name: str, value: object, hint: Any) -> None:
-    """Check a setting's type.
+def _check_types(settings: Any) -> None:
+    """Check the types of all fields.
 
     Raises:
         SettingError: another one, or a class where an object of it is wanted.
     """
-    if _fits(value, hint):
-        return
-    wanted = _without_none(hint)
-    if get_origin(wanted) is Literal:
-        raise SettingError(name, repr(value), " or ".join(get_args(wanted)))
-    if isinstance(value, type) and issubclass(value, wanted):
-        raise SettingError(name, f"the class {value.__name__}", f"an object of it, as {value.__name__}()")
-    given = repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
-    accepted = _WORDS.get(wanted, f"an object of {wanted.__name__}")
-    if name in RULES:
-        accepted += f": {', '.join(f'{rule}()' for rule in RULES[name].names())}, or your own"
-    raise SettingError(name, given, accepted)
-
-
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-
-
-def _check_types(settings: Any) -> None:
-    hints = get_type_hints(type(settings))
-    for own in fields(settings):
-        check_type(own.name, getattr(settings, own.name), hints[own.name])
-
-
-def _fits(value: object, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_args(hint):
-        return any(_fits(value, one) for one in get_args(hint))
-    if isinstance(value, bool) and hint in (int, float):
-        return False
-    return isinstance(value, (int, float) if hint is float else hint)
+    try:
+        check_fields(settings, "")
+    except SettingError as error:
+        accepted = error.accepted
+        if error.setting in RULES and accepted.startswith("an object of "):
+            accepted += f": {', '.join(f'{rule}()' for rule in RULES[error.setting].names())}, or your own"
+        if error.setting == "attack" and error.given == f"a {FGSM.__name__}":
+            accepted += ", such as PGD(steps=1, start='none', step_size=threat.eps)"
+        raise SettingError(error.setting, error.given, accepted) from None
 
 
 def _without_none(hint: Any) -> Any:

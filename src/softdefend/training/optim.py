@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from softdefend.core.errors import SettingError
+from softdefend.core.hints import check_fields
 from softdefend.training.schedules import Schedule
 
 
@@ -37,6 +38,7 @@ class OptimSettings:
     """Learning rate over the run."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "optim")
         checks = (
             ("epochs", self.epochs, self.epochs >= 1, "a whole number >= 1"),
             ("batch_size", self.batch_size, self.batch_size >= 1, "a whole number >= 1"),

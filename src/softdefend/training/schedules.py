@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from softdefend.core.errors import SettingError
+from softdefend.core.hints import check_fields
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Schedule:
     """Fraction of the run over which the rate rises from 0; none in the published protocols."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "schedule")
         object.__setattr__(self, "milestones", tuple(self.milestones))
         if self.kind not in ("step", "cosine", "cyclic"):
             raise SettingError("schedule.kind", repr(self.kind), "step, cosine or cyclic")

@@ -8,6 +8,7 @@ from typing import Literal
 
 from softdefend.attacks import PGD
 from softdefend.core.errors import SettingError
+from softdefend.core.hints import check_fields
 from softdefend.execution.search_network import Precision, check_precision
 
 
@@ -33,6 +34,7 @@ class ValidateSettings:
     checkpoint) or off."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "validate")
         check_precision(self.precision, "validate.precision")
         if self.alarm not in ("warn", "stop", "off"):
             raise SettingError("validate.alarm", repr(self.alarm), "warn, stop or off")
@@ -60,6 +62,7 @@ class SaveSettings:
     """Also write TensorBoard events (needs the tensorboard extra)."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "save")
         if self.every_steps is not None and self.every_steps < 1:
             raise SettingError("save.every_steps", self.every_steps, "a whole number >= 1, or null")
         if self.archive is not None and self.archive < 1:
