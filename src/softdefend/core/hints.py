@@ -24,9 +24,6 @@ MISFIT = object()
 
 SEQUENCES = (tuple, list, set, frozenset)
 
-WHOLE = 2**63
-"""Whole numbers of settings are from -WHOLE to WHOLE - 1, as tensors and generators have them."""
-
 WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -126,7 +123,7 @@ def fit(value: Any, member: Any) -> Any:
         except SettingError:
             return MISFIT
     elif member is int:
-        fits = number and isinstance(value, int) and -WHOLE <= value < WHOLE
+        fits = number and isinstance(value, int)
     elif member is str:
         fits = isinstance(value, str)
     elif member is Path:

@@ -22,7 +22,6 @@ from softdefend.core.hints import (
     MISFIT,
     REQUIRED,
     SEQUENCES,
-    WHOLE,
     WORDS,
     Slot,
     arguments_of,
@@ -95,13 +94,13 @@ class Settings:
         if isinstance(new, Word):
             new = self._read(new, slot.hint, name)
         members = members_of(slot.hint)
+        if int in members and isinstance(new, int):
+            _check_size(name, new)
         for member in members:
             if (fitting := fit(new, member)) is not MISFIT:
                 return fitting
         if not any(self._is_known(member) for member in members if member is not type(None)):
             return new  # a type that no plain value tells of
-        if int in members and isinstance(new, int) and not -WHOLE <= new < WHOLE:
-            raise SettingError(name, new, "a whole number from -2^63 to 2^63 - 1")
         if new is None:
             raise SettingError(name, _NULL, f"a value: {self.describe(slot.hint)}")
         for member in members:
@@ -260,6 +259,12 @@ class Settings:
                 elif is_dataclass(member):
                     inner = fields_of(member, slot.default)
                 yield from self._missing(values, inner, f"{prefix}{name}.")
+
+
+def _check_size(name: str, number: int) -> None:
+    """Refuse a count that no tensor can have. Seeds have ranges of their own, and say so themselves."""
+    if not -(2**63) <= number < 2**63 and "seed" not in name.rpartition(".")[2]:
+        raise SettingError(name, number, "a whole number from -2^63 to 2^63 - 1")
 
 
 def _spelled_out(given: Any, name: str, accepted: str) -> dict[str, Any]:

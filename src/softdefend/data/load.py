@@ -138,9 +138,10 @@ def _check_classes(setting: str, given: object, labels: Tensor) -> None:
 
 
 def _tell_missing_classes(name: str, part: Tensor, whole: Tensor) -> None:
-    """Say that a split has too few images for one of each class; which classes it has is drawn."""
+    """Say that a split has too few images for one of each class; which classes it has is drawn. Of a single
+    image, which some evaluations hold out to hold out nothing, that goes without saying."""
     classes = len(set(whole.tolist()))
-    if len(part) < classes:
+    if 1 < len(part) < classes:
         missing = classes - len(set(part.tolist()))
         text = "the %s split has fewer images (%d) than there are classes (%d): it has none of %d of them"
         _log.info(text, name, len(part), classes, missing)
