@@ -42,6 +42,8 @@ LARGEST_WHOLE = 2**63 - 1
 """What torch takes as a whole number."""
 
 _LARGEST_FLOAT = 10**308
+_MOST_BITS, _MOST_SHOWN = 200, 100
+"""Of a number, and characters of a text, that a message shows."""
 
 
 class Slot(NamedTuple):
@@ -157,9 +159,8 @@ def check_type(name: str, value: Any, hint: Any, most: int | None = LARGEST_WHOL
         raise SettingError(name, repr(value), " or ".join(map(str, get_args(wanted[0]))))
     if isinstance(value, type) and isinstance(wanted[0], type) and issubclass(value, wanted[0]):
         raise SettingError(name, f"the class {value.__name__}", f"an object of it, as {value.__name__}()")
-    plain = isinstance(value, (str, int, float, type(None)))
     accepted = " or ".join(dict.fromkeys(_words(member) for member in wanted))
-    raise SettingError(name, repr(value) if plain else f"a {type(value).__name__}", accepted)
+    raise SettingError(name, _shown(value), accepted)
 
 
 def check_fields(settings: Any, section: str, most: int = LARGEST_WHOLE) -> None:
@@ -195,6 +196,15 @@ def _hints_of_fields(kind: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
 
 
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:  # thousands of digits cannot be printed
+        return f"a number of {value.bit_length()} bits"
+    if not isinstance(value, (str, int, float, type(None))):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]} ..."
+
+
 def _words(member: Any) -> str:
     if get_origin(member) in SEQUENCES:
         return "a list, such as [a, b]"
@@ -214,7 +224,7 @@ def _held(name: str, value: Any, member: Any, most: int | None) -> Any:
         return bool(value) if isinstance(value, (bool, np.bool_)) else MISFIT
     if member is Path:
         return value if isinstance(value, (str, Path)) else MISFIT
-    return value if not isinstance(member, type) or isinstance(value, member) else MISFIT
+    return value if member is Any or not isinstance(member, type) or isinstance(value, member) else MISFIT
 
 
 def _held_list(name: str, value: Any, inner: Any, most: int | None) -> Any:
@@ -243,10 +253,8 @@ def _held_number(name: str, value: Any, member: Any, most: int | None) -> Any:
 
 
 def _bounded(name: str, value: int, most: int | None) -> int:
-    if value.bit_length() > 200:  # thousands of digits cannot be printed
-        raise SettingError(
-            name, f"a number of {value.bit_length()} bits", "a whole number of 64 bits at most"
-        )
+    if value.bit_length() > _MOST_BITS:
+        raise SettingError(name, _shown(value), "a whole number of 64 bits at most")
     if most is None or -most - 1 <= value <= most:
         return value
     accepted = "a whole number from -2^63 to 2^63 - 1" if most == LARGEST_WHOLE else f"at most {most:,}"
