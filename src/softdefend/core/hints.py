@@ -38,9 +38,6 @@ WORDS: dict[Any, str] = {
 }
 """What types of single values accept."""
 
-LARGEST_WHOLE = 2**63 - 1
-"""What torch takes as a whole number."""
-
 _LARGEST_FLOAT = 10**308
 _MOST_BITS, _MOST_SHOWN = 200, 100
 """Of a number, and characters of a text, that a message shows."""
@@ -138,7 +135,7 @@ def fit(value: Any, member: Any) -> Any:
     return value if fits else MISFIT
 
 
-def check_type(name: str, value: Any, hint: Any, most: int | None = LARGEST_WHOLE) -> Any:
+def check_type(name: str, value: Any, hint: Any, most: int | None = WHOLE - 1) -> Any:
     """A value from Python that has the type of its setting; NumPy's numbers as Python's.
 
     Args:
@@ -163,7 +160,7 @@ def check_type(name: str, value: Any, hint: Any, most: int | None = LARGEST_WHOL
     raise SettingError(name, _shown(value), accepted)
 
 
-def check_fields(settings: Any, section: str, most: int = LARGEST_WHOLE) -> None:
+def check_fields(settings: Any, section: str, most: int = WHOLE - 1) -> None:
     """Check the values of a dataclass by :func:`check_type`, before the class compares them with anything.
 
     Choices among words are left to the class as long as they are words, and so is the range of seeds.
@@ -244,7 +241,7 @@ def _held_number(name: str, value: Any, member: Any, most: int | None) -> Any:
         value = int(value)
         if member is int:
             return _bounded(name, value, most)
-        if abs(value) <= LARGEST_WHOLE:
+        if abs(value) < WHOLE:
             return value
         return float(value) if abs(value) < _LARGEST_FLOAT else MISFIT
     if member is int or not isinstance(value, (float, np.floating)):
@@ -257,5 +254,5 @@ def _bounded(name: str, value: int, most: int | None) -> int:
         raise SettingError(name, _shown(value), "a whole number of 64 bits at most")
     if most is None or -most - 1 <= value <= most:
         return value
-    accepted = "a whole number from -2^63 to 2^63 - 1" if most == LARGEST_WHOLE else f"at most {most:,}"
+    accepted = "a whole number from -2^63 to 2^63 - 1" if most == WHOLE - 1 else f"at most {most:,}"
     raise SettingError(name, value, accepted)
