@@ -415,9 +415,7 @@ def test_an_evaluation_checks_its_arguments(setting, value):
     refused_evaluation(setting, **{setting: value})
 
 
-@pytest.mark.parametrize(
-    "kind", ["error", "exit", "tuple", "other classes", "inference mode", "probabilities"]
-)
+@pytest.mark.parametrize("kind", ["error", "exit", "tuple", "other classes", "inference mode", "softmax"])
 def test_a_surrogate_is_looked_at_before_anything_is_attacked(kind, tmp_path):
     surrogate = NO_NETWORKS[kind]()
     transfer = Transfer(surrogate, sd.PGD(steps=1))

@@ -165,3 +165,7 @@ def test_timms_weights_are_asked_for_once_and_for_the_datas_size(tmp_path, monke
     assert (last["normalize.mean"].item(), last["normalize.std"].item()) == (0.25, 0.75)
     assert float(last["net.1.bias"].min()) > 2  # it began at the weights that were asked for
     assert float(make_net(made, load(made.data)).state_dict()["net.1.bias"].max()) < 1
+    asked.clear()
+    train(made)  # finished: nothing has to be downloaded again
+    assert not any(keywords["pretrained"] for keywords in asked)
+    assert torch.equal(load_file(tmp_path / "run" / "last.safetensors")["net.1.bias"], last["net.1.bias"])

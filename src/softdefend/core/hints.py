@@ -35,10 +35,9 @@ WORDS: dict[Any, str] = {
 }
 """What types of single values accept."""
 
-LARGEST_WHOLE = 2**63 - 1
-"""What torch takes as a whole number."""
-
 _LARGEST_FLOAT = 10**308
+_MOST_BITS, _MOST_SHOWN = 200, 100
+"""Of a number, and characters of a text, that a message shows."""
 
 
 class Slot(NamedTuple):
@@ -133,7 +132,7 @@ def fit(value: Any, member: Any) -> Any:
     return value if fits else MISFIT
 
 
-def check_type(name: str, value: Any, hint: Any, most: int | None = LARGEST_WHOLE) -> Any:
+def check_type(name: str, value: Any, hint: Any, most: int | None = WHOLE - 1) -> Any:
     """A value from Python that has the type of its setting; NumPy's numbers as Python's.
 
     Args:
@@ -154,12 +153,11 @@ def check_type(name: str, value: Any, hint: Any, most: int | None = LARGEST_WHOL
         raise SettingError(name, repr(value), " or ".join(map(str, get_args(wanted[0]))))
     if isinstance(value, type) and isinstance(wanted[0], type) and issubclass(value, wanted[0]):
         raise SettingError(name, f"the class {value.__name__}", f"an object of it, as {value.__name__}()")
-    plain = isinstance(value, (str, int, float, type(None)))
     accepted = " or ".join(dict.fromkeys(_words(member) for member in wanted))
-    raise SettingError(name, repr(value) if plain else f"a {type(value).__name__}", accepted)
+    raise SettingError(name, _shown(value), accepted)
 
 
-def check_fields(settings: Any, section: str, most: int = LARGEST_WHOLE) -> None:
+def check_fields(settings: Any, section: str, most: int = WHOLE - 1) -> None:
     """Check the values of a dataclass by :func:`check_type`, before the class compares them with anything.
 
     Choices among words are left to the class as long as they are words, and so is the range of seeds.
@@ -192,6 +190,15 @@ def _hints_of_fields(kind: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
 
 
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:  # thousands of digits cannot be printed
+        return f"a number of {value.bit_length()} bits"
+    if not isinstance(value, (str, int, float, type(None))):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]} ..."
+
+
 def _words(member: Any) -> str:
     if get_origin(member) in SEQUENCES:
         return "a list, such as [a, b]"
@@ -211,7 +218,7 @@ def _held(name: str, value: Any, member: Any, most: int | None) -> Any:
         return bool(value) if isinstance(value, (bool, np.bool_)) else MISFIT
     if member is Path:
         return value if isinstance(value, (str, Path)) else MISFIT
-    return value if not isinstance(member, type) or isinstance(value, member) else MISFIT
+    return value if member is Any or not isinstance(member, type) or isinstance(value, member) else MISFIT
 
 
 def _held_list(name: str, value: Any, inner: Any, most: int | None) -> Any:
@@ -231,7 +238,7 @@ def _held_number(name: str, value: Any, member: Any, most: int | None) -> Any:
         value = int(value)
         if member is int:
             return _bounded(name, value, most)
-        if abs(value) <= LARGEST_WHOLE:
+        if abs(value) < WHOLE:
             return value
         return float(value) if abs(value) < _LARGEST_FLOAT else MISFIT
     if member is int or not isinstance(value, (float, np.floating)):
@@ -240,11 +247,9 @@ def _held_number(name: str, value: Any, member: Any, most: int | None) -> Any:
 
 
 def _bounded(name: str, value: int, most: int | None) -> int:
-    if value.bit_length() > 200:  # thousands of digits cannot be printed
-        raise SettingError(
-            name, f"a number of {value.bit_length()} bits", "a whole number of 64 bits at most"
-        )
+    if value.bit_length() > _MOST_BITS:
+        raise SettingError(name, _shown(value), "a whole number of 64 bits at most")
     if most is None or -most - 1 <= value <= most:
         return value
-    accepted = "a whole number from -2^63 to 2^63 - 1" if most == LARGEST_WHOLE else f"at most {most:,}"
+    accepted = "a whole number from -2^63 to 2^63 - 1" if most == WHOLE - 1 else f"at most {most:,}"
     raise SettingError(name, value, accepted)

@@ -25,7 +25,8 @@ WHICH = ("best", "last")
 
 def make_trainer(experiment: Experiment, bundle: DataBundle) -> Trainer:
     """What trains the experiment, in its folder: new, or to be continued."""
-    net = make_net(experiment, bundle, pretrained=True)
+    begun = any((experiment.folder / "checkpoints").glob("*.ckpt"))  # its weights take the place of others
+    net = make_net(experiment, bundle, pretrained=not begun)
     check_trainable(net, bundle, experiment)
     if experiment.folder.is_dir():
         check_writable("evaluation", experiment.folder / "evaluation" / "best.json")

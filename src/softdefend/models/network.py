@@ -50,7 +50,7 @@ def as_network(net: object) -> nn.Module:
         given = repr(net) if isinstance(net, (str, int, float, type(None))) else f"a {type(net).__name__}"
         raise SettingError("net", given, "a torch.nn.Module, or a function of images [b, c, h, w]")
     owner = getattr(net, "__self__", None)
-    if isinstance(owner, nn.Module) and getattr(net, "__name__", "") in ("forward", "__call__"):
+    if isinstance(owner, nn.Module) and net in (owner.forward, owner.__call__):
         return as_network(owner)
     return FunctionNetwork(net)
 
