@@ -55,10 +55,18 @@ def make_trainer(bundle, make_net, tmp_path):
     made: list[Trainer] = []
 
     def make(
-        label, objective, weight=None, folder="run", net=None, data=bundle, attack=None, **settings
+        label,
+        objective,
+        weight=None,
+        folder="run",
+        net=None,
+        data=bundle,
+        attack=None,
+        attack_bn="eval",
+        **settings,
     ) -> Trainer:
         threat = ThreatModel("linf", Budget("0.1"))
-        recipe = Recipe(label, objective, weight or Plain(), threat, attack or PGD(steps=3))
+        recipe = Recipe(label, objective, weight or Plain(), threat, attack or PGD(steps=3), attack_bn)
         defaults = {
             "optim": OptimSettings(epochs=3, batch_size=16, lr=0.1),
             "augment": AugmentSettings("crop-flip", pad=1),

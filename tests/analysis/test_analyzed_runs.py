@@ -112,8 +112,9 @@ def test_the_probe_is_a_function_of_size_and_seed():
 def test_a_checkpoint_of_another_network_is_one_line(opened, refined, tmp_path):
     state = runs.newest_state(refined)
     state["net"].popitem()
-    checkpoint.save(tmp_path / "step-000000001.ckpt", state)
-    weights = runs.SavedWeights("step-000000001", tmp_path / "step-000000001.ckpt", "")
+    path = tmp_path / f"step-{state['step']:09d}.ckpt"
+    checkpoint.save(path, state)
+    weights = runs.SavedWeights(path.stem, path, "")
     with pytest.raises(SettingError, match="another network or recipe"):
         runs.open_network(opened, weights)
 

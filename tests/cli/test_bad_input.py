@@ -686,10 +686,47 @@ def test_a_missing_checkpoint(run_folder: Path, refused: Refused) -> None:
     refused([*words[:-1], str(run_folder)], "resume", f"{run_folder} (Is a directory", f"--resume {newest}")
 
 
-def test_metrics_that_were_cut(run_folder: Path, refused: Refused) -> None:
+LOSSES: dict[str, Callable[[bytes], bytes | None]] = {
+    "half a line": lambda content: content[:-10],
+    "a whole line": lambda content: content[: content.index(b"\n") + 1],
+    "everything": lambda content: b"",
+    "the file": lambda content: None,
+    "zeros in place of the end": lambda content: content[:50] + bytes(len(content) - 50),
+}
+
+
+@pytest.mark.parametrize("lose", LOSSES.values(), ids=LOSSES.keys())
+def test_metrics_that_lost_their_end_are_written_again(
+    lose: Callable[[bytes], bytes | None], run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = run_folder / "metrics.jsonl"
-    path.write_bytes(path.read_bytes()[:-10])
-    refused(["train", *SMALL, "--folder", str(run_folder)], str(path), "bytes", "the file this run wrote")
+    whole = path.read_bytes()
+    left = lose(whole)
+    path.unlink()
+    if left is not None:
+        path.write_bytes(left)
+    capsys.readouterr()
+    assert main(["train", *SMALL, "--folder", str(run_folder)]) == 0
+    assert "had lost its end; it is written again from the checkpoint" in capsys.readouterr().err
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.95])
+def test_a_bit_of_an_old_row_that_was_flipped_is_refused(
+    share: float, run_folder: Path, refused: Refused
+) -> None:
+    path = run_folder / "metrics.jsonl"
+    whole = path.read_bytes()
+    at = int(share * len(whole))
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    before = contents(run_folder)
+    words = ["train", *SMALL, "--folder", str(run_folder)]
+    line = whole[:at].count(b"\n") + 1
+    refused(words, f"{path} line {line}", "a row that was altered", "all rows are written again")
+    assert contents(run_folder) == before
+    path.unlink()
+    assert main(words) == 0
+    assert path.read_bytes() == whole
 
 
 WEIGHTS = ("truncated", "flipped bit", "other network", "missing", "pickle")

@@ -48,7 +48,6 @@ def test_unusual_tensors_are_named(kind):
         torch.zeros(2).expand(3, 2),
         nn.UninitializedParameter(),
     ],
-    ids=str,
 )
 def test_plain_tensors_are_plain(tensor):
     assert unusual_form(tensor) is None

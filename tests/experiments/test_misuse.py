@@ -363,7 +363,7 @@ def test_a_setting_of_another_kind_is_refused(setting, value, tmp_path):
         (lambda: sd.FGSM(loss="mse"), "attack.loss"),
         (lambda: sd.FGSM(loss=nn.CrossEntropyLoss()), "attack.loss"),
     ],
-    ids=str,
+    ids=lambda value: "" if callable(value) else value,
 )
 def test_settings_check_their_types(make, setting):
     with pytest.raises(sd.SettingError) as caught:

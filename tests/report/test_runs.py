@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from softdefend.core.errors import SettingError
+from softdefend.core.identity import settings_digest
 from softdefend.report.runs import group_runs, read_run, setting
 
 
@@ -49,13 +52,22 @@ def test_the_last_row_of_an_epoch_counts_and_epochs_are_in_order(make_run, make_
     ("name", "content", "message"),
     [
         ("config.yaml", "a: [1", "unreadable YAML"),
-        ("config.yaml", "- 1", "a list; accepted: a mapping"),
+        ("config.yaml", "- 1", "a list; accepted: a YAML mapping"),
         ("config.yaml", "seed: one", "seed: got one"),
         ("environment.json", "{", "unreadable JSON"),
         ("environment.json", "[]", "a list"),
+        ("environment.json", "[" * 20_000, "nested too deeply"),
+        ("config.yaml", "x: [[[[[[", "unreadable YAML"),
+        ("config.yaml", "a: &a [*a]", "unreadable YAML"),
         ("metrics.jsonl", '{"epoch": 1\n{"epoch": 2}\n', "metrics.jsonl line 1"),
         ("metrics.jsonl", "[1]\n", "metrics.jsonl line 1"),
         ("metrics.jsonl", '{"epoch": "one"}\n', "epoch 'one'"),
+        (
+            "metrics.jsonl",
+            '{"epoch": 1, "val_robust": [1]}\n',
+            "val_robust .* in epoch 1; .* a number or null",
+        ),
+        ("metrics.jsonl", "[" * 20_000 + "\n{}\n", "nested too deeply"),
         ("evaluation/best.json", '{"clean": ', "unreadable JSON"),
         ("evaluation/best.json", "{}", "without attacks"),
         ("evaluation/best.json", '{"attacks": {}, "clean": {"rate": null}}', "clean: got"),
@@ -75,6 +87,46 @@ def test_files_that_cannot_be_understood(make_run, name: str, content: str, mess
     with pytest.raises(SettingError, match=message) as caught:
         read_run(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        b"x",
+        b"[]",
+        b"3",
+        b"{}",
+        b"\xff\xfe",
+        b'{"seconds": 1}',
+        b'{"epoch": [1], "seconds": 1}',
+        b'{"epoch": 1, "seconds": "b"}',
+        b'{"epoch": 1, "seconds": NaN}',
+        b'{"epoch": 1, "seconds": 1e999}',
+        b"[" * 20_000,
+        b'{"epoch": 2, "sec',
+        b"",
+    ],
+)
+def test_rows_of_times_that_are_damaged_are_left_out(make_run, row: bytes) -> None:
+    path = make_run().folder / "timing.jsonl"
+    path.write_bytes(b"\n".join([row, *path.read_bytes().splitlines(), row]))
+    assert [one["seconds"] for one in read_run(path.parent).timing] == [2.0, 4.0]
+    path.write_bytes(row)
+    assert read_run(path.parent).timing == []
+    path.unlink()
+    path.mkdir()
+    assert read_run(path.parent).timing == []
+
+
+def test_an_evaluation_says_whose_it_is(make_run, make_evaluation) -> None:
+    run = make_run(best=make_evaluation(0.9, 0.5))
+    path = run.folder / "evaluation" / "best.json"
+    for digest in (settings_digest(run.config), "of another"):
+        path.write_text(json.dumps({**run.evaluations["best"], "run": digest}))
+        if digest != "of another":
+            assert read_run(run.folder).evaluations["best"]["run"] == digest
+    with pytest.raises(SettingError, match=r"best\.json: got an evaluation of another run"):
+        read_run(run.folder)
 
 
 def test_example_tensors_that_do_not_fit_each_other(make_run, make_examples) -> None:

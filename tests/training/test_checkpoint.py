@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import hashlib
 import io
 import os
@@ -6,13 +7,12 @@ import pickle
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import torch
 
 from softdefend.core.errors import SettingError
-from softdefend.core.files import Writer, write_atomic
+from softdefend.core.files import Writer, sweep, write_atomic
 from softdefend.training import checkpoint
 from softdefend.training.checkpoint import CheckpointError, CheckpointFolder
 
@@ -218,11 +218,32 @@ def test_several_processes_may_write_one_file(tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_what_a_killed_process_left_is_removed_once_it_is_old(tmp_path):
-    old, new, other = (tmp_path / name for name in (".a.txt.17.tmp", ".a.txt.18.tmp", ".b.txt.17.tmp"))
-    for path in (old, new, other):
+def test_what_killed_processes_left_is_removed_and_what_is_being_written_stays(tmp_path):
+    left, held, other, mine = (
+        tmp_path / name for name in (".a.txt.17.tmp", ".a.txt.18.tmp", ".b.txt.17.tmp", ".a.txt.tmp")
+    )
+    for path in (left, held, other, mine):
         path.write_bytes(b"half")
-    for path in (old, other):
-        os.utime(path, (time.time() - 7200,) * 2)
+    with open(held, "rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        write_atomic(tmp_path / "a.txt", b"whole")
+        found = sorted(path.name for path in tmp_path.iterdir())
+        assert found == sorted([held.name, other.name, mine.name, "a.txt"])
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([mine.name, "a.txt"])
+
+
+def test_a_file_that_is_swept_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    real, calls = fcntl.flock, []
+
+    def late(file, kind):
+        calls.append(kind)
+        if len(calls) == 1:  # somebody sweeps between the opening and the lock
+            sweep(tmp_path)
+        real(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", late)
     write_atomic(tmp_path / "a.txt", b"whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, other.name, "a.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_bytes() == b"whole"
+    assert len(calls) == 3

@@ -5,13 +5,14 @@ import copy
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from softdefend import PGDAT, SGLR, Hard, OptimSettings
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
-from softdefend.weights import SWA
+from softdefend.weights import AWP, EMA, SWA, Plain
 from softdefend.weights.averaging import reestimate
 from tiny import about
 
@@ -160,6 +161,70 @@ def test_a_run_predicts_with_the_mean_of_its_epochs_and_with_statistics_of_all_i
     update_bn(iter(torch.split(trainer.train_data.take(torch.arange(48)).image, 16)), net)
     for ours, theirs in zip(trainer.recipe.weight.prediction.buffers(), net.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+class KeptInEval(nn.BatchNorm2d):
+    """Frozen by its own ``train``, as detection networks have it."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(False)
+
+
+def freeze(layer: nn.Module) -> nn.Module:
+    """In eval mode and without trainable parameters; statistics that no image has."""
+    layer.running_mean.fill_(0.25)
+    layer.running_var.fill_(2.0)
+    return layer.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, KeptInEval])
+@pytest.mark.parametrize("weight", [SWA(start=0.4), Plain(), AWP(average=SWA(start=0.4)), EMA()])
+def test_frozen_batch_normalization_is_the_same_at_the_end_of_a_run(make_trainer, make_net, kind, weight):
+    """In training too: the layers behind it learn with the statistics that the last file has."""
+    net = make_net()
+    net.insert(1, freeze(kind(8)))  # in front of the network's own, which is not frozen
+    before = {name: value.clone() for name, value in net[1].state_dict().items()}
+    optim = OptimSettings(epochs=3, batch_size=16, lr=0.1)
+    trainer = make_trainer(Hard(), PGDAT(), weight, net=net, optim=optim)
+    modes = []
+    net[1].register_forward_hook(lambda layer, *_: modes.append(layer.training))
+    trainer.fit()
+    assert not any(modes)
+    for file in ("best", "last"):
+        saved = load_file(trainer.folder.path / f"{file}.safetensors")
+        for name, value in before.items():
+            assert torch.equal(saved[f"1.{name}"], value), (file, name)
+        assert not torch.equal(saved["2.running_mean"], make_net()[1].running_mean)
+
+
+@pytest.mark.parametrize("root", [True, False])
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, KeptInEval])
+def test_a_frozen_layer_is_not_measured_anew(kind, root):
+    net, plain = network(), network()
+    net[1] = freeze(kind(3))
+    net.training = root
+    reestimate(net, passes())
+    reestimate(plain, passes())
+    assert torch.equal(net[1].running_mean, torch.full((3,), 0.25))
+    assert torch.equal(net[1].running_var, torch.full((3,), 2.0))
+    assert int(net[5].num_batches_tracked) == 3
+    assert not torch.equal(net[5].running_mean, plain[5].running_mean)  # of what the frozen layer gives
+
+
+def test_a_layer_without_trainable_parameters_that_is_in_train_mode_is_not_frozen(make_trainer, make_net):
+    net = make_net()
+    net[1].requires_grad_(False)
+    trainer = make_trainer(Hard(), PGDAT(), SWA(start=0.0), net=net)
+    trainer.fit()
+    assert int(net[1].num_batches_tracked) == 9
+    assert int(trainer.recipe.weight.prediction[1].num_batches_tracked) == 3  # one pass of three batches
+
+
+def test_a_network_in_eval_mode_that_learns_is_not_frozen(make_trainer, make_net):
+    net = make_net().eval()
+    trainer = make_trainer(Hard(), PGDAT(), net=net)
+    trainer.fit()
+    assert int(net[1].num_batches_tracked) == 9
 
 
 def test_state_survives_with_its_statistics_and_count():

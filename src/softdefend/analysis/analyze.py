@@ -153,6 +153,7 @@ def _measure(
     inputs = {
         "part": part.name,
         "revision": part.revision,
+        "run": run.identity.settings,
         "weights": weights.sha256,
         "memory": memory,
         "data": run.data_digests,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from softdefend.attacks import PGD
 from softdefend.core.digest import file_digest
 from softdefend.core.errors import SettingError
+from softdefend.core.identity import RunIdentity, check_weights
 from softdefend.core.rng import stream
 from softdefend.core.rule import RunInfo
 from softdefend.core.threat import ThreatModel
@@ -24,11 +25,12 @@ from softdefend.data.holdout import complement, draw_by_class
 from softdefend.data.sources import read
 from softdefend.evaluation import load_weights
 from softdefend.experiments.config import Experiment
-from softdefend.experiments.evaluate import open_run
+from softdefend.experiments.evaluate import open_run, run_identity
 from softdefend.experiments.network import make_net
 from softdefend.labels.memory import LabelMemory
 from softdefend.report.runs import RunRecord, group_runs, read_run
 from softdefend.training import checkpoint
+from softdefend.training.start import load_start
 
 WHICH = ("best", "last", "checkpoints", "archived")
 
@@ -73,6 +75,11 @@ class AnalyzedRun:
         configured = self.experiment.recipe.attack
         start = "uniform" if configured.start == "auto" else configured.start
         return replace(configured, loss="ce", start=start)
+
+    @cached_property
+    def identity(self) -> RunIdentity:
+        """What the run's weights and checkpoints carry."""
+        return run_identity(self.experiment, self.bundle)
 
     @cached_property
     def data_digests(self) -> list[str | None]:
@@ -199,7 +206,7 @@ def find_weights(folder: Path, which: Sequence[str]) -> list[SavedWeights]:
 
 def checkpoint_paths(folder: Path) -> list[Path]:
     """The checkpoints that a run folder holds now, the newest last."""
-    return sorted((folder / "checkpoints").glob("step-*.ckpt"))
+    return checkpoint.CheckpointFolder(folder / "checkpoints").paths()
 
 
 def _archived_every(folder: Path) -> int:
@@ -218,6 +225,8 @@ def _hashed(name: str, path: Path) -> SavedWeights | None:
         return SavedWeights(name, path, file_digest(path))
     except FileNotFoundError:  # a run that is still going deletes its oldest checkpoint
         return None
+    except OSError as error:
+        raise SettingError(str(path), error.strerror, "weights or a checkpoint of the run") from error
 
 
 def open_network(run: AnalyzedRun, weights: SavedWeights) -> AnalyzedNetwork:
@@ -231,9 +240,12 @@ def open_network(run: AnalyzedRun, weights: SavedWeights) -> AnalyzedNetwork:
     state: dict[str, Any] | None = None
     if weights.path.suffix == ".ckpt":
         state = checkpoint.load(weights.path)
+        _check_state(run, weights.path, state)
         net, epoch = _predicting_network(run, net, state), state["epoch"]
     else:
-        epoch = load_weights(net, weights.path).get("epoch")
+        metadata = load_weights(net, weights.path)
+        check_weights(weights.path, metadata, weights.name, run.identity)
+        epoch = metadata.get("epoch")
         if weights.name == "last":
             newest = newest_state(run.folder)
             matches = newest is not None and (newest["epoch"], newest["done"]) == (epoch, 0)
@@ -243,6 +255,12 @@ def open_network(run: AnalyzedRun, weights: SavedWeights) -> AnalyzedNetwork:
         parameter.requires_grad_(False)
     memory, refines = read_memory(run, state) if state else (None, False)
     return AnalyzedNetwork(run, weights, net, epoch, memory, refines)
+
+
+def _check_state(run: AnalyzedRun, path: Path, state: Mapping[str, Any]) -> None:
+    if (state.get("settings"), state.get("fingerprint")) != run.identity:
+        accepted = f"one that the run in {run.folder} wrote"
+        raise SettingError(str(path), "a checkpoint of another run", accepted)
 
 
 def newest_state(folder: Path) -> dict[str, Any] | None:
@@ -297,8 +315,15 @@ def _filled(rows: Tensor, labels: Tensor) -> Tensor:
 
 
 def initial_network(run: AnalyzedRun) -> nn.Module:
-    """Build the network as it was before training, on the CPU. It is a function of the run's seed."""
-    return make_net(run.experiment, run.bundle, pretrained=True)
+    """Build the network as it was before training, on the CPU. It is a function of the run's seed, and of the
+    file that it started from.
+
+    Raises:
+        SettingError: that file is no longer there.
+    """
+    net = make_net(run.experiment, run.bundle, pretrained=True)
+    load_start(net, run.experiment)
+    return net
 
 
 def source_positions(run: AnalyzedRun) -> Tensor:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import glob
 import json
 import os
+import re
 import stat
-import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from softdefend.core.errors import SettingError
 
-_ABANDONED = 3600
-"""Seconds without a change after which nobody writes a temporary file any more."""
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+"""The name of a temporary file: that of the file to be, and the writing process."""
 
 
 def check_regular(path: Path, most: int | None = None) -> int:
@@ -78,12 +79,12 @@ def write_atomic(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _clear(path)
-        with open(temporary, "wb") as file:
+        sweep(path.parent, path.name)
+        with _create(temporary) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except OSError as error:
         # The temporary file may hold the last free bytes of the disk.
         with contextlib.suppress(OSError):
@@ -91,12 +92,32 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise _unwritable(path, error) from error
 
 
-def _clear(path: Path) -> None:
-    """Remove what processes that were killed while writing ``path`` have left; others still write theirs."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _ABANDONED:
-                left.unlink()
+@contextlib.contextmanager
+def _create(temporary: Path) -> Iterator[BinaryIO]:
+    """A new file, locked until it is closed, so that :func:`sweep` leaves it alone."""
+    while True:
+        with open(temporary, "wb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:  # else it was swept before it was locked
+                yield file
+                return
+
+
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove temporary files that killed processes have left in a folder. Those that are still being written
+    are locked and stay.
+
+    Args:
+        folder: which may be missing.
+        name: of the files to be; all where it is ``*``.
+    """
+    for left in folder.glob(f".{name if name == '*' else glob.escape(name)}.*.tmp"):
+        if _TEMPORARY.fullmatch(left.name) and left.is_file():
+            with contextlib.suppress(OSError), open(left, "rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(file.fileno()), left.stat()):  # not renamed meanwhile
+                    left.unlink()
 
 
 def move(source: Path, target: Path) -> None:

@@ -24,6 +24,9 @@ MISFIT = object()
 
 SEQUENCES = (tuple, list, set, frozenset)
 
+WHOLE = 2**63
+"""Whole numbers of settings are from -WHOLE to WHOLE - 1, as tensors and generators have them."""
+
 WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",

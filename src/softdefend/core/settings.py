@@ -22,6 +22,7 @@ from softdefend.core.hints import (
     MISFIT,
     REQUIRED,
     SEQUENCES,
+    WHOLE,
     WORDS,
     Slot,
     arguments_of,
@@ -263,7 +264,7 @@ class Settings:
 
 def _check_size(name: str, number: int) -> None:
     """Refuse a count that no tensor can have. Seeds have ranges of their own, and say so themselves."""
-    if not -(2**63) <= number < 2**63 and "seed" not in name.rpartition(".")[2]:
+    if not -WHOLE <= number < WHOLE and "seed" not in name.rpartition(".")[2]:
         raise SettingError(name, number, "a whole number from -2^63 to 2^63 - 1")
 
 

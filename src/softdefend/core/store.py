@@ -13,7 +13,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from softdefend.core.digest import checksum, value_digest
-from softdefend.core.files import parse_json, read_bytes, write_atomic
+from softdefend.core.files import parse_json, read_bytes, sweep, write_atomic
 from softdefend.core.safetensors_files import open_safetensors
 
 _LARGEST = 2**28
@@ -37,6 +37,7 @@ class ResultStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        sweep(folder)
 
     def path(self, name: str, suffix: str = ".json") -> Path:
         """The file of a result."""

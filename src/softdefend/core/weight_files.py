@@ -90,6 +90,20 @@ def read_safetensors(path: Path, accepted: str) -> tuple[dict[str, Tensor], dict
     return tensors, metadata
 
 
+def metadata_of(path: Path) -> dict[str, Any]:
+    """The metadata of a run's weights, which are not read.
+
+    Raises:
+        SettingError: no such file, or a damaged one.
+    """
+    try:
+        return read_metadata(path)
+    except FileNotFoundError as error:
+        raise SettingError(str(path), "no such file", _OF_A_RUN) from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SettingError(str(path), "a damaged or foreign file", _OF_A_RUN) from error
+
+
 def weights_digest(path: Path) -> str:
     """sha256 (hex) of the bytes of a run's weights file.
 

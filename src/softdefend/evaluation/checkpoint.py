@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from softdefend.core.errors import SettingError
+from softdefend.core.identity import RunIdentity, check_weights
 from softdefend.core.store import ResultStore
 from softdefend.core.threat import ThreatModel
 from softdefend.core.weight_files import load_weights, weights_digest
@@ -39,6 +40,7 @@ class CheckpointSource:
         architecture: what the network is called in other people's tables.
         origin: where a network from outside comes from. None for one trained here, which its run's
             configuration builds.
+        run: the run that has to have written the weights; any may have when None.
         progress: show bars.
     """
 
@@ -50,6 +52,7 @@ class CheckpointSource:
     threat: ThreatModel
     architecture: str
     origin: str | None = None
+    run: RunIdentity | None = None
     progress: bool = False
 
     @property
@@ -99,10 +102,12 @@ class Checkpoint:
         """Of the weights file. The weights are then in the network.
 
         Raises:
-            SettingError: weights that do not fit or were trained beside other test images, or a network that
-                cannot be evaluated.
+            SettingError: weights that do not fit, of another run or trained beside other test images, or a
+                network that cannot be evaluated.
         """
         metadata = load_weights(self.source.net, self._path)
+        if self.source.run is not None:
+            check_weights(self._path, metadata, self.source.which, self.source.run)
         trained_beside = metadata.get("test_data", self.test_data)
         if trained_beside != self.test_data:
             given = f"test images {self.test_data[:12]}, trained beside test images {trained_beside[:12]}"
@@ -127,13 +132,15 @@ class Checkpoint:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """Digests of the weights and of the test data, and what else tells a network from outside from
-        others with the same weights. Every result file holds them.
+        """Digests of the weights, of the test data and of the run, and what else tells a network from outside
+        from others with the same weights. Every result file holds them.
 
         Raises:
             SettingError: no weights; for a network from outside see also :attr:`metadata`.
         """
         known: dict[str, Any] = {"weights": weights_digest(self._path), "test_data": self.test_data}
+        if self.source.run is not None:
+            known |= {"run": self.source.run.settings, "training_data": self.source.run.data}
         if self.source.origin is not None:
             shown = self.test_images(_IDENTITY_IMAGES)
             known["network"] = identity(self.net, self.source.origin, shown.image, shown.label)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator
 from typing import Literal
@@ -15,16 +16,50 @@ BNMode = Literal["train", "batch", "eval"]
 """How batch normalization behaves in a forward: ``train`` uses the batch's statistics and updates the
 running ones, ``batch`` uses the batch's and leaves the running ones, ``eval`` uses the running ones."""
 
+_FROZEN = "softdefend_frozen"
+"""The attribute of layers that are kept frozen: copies of a network have it too."""
+
 
 def set_mode(net: nn.Module, mode: BNMode) -> None:
     """Put the network in training (``train``, ``batch``) or evaluation mode.
 
-    ``batch`` normalizes by the batch's statistics and leaves the running ones as they are.
+    ``batch`` normalizes by the batch's statistics and leaves the running ones as they are. Layers that
+    :func:`keep_frozen` found stay in evaluation mode.
     """
     net.train(mode != "eval")
     for module in net.modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
             module.track_running_stats = mode != "batch"
+            if getattr(module, _FROZEN, False):
+                module.eval()
+
+
+def keep_frozen(net: nn.Module) -> None:
+    """Have :func:`set_mode` keep batch normalization frozen that is frozen now: training would move its
+    statistics. A layer that stays in evaluation mode by its own ``train`` needs no such care."""
+    for module in net.modules():
+        if isinstance(module, _BatchNorm):
+            setattr(module, _FROZEN, _looks_frozen(module))
+
+
+def is_frozen(layer: _BatchNorm) -> bool:
+    """Whether a layer was frozen when :func:`keep_frozen` looked; or now, where it has not looked yet."""
+    return bool(getattr(layer, _FROZEN, _looks_frozen(layer)))
+
+
+def _looks_frozen(layer: _BatchNorm) -> bool:
+    """Whether it is in evaluation mode and has parameters, none of which is trained."""
+    learned = [parameter.requires_grad for parameter in layer.parameters()]
+    return bool(learned) and not any(learned) and not layer.training
+
+
+def frozen_copy(net: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose parameters are not trained."""
+    with torch.no_grad():  # copies of a TorchScript network are no leaves otherwise
+        made = copy.deepcopy(net).eval()
+    for parameter in made.parameters():  # TorchScript has no requires_grad_ of a whole network
+        parameter.requires_grad_(False)
+    return made
 
 
 @contextlib.contextmanager

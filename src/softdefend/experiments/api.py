@@ -27,7 +27,7 @@ from softdefend.models import check_logits
 from softdefend.models.network import as_network, check_parameters
 from softdefend.report import RunRecord, read_run
 from softdefend.training import TrainConfig, Trainer
-from softdefend.training.config import flat_hints, nest
+from softdefend.training.config import BROUGHT, flat_hints, nest
 
 
 def train(
@@ -53,8 +53,8 @@ def train(
         progress: show progress bars.
         settings: fields of :class:`~softdefend.training.Recipe` (``label``, ``objective``, ``weight``,
             ``threat``, ``attack``, ``attack_bn``) and of :class:`~softdefend.training.TrainConfig` (``name``,
-            ``seed``, ``optim``, ``augment``, ``validate``, ``runtime``, ``save``). Those left out or None are
-            the defaults: plain PGD adversarial training, l-inf at 8/255.
+            ``seed``, ``init_from``, ``optim``, ``augment``, ``validate``, ``runtime``, ``save``). Those left
+            out or None are the defaults: plain PGD adversarial training, l-inf at 8/255.
 
     Raises:
         SettingError: something that does not fit; the line says what.
@@ -110,13 +110,12 @@ def _config(settings: Mapping[str, Any]) -> TrainConfig:
     Raises:
         SettingError: an unknown name, or a value that its setting does not take.
     """
-    brought = ("data", "net", "evaluate")
-    known = [name for name in flat_hints() if name not in brought]
+    known = [name for name in flat_hints() if name not in BROUGHT]
     for name in settings:
         if name not in known:
             raise SettingError(name, "an unknown setting", ", ".join(known) + did_you_mean(name, known))
     given = {name: value for name, value in settings.items() if value is not None}
-    return TrainConfig(**nest({**given, **dict.fromkeys(brought)}))
+    return TrainConfig(**nest({**given, **dict.fromkeys(BROUGHT)}))
 
 
 def evaluate(

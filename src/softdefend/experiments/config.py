@@ -113,7 +113,8 @@ def make_parser(prog: str = "softdefend train") -> ArgumentParser:
         "--resume",
         type=str | None,
         default=None,
-        help="continue from this checkpoint, in place of the newest",
+        help="continue from this checkpoint of the run in the folder, in place of the newest; --init_from "
+        "starts a new run from one",
     )
     parser.add_argument("--progress", type=bool, default=True, help="show progress bars")
     return parser

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from softdefend.core.errors import SettingError
 from softdefend.core.files import write_atomic
 from softdefend.core.hints import check_type
+from softdefend.core.identity import RunIdentity, check_place, settings_digest
 from softdefend.core.threat import ThreatModel
 from softdefend.core.weight_files import load_weights, load_weights_file, save_weights
 from softdefend.core.yaml_files import read_yaml
@@ -31,6 +32,7 @@ from softdefend.models import check_logits
 from softdefend.models.network import check_parameters, check_state
 from softdefend.report import read_run, write_report
 from softdefend.report.runs import OUTSIDE
+from softdefend.training.plain import plain_config
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +58,11 @@ def open_run(folder: Path) -> Experiment:
             "run", f"{folder}, trained from Python", "evaluate it there: softdefend.evaluate(net, ...)"
         )
     return replace(resolve(config), folder=folder)
+
+
+def run_identity(experiment: Experiment, bundle: DataBundle) -> RunIdentity:
+    """What the weights and checkpoints of a run carry."""
+    return RunIdentity(settings_digest(plain_config(experiment)), bundle.fingerprint)
 
 
 def evaluate(
@@ -119,6 +126,7 @@ def evaluate_run(
         trained=trained,
         threat=threat or trained,
         architecture=experiment.net.name,
+        run=run_identity(experiment, bundle),
         progress=experiment.progress,
     )
     return evaluate_checkpoint(source, settings, requests, device=device)
@@ -144,6 +152,7 @@ def _load_surrogate(path: Path, net: nn.Module, bundle: DataBundle) -> nn.Module
         if path.is_dir():
             made = make_net(open_run(path), bundle)
             load_weights(made, path / "best.safetensors")
+            check_place(path / "best.safetensors")
         else:
             made = copy.deepcopy(net)
             load_weights_file(made, path)

@@ -17,6 +17,7 @@ from softdefend.experiments.network import check_trainable, make_net
 from softdefend.experiments.parallel import Job, command_line, run_all
 from softdefend.report import comparison_rows, read_run, text_table, write_report
 from softdefend.training import Trainer
+from softdefend.training.start import check_resume, record_start
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,9 @@ def train(experiment: Experiment) -> Path:
     Returns:
         The run folder.
     """
+    if experiment.resume is not None:
+        check_resume(experiment.resume, experiment.folder)
+    experiment = record_start(experiment, experiment.folder)
     bundle = load(experiment.data)
     trainer = make_trainer(experiment, bundle)
     try:

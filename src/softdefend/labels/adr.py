@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
+from softdefend.execution.network_mode import frozen_copy
 from softdefend.labels.base import LABELS, LabelRule, Predictions
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class ADR(LabelRule):
         super().setup(run)
         assert run.net is not None
         self.epochs = run.epochs
-        self.teacher = copy.deepcopy(run.net).eval().requires_grad_(False)
+        self.teacher = frozen_copy(run.net)
         self._forward = run.forward(self.teacher)
         # Everything in a network changes in place, so its tensors can be looked up once.
         # A tensor that stands under two names is averaged once.

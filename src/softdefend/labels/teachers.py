@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,11 @@ from torch import Tensor, nn
 
 from softdefend.core.digest import checksum
 from softdefend.core.errors import SettingError
+from softdefend.core.identity import check_place
 from softdefend.core.safetensors_files import open_safetensors
 from softdefend.core.weight_files import load_weights_file, read_weights
 from softdefend.core.yaml_files import read_yaml
+from softdefend.execution.network_mode import frozen_copy
 from softdefend.models import NetSettings, build
 
 _ACCEPTED = "a run folder, a weights file in one, or a weights file with the settings of its network"
@@ -68,7 +69,7 @@ def load_teacher(given: object, k: int, channels: int) -> LoadedTeacher:
         SettingError: nothing there, a damaged file, or weights that do not fit such a network.
     """
     if isinstance(given, nn.Module):
-        return LoadedTeacher(_frozen(copy.deepcopy(given).cpu()))
+        return LoadedTeacher(frozen_copy(given).cpu())
     if not isinstance(given, (str, Path, Teacher)):
         raise SettingError("teacher", f"a {type(given).__name__}", "a path, a Teacher or a torch.nn.Module")
     teacher = given if isinstance(given, Teacher) else Teacher(str(given))
@@ -79,6 +80,8 @@ def load_teacher(given: object, k: int, channels: int) -> LoadedTeacher:
         path = path / "best.safetensors"
     config = path.parent / "config.yaml"
     settings = teacher.net or _trained_net(config)
+    if path.suffix == ".safetensors":
+        check_place(path)
     content = read_weights(path)
     normalizes = any(name.endswith("normalize.mean") for name in _names(content))
     shape = _trained_shape(path.parent) if config.is_file() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from softdefend.core.errors import SettingError
+from softdefend.core.files import parse_json
 from softdefend.core.safetensors_files import open_safetensors
 from softdefend.evaluation.table import Table, read_table
 
@@ -90,7 +90,7 @@ def _read_companion(path: Path, evaluation: dict[str, Any]) -> dict[str, Any] | 
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except (ValueError, OSError) as error:
         raise SettingError(str(path), f"unreadable JSON ({error})", "the file as it was written") from error
     if not isinstance(content, dict):
@@ -138,7 +138,7 @@ def _gallery(path: Path, table: Table | None, evaluation: dict[str, Any]) -> Gal
             metadata = file.metadata() or {}
             if any(metadata.get(name) != evaluation.get(name) for name in ABOUT):
                 return None
-            classes = tuple(str(name) for name in json.loads(metadata.get("classes", "[]")))
+            classes = tuple(str(name) for name in parse_json(metadata.get("classes", "[]")))
             attacks = int(metadata.get("attacks", len(table.attacks)))
     except (SafetensorError, OSError, ValueError) as error:
         raise SettingError(

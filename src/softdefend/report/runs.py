@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from softdefend.core.errors import SettingError
+from softdefend.core.files import parse_json
+from softdefend.core.identity import settings_digest
 from softdefend.core.safetensors_files import open_safetensors
-from softdefend.core.yaml_files import flatten
+from softdefend.core.yaml_files import flatten, read_yaml
 from softdefend.report.details import Details, is_number, read_details
 
 CHECKPOINTS = ("best", "last")
@@ -36,6 +36,13 @@ GROUP_SECTIONS = (
     "optim",
 )
 """Parts of the configuration that must agree, but for seeds, before runs of one name are one recipe."""
+
+
+_MEASURES = (
+    *("step", "lr", "loss", "target_entropy"),
+    *(f"{split}_{name}" for split in ("train", "val", "test") for name in ("clean", "robust", "fgsm")),
+)
+"""What a row of metrics has numbers for."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +115,12 @@ def read_run(folder: Path) -> RunRecord:
     if not config_path.is_file():
         accepted = "a run folder written by training (it holds config.yaml)"
         raise SettingError("run folder", folder, accepted)
-    config = _mapping(config_path, _read_yaml(config_path))
+    config = read_yaml(config_path)
     rows = _read_lines(folder / "metrics.jsonl")
     by_epoch = {_metrics_row(folder / "metrics.jsonl", row)["epoch"]: row for row in rows}
     environment = folder / "environment.json"
     evaluations = {
-        which: _evaluation(path)
+        which: _evaluation(path, config)
         for which in CHECKPOINTS
         if (path := folder / "evaluation" / f"{which}.json").is_file()
     }
@@ -126,7 +133,7 @@ def read_run(folder: Path) -> RunRecord:
         metrics=[by_epoch[epoch] for epoch in sorted(by_epoch)],
         evaluations=evaluations,
         examples=_examples(folder / "evaluation" / "examples.safetensors"),
-        timing=_read_lines(folder / "timing.jsonl"),
+        timing=_timing(folder / "timing.jsonl"),
         details={
             which: read_details(folder / "evaluation", which, evaluation)
             for which, evaluation in evaluations.items()
@@ -176,18 +183,9 @@ def _label(key: _Key, keys: list[_Key]) -> str:
     return f"{name} ({', '.join(parts)})" if parts else name
 
 
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise SettingError(
-            str(path), f"unreadable YAML ({error})", "the file as training wrote it"
-        ) from error
-
-
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except (ValueError, OSError) as error:
         raise SettingError(str(path), f"unreadable JSON ({error})", "the file as it was written") from error
 
@@ -195,18 +193,35 @@ def _read_json(path: Path) -> Any:
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise SettingError(str(path), f"an unreadable file ({error})", "JSON Lines") from error
+    lines = _lines(path)
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(_mapping(path, json.loads(line)))
+            rows.append(_mapping(path, parse_json(line)))
         except ValueError as error:
             if number == len(lines) and not isinstance(error, SettingError):
                 break  # the run is still going: the writer has not finished this line
             raise SettingError(f"{path} line {number}", f"unreadable JSON ({error})", "one object") from error
+    return rows
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise SettingError(str(path), f"an unreadable file ({error})", "JSON Lines") from error
+
+
+def _timing(path: Path) -> list[dict[str, Any]]:
+    """The rows of ``timing.jsonl``. They only inform, so one that is damaged is left out."""
+    rows = []
+    for line in _lines(path) if path.is_file() else []:
+        try:
+            row = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("epoch"), int) and is_number(row.get("seconds")):
+            rows.append(row)
     return rows
 
 
@@ -226,11 +241,18 @@ def _seed(path: Path, config: dict[str, Any]) -> int:
 def _metrics_row(path: Path, row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(row.get("epoch"), int):
         raise SettingError(str(path), f"a row with epoch {row.get('epoch')!r}", "rows with a whole epoch")
+    for name in _MEASURES:
+        if not isinstance(row.get(name), int | float | None):
+            raise SettingError(str(path), f"{name} {row[name]!r} in epoch {row['epoch']}", "a number or null")
     return row
 
 
-def _evaluation(path: Path) -> dict[str, Any]:
+def _evaluation(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     evaluation = _mapping(path, _read_json(path))
+    digest = settings_digest(config)
+    if evaluation.get("run", digest) != digest:
+        accepted = "one of this run; softdefend evaluate makes it anew"
+        raise SettingError(str(path), "an evaluation of another run", accepted)
     attacks = evaluation.get("attacks")
     if not isinstance(attacks, dict):
         raise SettingError(str(path), "an evaluation without attacks", "attacks by name, each with its rate")
@@ -257,7 +279,7 @@ def _examples(path: Path) -> ExampleImages | None:
     try:
         with open_safetensors(path, "numpy") as file:
             tensors = {name: file.get_tensor(name) for name in names}
-            classes = json.loads((file.metadata() or {}).get("classes", "[]"))
+            classes = parse_json((file.metadata() or {}).get("classes", "[]"))
     except (SafetensorError, OSError, ValueError) as error:
         raise SettingError(
             str(path), f"unreadable examples ({error})", "the file as it was written"

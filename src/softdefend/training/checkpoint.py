@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from softdefend.core.errors import SettingError
-from softdefend.core.files import Writer, move, write_atomic
+from softdefend.core.files import Writer, check_regular, move, write_atomic
+from softdefend.core.torch_files import check_torch_file
 
 _MAGIC = b"softdefend-checkpoint-1\n"
 _HEADER = len(_MAGIC) + 32 + 8
+_NAME = re.compile(r"step-[0-9]+\.ckpt")
 
 
 class CheckpointError(SettingError):
@@ -40,23 +43,9 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     Raises:
         CheckpointError: missing, foreign, truncated or altered file, or a body that is more than data.
     """
+    body = _read(path)
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(str(path), error.strerror, "a readable checkpoint file") from error
-    if not content.startswith(_MAGIC):
-        raise CheckpointError(str(path), "a file of another kind", "a softdefend checkpoint")
-    body = content[_HEADER:]
-    length = int.from_bytes(content[_HEADER - 8 : _HEADER], "little")
-    if len(content) < _HEADER or len(body) != length:
-        raise CheckpointError(
-            str(path), f"a truncated file ({len(body)} of {length} bytes)", "a whole checkpoint"
-        )
-    if hashlib.sha256(body).digest() != content[len(_MAGIC) : len(_MAGIC) + 32]:
-        raise CheckpointError(
-            str(path), "an altered file (its checksum does not match)", "an intact checkpoint"
-        )
-    try:
+        check_torch_file(io.BytesIO(body), str(path))
         state = torch.load(io.BytesIO(body), map_location=device, weights_only=True)
     except Exception as error:
         raise CheckpointError(
@@ -64,7 +53,45 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(str(path), f"a {type(state).__name__}", "a dictionary of training state")
+    if _is_named(path) and state.get("step", step_of(path)) != step_of(path):
+        given = f"a checkpoint of step {state['step']} under another name"
+        raise CheckpointError(str(path), given, f"the checkpoint of step {step_of(path)}")
     return state
+
+
+def _read(path: Path) -> bytes:
+    """The body of a checkpoint; of another file no more than the header is read.
+
+    Raises:
+        CheckpointError: it is not there, or not as it was written.
+    """
+    accepted = "a readable checkpoint file"
+    try:
+        rest = check_regular(path) - _HEADER
+        with open(path, "rb") as file:
+            head = file.read(_HEADER)
+            if not head.startswith(_MAGIC):
+                raise CheckpointError(str(path), "a file of another kind", "a softdefend checkpoint")
+            length = int.from_bytes(head[_HEADER - 8 :], "little")
+            if len(head) < _HEADER or rest != length:
+                given = f"a truncated file ({max(rest, 0)} of {length} bytes)"
+                raise CheckpointError(str(path), given, "a whole checkpoint")
+            body = file.read(length)
+    except OSError as error:
+        raise CheckpointError(str(path), str(error.strerror), accepted) from error
+    except MemoryError as error:
+        raise CheckpointError(str(path), f"{length} bytes, more than fit into memory", accepted) from error
+    if hashlib.sha256(body).digest() != head[len(_MAGIC) : len(_MAGIC) + 32]:
+        raise CheckpointError(
+            str(path), "an altered file (its checksum does not match)", "an intact checkpoint"
+        )
+    return body
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a regular file says that it is a checkpoint."""
+    with open(path, "rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
 
 
 def snapshot(value: Any) -> Any:
@@ -81,6 +108,11 @@ def snapshot(value: Any) -> Any:
 def step_of(path: Path) -> int:
     """The step that a checkpoint is named after."""
     return int(path.stem.removeprefix("step-"))
+
+
+def _is_named(path: Path) -> bool:
+    """Whether a file is named as a checkpoint is."""
+    return _NAME.fullmatch(path.name) is not None
 
 
 class CheckpointFolder:
@@ -104,7 +136,7 @@ class CheckpointFolder:
         return self._paths()
 
     def _paths(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*.ckpt") if path.stem[5:].isdecimal())
+        return sorted(filter(_is_named, self.folder.glob("step-*.ckpt")), key=step_of)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write the state after ``step`` updates, then delete the oldest checkpoints.

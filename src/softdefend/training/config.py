@@ -32,6 +32,8 @@ from softdefend.training.optim import OptimSettings
 from softdefend.training.settings import SaveSettings, ValidateSettings
 from softdefend.weights import WEIGHTS, Plain, WeightRule
 
+BROUGHT = ("data", "net", "evaluate")
+"""The settings in whose place a caller from Python brings objects of his own."""
 RULES: dict[str, Registry[Any]] = {"label": LABELS, "objective": OBJECTIVES, "weight": WEIGHTS}
 """The settings that name a rule, and the rules there are."""
 
@@ -107,6 +109,11 @@ class TrainConfig:
     """device and precision"""
     save: SaveSettings = field(default_factory=SaveSettings)
     """checkpoints"""
+    init_from: str | None = None
+    """what to start from in place of fresh weights: a run folder (its best weights), a file of weights, or a
+    checkpoint, whose state is taken too: momentum, averages, memories and the epochs behind it"""
+    init_sha256: str | None = None
+    """sha256 of that file; the run folder records it"""
     evaluate: EvaluateSettings | None = field(default_factory=EvaluateSettings)
     """the evaluation of the finished run"""
 
@@ -117,11 +124,11 @@ class TrainConfig:
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:
-    """The values of all settings by flat name; what is None is left out."""
+    """The values of all settings by flat name, but for what a caller from Python brings."""
     content = {own.name: getattr(config, own.name) for own in fields(TrainConfig)}
     recipe = content.pop("recipe")
     content |= {own.name: getattr(recipe, own.name) for own in fields(Recipe)}
-    return {name: content[name] for name in flat_hints() if content[name] is not None}
+    return {name: content[name] for name in flat_hints() if name not in BROUGHT or content[name] is not None}
 
 
 def nest(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,7 +141,8 @@ def nest(values: Mapping[str, Any]) -> dict[str, Any]:
 @cache
 def flat_hints() -> dict[str, Any]:
     """The type of every setting by flat name; without the None of a run from Python."""
-    return {name: _without_none(hint) for name, hint in _spliced(get_type_hints).items()}
+    hints = _spliced(get_type_hints)
+    return {name: _without_none(hint) if name in BROUGHT else hint for name, hint in hints.items()}
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,15 +18,17 @@ from torch import nn
 
 from softdefend.core.environment import environment
 from softdefend.core.errors import SettingError
-from softdefend.core.files import Writer, move, write_atomic
-from softdefend.core.weight_files import read_metadata, to_bytes
+from softdefend.core.files import Writer, check_regular, move, parse_json, sweep, write_atomic
+from softdefend.core.identity import PATHS, RunIdentity, check_weights, is_free
+from softdefend.core.weight_files import read_metadata, read_safetensors, to_bytes
 from softdefend.core.yaml_files import flatten, read_yaml
 from softdefend.training.checkpoint import CheckpointFolder, snapshot
 
-RESUMABLE = ("save", "evaluate", "data.cache")
-"""Settings that may change between a run and its continuation: they change no result of training."""
-PATHS = ("data.source", "data.noise_file")
-"""Settings that may be spelt differently if they lead to the same file or folder."""
+log = logging.getLogger(__name__)
+
+WEIGHTS = ("best", "last")
+"""The files of weights, without their suffix."""
+_PLAIN = (".lock", "config.yaml", "environment.json", "metrics.jsonl", "timing.jsonl")
 _SHOWN = 4
 """Changed settings that one message names."""
 
@@ -49,10 +52,14 @@ class RunFolder:
         self.checkpoints = CheckpointFolder(self.path / "checkpoints", keep, self.writer)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for name in _PLAIN:
+                if (self.path / name).exists():
+                    check_regular(self.path / name)
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held for the life of the run)
         except OSError as error:
+            place = error.filename or self.path
             raise SettingError(
-                "folder", f"{self.path} ({error.strerror})", "a folder that can be written"
+                "folder", f"{place} ({error.strerror})", "a folder that can be written"
             ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,6 +68,10 @@ class RunFolder:
             raise SettingError(
                 "folder", f"{self.path}, in use by another process", "a folder of its own"
             ) from error
+        for place in (self.path, self.checkpoints.folder):
+            sweep(place)
+        with contextlib.suppress(OSError):  # an epoch that is still to come says what is wrong
+            _whole_lines(self.path / "timing.jsonl")
 
     def close(self) -> None:
         """Let other processes in."""
@@ -95,7 +106,7 @@ class RunFolder:
             key
             for key in before.keys() | now.keys()
             if before.get(key) != now.get(key)
-            and not {key, key.split(".")[0]} & {*RESUMABLE}
+            and not is_free(key)
             and not (key in PATHS and _same_file(before.get(key), now.get(key)))
         )
         if changed:
@@ -118,27 +129,27 @@ class RunFolder:
         """Write versions, machine and commit, unless they are there already."""
         path = self.path / "environment.json"
         try:
-            present = isinstance(json.loads(path.read_bytes()), dict)
+            present = isinstance(parse_json(path.read_bytes()), dict)
         except (OSError, ValueError):
             present = False  # no file, or a damaged one that no report could read
         if not present:
             write_atomic(path, json.dumps({**environment(device), "seed": seed}, indent=1).encode())
 
-    def append(self, name: str, row: Mapping[str, Any]) -> int:
-        """Add one line to a JSON Lines file and return the file's size in bytes.
+    def append(self, name: str, row: Mapping[str, Any]) -> str:
+        """Add one line to a JSON Lines file and return it.
 
         Raises:
             SettingError: the disk is full or the folder no longer writable.
         """
-        path, before = self.path / name, None
+        path, before, line = self.path / name, None, json.dumps(row) + "\n"
         try:
             _whole_lines(path)
             with open(path, "ab") as file:
                 before = file.tell()
-                file.write(json.dumps(row).encode() + b"\n")
+                file.write(line.encode())
                 file.flush()
                 os.fsync(file.fileno())
-                return file.tell()
+                return line
         except OSError as error:
             if before is not None:
                 with contextlib.suppress(OSError):
@@ -149,20 +160,27 @@ class RunFolder:
                 "a writable place with enough free space; the last checkpoint stands",
             ) from error
 
-    def truncate(self, name: str, size: int) -> None:
-        """Take back lines written after a checkpoint that knew ``size`` bytes.
+    def restore(self, name: str, content: str) -> None:
+        """Make a file what a checkpoint knows of it. Lines that were written later are taken back, those that
+        have been lost are written again.
 
         Raises:
-            SettingError: the file is shorter than the checkpoint remembers.
+            SettingError: a line was altered.
         """
-        path = self.path / name
-        present = path.stat().st_size if path.exists() else 0
-        if present < size:
-            raise SettingError(
-                str(path), f"{present} bytes", f"the file this run wrote, of {size} bytes or more"
-            )
-        if present > size:
-            os.truncate(path, size)
+        path, known = self.path / name, content.encode()
+        present = path.read_bytes() if path.exists() else b""
+        if present.startswith(known):
+            if len(present) > len(known):
+                os.truncate(path, len(known))
+            return
+        # After a power cut some file systems have zeros where the end was.
+        if not known.startswith(present.rstrip(b"\0")):
+            pairs = enumerate(zip(present.split(b"\n"), known.split(b"\n"), strict=False), start=1)
+            line = next(number for number, (one, other) in pairs if one != other)
+            accepted = "the row as training wrote it; where there is no such file all rows are written again"
+            raise SettingError(f"{path} line {line}", "a row that was altered", accepted)
+        log.warning(f"{path} had lost its end; it is written again from the checkpoint")
+        write_atomic(path, known)
 
     def save_model(
         self, name: str, net: nn.Module, metadata: Mapping[str, Any], *, pending: bool = False
@@ -195,11 +213,22 @@ class RunFolder:
 
         self.writer(replace)
 
+    def check_weights(self, run: RunIdentity) -> None:
+        """Check that weights in the folder are this run's. Damaged ones are left to :meth:`recall`.
+
+        Raises:
+            SettingError: some are not; training would overwrite them.
+        """
+        for name in WEIGHTS:
+            for path in (self.path / f"{name}.safetensors", self._pending(name)):
+                if (metadata := _metadata(path)) is not None:
+                    check_weights(path, metadata, name, run)
+
     def recall(self, name: str, epoch: int | None) -> bool:
         """Bring pending weights in order after a kill: settle those of ``epoch``, remove others.
 
         Returns:
-            Whether the file is now of that epoch.
+            Whether the file is now of that epoch, and whole.
         """
         pending, path = self._pending(name), self.path / f"{name}.safetensors"
         if pending.is_file():
@@ -207,7 +236,7 @@ class RunFolder:
                 move(pending, path)
             else:
                 pending.unlink()
-        return (_epoch_of(path) if path.is_file() else None) == epoch
+        return _epoch_of(path) == epoch
 
     def _pending(self, name: str) -> Path:
         return self.path / f".{name}.pending.safetensors"
@@ -232,9 +261,17 @@ def _whole_lines(path: Path) -> None:
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
-def _epoch_of(path: Path) -> int | None:
-    """The epoch that a file of weights was saved at."""
+def _metadata(path: Path) -> dict[str, Any] | None:
+    """The metadata of a file of weights; None where there is none, or a damaged one."""
     try:
-        return int(read_metadata(path)["epoch"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return read_metadata(path) if path.is_file() else None
+    except (OSError, SafetensorError, ValueError):
+        return None
+
+
+def _epoch_of(path: Path) -> int | None:
+    """The epoch that a whole file of weights was saved at."""
+    try:
+        return int(read_safetensors(path, "")[1]["epoch"]) if path.is_file() else None
+    except (SettingError, KeyError, TypeError, ValueError):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from softdefend.core.errors import SettingError
+from softdefend.core.hints import arguments_of, import_path
 from softdefend.core.rule import Rule
 from softdefend.training.checkpoint import CheckpointError
 from softdefend.training.config import Recipe
+
+KINDS = ("label", "objective", "weight")
+"""The names of the rules' states, in the order of :attr:`Recipe.rules`."""
 
 
 class RunState:
@@ -23,7 +28,8 @@ class RunState:
         optimizer: its optimizer.
         recipe: whose rules have states of their own.
         meters: sums of the epoch so far.
-        identity: what a checkpoint must share with the run that continues from it.
+        identity: what a checkpoint must share with the run that continues from it: ``fingerprint`` of the
+            data, ``seed``, and the digest of all ``settings``.
         place: the run folder, for messages.
     """
 
@@ -47,8 +53,9 @@ class RunState:
         """Epoch and ``val_robust`` of the best checkpoint so far; empty before the first."""
         self.first_loss: float | None = None
         """Loss of the first step."""
-        self.metrics_bytes = 0
-        """Size of ``metrics.jsonl``: what stands beyond it was written after the checkpoint."""
+        self.metrics = ""
+        """The rows of ``metrics.jsonl``: by them a checkpoint tells an altered file, and writes a lost end
+        again."""
 
     def state_dict(self) -> dict[str, Any]:
         """Live tensors and plain values."""
@@ -58,34 +65,28 @@ class RunState:
             **self.identity,
             "net": self.net.state_dict(),
             "momentum": self._momentum(),
-            "weight": self.recipe.weight.state_dict(),
-            "label": self.recipe.label.state_dict(),
-            "objective": self.recipe.objective.state_dict(),
+            "kinds": dict(zip(KINDS, map(_kind, self.recipe.rules), strict=True)),
+            **{name: rule.state_dict() for name, rule in zip(KINDS, self.recipe.rules, strict=True)},
             "meters": self.meters,
             "best": json.dumps(self.best),
             "first_loss": self.first_loss,
-            "metrics_bytes": self.metrics_bytes,
+            "metrics": self.metrics,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` gave, in place.
 
         Raises:
-            CheckpointError: it is of other data, another seed, network or recipe.
+            CheckpointError: it is of another run, network or recipe.
         """
-        if any(state.get(name) != value for name, value in self.identity.items()):
-            raise CheckpointError(
-                str(self.place),
-                "a checkpoint of other data or another seed",
-                "the data and seed it began with",
-            )
+        self._check_identity(state)
         try:
             self.net.load_state_dict(state["net"])
             with torch.no_grad():
                 for momentum, value in zip(self._momentum(), state["momentum"], strict=True):
                     momentum.copy_(value)
                 self.meters.copy_(state["meters"])
-            parts = [state[name] for name in ("label", "objective", "weight")]
+            parts = [state[name] for name in KINDS]
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 str(self.place),
@@ -94,8 +95,58 @@ class RunState:
             ) from error
         for rule, values in zip(self.recipe.rules, parts, strict=True):
             self._load_rule(rule, values)
-        self.epoch, self.done, self.metrics_bytes = state["epoch"], state["done"], state["metrics_bytes"]
+        self.epoch, self.done, self.metrics = state["epoch"], state["done"], state["metrics"]
         self.best, self.first_loss = json.loads(state["best"]), state.get("first_loss")
+
+    def start_from(self, state: dict[str, Any]) -> str:
+        """Take over what fits from another run's state; the network has its weights already.
+
+        Momentum; the state of a rule of the same kind, which for labels and objectives may be of single
+        images and is taken for the same data only; and the epochs finished.
+
+        Returns:
+            What was taken and what begins anew, in words.
+        """
+        found = {"network": True}
+        if self._momentum():
+            found["momentum"] = self._takes_momentum(state)
+        same_data = state.get("fingerprint") == self.identity["fingerprint"]
+        for name, rule in zip(KINDS, self.recipe.rules, strict=True):
+            fits = state.get("kinds", {}).get(name) == _kind(rule) and (same_data or name == "weight")
+            if rule.state_dict():
+                found[f"state of {type(rule).__name__}"] = fits and self._takes(rule, state[name])
+        self.epoch = state["epoch"]
+        taken, anew = (", ".join(name for name in found if found[name] is fate) for fate in (True, False))
+        return f"taken: {taken}; anew: {anew or 'nothing'}"
+
+    def _takes_momentum(self, state: dict[str, Any]) -> bool:
+        own, values = self._momentum(), state.get("momentum", [])
+        fits = [value.shape for value in values] == [value.shape for value in own]
+        if fits:
+            with torch.no_grad():
+                for buffer, value in zip(own, values, strict=True):
+                    buffer.copy_(value)
+        return fits
+
+    def _takes(self, rule: Rule, values: dict[str, Any]) -> bool:
+        """Whether a rule takes the state; KD does not where it has other teachers.
+
+        Raises:
+            CheckpointError: it fails.
+        """
+        try:
+            self._load_rule(rule, values)
+        except CheckpointError:
+            raise
+        except SettingError:
+            return False
+        return True
+
+    def _check_identity(self, state: dict[str, Any]) -> None:
+        for names, what in ((("fingerprint", "seed"), "data and seed"), (("settings",), "settings")):
+            if any(state.get(name) != self.identity[name] for name in names):
+                given = f"a checkpoint of other {what.replace('and', 'or another')}"
+                raise CheckpointError(str(self.place), given, f"the {what} it began with")
 
     def _momentum(self) -> list[Tensor]:
         group = self.optimizer.param_groups[0]
@@ -115,3 +166,10 @@ class RunState:
                 f"a checkpoint whose state {type(rule).__name__} does not take ({reason})",
                 "the settings it was written with, and a load_state_dict that takes what state_dict gave",
             ) from error
+
+
+def _kind(rule: Rule) -> list[str]:
+    """The class of a rule, and those of the rules among its arguments, as AWP has one."""
+    arguments = (getattr(rule, name, None) for name in arguments_of(type(rule)))
+    inner = [_kind(value) for value in arguments if isinstance(value, Rule)]
+    return [import_path(type(rule)), *itertools.chain(*inner)]

@@ -15,17 +15,21 @@ from tqdm import tqdm
 
 from softdefend.core import rng
 from softdefend.core.errors import DivergenceError, SettingError
+from softdefend.core.identity import RunIdentity, settings_digest
 from softdefend.core.rule import RunInfo
 from softdefend.data import Augmented, DataBundle, fingerprint
 from softdefend.evaluation.preflight import check_eps
 from softdefend.execution.engine import Engine
+from softdefend.execution.network_mode import keep_frozen
 from softdefend.training.alarm import Alarms, Failure
 from softdefend.training.checkpoint import CheckpointError
 from softdefend.training.config import TrainConfig
 from softdefend.training.divergence import divergence
 from softdefend.training.folder import RunFolder
+from softdefend.training.network_checks import check_script, check_smallest_batch
 from softdefend.training.optim import make_optimizer
 from softdefend.training.plain import plain_config
+from softdefend.training.start import has_checkpoints, load_start, record_start
 from softdefend.training.state import RunState
 from softdefend.training.step import METERS, Phase, TrainStep
 from softdefend.training.tensorboard import write_scalars
@@ -63,6 +67,7 @@ class Trainer:
         *,
         progress: bool = True,
     ) -> None:
+        config = record_start(config, Path(folder))
         recorded = plain_config(config)
         recorded.setdefault("data", {"source": bundle.name})
         self.config, self.recipe, self.optim = config, config.recipe, config.optim
@@ -72,6 +77,7 @@ class Trainer:
         check_eps(self.recipe.threat, bundle.train.images[0].numel())
         device, channels_last = self.engine.device, bool(self.engine.settings.channels_last)
         self.net = net.to(device)
+        keep_frozen(self.net)
         if channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train_data = Augmented(bundle.train, device, config.augment, channels_last=channels_last)
@@ -81,22 +87,33 @@ class Trainer:
         self.steps_per_epoch = self._steps_per_epoch()
         self.optimizer = make_optimizer(self.net, self.optim, device)
         self.rules = self.recipe.rules
+        started = None if has_checkpoints(Path(folder)) else load_start(self.net, config)
         run = RunInfo(self.train_data.labels, self.k, self.optim.epochs, self.net, self.engine.autocast)
         for rule in self.rules:
             rule.setup(run)
+        check_smallest_batch(self.net, self.train_data, self.recipe, self.optim, self.engine)
+        check_script(self.net, self.train_data, self.recipe, self.optim.epochs)
         self.step = TrainStep(self.net, self.train_data, self.recipe, self.optimizer, self.engine)
         self.alarms = Alarms(
             config.validate, self.steps_per_epoch, self.k, soft=self.recipe.label.softens_all
         )
-        self.folder = RunFolder(folder, config.save.keep, background=device.type == "cuda")
+        self.identity = RunIdentity(settings_digest(recorded), bundle.fingerprint)
         self.state = RunState(
             self.net,
             self.optimizer,
             self.recipe,
             self.step.meters,
-            identity={"fingerprint": bundle.fingerprint, "seed": config.seed},
-            place=self.folder.path,
+            identity={
+                "fingerprint": self.identity.data,
+                "seed": config.seed,
+                "settings": self.identity.settings,
+            },
+            place=Path(folder),
         )
+        if started is not None:
+            what = self.state.start_from(started)
+            log.info(f"starts from {config.init_from}, after epoch {self.state.epoch}; {what}")
+        self.folder = RunFolder(folder, config.save.keep, background=device.type == "cuda")
         if config.save.archive is not None:
             self.folder.checkpoints.stride = config.save.archive * self.steps_per_epoch
         try:
@@ -112,7 +129,7 @@ class Trainer:
         """Train to the end, from the newest checkpoint where there is one.
 
         Args:
-            resume: a checkpoint to continue from, in place of the newest.
+            resume: a checkpoint of this run to continue from, in place of the newest.
             on_epoch: called with each metrics row.
 
         Raises:
@@ -228,7 +245,7 @@ class Trainer:
         failure = self.alarms.inspect(row)
         if not self.alarms.stops(failure):  # otherwise no checkpoint will know of this epoch
             self._keep_if_best(row["val_robust"])
-        state.metrics_bytes = self.folder.append("metrics.jsonl", row)
+        state.metrics += self.folder.append("metrics.jsonl", row)
         if self.config.save.tensorboard:
             write_scalars(self.folder.path / "tensorboard", row)
         return row, failure
@@ -264,12 +281,20 @@ class Trainer:
             self._release("best", self.state.best, pending=True)
 
     def _release(self, which: str, metadata: Mapping[str, Any], *, pending: bool = False) -> None:
-        """Write the weights that predict, with the digest of the test images they are to be measured on."""
-        metadata = {**metadata, "test_data": self.test_fingerprint}
+        """Write the weights that predict, with what tells whose they are, and the digest of the test images
+        that they are to be measured on."""
+        metadata = {
+            **metadata,
+            "step": self._steps_made(),
+            "checkpoint": which,
+            "run": self.identity._asdict(),
+            "test_data": self.test_fingerprint,
+        }
         self.folder.save_model(which, self.recipe.weight.prediction, metadata, pending=pending)
 
     def _save(self) -> None:
-        self.folder.checkpoints.save(self._steps_made(), self.state.state_dict())
+        step = self._steps_made()
+        self.folder.checkpoints.save(step, {"step": step, **self.state.state_dict()})
 
     def _steps_made(self) -> int:
         return self.state.epoch * self.steps_per_epoch + self.state.done
@@ -283,10 +308,12 @@ class Trainer:
         content = self.folder.checkpoints.load(resume, self.engine.device)
         if content is None:
             self._refuse_without_checkpoints()
-            self.folder.truncate("metrics.jsonl", 0)
+        else:
+            self.state.load_state_dict(content)
+            self.folder.check_weights(self.identity)
+        self.folder.restore("metrics.jsonl", self.state.metrics)
+        if content is None:
             return
-        self.state.load_state_dict(content)
-        self.folder.truncate("metrics.jsonl", self.state.metrics_bytes)
         if resume is not None:
             self.folder.checkpoints.abandon(self._steps_made())
         self._recall_best()

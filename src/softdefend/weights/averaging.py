@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
+from softdefend.execution.network_mode import is_frozen, set_mode
 from softdefend.weights.base import WEIGHTS, WeightRule
 
 SWABatchNorm = Literal["reestimate", "copy"]
@@ -49,7 +50,8 @@ class EMA(WeightRule):
         def move(averaged: Tensors, live: Tensors, _: Tensor | int) -> None:
             torch._foreach_lerp_(averaged, live, 1 - min(self.decay, self._warm()))
 
-        self.averaged = AveragedModel(self.net, multi_avg_fn=move)
+        with torch.no_grad():  # copies of a TorchScript network are no leaves otherwise
+            self.averaged = AveragedModel(self.net, multi_avg_fn=move)
         # torch reads this count at every update: on the CPU that costs no device sync.
         self.averaged.n_averaged = self.averaged.n_averaged.cpu()
 
@@ -107,7 +109,11 @@ class SWA(WeightRule):
         super().setup(run)
         # 1e-9: a product such as 0.275 * 200 may round to just above a whole number of epochs.
         self.first_epoch = min(math.ceil(self.start * run.epochs - 1e-9), run.epochs - 1)
-        self.averaged = AveragedModel(self.net)  # torch's own choice without a function: the plain mean
+        with torch.no_grad():
+            self.averaged = AveragedModel(self.net)  # torch's own choice without a function: the plain mean
+        if self.bn == "reestimate" and _has_scripted_statistics(self.net):
+            accepted = "copy for a TorchScript network, whose batch normalization cannot be measured anew"
+            raise SettingError("weight.bn", self.bn, accepted)
         self.averaged.n_averaged = self.averaged.n_averaged.cpu()
         self._forward = run.forward(self.averaged.module)
 
@@ -131,6 +137,11 @@ class SWA(WeightRule):
         self.averaged.n_averaged.fill_(state["averages"])
 
 
+def _has_scripted_statistics(net: nn.Module) -> bool:
+    scripted = (module for module in net.modules() if isinstance(module, torch.jit.ScriptModule))
+    return any(getattr(module, "running_mean", None) is not None for module in scripted)
+
+
 @torch.no_grad()
 def reestimate(
     net: nn.Module,
@@ -141,24 +152,28 @@ def reestimate(
 
     Every batch counts the same, as in ``torch.optim.swa_utils.update_bn``, whatever its size. Unlike there,
     everything but batch normalization is in eval mode: the statistics are those of the network that will
-    predict, without dropout, and no random number is drawn. A network without batch normalization is not
-    touched; any other is left in eval mode.
+    predict, without dropout, and no random number is drawn. Frozen layers, which stay in eval mode where the
+    network is trained, keep their statistics. A network without batch normalization is not touched; any other
+    is left in eval mode.
 
     Args:
         net: the network.
         images: gives one pass over images, batches [b, c, h, w].
         forward: ``net`` in the wanted precision; ``net`` itself when None.
     """
-    layers = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    if not layers:
+    present = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not present:
         return
+    learned = [layer for layer in present if not is_frozen(layer)]
+    set_mode(net, "train")
+    layers = [layer for layer in learned if layer.training]  # others keep themselves in eval mode
     net.eval()
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
-        layer.momentum, layer.track_running_stats = None, True  # None: a cumulative mean
+        layer.momentum = None  # a cumulative mean
         layer.reset_running_stats()
         layer.train()
-    for image in images():
+    for image in images() if layers else ():
         (forward or net)(image)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum

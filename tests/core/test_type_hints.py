@@ -66,7 +66,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("value", "hint"), ACCEPTED, ids=str)
+@pytest.mark.parametrize(("value", "hint"), ACCEPTED)
 def test_a_value_of_its_type_stays_itself(value, hint):
     assert check_type("x", value, hint) is value
 
