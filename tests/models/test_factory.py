@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -136,6 +137,14 @@ def test_name_timm_does_not_know_is_refused(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
     with pytest.raises(SettingError, match=r"Unknown model \(nothing\)"):
         from_timm("nothing", 5, 2)
+
+
+def test_a_timm_that_cannot_be_imported_is_one_line(monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "timm.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    with pytest.raises(SettingError, match=r"cannot be imported \(operator .*; accepted: a timm and a torch"):
+        from_timm("convnext_atto", 5, 2)
 
 
 def test_without_timm_the_message_says_what_to_install(monkeypatch) -> None:

@@ -47,6 +47,9 @@ def from_timm(
     except ImportError as error:
         accepted = "a built-in network, or install timm: pip install 'softdefend[timm]'"
         raise SettingError("net.name", f"timm:{name} without timm", accepted) from error
+    except Exception as error:  # it imports torchvision, which fails in any way where it does not fit torch
+        given = f"timm:{name}, while timm cannot be imported ({error})"
+        raise SettingError("net.name", given, "a timm and a torchvision that fit this torch") from error
     wanted = pretrained and has_pretrained_weights(name)
     size: dict[str, Any] = {}
     try:
