@@ -20,6 +20,12 @@ TRAIN = ["train", *SMALL]
 ATTACK = ["--attacks", "fgsm", "--size", "20"]
 
 
+@pytest.fixture(autouse=True)
+def _somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports go to the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the same network under another threat."""
@@ -58,9 +64,10 @@ def test_weights_of_another_run_are_not_taken_for_this_ones(
     before = contents(run_folder)
     said = str(path), "weights of another run", f"the run in {run_folder} wrote"
     refused(["evaluate", str(run_folder), "--which", which], *said)
-    refused(["analyze", str(run_folder), "--which", which, "--output", str(tmp_path / "analysis")], *said)
     refused([*TRAIN, "--folder", str(run_folder)], *said)
     assert contents(run_folder) == before
+    shutil.rmtree(run_folder / "evaluation")
+    refused(["analyze", str(run_folder), "--which", which, "--output", str(tmp_path / "analysis")], *said)
     assert not (tmp_path / "analysis").exists()
     shutil.copytree(other / "evaluation", run_folder / "evaluation", dirs_exist_ok=True)
     refused(["evaluate", str(run_folder), "--which", which], *said)  # nor is the other's evaluation found
@@ -115,7 +122,9 @@ def test_an_evaluation_of_another_run_is_not_reported(
 ) -> None:
     path = run_folder / "evaluation" / "best.json"
     shutil.copy(other / "evaluation" / "best.json", path)
-    refused(["report", str(run_folder)], str(path), "an evaluation of another run", "evaluate makes it anew")
+    refused(
+        ["report", str(run_folder)], str(path), "an evaluation of another run's weights", "evaluate makes"
+    )
     assert main(["evaluate", str(run_folder), "--which", "best"]) == 0
     assert main(["report", str(run_folder)]) == 0
 

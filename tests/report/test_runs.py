@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
 from softdefend.core.errors import SettingError
-from softdefend.core.identity import settings_digest
 from softdefend.report.runs import group_runs, read_run, setting
 
 
@@ -116,17 +113,6 @@ def test_rows_of_times_that_are_damaged_are_left_out(make_run, row: bytes) -> No
     path.unlink()
     path.mkdir()
     assert read_run(path.parent).timing == []
-
-
-def test_an_evaluation_says_whose_it_is(make_run, make_evaluation) -> None:
-    run = make_run(best=make_evaluation(0.9, 0.5))
-    path = run.folder / "evaluation" / "best.json"
-    for digest in (settings_digest(run.config), "of another"):
-        path.write_text(json.dumps({**run.evaluations["best"], "run": digest}))
-        if digest != "of another":
-            assert read_run(run.folder).evaluations["best"]["run"] == digest
-    with pytest.raises(SettingError, match=r"best\.json: got an evaluation of another run"):
-        read_run(run.folder)
 
 
 def test_example_tensors_that_do_not_fit_each_other(make_run, make_examples) -> None:

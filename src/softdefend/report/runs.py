@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 
 from softdefend.core.errors import SettingError
 from softdefend.core.files import parse_json
-from softdefend.core.identity import settings_digest
 from softdefend.core.safetensors_files import open_safetensors
+from softdefend.core.weight_files import read_metadata
 from softdefend.core.yaml_files import flatten, read_yaml
 from softdefend.report.details import Details, is_number, read_details
 
@@ -120,7 +120,7 @@ def read_run(folder: Path) -> RunRecord:
     by_epoch = {_metrics_row(folder / "metrics.jsonl", row)["epoch"]: row for row in rows}
     environment = folder / "environment.json"
     evaluations = {
-        which: _evaluation(path, config)
+        which: _evaluation(path, _writer(folder / f"{which}.safetensors"))
         for which in CHECKPOINTS
         if (path := folder / "evaluation" / f"{which}.json").is_file()
     }
@@ -247,12 +247,21 @@ def _metrics_row(path: Path, row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _evaluation(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _writer(weights: Path) -> str | None:
+    """The settings' digest of the run that wrote a file of weights; None where the file does not say."""
+    try:
+        run = read_metadata(weights).get("run")
+    except (OSError, SafetensorError, ValueError):
+        return None
+    return run.get("settings") if isinstance(run, dict) else None
+
+
+def _evaluation(path: Path, writer: str | None) -> dict[str, Any]:
+    """Read an evaluation of weights that ``writer`` has written."""
     evaluation = _mapping(path, _read_json(path))
-    digest = settings_digest(config)
-    if evaluation.get("run", digest) != digest:
-        accepted = "one of this run; softdefend evaluate makes it anew"
-        raise SettingError(str(path), "an evaluation of another run", accepted)
+    if writer is not None and evaluation.get("run", writer) != writer:
+        accepted = "one of the weights in the folder; softdefend evaluate makes it anew"
+        raise SettingError(str(path), "an evaluation of another run's weights", accepted)
     attacks = evaluation.get("attacks")
     if not isinstance(attacks, dict):
         raise SettingError(str(path), "an evaluation without attacks", "attacks by name, each with its rate")
