@@ -32,7 +32,7 @@ class PGD(Attack):
         steps: gradient steps, >= 0 (0 returns the start).
         step_size: length of a step in pixel units; a quarter of ``eps`` when None (2/255 at 8/255).
         restarts: independent starts, >= 1; each sample keeps one that the network gets wrong, and among
-            equals that of the largest loss.
+            equals that of the largest loss. Of a caller's loss (as in training) it keeps the largest.
         start: ``uniform`` draws in the ball and cuts to [0, 1]; ``uniform-unclipped`` leaves the start
             outside [0, 1] until the first step (TE's and SGLS's per-epoch evaluation); ``gaussian`` adds
             noise of 0.001 (TRADES, MART); ``none`` starts at the image; ``auto`` is ``uniform``, and in
@@ -118,7 +118,10 @@ class PGD(Attack):
                 return x_adv
             with torch.no_grad():
                 logits = active.net(x_adv)
-                reached = _Reached(x_adv, logits.argmax(1) != label, loss(logits))
+                wrong = logits.argmax(1) != label
+                if context.loss is not None:  # which may have another goal than a wrong class
+                    wrong = torch.zeros_like(wrong)
+                reached = _Reached(x_adv, wrong, loss(logits))
             kept = reached if kept is None else _worse(reached, kept)
         assert kept is not None
         return kept.image

@@ -37,7 +37,8 @@ class Square(Attack):
     """Square attack in l-inf or l2 on the margin loss.
 
     A query changes one square window of every image, at one place and of one size for the whole batch, and
-    keeps the change where it worsens the margin. An image that is wrong is left alone from then on. Windows
+    keeps the change where it worsens the margin. An image that is wrong is left alone from then on, unless
+    the caller brings a loss. Windows
     are square on images that are not: their area is a share of the image's, their side at most its shorter
     side. As in the reference, a window never touches the last row or column unless it spans the image.
 
@@ -82,13 +83,14 @@ class Square(Attack):
         """See :meth:`Attack.run`. Cost: at most ``queries + 2`` forwards of each image, no gradient.
 
         An image that is wrong from the start is returned unchanged, one that stays right as its worst point
-        found. A caller's loss decides what is worse, in place of the margin.
+        found. A caller's loss is a goal of its own, in place of the margin: every image gets its point of
+        largest loss, right or wrong.
 
         A generator may live on the CPU wherever the images are: its numbers are then the same for every
             device.
-        Every batch reads the same sequence of random numbers: the stripes of its images that are right, then
-        the queries. In l-inf places and colors are therefore shared by all batches with equally many right
-        images; in l2 signs are drawn for the images that are still right, so a verdict depends on its batch
+        Every batch reads the same sequence of random numbers: the stripes of its images that are searched,
+        then the queries. In l-inf places and colors are therefore shared by all batches with equally many of
+        these; in l2 signs are drawn for the images that are still right, so a verdict depends on its batch
         and on nothing else beside it.
         """
         clean, label, device = net.clean_logits(image), hard_label(label), image.device
@@ -101,7 +103,8 @@ class Square(Attack):
             numbers = _Numbers.resumed(context.random.sequence(), saved["numbers"], device)
         else:
             x_adv, done = image.clone(), 0
-            rows = (clean.argmax(dim=1) == label).nonzero().flatten()
+            searched = clean.argmax(dim=1) == label if context.loss is None else torch.ones_like(label).bool()
+            rows = searched.nonzero().flatten()
             if not len(rows):
                 return x_adv
             numbers = _Numbers(context.random.sequence(), int(context.random.batch[-1]) + 1, device)
@@ -181,7 +184,8 @@ class _Query:
 
     Args:
         proposals: where candidates come from.
-        loss: of logits [m, k] of the images at ``rows`` [m], [m]; the margin when None.
+        loss: of logits [m, k] of the images at ``rows`` [m], [m]: then nothing but it counts, and no image
+            is done before the last query. The margin when None.
     """
 
     proposals: _Proposals
@@ -200,11 +204,12 @@ class _Query:
         )
 
     def evaluate(self, net: Forward, candidate: Tensor, label: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether the network gets each image wrong, and its loss, both [m]."""
+        """Whether the search of each image is done, and its loss, both [m]."""
         logits = net(candidate)
+        if self.loss is not None:
+            return torch.zeros_like(label, dtype=torch.bool), self.loss(logits, rows)
         # By argmax, as the verdict is: at a tie the true class may still be the answer.
-        wrong = logits.argmax(1) != label
-        return wrong, margin(logits, label) if self.loss is None else self.loss(logits, rows)
+        return logits.argmax(1) != label, margin(logits, label)
 
 
 class _Remaining(NamedTuple):

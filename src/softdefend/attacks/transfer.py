@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -87,7 +88,7 @@ class Transfer(Attack):
         attack on each surrogate, one forward of the attacked network and one more for each surrogate.
 
         Of the images made on several surrogates, each sample gets the one of largest margin on the attacked
-        network.
+        network, or of largest loss there where the caller brings one.
 
         Raises:
             SettingError: a surrogate with another number of classes; what the inner attack refuses.
@@ -95,7 +96,8 @@ class Transfer(Attack):
         true = hard_label(label)
         with torch.no_grad():
             logits = net(image)
-        best, value = image, torch.full_like(margin(logits, true), -torch.inf)
+        worse = context.loss or partial(margin, target=true)
+        best, value = image, torch.full_like(worse(logits), -torch.inf)
         for surrogate in self.surrogates:
             with frozen(surrogate, "eval"):
                 x_adv = self.attack(
@@ -107,7 +109,7 @@ class Transfer(Attack):
                     generator=context.generator,
                 )
             with torch.no_grad():
-                reached = margin(net(x_adv), true)
+                reached = worse(net(x_adv))
             best, value = larger(x_adv, reached, best, value)
         return best
 
