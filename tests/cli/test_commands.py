@@ -34,10 +34,11 @@ FILES = {
     "evaluation/best.json",
     "evaluation/best.parquet",
     "evaluation/best-gallery.safetensors",
+    "evaluation/best-examples.safetensors",
     "evaluation/last.json",
     "evaluation/last.parquet",
     "evaluation/last-gallery.safetensors",
-    "evaluation/examples.safetensors",
+    "evaluation/last-examples.safetensors",
     "report.html",
 }
 
@@ -197,7 +198,7 @@ def test_other_attacks_replace_the_evaluation(run_folder: Path, capsys: pytest.C
     assert last["attacks"]["pgd-3x2-margin"]["backwards"] == 2 * 3 * 20
     assert f"fgsm {100 * last['attacks']['fgsm']['rate']:.1f}%" in out
     changed = {name for name, content in contents(run_folder).items() if content != before.get(name)}
-    examples = "evaluation/examples.safetensors"
+    examples = "evaluation/last-examples.safetensors"
     files = {f"evaluation/last{ending}" for ending in (".json", ".parquet", "-gallery.safetensors")}
     kept = {f"evaluation/earlier/last-1{ending}" for ending in (".json", ".parquet")}
     assert changed - {examples} == {*files, *kept, "report.html"}
@@ -258,7 +259,7 @@ def test_compare_keeps_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFi
     words += ["--evaluate.curve_size", "0", "--evaluate.attacks", "[fgsm]"]
     done([*words, "--seeds", "0"], capsys)
     weights = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    assert len(weights) == 2 * 5  # with the pictures of the evaluation
+    assert len(weights) == 2 * 6  # with the pictures of the evaluation
     out = done([*words, "--seeds", *seeds], capsys)
     assert {path: path.stat().st_mtime_ns for path in weights} == weights
     assert out.count("epoch 1/1") == 2

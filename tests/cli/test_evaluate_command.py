@@ -135,14 +135,24 @@ def test_harmless_settings_are_answered_from_the_files(
     assert not attacked_again([*words, "--examples", "3"], capsys, monkeypatch)
     place = run_folder / "evaluation"
     assert (place / "last.json").read_bytes() == before["evaluation/last.json"]
-    assert len(load_file(place / "examples.safetensors")["label"]) == 3
+    assert len(load_file(place / "last-examples.safetensors")["label"]) == 3
     assert len(load_file(place / "last-gallery.safetensors")["label"]) <= 6
     assert not attacked_again([*words, "--examples", "0"], capsys, monkeypatch)
-    assert not (place / "examples.safetensors").exists()
+    assert not (place / "last-examples.safetensors").exists()
     assert not attacked_again(words, capsys, monkeypatch)
-    for name in ("examples.safetensors", "last-gallery.safetensors"):
+    for name in ("last-examples.safetensors", "last-gallery.safetensors"):
         again, first = load_file(place / name), from_bytes(before[f"evaluation/{name}"])
         assert all(torch.equal(again[key], first[key]) for key in first)
+
+
+def test_examples_of_one_checkpoint_are_written_whichever_it_is(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for which in ("best", "last"):
+        shutil.rmtree(run_folder / "evaluation")
+        done(["evaluate", str(run_folder), *LAST, "--which", which, "--examples", "3"], capsys)
+        (path,) = (run_folder / "evaluation").glob("*-examples.safetensors")
+        assert (path.name, len(load_file(path)["label"])) == (f"{which}-examples.safetensors", 3)
 
 
 def test_killed_before_the_gallery_the_next_call_writes_it(
@@ -333,7 +343,7 @@ def test_a_network_from_outside_is_evaluated(
         "last.json",
         "last.parquet",
         "last-gallery.safetensors",
-        "examples.safetensors",
+        "last-examples.safetensors",
     }
     kept = load_file(folder / "last.safetensors")
     assert torch.equal(kept["1.bias"], torch.tensor([1.0, -1.0]))

@@ -65,7 +65,7 @@ def test_only_what_is_asked_is_done(bundle, tmp_path):
         "last.json",
         "last.parquet",
         "last-gallery.safetensors",
-        "examples.safetensors",
+        "last-examples.safetensors",
     }
 
 

@@ -16,7 +16,7 @@ from softdefend.evaluation.accuracy import measure_accuracies
 from softdefend.evaluation.pictures import renew_pictures
 from softdefend.evaluation.table import read_table
 
-GALLERY, EXAMPLES = "last-gallery.safetensors", "examples.safetensors"
+GALLERY, EXAMPLES = "last-gallery.safetensors", "last-examples.safetensors"
 
 
 @pytest.fixture
@@ -87,4 +87,4 @@ def test_there_are_none_without_records_or_under_another_threat(case, bundle, tm
     assert times(folder) == {}
     best = make_checkpoint(tmp_path, bundle, which="best")
     renew_pictures(best, QUICK, result, table)
-    assert times(folder).keys() == {"best-gallery.safetensors"}
+    assert times(folder).keys() == {"best-gallery.safetensors", "best-examples.safetensors"}

@@ -90,7 +90,7 @@ def records(folder: Path):
             return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "sha256")}
         return [timeless(v) for v in value] if isinstance(value, list) else value
 
-    examples = (folder / "evaluation" / "examples.safetensors").read_bytes()
+    examples = (folder / "evaluation" / "last-examples.safetensors").read_bytes()
     return pq.read_table(folder / "evaluation" / "last.parquet"), timeless(report), examples
 
 
@@ -213,7 +213,7 @@ def test_a_new_evaluation_takes_the_old_pictures_away(case):
     gallery.write_bytes(b"old")
     evaluate("run", examples=0, seed=1)
     assert not gallery.exists()
-    assert not gallery.with_name("examples.safetensors").exists()
+    assert not gallery.with_name("last-examples.safetensors").exists()
 
 
 @pytest.mark.parametrize("change", ["settings", "weights", "damage", "truncation"])

@@ -169,7 +169,7 @@ def test_a_teacher_trained_on_images_of_another_size_is_refused(here, made):
     made.stop = STEPS
     with pytest.raises(Killed):
         kd_swa(SMALL, Path("runs"))
-    save_file({"image": torch.zeros(1, 1, 12, 12)}, "runs/standard/evaluation/examples.safetensors")
+    save_file({"image": torch.zeros(1, 1, 12, 12)}, "runs/standard/evaluation/best-examples.safetensors")
     made.stop = None
     with pytest.raises(SettingError, match=r"label\.robust: got a teacher trained on images \[1, 12, 12\]"):
         kd_swa(SMALL, Path("other"), standard="runs/standard", robust="runs/standard")

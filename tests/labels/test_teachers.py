@@ -42,7 +42,7 @@ def run(tmp_path: Path) -> Path:
             folder / f"{which}.safetensors",
             {"softdefend": json.dumps({"epoch": seed})},
         )
-    save_file({"image": torch.zeros(2, 1, 8, 8)}, folder / "evaluation" / "examples.safetensors")
+    save_file({"image": torch.zeros(2, 1, 8, 8)}, folder / "evaluation" / "last-examples.safetensors")
     return folder
 
 

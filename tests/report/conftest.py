@@ -111,7 +111,7 @@ def write_examples(folder: Path, **changes: Any) -> None:
         "clean_confidence": np.array([0.9, 0.8], np.float32),
         "adversarial_confidence": np.array([0.55, 0.65], np.float32),
     }
-    path = folder / "evaluation" / "examples.safetensors"
+    path = folder / "evaluation" / "last-examples.safetensors"
     save_file({**tensors, **changes}, path, metadata={"classes": json.dumps(["cat", "dog"])})
 
 

@@ -75,7 +75,7 @@ def test_the_last_row_of_an_epoch_counts_and_epochs_are_in_order(make_run, make_
             "eps_curve: got",
         ),
         ("evaluation/last.json", '{"attacks": {}, "clean": {"rate": 1}, "per_class": 3}', "per_class: got 3"),
-        ("evaluation/examples.safetensors", "nothing", "unreadable examples"),
+        ("evaluation/last-examples.safetensors", "nothing", "unreadable examples"),
     ],
 )
 def test_files_that_cannot_be_understood(make_run, name: str, content: str, message: str) -> None:
@@ -113,6 +113,14 @@ def test_rows_of_times_that_are_damaged_are_left_out(make_run, row: bytes) -> No
     path.unlink()
     path.mkdir()
     assert read_run(path.parent).timing == []
+
+
+def test_examples_of_the_best_checkpoint_are_shown_where_the_last_has_none(make_run) -> None:
+    run = make_run(examples=True)
+    assert run.examples.checkpoint == "last"
+    place = run.folder / "evaluation"
+    (place / "last-examples.safetensors").rename(place / "best-examples.safetensors")
+    assert read_run(run.folder).examples.checkpoint == "best"
 
 
 def test_example_tensors_that_do_not_fit_each_other(make_run, make_examples) -> None:

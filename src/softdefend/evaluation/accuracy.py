@@ -95,7 +95,7 @@ def measure_accuracies(checkpoint: Checkpoint, settings: EvaluateSettings) -> di
         if kept is not None:
             _log.info(f"{name}: what was evaluated before is kept as {kept}")
     # Killed between these, no file is left that speaks of another evaluation than the others.
-    pictures = [f"{name}-gallery", *(["examples"] if name == "last" else [])]
+    pictures = f"{name}-gallery", f"{name}-examples"
     for stale in (store.path(name), *(store.path(picture, ".safetensors") for picture in pictures)):
         stale.unlink(missing_ok=True)
     write_atomic(store.path(name, ".parquet"), evaluation.to_parquet())

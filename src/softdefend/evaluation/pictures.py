@@ -20,7 +20,7 @@ from softdefend.evaluation.table import Table
 def renew_pictures(
     checkpoint: Checkpoint, settings: EvaluateSettings, result: dict[str, Any], table: Table | None
 ) -> None:
-    """Write the gallery, and for the checkpoint ``last`` the examples, ``settings.examples`` images of each.
+    """Write the gallery and the examples, ``settings.examples`` images of each.
 
     Another number of them needs no new evaluation, and an evaluation that was killed before its pictures
     gets them with the next call. Only under the threat of the training: the report shows no other.
@@ -39,14 +39,14 @@ def renew_pictures(
     facts = {name: result[name] for name in ("weights", "test_data", "norm", "eps")}
     named = {**facts, **classes, "attacks": str(len(table.attacks)), "asked": str(count)}
     _renew(checkpoint, f"{source.name}-gallery", inputs, named, lambda: _gallery(checkpoint, settings, table))
-    if source.which == "last":
-        evaluated = replace(
-            settings,
-            attacks=result["settings"]["attacks"],
-            size=result["settings"]["size"],
-            physical_batch=settings.physical_batch or settings.batch_size,
-        )
-        _renew(checkpoint, "examples", inputs, classes, lambda: _examples(checkpoint, evaluated))
+    evaluated = replace(
+        settings,
+        attacks=result["settings"]["attacks"],
+        size=result["settings"]["size"],
+        physical_batch=settings.physical_batch or settings.batch_size,
+    )
+    examples = f"{source.name}-examples"
+    _renew(checkpoint, examples, inputs, classes, lambda: _examples(checkpoint, evaluated))
 
 
 def _renew(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,11 +135,11 @@ def _trained_net(config: Path) -> NetSettings:
 
 def _trained_shape(folder: Path) -> tuple[int, ...] | None:
     """Shape of the example images that an evaluated run keeps."""
-    try:
-        with open_safetensors(folder / "evaluation" / "examples.safetensors") as file:
+    for which in ("best", "last"):
+        path = folder / "evaluation" / f"{which}-examples.safetensors"
+        with contextlib.suppress(OSError, SafetensorError), open_safetensors(path) as file:
             return tuple(file.get_slice("image").get_shape()[1:])
-    except (OSError, SafetensorError):
-        return None
+    return None
 
 
 def _names(content: Mapping[str, Any]) -> Iterator[str]:

@@ -57,6 +57,7 @@ class ExampleImages:
     clean_confidence: NDArray[np.float32]
     adversarial_confidence: NDArray[np.float32]
     classes: tuple[str, ...]
+    checkpoint: str
 
 
 @dataclass
@@ -71,7 +72,7 @@ class RunRecord:
         environment: versions, device, commit; empty where the file is absent.
         metrics: one row per finished epoch, in the order of epochs.
         evaluations: by checkpoint ("best", "last"); those that have been evaluated.
-        examples: example images, if the evaluation kept some.
+        examples: example images of the last checkpoint that has some.
         timing: rows of epoch and seconds.
         details: by checkpoint, what else its evaluation left.
     """
@@ -132,7 +133,7 @@ def read_run(folder: Path) -> RunRecord:
         environment=_mapping(environment, _read_json(environment)) if environment.is_file() else {},
         metrics=[by_epoch[epoch] for epoch in sorted(by_epoch)],
         evaluations=evaluations,
-        examples=_examples(folder / "evaluation" / "examples.safetensors"),
+        examples=next(filter(None, (_examples(folder, which) for which in reversed(CHECKPOINTS))), None),
         timing=_timing(folder / "timing.jsonl"),
         details={
             which: read_details(folder / "evaluation", which, evaluation)
@@ -281,10 +282,11 @@ def _rows(path: Path, evaluation: dict[str, Any], name: str, numbers: tuple[str,
         raise SettingError(f"{path}: {name}", rows, f"a list of objects with {' and '.join(numbers)}")
 
 
-def _examples(path: Path) -> ExampleImages | None:
+def _examples(folder: Path, which: str) -> ExampleImages | None:
+    path = folder / "evaluation" / f"{which}-examples.safetensors"
     if not path.is_file():
         return None
-    names = [name for name in ExampleImages.__dataclass_fields__ if name != "classes"]
+    names = [name for name in ExampleImages.__dataclass_fields__ if name not in ("classes", "checkpoint")]
     try:
         with open_safetensors(path, "numpy") as file:
             tensors = {name: file.get_tensor(name) for name in names}
@@ -298,4 +300,4 @@ def _examples(path: Path) -> ExampleImages | None:
     if not fits or any(tensor.shape[:1] != shape[:1] for tensor in tensors.values()):
         given = f"tensors of shape {[list(t.shape) for t in tensors.values()]}"
         raise SettingError(str(path), given, "image and adversarial [m,c,h,w], the others [m]")
-    return ExampleImages(**tensors, classes=tuple(str(name) for name in classes))
+    return ExampleImages(**tensors, classes=tuple(str(name) for name in classes), checkpoint=which)

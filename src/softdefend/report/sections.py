@@ -255,8 +255,8 @@ def _example_blocks(run: RunRecord, most: int) -> list[Block]:
     largest = float(np.abs(images.adversarial - images.image).max(initial=0.0))
     factor = max(1, round(0.5 / largest)) if largest else 1
     note = (
-        f"Seed {run.seed}. The perturbation is magnified {factor} times around gray; "
-        f"its largest change of a pixel is {largest:.4f} on the scale from 0 to 1."
+        f"Seed {run.seed}, checkpoint {images.checkpoint}. The perturbation is magnified {factor} times "
+        f"around gray; its largest change of a pixel is {largest:.4f} on the scale from 0 to 1."
     )
     shown = [_example(images, i, factor) for i in range(min(most, len(images.label)))]
     return [Paragraph(note), Examples(shown)]
