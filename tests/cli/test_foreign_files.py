@@ -160,6 +160,10 @@ def test_resuming_into_a_new_folder_is_refused_and_init_from_named(
 ) -> None:
     source = min((finished / "checkpoints").iterdir())
     words = [*TRAIN, "--optim.epochs", "3", "--folder", str(tmp_path / "new")]
+    # Nothing is read before: there are no such data.
+    refused([*words, "--resume", str(source), "--data.source", "/no/data"], "resume", str(source))
+    short = [*TRAIN, "--optim.epochs", "1", "--folder", str(tmp_path / "new"), "--data.source", "/no/data"]
+    refused([*short, "--init_from", str(source)], "optim.epochs", "1", "more than the 1 that")
     rest = refused(
         [*words, "--resume", str(source)], "resume", f"{source}, and no run in", "of the run in the"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +133,18 @@ def test_a_second_call_continues_the_run(tmp_path):
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == content
     ours, theirs = first.state_dict(), again.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_run_starts_from_the_weights_of_another(trained, tmp_path, kind):
+    _, data, _, folder = trained
+    tiny_steps = {**QUICK, "optim": sd.OptimSettings(epochs=1, batch_size=16, lr=1e-9, momentum=0.0)}
+    net = network()
+    record = sd.train(net, data, folder=tmp_path / "run", init_from=kind(folder), **tiny_steps)
+    best = load_file(folder / "best.safetensors")
+    for name, value in net.named_parameters():
+        torch.testing.assert_close(value.detach(), best[name])
+    assert record.config["init_from"] == str(folder)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,8 @@ def _config(settings: Mapping[str, Any]) -> TrainConfig:
         if name not in known:
             raise SettingError(name, "an unknown setting", ", ".join(known) + did_you_mean(name, known))
     given = {name: value for name, value in settings.items() if value is not None}
+    if isinstance(given.get("init_from"), Path):
+        given["init_from"] = str(given["init_from"])
     return TrainConfig(**nest({**given, **dict.fromkeys(BROUGHT)}))
 
 

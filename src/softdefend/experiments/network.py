@@ -26,8 +26,7 @@ from softdefend.experiments.config import Experiment
 from softdefend.models import build, check_logits
 from softdefend.models.network import check_parameters, check_state
 from softdefend.models.normalization import find_normalizations
-from softdefend.training import Recipe, TrainConfig
-from softdefend.weights import AWP
+from softdefend.training import TrainConfig
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +74,6 @@ def check_trainable(net: nn.Module, bundle: DataBundle, config: TrainConfig) -> 
     device, threat, k = resolve_device(config.runtime.device), config.recipe.threat, len(bundle.classes)
     check_parameters(net)
     check_state(net)
-    _check_statistics(net, config.recipe)
     net.to(device)
     check_logits(net, tuple(bundle.train.images.shape[1:]), k, device)
     if config.evaluate is not None:
@@ -119,17 +117,6 @@ def check_surrogate(setting: str, net: nn.Module, shape: Sequence[int], k: int, 
         check_logits(net, shape, k, device)
     except SettingError as error:
         raise SettingError(setting, error.given, error.accepted) from error
-
-
-def _check_statistics(net: nn.Module, recipe: Recipe) -> None:
-    """Refuse TorchScript where batch normalization is to use a batch's statistics and leave the running ones:
-    only a module of Python can be told so."""
-    stands_still = "batch" in (recipe.attack_bn, recipe.label.clean_bn) or isinstance(recipe.weight, AWP)
-    scripted = (module for module in net.modules() if isinstance(module, torch.jit.ScriptModule))
-    if stands_still and any(getattr(module, "running_mean", None) is not None for module in scripted):
-        given = "TorchScript with batch normalization, whose running statistics would move"
-        accepted = "the module it was made from; or no AWP, and neither attack_bn nor label.clean_bn batch"
-        raise SettingError("net", given, accepted)
 
 
 def _warn_of_normalizations(net: nn.Module, image: Tensor, config: TrainConfig) -> None:

@@ -17,7 +17,7 @@ from softdefend.experiments.network import check_trainable, make_net
 from softdefend.experiments.parallel import Job, command_line, run_all
 from softdefend.report import comparison_rows, read_run, text_table, write_report
 from softdefend.training import Trainer
-from softdefend.training.start import check_resume, record_start
+from softdefend.training.start import check_resume, has_checkpoints, record_start
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,9 @@ WHICH = ("best", "last")
 
 def make_trainer(experiment: Experiment, bundle: DataBundle) -> Trainer:
     """What trains the experiment, in its folder: new, or to be continued."""
-    begun = any((experiment.folder / "checkpoints").glob("*.ckpt"))  # its weights take the place of others
-    net = make_net(experiment, bundle, pretrained=not begun)
+    # The weights of a checkpoint or a file take the place of others.
+    others = has_checkpoints(experiment.folder) or experiment.init_from is not None
+    net = make_net(experiment, bundle, pretrained=not others)
     check_trainable(net, bundle, experiment)
     if experiment.folder.is_dir():
         check_writable("evaluation", experiment.folder / "evaluation" / "best.json")

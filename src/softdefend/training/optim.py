@@ -33,7 +33,8 @@ class OptimSettings:
     weight_decay: float = 5e-4
     """>= 0, on every parameter, as the reference codes do."""
     drop_last: bool = True
-    """Leave the last, smaller batch of an epoch out. The reference codes train on it (false)."""
+    """Leave the last, smaller batch of an epoch out. The reference codes train on it (false). A last batch of
+    one image is refused where batch normalization cannot take it."""
     schedule: Schedule = Schedule()
     """Learning rate over the run."""
 

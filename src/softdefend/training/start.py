@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from softdefend.core.digest import file_digest
@@ -32,7 +33,8 @@ def record_start(config: Config, folder: Path) -> Config:
     one that was. A run that has checkpoints keeps the digest that it began with: it needs the file no more.
 
     Raises:
-        SettingError: no such file, or another one than the digest in the configuration names.
+        SettingError: no such file, another one than the digest in the configuration names, or a checkpoint
+            that has no epoch left to train.
     """
     if config.init_from is None:
         if config.init_sha256 is not None:
@@ -41,7 +43,11 @@ def record_start(config: Config, folder: Path) -> Config:
     if has_checkpoints(folder):
         began = read_yaml(folder / "config.yaml").get("init_sha256")
         return replace(config, init_sha256=config.init_sha256 or began)
-    return replace(config, init_sha256=_digest(_find(config.init_from), config.init_sha256))
+    path = _find(config.init_from)
+    config = replace(config, init_sha256=_digest(path, config.init_sha256))
+    if checkpoint.is_checkpoint(path):
+        _read_state(path, config)  # before data are read
+    return config
 
 
 def has_checkpoints(folder: Path) -> bool:
@@ -57,7 +63,7 @@ def load_start(net: nn.Module, config: TrainConfig) -> dict[str, Any] | None:
         config: see :func:`record_start`.
 
     Returns:
-        The state of the checkpoint, on the CPU, where the run starts from one.
+        The state of the checkpoint, on the network's device, where the run starts from one.
 
     Raises:
         SettingError: a file that is not there any more, or cannot be used for this run.
@@ -72,12 +78,7 @@ def load_start(net: nn.Module, config: TrainConfig) -> dict[str, Any] | None:
         notes = load_weights_file(net, path)
         log.info("; ".join([f"starts from the weights in {path}", *notes]))
         return None
-    state = checkpoint.load(path)
-    if not (isinstance(state.get("net"), dict) and isinstance(state.get("epoch"), int)):
-        raise SettingError("init_from", f"{path}, which holds no run's state", _ACCEPTED)
-    if state["epoch"] >= config.optim.epochs:
-        accepted = f"more than the {state['epoch']} that {path} has behind it; weights start at epoch 1"
-        raise SettingError("optim.epochs", config.optim.epochs, accepted)
+    state = _read_state(path, config, next((p.device for p in net.parameters()), "cpu"))
     load_weights_file(net, path, state["net"])
     return state
 
@@ -96,6 +97,21 @@ def check_resume(chosen: Path, folder: Path) -> None:
         raise CheckpointError("resume", f"{chosen}, and no run in {folder}", accepted)
     if state.get("settings") != settings_digest(read_yaml(config)):
         raise CheckpointError("resume", f"{chosen}, of another run than that in {folder}", accepted)
+
+
+def _read_state(path: Path, config: TrainConfig, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The state in a checkpoint.
+
+    Raises:
+        SettingError: a damaged or foreign one, or one that leaves no epoch to train.
+    """
+    state = checkpoint.load(path, device)
+    if not (isinstance(state.get("net"), dict) and isinstance(state.get("epoch"), int)):
+        raise SettingError("init_from", f"{path}, which holds no run's state", _ACCEPTED)
+    if state["epoch"] >= config.optim.epochs:
+        accepted = f"more than the {state['epoch']} that {path} has behind it; weights start at epoch 1"
+        raise SettingError("optim.epochs", config.optim.epochs, accepted)
+    return state
 
 
 def _find(given: str) -> Path:
