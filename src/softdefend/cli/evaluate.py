@@ -12,6 +12,7 @@ from softdefend.core.errors import SettingError
 from softdefend.core.threat import Budget, Norm, ThreatModel
 from softdefend.data import DataSettings
 from softdefend.evaluation import EvaluateSettings, Requests
+from softdefend.evaluation.settings import Size, check_size
 from softdefend.experiments.evaluate import evaluate, evaluate_external, open_run
 from softdefend.experiments.pipeline import WHICH
 from softdefend.models import NetSettings
@@ -36,8 +37,8 @@ class EvaluateFlags:
     """auto, cpu, cuda or cuda:N."""
     audit: bool = switch()
     """Look for signs of gradient masking."""
-    audit_size: int = 250
-    """Test images that the audit looks at, from the first on."""
+    audit_size: Size = 250
+    """Test images that the audit looks at; subset says which."""
     corruptions: bool = switch()
     """Measure accuracy under common corruptions."""
     transfer: tuple[str, ...] = ()
@@ -99,8 +100,7 @@ def _check(flags: EvaluateFlags, given: Given) -> None:
     for which in flags.which:
         if which not in WHICH:
             raise SettingError("--which", repr(which), " or ".join(WHICH))
-    if flags.audit_size < 1:
-        raise SettingError("--audit_size", flags.audit_size, "a whole number >= 1")
+    check_size("--audit_size", flags.audit_size, 1)
     if flags.model is None:
         _check_runs(flags, given)
     else:
