@@ -31,7 +31,6 @@ from softdefend.evaluation import (
     evaluate_checkpoint,
     examples,
     expand,
-    pipeline,
     settings,
 )
 from softdefend.evaluation.autoattack import parse
@@ -54,7 +53,7 @@ def case(tmp_path, monkeypatch):
     net = rugged(SHAPE).float()
     image = torch.rand(2 * N, *SHAPE, generator=stream(0, "x"))
     bundle = from_tensors(image, net(image).argmax(1), validation=8, test_fraction=0.5, name="noise")
-    for module in (accuracy, examples, pipeline, settings):  # "small" is this test's own name
+    for module in (accuracy, examples, settings):  # "small" is this test's own name
         monkeypatch.setattr(
             module, "parse", lambda name, k=10: Ensemble(name, MEMBERS) if name == "small" else parse(name, k)
         )
