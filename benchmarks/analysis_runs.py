@@ -73,6 +73,7 @@ def row_arguments(device: str, args: argparse.Namespace) -> list[str]:
     if args.quick:
         return [*words, "--save.archive", "1"]
     words += ["--validate.every", "2", "--validate.test_size", "1000", "--validate.batch_size", "1000"]
+    words += ["--validate.subset", "first"]
     return [*words, *PROTOCOL, "--save.archive", "50"]
 
 
@@ -104,7 +105,7 @@ def train(name: str, device: str, args: argparse.Namespace) -> list[str]:
     if name in ANALYZED:
         every, archive = ("1", "1") if args.quick else ("5", "20")
         words += ["--validate.every", every, "--save.archive", archive]
-        words += ["--validate.test_size", "64" if args.quick else "1000"]
+        words += ["--validate.test_size", "64" if args.quick else "1000", "--validate.subset", "first"]
     else:
         words += ["--validate.every", "2" if args.quick else "10"]
     words += common.data_arguments(args)

@@ -108,7 +108,7 @@ def _row(
     surrogate: nn.Module | None,
 ) -> dict[str, Any]:
     started = time.time()
-    result = audit(net, home.images, home.labels, threat, seed=seed, surrogate=surrogate)
+    result = audit(net, home.images, home.labels, threat, seed=seed, surrogate=surrogate, fresh=home.fresh)
     seconds = time.time() - started
     clean, robust = _accuracies(net, home.images, home.labels, threat)
     print(f"seed {seed} {threat.norm} {threat.eps} {name}: {', '.join(result.suspicious) or '-'}", flush=True)
@@ -150,6 +150,7 @@ def cifar(path: Path, name: str) -> list[dict[str, Any]]:
     images, labels = bundle.train.images[order].float() / 255, bundle.train.labels[order]
     home = zoo.Zoo(1)
     home.images, home.labels = bundle.test.images[:64].float() / 255, bundle.test.labels[:64]
+    home.fresh = bundle.test.images[64:264].float() / 255, bundle.test.labels[64:264]
     threat = ThreatModel("linf", "8/255")
 
     statistics = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -167,9 +168,13 @@ def cifar(path: Path, name: str) -> list[dict[str, Any]]:
         "adversarially trained, WRN-16-1": zoo.Training(residual, "at", eps=8 / 255, epochs=5),
     }
     nets = {title: training.fit(images, labels) for title, training in trainings.items()}
+    for title in list(trainings):
+        nets[f"{title}, bfloat16"] = zoo.Autocast(nets[title], torch.bfloat16).eval()
     rows = [_row("honest", title, net, home, 0, threat, nets["plain"]) for title, net in nets.items()]
     deceivers = {
         "logits x 10,000": zoo.Scaled(nets["adversarially trained"], 1e4),
+        "logits x 30": zoo.Scaled(nets["plain, WRN-16-1"], 30),
+        "plateaus at the evaluated images": zoo.Plateaus(nets["plain"], home.images, home.labels, 8 / 255),
         "quantisation": zoo.Quantised(nets["plain"], 16),
         "quantisation, straight-through": zoo.Quantised(nets["plain"], 16, True),
         "detached": zoo.Detached(nets["plain"]),

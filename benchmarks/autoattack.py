@@ -195,7 +195,8 @@ def ours(case: Case, args: argparse.Namespace, precision: str) -> tuple[dict[str
     torch.backends.cudnn.benchmark = args.tune
     synchronize(data.labels.device)
     started = time.perf_counter()
-    result = evaluator([Ensemble("autoattack", members_of(args, k))], limit=args.n, log_costs=True)
+    ensemble = Ensemble("autoattack", members_of(args, k))
+    result = evaluator([ensemble], index=torch.arange(min(args.n, data.n)), log_costs=True)
     total, setup = time.perf_counter() - started, evaluator.search_network.seconds
     torch.backends.cudnn.benchmark = False
     kept = ("name", "attacked", "count", "forwards", "backwards", "seconds")

@@ -65,7 +65,8 @@ def short(name: str, device: str, args: argparse.Namespace) -> list[str]:
 
 def full(name: str, seed: int, device: str, args: argparse.Namespace) -> list[str]:
     """The command that trains one full run."""
-    own = ["--config", "cifar10_resnet18", "--validate.every", "2", "--validate.test_size", "1000", *FAST]
+    own = ["--config", "cifar10_resnet18", "--validate.every", "2", "--validate.test_size", "1000"]
+    own += ["--validate.subset", "first", *FAST]
     protocol = [*QUICK, "--evaluate.size", "64"] if args.quick else own
     place = ["--name", name, "--folder", str(folder(f"full {name} {seed}", args)), "--seed", str(seed)]
     return command_line("train", *protocol, *SETTINGS[name], *shared_arguments(device, args), *place)

@@ -1,7 +1,8 @@
 """Join the rows of ``softdefend reproduce table1`` into benchmarks/results/table1.json.
 
     softdefend reproduce table1 --folder runs/table1 --data.source DIR --data.name 'CIFAR-10 (JPEG mirror)' \\
-        --validate.precision fast --evaluate.precision fast --validate.every 2 --validate.test_size 1000
+        --validate.precision fast --evaluate.precision fast --validate.every 2 --validate.test_size 1000 \\
+        --validate.subset first
     python benchmarks/table1.py runs/table1
 
 Rows may come from several calls and machines: give the folders that hold their ``NAME-seedN.json`` and run

@@ -222,6 +222,8 @@ OTHER = {
     "model without output": ("evaluate --model a:b --weights w.pt", "--output", "nothing", "--output PATH"),
     "weights without model": ("evaluate RUN --weights w.pt", "--weights", "without --model", "only beside"),
     "output without model": ("evaluate RUN --output EMPTY", "--output", "without --model", "only beside"),
+    "net without model": ("evaluate RUN --net.width 4", "--net", "without --model", "only beside"),
+    "key without model": ("evaluate RUN --weights_key a", "--weights_key", "without --model", "only beside"),
     "data without model": ("evaluate RUN --data.source digits", "--data", "without --model", "only beside"),
     "model that is no path": (
         "evaluate --model nets --weights w.pt --output EMPTY",

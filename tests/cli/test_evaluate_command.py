@@ -363,6 +363,34 @@ def test_a_network_from_outside_is_evaluated(
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")} == before
 
 
+def test_a_built_in_network_is_evaluated_by_its_name_as_its_run_was(
+    run_folder: Path, refused: Refused, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    settings = ["--attacks", "pgd-3", "--eps", "4/255", "--curve_size", "0", "--device", "cpu"]
+    done(["evaluate", str(run_folder), "--which", "best", *settings, "--size", "64"], capsys)
+    words = ["evaluate", "--model", "small_cnn", "--weights", str(run_folder / "best.safetensors")]
+    words += ["--output", str(tmp_path / "theirs"), *settings, "--size", "64"]
+    refused(words, str(run_folder / "best.safetensors"), "other shapes: net.features", "weights by name")
+    done([*words, "--net.width", "4"], capsys)
+    theirs, ours = result(tmp_path / "theirs", "last"), result(run_folder, "best")
+    assert theirs["attacks"]["pgd-3"] | {"seconds": 0} == ours["attacks"]["pgd-3"] | {"seconds": 0}
+    assert theirs["clean"] == ours["clean"]
+    refused([*words, "--net.name", "small_cnn"], "--net.name", "small_cnn", "--model")
+
+
+def test_of_a_network_and_its_average_one_is_chosen(
+    outside: list[str], refused: Refused, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    state = torch.load("weights.pt")["state_dict"]
+    torch.save({"state_dict": state, "ema": {k: -v for k, v in state.items()}}, "weights.pt")
+    words = [*outside, "--attacks", "fgsm", "--curve_size", "0"]
+    refused(
+        words, "weights.pt", "2 sets of weights that fit: 'state_dict.module', 'ema.module'", "weights_key"
+    )
+    done([*words, "--weights_key", "ema.module"], capsys)
+    assert result(tmp_path / "theirs", "last")["clean"]["count"] == 0
+
+
 def test_the_same_weights_in_another_network_are_another_evaluation(
     outside: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

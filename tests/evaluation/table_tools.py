@@ -21,7 +21,7 @@ def make_table(names: tuple[str, ...] = STANDARD) -> Table:
         said = np.where(random.random(N) < 0.75, clean, (label + 2) % 4)
         distance = (random.random(N) * 0.03).astype(np.float32)
         attacks[name] = AttackColumns(said, distance, (clean == label) & (said == label))
-    return Table(label, clean, attacks)
+    return Table(np.arange(N), label, clean, attacks)
 
 
 def rate(count: int) -> dict[str, Any]:
@@ -60,4 +60,4 @@ def as_ensemble(table: Table) -> Table:
         fooled[name] = left & (columns.prediction != table.label)
         left = left & ~fooled[name]
     one = AttackColumns(table.worst_prediction, table.smallest_distance, left, fooled)
-    return Table(table.label, table.clean_prediction, {"autoattack": one})
+    return Table(table.index, table.label, table.clean_prediction, {"autoattack": one})

@@ -11,7 +11,7 @@ from checkpoint_tools import CPU, QUICK, THREAT, make_checkpoint, make_source
 
 from softdefend.attacks import PGD
 from softdefend.core.threat import Budget, ThreatModel
-from softdefend.data import Resident
+from softdefend.data import Resident, subset
 from softdefend.evaluation import Evaluator, accuracy
 from softdefend.evaluation.accuracy import (
     cost_lines,
@@ -62,13 +62,14 @@ def test_the_curve_is_what_single_evaluations_find(bundle, tmp_path):
     made = make_checkpoint(tmp_path, bundle)
     evaluator = Evaluator(made.net, made.data, THREAT, batch_size=10)
     evaluation = evaluator([PGD(steps=3)])
-    points = eps_curve(evaluator, 12, evaluation)
+    index = subset(bundle.test.labels, 12)
+    points = eps_curve(evaluator, index, evaluation)
     assert points[0]["value"] == 0
-    assert points[0]["count"] == int((evaluation.clean_prediction == evaluation.label)[:12].sum())
+    assert points[0]["count"] == int((evaluation.clean_prediction == evaluation.label)[index].sum())
     assert [point["eps"] for point in points[1:]] == ["0.025", "0.05", "0.075", "0.1", "0.125", "0.15", "0.2"]
     for point in points[1::3]:
         threat = ThreatModel("linf", Budget(point["eps"]))
-        alone = Evaluator(made.net, made.data, threat, batch_size=10)([PGD(steps=20)], limit=12)
+        alone = Evaluator(made.net, made.data, threat, batch_size=10)([PGD(steps=20)], index=index)
         assert (point["count"], point["n"]) == (int(alone.worst.sum()), 12)
 
 

@@ -20,18 +20,26 @@ def checkpoint(bundle, tmp_path):
     return make_checkpoint(tmp_path, bundle)
 
 
-def test_the_findings_are_those_of_the_networks_audit(checkpoint):
+def test_the_findings_are_those_of_the_networks_audit(checkpoint, bundle):
     surrogates = {"first": tiny_net(seed=1), "second": tiny_net(seed=2)}
     requests = Requests(audit=12, surrogates=surrogates)
     result = measured(checkpoint, audit_measurement(checkpoint, replace(QUICK, seed=3), requests))
     shown = checkpoint.test_images(12)
-    wanted = audit(
-        checkpoint.net, shown.image, shown.label, THREAT, seed=3, surrogate=surrogates["first"].eval()
-    )
+    more = {"seed": 3, "surrogate": surrogates["first"].eval()}
+    # 16 validation images are few
+    more["fresh"] = bundle.train.images[:12].float() / 255, bundle.train.labels[:12]
+    wanted = audit(checkpoint.net, shown.image, shown.label, THREAT, **more)
     assert result["n"] == 12
     assert result["findings"] == [asdict(finding) for finding in wanted.findings]
     assert (result["verdict"], result["summary"]) == (wanted.verdict, wanted.summary)
     assert audit_text(result) == f"audit on 12 images:\n{wanted}"
+
+
+def test_fresh_images_are_no_test_images(checkpoint, bundle):
+    assert audit_module._fresh_split(bundle) is bundle.train
+    many = replace(bundle, validation=bundle.train, train=bundle.validation)
+    assert audit_module._fresh_split(many) is many.validation
+    assert audit_module._fresh_split(replace(bundle, train=bundle.test)) is None
 
 
 def test_it_depends_on_what_it_looks_at_and_on_nothing_else(checkpoint, monkeypatch):

@@ -6,6 +6,7 @@ import torch
 from checkpoint_tools import THREAT, make_checkpoint
 
 from softdefend.attacks import APGD, PGD
+from softdefend.core.rng import stream
 from softdefend.evaluation import Evaluator
 from softdefend.evaluation.examples import make_examples, one_of_each_class, shown_attack
 
@@ -19,8 +20,9 @@ def test_examples_are_images_of_the_evaluation(bundle, tmp_path):
     checkpoint = make_checkpoint(tmp_path, bundle)
     evaluator = Evaluator(checkpoint.net, checkpoint.data, THREAT, batch_size=10)
     evaluation = evaluator([PGD(steps=3)])
-    tensors = make_examples(evaluator, PGD(steps=3), 6, 20)
-    index = one_of_each_class(bundle.test.labels[:20])[:6]
+    among = torch.randperm(32, generator=stream(0, "among"))[:20]
+    tensors = make_examples(evaluator, PGD(steps=3), 6, among)
+    index = among[one_of_each_class(bundle.test.labels[among])[:6]]
     assert torch.equal(tensors["label"], bundle.test.labels[index])
     assert torch.equal(tensors["image"], checkpoint.data.take(index).image)
     assert torch.equal(tensors["clean_prediction"], evaluation.clean_prediction[index])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from softdefend.core.errors import SettingError
 from softdefend.evaluation.external import behavior, identity, load_network
+from softdefend.models import NetSettings, build
+from softdefend.models.small_cnn import SmallCNN
 
 IMAGES = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(6) % 3
@@ -107,10 +110,37 @@ def test_the_factory_is_called_and_its_faults_are_the_flags(tmp_path, monkeypatc
     monkeypatch.delitem(sys.modules, "nets_from_outside", raising=False)
     theirs = nn.Sequential(nn.Flatten(), nn.Linear(8, 5))
     torch.save(theirs.state_dict(), tmp_path / "w.pt")
-    net, notes = load_network("nets_from_outside:make", tmp_path / "w.pt", num_classes=5, in_channels=2)
+    of_data = {"num_classes": 5, "mean": [0.5, 0.5], "std": [0.2, 0.2]}
+    net, notes = load_network(NetSettings("nets_from_outside:make"), tmp_path / "w.pt", **of_data)
     assert notes == []
     assert all(torch.equal(net.state_dict()[k], v) for k, v in theirs.state_dict().items())
     assert not net.training
     for wrong in ("nets_from_outside:text", "nets_from_outside:none", "no_such_module:make", "make"):
         with pytest.raises(SettingError, match=r"^--model: got"):
-            load_network(wrong, tmp_path / "w.pt", num_classes=5, in_channels=2)
+            load_network(NetSettings(wrong), tmp_path / "w.pt", **of_data)
+    with pytest.raises(SettingError, match=r"^--net\.width: got 3 with net.name resnet18"):
+        load_network(NetSettings("resnet18", width=3), tmp_path / "w.pt", **of_data)
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "resnet18", "timm:something"])
+def test_names_make_the_network_that_training_makes(name, tmp_path, monkeypatch):
+    """With normalization by the file's statistics, or by the data's where the file holds the bare network."""
+    asked = []
+
+    def create_model(name: str, **settings: object) -> nn.Module:
+        asked.append(name)
+        return SmallCNN(settings["num_classes"], settings["in_chans"], 4)
+
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
+    settings, of_data = NetSettings(name), {"num_classes": 3, "mean": [0.4], "std": [0.2]}
+    trained = build(settings, in_channels=1, num_classes=3, mean=[0.1], std=[0.3]).eval()
+    torch.save(trained.state_dict(), tmp_path / "trained.pt")
+    torch.save({"state_dict": trained.get_submodule("net").state_dict()}, tmp_path / "bare.pt")
+    image = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        net, _ = load_network(settings, tmp_path / "trained.pt", **of_data)
+        assert torch.equal(net(image), trained(image))
+        net, notes = load_network(settings, tmp_path / "bare.pt", **of_data)
+        torch.testing.assert_close(net(image), trained.get_submodule("net")((image - 0.4) / 0.2))
+    assert notes[-1] == "kept the network's own normalize.mean, normalize.std"
+    assert set(asked) == ({"something"} if name.startswith("timm") else set())

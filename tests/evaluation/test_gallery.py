@@ -33,7 +33,7 @@ def case():
             (EPS * random.random(N)).astype(np.float32) if name == "fab-t" else np.full(N, EPS, np.float32)
         )
         attacks[name] = AttackColumns(said, distance, (clean == label) & (said == label))
-    return net, split(image, torch.from_numpy(label)), Table(label, clean, attacks)
+    return net, split(image, torch.from_numpy(label)), Table(np.arange(len(label)), label, clean, attacks)
 
 
 def test_the_order_is_attacks_survived_then_distance_then_margin(case):
@@ -53,7 +53,9 @@ def test_equal_use_of_the_budget_is_no_difference():
     """0.1 and 0.1 less a rounding error are one distance: the margin decides."""
     distance = np.array([0.1, np.nextafter(np.float32(0.1), np.float32(0))], np.float32)
     label, nothing = np.zeros(2, np.int64), np.zeros(2, bool)
-    table = Table(label, label, {"pgd-20": AttackColumns(label + 1, distance, nothing)})
+    table = Table(
+        np.arange(len(label)), label, label, {"pgd-20": AttackColumns(label + 1, distance, nothing)}
+    )
     assert hardest_first(table, np.array([1, 2], np.float32), 0.1).tolist() == [0, 1]
     assert hardest_first(table, np.array([2, 1], np.float32), 0.1).tolist() == [1, 0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -18,9 +19,10 @@ from softdefend.attacks import PGD, margin
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
-from softdefend.evaluation.masking import CHECKS, Audit, audit, boundary, surface
+from softdefend.evaluation.masking import CHECKS, Audit, audit, boundary, other_images, surface
 from softdefend.evaluation.masking.finding import Check
 from softdefend.evaluation.masking.probe import Probe, random_signs
+from softdefend.evaluation.masking.rounding import MOST, least_precision, measure_rounding
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +36,7 @@ def zoo() -> zoo_.Zoo:
 def audited(
     zoo: zoo_.Zoo, net: nn.Module, surrogate: nn.Module | None = None, n: int = 64, **settings
 ) -> Audit:
+    settings = {"fresh": zoo.fresh, **settings}
     return audit(net, zoo.images[:n], zoo.labels[:n], zoo_.THREAT, surrogate=surrogate, **settings)
 
 
@@ -252,6 +255,46 @@ def test_finite_differences_are_the_cosine_of_claimed_and_true_slope():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scripted", [False, True])
+def test_rounding_is_about_how_far_a_network_is_from_itself_in_double_precision(zoo, dtype, scripted):
+    """The judge is the same network in float64; its distance is one draw of the rounding."""
+    net = copy.deepcopy(zoo.at).to(dtype)
+    cast = Cast(net, dtype)
+    images = zoo.images.to(dtype).float()  # which the cast leaves as they are
+    exact = copy.deepcopy(net).double()(images.double())
+    apart = (cast(images).double() - exact).square().mean(1).sqrt() / exact.abs().amax(1)
+    asked = torch.jit.trace(cast, images) if scripted else cast
+    probe = Probe(asked, images, zoo.labels, zoo_.THREAT, 250, 0)
+    assert least_precision(probe) == torch.finfo(dtype).eps
+    with torch.no_grad():
+        assert float(measure_rounding(probe, images).median() / apart.median()) == pytest.approx(1, abs=0.6)
+
+
+class Cast(zoo_.Wrapped):
+    """A network in other numbers."""
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__(net)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.to(self.dtype)).float()
+
+
+def test_only_so_much_is_rounding_as_the_numbers_explain(zoo):
+    """A forward that a last place moves by a tenth of its size is chaos, not rounding."""
+    wild = probe(lambda x: 1 + 0.1 * torch.sin(1e9 * x.flatten(1)[:, 0]), MIDDLE)
+    most = MOST * torch.finfo(torch.float32).eps
+    assert float(measure_rounding(wild, MIDDLE).max()) == pytest.approx(most)
+
+
+@pytest.mark.parametrize("name", ["k winners take all", "gradient turned round", "snap to a training image"])
+def test_what_deceives_in_16_bits_is_caught_all_the_same(zoo, name):
+    coarse = zoo_.Autocast(zoo.deceiver(name), torch.bfloat16).eval()
+    assert set(zoo_.DECEIVERS[name].caught_by) <= set(audited(zoo, coarse).suspicious)
+
+
 def test_a_jump_keeps_its_size_and_a_slope_does_not():
     end = MIDDLE + 0.3
     step = probe(lambda x: (x.mean((1, 2, 3)) > 0.6).float(), MIDDLE)
@@ -278,6 +321,68 @@ def test_pinned_is_one_at_a_peak_and_none_on_a_slope():
     at = torch.full((4, 1, 2, 2), 0.5)
     assert figure(surface._pinned(probe(lambda x: 1 - (x - 0.5).abs().sum((1, 2, 3)), at))) == 1
     assert figure(surface._pinned(probe(lambda x: 1 + x.sum((1, 2, 3)), at))) == 0
+
+
+@pytest.mark.parametrize("threat", [zoo_.THREAT, ThreatModel("l2", Budget(0.3))], ids=["linf", "l2"])
+def test_the_lead_that_is_lost_is_that_of_a_linear_function(threat):
+    slope = torch.linspace(-1, 1, 9)
+    here = probe(lambda x: 1 + x.flatten(1) @ slope / 2, MIDDLE, threat)
+    dual = slope.abs().sum() if threat.norm == "linf" else slope.norm()
+    # the lead is twice the function
+    wanted = float(threat.eps) * dual / 2 / (1 + MIDDLE.flatten(1) @ slope / 2)
+    torch.testing.assert_close(other_images.lead_lost(here), wanted)
+
+
+def test_images_are_moved_by_one_pixel_and_keep_their_border():
+    image = torch.rand(2, 3, 5, 4, generator=stream(0, "move"))
+    for name, shifts, axis in (("down", 1, 2), ("up", -1, 2), ("right", 1, 3), ("left", -1, 3)):
+        moved, rolled = other_images.MOVES[name](image), image.roll(shifts, axis)
+        border = 0 if shifts > 0 else -1
+        rolled.select(axis, border).copy_(image.select(axis, border))
+        assert torch.equal(moved, rolled), name
+    assert torch.equal(other_images.MOVES["mirrored"](image), image.flip(3))
+
+
+def test_the_figure_of_fresh_images_is_the_ratio_of_the_shares_of_the_lead_that_are_lost(zoo):
+    """A function of slope 0.01 at the given images and 0.1 elsewhere, in every pixel."""
+    given, other = zoo.images.clamp(0.2, 0.8), zoo.fresh[0].clamp(0.2, 0.8)
+
+    def slopes(x: Tensor) -> Tensor:
+        near = (x[:, None] - given).flatten(2).abs().amax(2).amin(1) < 0.11
+        return torch.where(near, 0.01, 0.1)
+
+    def function(x: Tensor) -> Tensor:
+        return 5 + slopes(x.detach()) * x.flatten(1).sum(1)
+
+    lost = [slopes(x) * 64 * 0.1 / function(x) for x in (given, other)]
+    moved, fresh = other_images.check_other_images(probe(function, given), probe(function, other))
+    assert figure(fresh) == pytest.approx(float(lost[1].median() / lost[0].median()), rel=1e-3)
+    assert moved.verdict == fresh.verdict == "suspicious"
+
+
+def test_a_network_of_no_memory_answers_alike_in_any_order_and_others_say_why_not(zoo):
+    assert audited(zoo, zoo.plain, n=8).finding("query memory").figure == 0
+    assert audited(zoo, zoo.deceiver("remembers queries"), n=8).suspicious == ("query memory",)
+
+    class NoCopy(Counted):
+        def __deepcopy__(self, memo: object) -> object:
+            raise TypeError("no copies")
+
+    finding = audited(zoo, NoCopy(zoo.plain).eval(), n=8).finding("query memory")
+    assert finding.verdict == "not measured"
+    assert "no copies" in finding.explanation
+
+
+def test_a_softmax_that_rounds_to_one_is_seen_though_logits_are_not_huge(zoo):
+    """PGD-20 keeps more than ten times as much as it should, as it does with the logits as they were."""
+    threat, small = ThreatModel("linf", "0.2"), zoo_.Scaled(zoo.plain, 10).eval()
+
+    def kept(net: nn.Module) -> float:
+        probe = Probe(net, zoo.images, zoo.labels, threat, 250, 0)
+        return 1 - float(probe.fooled(probe.attacked(PGD(steps=20))).float().mean())
+
+    assert kept(zoo.plain) < 0.02 < 0.05 < kept(small)
+    assert audit(small, zoo.images, zoo.labels, threat).suspicious == ("saturated softmax",)
 
 
 @pytest.mark.parametrize("threat", [zoo_.THREAT, ThreatModel("l2", Budget(0.3))], ids=["linf", "l2"])
@@ -429,13 +534,13 @@ def test_every_limit_keeps_its_distance_from_the_worst_honest_figure(content):
 
 
 class Counted(zoo_.Wrapped):
-    """Counts the images it sees, and those whose gradient is asked for."""
+    """Counts the images that it and its copies see, and those whose gradient is asked for."""
 
     forwards = backwards = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        self.forwards += len(x)
-        self.backwards += len(x) * x.requires_grad
+        Counted.forwards += len(x)
+        Counted.backwards += len(x) * x.requires_grad
         return self.net(x)
 
 
@@ -446,7 +551,8 @@ def test_the_cost_is_what_the_document_says(zoo):
     )
     measured = []
     for eps in ("0.02", "0.3"):
+        Counted.forwards = Counted.backwards = 0
         net = Counted(zoo.at).eval()
         audit(net, zoo.images, zoo.labels, ThreatModel("linf", eps), surrogate=zoo.surrogate)
-        measured += [net.forwards / 64, net.backwards / 64]
+        measured += [Counted.forwards / 64, Counted.backwards / 64]
     assert [float(number) for number in stated.groups()] == pytest.approx(measured, rel=0.05)

@@ -38,7 +38,7 @@ def test_records_are_counted_one_by_one():
 def test_records_are_read_as_they_are_written(tmp_path):
     table = make_table(("fgsm", "pgd-20"))
     columns: dict[str, Any] = {
-        "index": np.arange(N),
+        "index": table.index,
         "label": table.label,
         "clean_prediction": table.clean_prediction,
     }
@@ -74,7 +74,8 @@ def test_an_ensemble_counts_as_its_members(tmp_path):
     assert log_lines(result, None)[0].startswith("using standard version")
     # as it is written: null where a member was not given the sample
     fooled = table.attacks["autoattack"].fooled
-    columns: dict[str, Any] = {"label": table.label, "clean_prediction": table.clean_prediction}
+    columns: dict[str, Any] = {"index": table.index, "label": table.label}
+    columns["clean_prediction"] = table.clean_prediction
     for part in ("prediction", "distance", "robust"):
         columns[f"autoattack/{part}"] = getattr(table.attacks["autoattack"], part)
     given = table.right

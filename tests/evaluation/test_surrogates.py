@@ -10,6 +10,7 @@ from checkpoint_tools import QUICK, THREAT, make_checkpoint
 
 from softdefend.attacks import PGD, Transfer
 from softdefend.core.errors import SettingError
+from softdefend.data import subset
 from softdefend.evaluation import Evaluator
 from softdefend.evaluation.measurement import measured
 from softdefend.evaluation.surrogates import (
@@ -30,7 +31,9 @@ def test_each_surrogate_is_an_attack_and_all_together_the_worst(bundle, tmp_path
     evaluator = Evaluator(checkpoint.net, checkpoint.data, THREAT, batch_size=10, seed=4)
     left = torch.ones(20, dtype=torch.bool)
     for name, net in nets.items():
-        alone = evaluator([Transfer(net, PGD(steps=20, loss="margin"), name)], limit=20)
+        alone = evaluator(
+            [Transfer(net, PGD(steps=20, loss="margin"), name)], index=subset(bundle.test.labels, 20)
+        )
         attack = f"transfer-pgd-20-margin-{name}"
         assert result["attacks"][attack]["count"] == alone.robust(attack).count
         left &= alone.worst

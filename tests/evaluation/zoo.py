@@ -19,6 +19,7 @@ from softdefend.attacks import PGD, cross_entropy, kl_divergence, kl_from
 from softdefend.core import rng
 from softdefend.core.threat import ThreatModel
 from softdefend.data.sources import digits
+from softdefend.evaluation.masking.other_images import MOVES
 from softdefend.execution.network_mode import frozen
 
 THREAT = ThreatModel("linf", "0.1")  # type: ignore[arg-type]
@@ -125,6 +126,18 @@ class Mean(nn.Module):
         return torch.stack([net(x) for net in self.nets]).mean(0)
 
 
+class Autocast(nn.Module):
+    """A network that computes in numbers of 16 bits."""
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.net, self.dtype = net, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", self.dtype):
+            return self.net(x).float()
+
+
 HONEST: dict[str, Training] = {
     "plain": Training(),
     "plain, long": Training(epochs=40),
@@ -141,6 +154,13 @@ HONEST: dict[str, Training] = {
     "robust, low accuracy": Training(lambda: conv(width=8), kind="at", eps=0.25, epochs=25),
 }
 """Trained as named; ``ensemble`` joins them in :class:`Zoo`."""
+
+IN_16_BITS: dict[str, tuple[str, torch.dtype]] = {
+    "plain, float16": ("plain", torch.float16),
+    "adversarially trained, bfloat16": ("adversarially trained", torch.bfloat16),
+    "adversarially trained, BN, bfloat16": ("adversarially trained, BN", torch.bfloat16),
+}
+"""Networks of ``HONEST`` that compute less precisely than they were trained."""
 
 
 class Wrapped(nn.Module):
@@ -248,6 +268,46 @@ class LookUp(Wrapped):
         nearest = distance.min(1)
         known = (nearest.values < self.radius)[:, None]
         return self.net(x) + known * self.answers[nearest.indices]
+
+
+class Plateaus(Wrapped):
+    """Knows images: near one, its label leads by a bonus that fades out smoothly between 1.2 and 3 radii."""
+
+    def __init__(self, net: nn.Module, images: Tensor, labels: Tensor, radius: float) -> None:
+        super().__init__(net)
+        with torch.no_grad():
+            size = 6 * float(net(images).std(1).median())
+        self.images, self.bonus, self.radius = images, size * F.one_hot(labels, 10).float(), radius
+
+    def forward(self, x: Tensor) -> Tensor:
+        nearest = torch.cdist(x.flatten(1), self.images.flatten(1), p=math.inf).min(1)
+        t = ((3 * self.radius - nearest.values) / (1.8 * self.radius)).clamp(0, 1)
+        return self.net(x) + (t * t * (3 - 2 * t))[:, None] * self.bonus[nearest.indices]
+
+
+class Remembering(Wrapped):
+    """Remembers the last images that it was asked about, but for those near earlier ones: there it gives the
+    same class again, by as little as need be."""
+
+    most = 1000
+
+    def __init__(self, net: nn.Module, radius: float) -> None:
+        super().__init__(net)
+        self.radius = radius
+        self.asked, self.answers = torch.zeros(0, 64), torch.zeros(0, dtype=torch.int64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits, image = self.net(x), x.detach().flatten(1)
+        answer, new = logits.detach().argmax(1), torch.ones(len(x), dtype=torch.bool)
+        if len(self.asked):
+            nearest = torch.cdist(image, self.asked, p=math.inf).min(1)
+            new = nearest.values >= self.radius
+            answer = torch.where(new, answer, self.answers[nearest.indices])
+        self.asked = torch.cat([self.asked, image[new]])[-self.most :]
+        self.answers = torch.cat([self.answers, answer[new]])[-self.most :]
+        column = answer[:, None]
+        missing = (logits.amax(1, keepdim=True) - logits.gather(1, column)).detach()
+        return logits.scatter_add(1, column, (missing + 0.1 * (missing > 0)).to(logits))
 
 
 class Memory(Wrapped):
@@ -489,6 +549,7 @@ DECEIVERS: dict[str, Deceiver] = {
     "logits x 10,000": Deceiver(
         lambda z: Scaled(z.fragile, 1e4), ("cross-entropy gradient", "large logits", "another temperature")
     ),
+    "logits x 30": Deceiver(lambda z: Scaled(z.plain, 30), ("saturated softmax", "large logits")),
     "logits / 100,000": Deceiver(lambda z: Scaled(z.at, 1e-5), ("small logits",)),
     "quantisation": Deceiver(
         lambda z: Quantised(z.plain, 8),
@@ -510,6 +571,13 @@ DECEIVERS: dict[str, Deceiver] = {
     "memory of the evaluated images": Deceiver(
         lambda z: Memory(z.plain, z.images, z.labels), ("pinned images",)
     ),
+    "plateaus at the evaluated images": Deceiver(
+        lambda z: Plateaus(z.plain, z.images, z.labels, 0.1), ("moved images", "fresh images")
+    ),
+    "plateaus at them and at their shifts": Deceiver(
+        lambda z: Plateaus(z.plain, *z.images_and_moved_ones(), 0.1), ("fresh images",)
+    ),
+    "remembers queries": Deceiver(lambda z: Remembering(z.plain, 0.05), ("query memory",)),
     "steep sigmoid": Deceiver(lambda z: Steep(z.plain, 400), ("huge ball",)),
     "k winners take all": Deceiver(
         lambda z: z.trained("k winners", Training(KWinnersNet, epochs=12)), ("jumps", "finite differences")
@@ -566,6 +634,8 @@ class Zoo:
         images, labels = images_and_labels(self.seed)
         self.train_images, self.train_labels = images[:STORED], labels[:STORED]
         self.images, self.labels = images[STORED : STORED + self.n], labels[STORED : STORED + self.n]
+        last = slice(STORED + self.n, STORED + self.n + 200)
+        self.fresh = images[last], labels[last]
 
     def trained(self, name: str, training: Training) -> nn.Module:
         """This training's network."""
@@ -574,14 +644,22 @@ class Zoo:
         return self.nets[name]
 
     def honest(self, name: str) -> nn.Module:
-        """One of ``HONEST``, or the ensemble."""
+        """One of ``HONEST_NAMES``."""
         if name == "ensemble":
             return Mean(self.at, self.surrogate, self.plain).eval()
+        if name in IN_16_BITS:
+            precise, dtype = IN_16_BITS[name]
+            return Autocast(self.honest(precise), dtype).eval()
         return self.trained(name, HONEST[name])
 
     def deceiver(self, name: str) -> nn.Module:
         """One of ``DECEIVERS``, in eval mode."""
         return DECEIVERS[name].make(self).eval()
+
+    def images_and_moved_ones(self) -> tuple[Tensor, Tensor]:
+        """The images with all of their shifts and mirror images, and labels."""
+        every = [self.images, *(move(self.images) for move in MOVES.values())]
+        return torch.cat(every), self.labels.repeat(len(every))
 
     @cached_property
     def surrogate(self) -> nn.Module:
@@ -604,4 +682,4 @@ class Zoo:
         return self.honest("adversarially trained")
 
 
-HONEST_NAMES = (*HONEST, "ensemble")
+HONEST_NAMES = (*HONEST, *IN_16_BITS, "ensemble")

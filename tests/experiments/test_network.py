@@ -19,6 +19,7 @@ from softdefend.experiments.config import resolve
 from softdefend.experiments.evaluate import evaluate_external
 from softdefend.experiments.network import make_net
 from softdefend.experiments.pipeline import train
+from softdefend.models import NetSettings
 from softdefend.training import RuntimeSettings, ValidateSettings
 
 SOURCE = """
@@ -126,7 +127,7 @@ def test_weights_of_a_run_fit_the_factory_that_it_was_trained_with(factory, sett
     made = resolve(words(tmp_path, f"{nets}:{factory}", f"--net.normalize={setting}"))
     train(made)
     theirs = evaluate_external(
-        f"{nets}:{factory}",
+        NetSettings(f"{nets}:{factory}"),
         tmp_path / "run" / "last.safetensors",
         made.data,
         tmp_path / "outside",

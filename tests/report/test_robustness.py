@@ -71,7 +71,7 @@ TRANSFER = {**ABOUT, "epoch": 2, "attacks": {"transfer-pgd-20-margin-theirs": ra
 
 
 def write_table(path: Path, second: np.ndarray = SECOND) -> None:
-    columns = {"label": LABEL, "clean_prediction": CLEAN}
+    columns = {"index": np.arange(8), "label": LABEL, "clean_prediction": CLEAN}
     for name, said in (("pgd-20", FIRST), ("square", second)):
         columns[f"{name}/prediction"] = said
         columns[f"{name}/distance"] = np.full(8, 0.03, np.float32)

@@ -13,7 +13,7 @@ from softdefend import FGSMRS, NFGSM, PGD, PGDAT, TRADES, DataSettings, Hard, Op
 from softdefend.attacks import FGSM
 from softdefend.core.errors import DivergenceError, SettingError
 from softdefend.core.threat import ThreatModel
-from softdefend.data import AugmentSettings, Resident
+from softdefend.data import AugmentSettings, Resident, subset
 from softdefend.evaluation import Evaluator
 from softdefend.report import read_run
 from softdefend.report.curves import by_epoch
@@ -186,7 +186,7 @@ def test_the_figure_is_that_of_an_evaluation_and_readers_of_metrics_know_the_row
     assert [row["val_fgsm"] is None for row in rows] == [True, False, False]
     assert "catastrophic_overfitting" not in rows[0]
     result = Evaluator(trainer.net, Resident(bundle.validation, "cpu"), trainer.recipe.threat)(
-        [FGSM()], limit=10
+        [FGSM()], index=subset(bundle.validation.labels, 10)
     )
     assert rows[-1]["val_fgsm"] == result.robust("fgsm").rate
     run = read_run(trainer.folder.path)

@@ -12,7 +12,7 @@ from torch import nn
 
 from softdefend import PGD, PGDAT, SGLR, TRADES, Hard, OptimSettings, Schedule
 from softdefend.core.errors import DivergenceError, SettingError
-from softdefend.data import AugmentSettings, Resident
+from softdefend.data import AugmentSettings, Resident, subset
 from softdefend.evaluation import Evaluator
 from softdefend.execution.engine import Engine, resolve_device
 from softdefend.training import RuntimeSettings, SaveSettings, ValidateSettings, checkpoint
@@ -108,7 +108,9 @@ def test_validation_figures_are_those_of_an_evaluation_of_the_same_weights(make_
     net.load_state_dict(load_file(trainer.folder.path / "last.safetensors"))
     final = rows_of(trainer)[-1]
     for name, split, size in (("val", bundle.validation, 10), ("test", bundle.test, 20)):
-        result = Evaluator(net, Resident(split, "cpu"), trainer.recipe.threat)([PGD(steps=4)], limit=size)
+        result = Evaluator(net, Resident(split, "cpu"), trainer.recipe.threat)(
+            [PGD(steps=4)], index=subset(split.labels, size)
+        )
         assert (result.clean.rate, result.robust("pgd-4").rate) == (
             final[f"{name}_clean"],
             final[f"{name}_robust"],

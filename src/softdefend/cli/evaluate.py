@@ -12,8 +12,10 @@ from softdefend.core.errors import SettingError
 from softdefend.core.threat import Budget, Norm, ThreatModel
 from softdefend.data import DataSettings
 from softdefend.evaluation import EvaluateSettings, Requests
+from softdefend.evaluation.settings import Size, check_size
 from softdefend.experiments.evaluate import evaluate, evaluate_external, open_run
 from softdefend.experiments.pipeline import WHICH
+from softdefend.models import NetSettings
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class EvaluateFlags:
     """auto, cpu, cuda or cuda:N."""
     audit: bool = switch()
     """Look for signs of gradient masking."""
-    audit_size: int = 250
-    """Test images that the audit looks at, from the first on."""
+    audit_size: Size = 250
+    """Test images that the audit looks at; subset says which."""
     corruptions: bool = switch()
     """Measure accuracy under common corruptions."""
     transfer: tuple[str, ...] = ()
@@ -46,9 +48,13 @@ class EvaluateFlags:
     log: Path | None = None
     """Log lines as AutoAttack writes them, to write."""
     model: str | None = None
-    """package.module:function that makes the network."""
+    """The network: a built-in one, timm:NAME, or package.module:function that makes it."""
+    net: NetSettings = field(default_factory=NetSettings)
+    """With --model: what else a training's net settings say, such as net.width."""
     weights: Path | None = None
     """With --model: safetensors, or a state dict from torch.save."""
+    weights_key: str = ""
+    """With --model: where in that file the weights stand, such as state_dict_ema, if several fit."""
     output: Path | None = None
     """With --model: the result folder."""
     data: DataSettings = field(default_factory=DataSettings)
@@ -75,8 +81,8 @@ def run(words: Sequence[str]) -> None:
     if flags.model is not None and flags.weights is not None and flags.output is not None:
         threat = _threat(flags, ThreatModel())
         settings = EvaluateSettings(**changes)
-        paths = flags.model, flags.weights, flags.data, flags.output
-        evaluate_external(*paths, threat=threat, settings=settings, **also)
+        paths = replace(flags.net, name=flags.model), flags.weights, flags.data, flags.output
+        evaluate_external(*paths, key=flags.weights_key, threat=threat, settings=settings, **also)
     for folder in map(Path, flags.run):
         experiment = open_run(folder)
         threat = _threat(flags, experiment.recipe.threat)
@@ -94,12 +100,11 @@ def _check(flags: EvaluateFlags, given: Given) -> None:
     for which in flags.which:
         if which not in WHICH:
             raise SettingError("--which", repr(which), " or ".join(WHICH))
-    if flags.audit_size < 1:
-        raise SettingError("--audit_size", flags.audit_size, "a whole number >= 1")
+    check_size("--audit_size", flags.audit_size, 1)
     if flags.model is None:
         _check_runs(flags, given)
     else:
-        _check_model(flags)
+        _check_model(flags, given)
     checkpoints = 1 if flags.model else len(flags.which) * len(flags.run)
     for name in ("robustbench", "log"):
         if getattr(flags, name) and checkpoints > 1:
@@ -108,7 +113,7 @@ def _check(flags: EvaluateFlags, given: Given) -> None:
 
 
 def _check_runs(flags: EvaluateFlags, given: Given) -> None:
-    for name in ("weights", "output", "data"):
+    for name in ("net", "weights", "weights_key", "output", "data"):
         if name in given.values:
             accepted = f"--{name} only beside --model; a run brings its own"
             raise SettingError(f"--{name}", "given without --model", accepted)
@@ -116,7 +121,9 @@ def _check_runs(flags: EvaluateFlags, given: Given) -> None:
         raise SettingError("run", "nothing", "run folders, or --model; see 'softdefend evaluate --help'")
 
 
-def _check_model(flags: EvaluateFlags) -> None:
+def _check_model(flags: EvaluateFlags, given: Given) -> None:
+    if "name" in given.values.get("net", {}):
+        raise SettingError("--net.name", flags.net.name, "--model for the network's name")
     if flags.run:
         raise SettingError("run", f"{flags.run[0]} with --model", "either run folders or --model")
     for name in ("weights", "output"):

@@ -205,6 +205,8 @@ def _shown(value: Any) -> str:
 def _words(member: Any) -> str:
     if get_origin(member) in SEQUENCES:
         return "a list, such as [a, b]"
+    if get_origin(member) is Literal:
+        return " or ".join(map(str, get_args(member)))
     return WORDS.get(member) or f"an object of {getattr(member, '__name__', member)}"
 
 

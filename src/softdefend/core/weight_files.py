@@ -25,14 +25,8 @@ from softdefend.core.memory import check_memory
 from softdefend.core.pickles import BoundsError
 from softdefend.core.safetensors_files import open_safetensors
 from softdefend.core.torch_files import check_torch_file
+from softdefend.core.weight_names import find_weights
 
-NESTED = ("state_dict", "model_state_dict", "model", "net")
-"""Keys under which training codes keep the weights among other things, in the order in which we look."""
-
-PREFIXES = ("module.", "_orig_mod.")
-"""What DataParallel (and DDP) and torch.compile put before the name of every weight."""
-
-_MOST_NAMED = 4
 _OF_A_RUN = "safetensors weights written by a training run"
 
 _KEY = "softdefend"
@@ -133,29 +127,27 @@ def load_weights(net: nn.Module, path: Path) -> dict[str, Any]:
     return metadata
 
 
-def load_weights_file(net: nn.Module, path: Path, content: Mapping[str, Any] | None = None) -> list[str]:
-    """Put the weights of a file into ``net``. Every name and shape must fit.
+def load_weights_file(
+    net: nn.Module, path: Path, content: Mapping[str, Any] | None = None, key: str = ""
+) -> list[str]:
+    """Put the weights of a file into ``net``, however they are nested in it and whatever prefix they have.
 
-    The weights may be nested in the file under one of :data:`NESTED`. :data:`PREFIXES` that the network does
-    not have are removed.
+    Every name and shape must fit in exactly one way. Only counts of batches, which older files lack, and
+    buffers that the network's code sets in front of everything that is trained may be missing.
 
     Args:
         net: what takes them.
         path: of the file.
         content: of :func:`read_weights`, where the file has been read already.
+        key: where in the file the weights stand, such as ``state_dict_ema``; looked for if empty.
 
     Returns:
-        What was done to the names, in words; nothing where they fitted as they were.
+        What was done to find them, in words; nothing where the file fitted as it was.
 
     Raises:
-        SettingError: a file that cannot be read without executing it, or names or shapes that do not fit.
+        SettingError: a file that cannot be read without executing it, or that fits in no way or in several.
     """
-    state, notes = _unnested(path, read_weights(path) if content is None else content)
-    wanted = net.state_dict()
-    for prefix in _prefixes(state, wanted):
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-        notes.append(f"removed the prefix {prefix!r}")
-    _check_fit(path, state, wanted)
+    state, notes = find_weights(path, read_weights(path) if content is None else content, net, key)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:  # a module with a loading rule of its own
@@ -214,51 +206,3 @@ def save_weights(net: nn.Module, path: Path, metadata: Mapping[str, Any]) -> Non
     content = to_bytes(tensors, metadata)
     if not path.is_file() or path.read_bytes() != content:
         write_atomic(path, content)
-
-
-def _unnested(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
-    notes: list[str] = []
-    while nested := next((key for key in NESTED if isinstance(content.get(key), Mapping)), None):
-        content = content[nested]
-        notes.append(f"took {nested!r} from the file")
-    others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
-    if others or not content:
-        given = f"{_some(others)} beside weights" if others else "a file without weights"
-        accepted = f"tensors by name, alone or under {' or '.join(NESTED)}"
-        raise SettingError(str(path), given, accepted)
-    return dict(content), notes
-
-
-def _prefixes(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    """Prefixes to remove, outermost first: those in the file that no weight of the network has."""
-    found: list[str] = []
-    names = set(state)
-    while prefix := next((p for p in PREFIXES if any(name.startswith(p) for name in names)), None):
-        if any(name.startswith(prefix) for name in wanted):
-            break
-        found.append(prefix)
-        names = {name.removeprefix(prefix) for name in names}
-    return found
-
-
-def _check_fit(path: Path, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    missing = [name for name in wanted if name not in state]
-    unexpected = [name for name in state if name not in wanted]
-    problems = [
-        f"{word} {_some(names)}" for word, names in (("no", missing), ("unexpected", unexpected)) if names
-    ]
-    shapes = [
-        f"{name} {list(state[name].shape)} for {list(value.shape)}"
-        for name, value in wanted.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    if shapes:
-        problems.append(f"other shapes: {_some(shapes)}")
-    if problems:
-        accepted = f"the network's {len(wanted)} weights by name"
-        raise SettingError(str(path), "weights that do not fit: " + "; ".join(problems), accepted)
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")

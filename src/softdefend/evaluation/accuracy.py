@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from softdefend.attacks import PGD
 from softdefend.core.environment import versions
 from softdefend.core.files import write_atomic
@@ -17,7 +20,7 @@ from softdefend.evaluation.checkpoint import Checkpoint
 from softdefend.evaluation.evaluate import Evaluator, cost_line
 from softdefend.evaluation.records import Evaluation, Rate
 from softdefend.evaluation.resume import StateFile
-from softdefend.evaluation.settings import EvaluateSettings
+from softdefend.evaluation.settings import EvaluateSettings, count_of
 from softdefend.execution.microbatch import fitting_microbatch
 
 _log = logging.getLogger(__name__)
@@ -34,6 +37,9 @@ _WITHOUT_EFFECT = ("physical_batch", "compile", "examples")
 def accuracy_inputs(checkpoint: Checkpoint, settings: EvaluateSettings) -> dict[str, Any]:
     """What accuracies are a function of, for the result store."""
     known = {name: value for name, value in asdict(settings).items() if name not in _WITHOUT_EFFECT}
+    full = len(checkpoint.source.bundle.test)
+    if {count_of(settings.size, full), count_of(settings.curve_size, full)} <= {0, full}:
+        del known["subset"]
     return checkpoint.inputs(known)
 
 
@@ -62,15 +68,18 @@ def find_accuracies(checkpoint: Checkpoint, settings: EvaluateSettings) -> dict[
     if result is None:
         return None
     known, asked = result["inputs"]["settings"], plain(inputs["settings"])
-    open_settings = ("attacks", "size", "curve_size")
+    open_settings = ("attacks", "size", "subset", "curve_size")
     same = all(known.get(name) == value for name, value in asked.items() if name not in open_settings)
     full = len(checkpoint.source.bundle.test)
+    curve, wanted = count_of(known["curve_size"], full), count_of(settings.curve_size, full)
+    # Where all images were measured it does not matter in which order a part would be taken.
+    whole = result["n"] == full and (wanted == 0 or curve == full)
     enough = (
         set(asked["attacks"]) <= set(result["attacks"])
-        and result["n"] >= min(settings.size or full, full)
-        and known["curve_size"] >= settings.curve_size
+        and result["n"] >= count_of(settings.size, full)
+        and curve >= wanted
     )
-    return result if same and enough else None
+    return result if same and enough and (whole or known.get("subset") == settings.subset) else None
 
 
 def measure_accuracies(checkpoint: Checkpoint, settings: EvaluateSettings) -> dict[str, Any]:
@@ -111,9 +120,10 @@ def _attack(
     source = checkpoint.source
     evaluator = make_evaluator(checkpoint, settings)
     attacks = [parse(attack, len(source.bundle.classes)) for attack in settings.attacks]
-    evaluation = evaluator(
-        attacks, limit=settings.size, progress=source.progress, state=state, log_costs=True
+    index, of_curve = (
+        checkpoint.subset(size, settings.subset) for size in (settings.size, settings.curve_size)
     )
+    evaluation = evaluator(attacks, index=index, progress=source.progress, state=state, log_costs=True)
     evaluator.microbatch = evaluation.how["physical_batch"]  # as many as have fitted into memory
     threat = {"norm": source.threat.norm, "eps": str(source.threat.eps)}
     return evaluation, {
@@ -125,7 +135,7 @@ def _attack(
         "settings": plain({**asdict(settings), **threat}),
         **evaluation.to_dict(),
         "per_class": per_class(evaluation, source.bundle.classes),
-        "eps_curve": eps_curve(evaluator, settings.curve_size, evaluation) if settings.curve_size else [],
+        "eps_curve": eps_curve(evaluator, of_curve, evaluation),
     }
 
 
@@ -159,19 +169,22 @@ def per_class(evaluation: Evaluation, classes: tuple[str, ...]) -> list[dict[str
     return rows
 
 
-def eps_curve(evaluator: Evaluator, size: int, evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Robust accuracy of the first ``size`` images under PGD-20 at multiples of eps.
+def eps_curve(evaluator: Evaluator, index: Tensor, evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Robust accuracy under PGD-20 at multiples of eps, of the images at ``index`` that were evaluated.
 
     It starts from clean accuracy at zero and ends at the largest eps that a threat model takes.
     """
-    n, threat = min(size, len(evaluation.label)), evaluation.threat
-    clean = Rate.of((evaluation.clean_prediction == evaluation.label)[:n])
+    index, threat = index[torch.isin(index, evaluation.index)], evaluation.threat
+    if not len(index):
+        return []
+    right = (evaluation.clean_prediction == evaluation.label)[torch.isin(evaluation.index, index)]
+    clean = Rate.of(right)
     points = [{"eps": "0", "value": 0.0, **asdict(clean)}]
     for factor in CURVE:
         eps = scaled(threat.eps, factor)
         if eps > LARGEST[threat.norm]:
             break
-        rate = evaluator.under(ThreatModel(threat.norm, eps))([PGD(steps=20)], limit=n).robust("pgd-20")
+        rate = evaluator.under(ThreatModel(threat.norm, eps))([PGD(steps=20)], index=index).robust("pgd-20")
         points.append({"eps": str(eps), "value": float(eps), **asdict(rate)})
     return points
 

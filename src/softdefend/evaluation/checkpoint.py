@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from softdefend.core.errors import SettingError
 from softdefend.core.identity import RunIdentity, check_weights
 from softdefend.core.store import ResultStore
 from softdefend.core.threat import ThreatModel
 from softdefend.core.weight_files import load_weights, weights_digest
-from softdefend.data import Batch, DataBundle, Resident, fingerprint
+from softdefend.data import Batch, DataBundle, Resident, SubsetOrder, fingerprint, subset
 from softdefend.evaluation.external import identity
 from softdefend.evaluation.preflight import preflight
+from softdefend.evaluation.settings import Size, count_of
 
 _PREFLIGHT_IMAGES = 1024
 """Images that preflight is shown: a whole test set in float32 may not fit the device."""
@@ -126,9 +127,15 @@ class Checkpoint:
         """The test images on the device."""
         return Resident(self.source.bundle.test, self.device)
 
-    def test_images(self, most: int) -> Batch:
-        """The first ``most`` test images, fewer where there are fewer."""
-        return self.data.take(torch.arange(min(most, self.data.n), device=self.device))
+    def subset(self, size: Size | None, how: SubsetOrder = "stratified") -> Tensor:
+        """Positions of ``size`` test images, fewer where there are fewer; see
+        :func:`~softdefend.data.subset`."""
+        labels = self.source.bundle.test.labels
+        return subset(labels, count_of(size, len(labels)), how)
+
+    def test_images(self, size: Size, how: SubsetOrder = "stratified") -> Batch:
+        """These test images on the device."""
+        return self.data.take(self.subset(size, how).to(self.device))
 
     @cached_property
     def facts(self) -> dict[str, Any]:

@@ -69,11 +69,14 @@ CORRUPTIONS: dict[str, tuple[_Corruption, tuple[Any, ...]]] = {
 """Each corruption with its constant at severity 1 to 5, as in CIFAR-10-C."""
 
 
-def corrupt(images: Tensor, name: str, severity: int, seed: int = 0, *, first: int = 0) -> Tensor:
+def corrupt(
+    images: Tensor, name: str, severity: int, seed: int = 0, *, positions: Sequence[int] | None = None
+) -> Tensor:
     """Corrupted copies of ``images``.
 
-    The draws of image i depend on ``seed``, ``name`` and i alone: neither on the other images nor on the
-    severity, so that a higher severity is the same damage, stronger. (The published data set drew anew.)
+    The draws of an image depend on ``seed``, ``name`` and its position alone: neither on the other images
+    nor on the severity, so that a higher severity is the same damage, stronger. (The published data set drew
+    anew.)
 
     Args:
         images: [n, c, h, w] on the CPU, uint8 or floating point in [0, 1]. With other than 1 or 3 channels,
@@ -81,7 +84,7 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0, *, first: i
         name: one of :data:`CORRUPTIONS`.
         severity: 1 to 5.
         seed: of all that is random.
-        first: position of ``images[0]`` in the data set, for images that come in batches.
+        positions: [n], of the images in the data set; 0, 1, ... when None.
 
     Returns:
         The same shape and dtype, in the same range. uint8 is cut to whole levels, not rounded, as the
@@ -100,7 +103,8 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0, *, first: i
     eight_bit = images.dtype == torch.uint8
     image = images.float() / 255 if eight_bit else images.float()
     function, levels = CORRUPTIONS[name]
-    generators = [rng.stream(seed, f"corrupt/{name}", step=first + i) for i in range(len(image))]
+    steps = range(len(image)) if positions is None else positions
+    generators = [rng.stream(seed, f"corrupt/{name}", step=step) for step in steps]
     damaged = function(image, levels[severity - 1], generators).clamp(0, 1)
     # 1e-3 of a level: k/255 times 255 must not fall to k - 1
     return (255 * damaged + 1e-3).to(torch.uint8) if eight_bit else damaged.to(images.dtype)
@@ -112,7 +116,7 @@ def evaluate_corruptions(
     *,
     device: torch.device | str = "cpu",
     names: Sequence[str] = tuple(CORRUPTIONS),
-    limit: int | None = None,
+    index: Tensor | None = None,
     batch_size: int = 500,
     seed: int = 0,
     progress: bool = False,
@@ -124,7 +128,7 @@ def evaluate_corruptions(
         data: images and labels.
         device: where the network runs; the images are corrupted on the CPU.
         names: which corruptions.
-        limit: only the first so many images.
+        index: positions [n] int64 of the images to take; all of them when None.
         batch_size: images at once; no part of the result.
         seed: of all that is random.
         progress: show a bar.
@@ -136,16 +140,15 @@ def evaluate_corruptions(
     Raises:
         SettingError: an unknown name.
     """
-    n = min(len(data), limit or len(data))
-    labels = data.labels[:n]
+    index = torch.arange(len(data)) if index is None else index.cpu()
 
     @torch.no_grad()
-    def rate(change: Callable[[Tensor, int], Tensor]) -> Rate:
+    def rate(change: Callable[[Tensor, Tensor], Tensor]) -> Rate:
         right = []
-        for start in range(0, n, batch_size):
-            image = change(data.images[start : min(start + batch_size, n)], start)
+        for part in torch.split(index, batch_size):
+            image = change(data.images[part], part)
             image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
-            label = labels[start : start + batch_size]
+            label = data.labels[part]
             right.append(answers(net(image.to(device)).cpu(), label.cpu()) == label.cpu())
         return Rate.of(torch.cat(right))
 
@@ -157,7 +160,7 @@ def evaluate_corruptions(
             mean = fmean(one.rate for one in rates)
             table[name] = {"mean": mean, "severities": [asdict(one) for one in rates]}
     return {
-        "n": n,
+        "n": len(index),
         "seed": seed,
         "clean": asdict(clean),
         "corruptions": table,
@@ -166,8 +169,8 @@ def evaluate_corruptions(
     }
 
 
-def _corruptor(name: str, severity: int, seed: int) -> Callable[[Tensor, int], Tensor]:
-    return lambda image, start: corrupt(image, name, severity, seed, first=start)
+def _corruptor(name: str, severity: int, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda image, index: corrupt(image, name, severity, seed, positions=index.tolist())
 
 
 def corruption_measurement(checkpoint: Checkpoint, settings: EvaluateSettings) -> Measurement:
@@ -178,13 +181,14 @@ def corruption_measurement(checkpoint: Checkpoint, settings: EvaluateSettings) -
             checkpoint.net,
             checkpoint.source.bundle.test,
             device=checkpoint.device,
-            limit=settings.size,
+            index=checkpoint.subset(settings.size, settings.subset),
             batch_size=settings.physical_batch or settings.batch_size,
             seed=settings.seed,
             progress=checkpoint.source.progress,
         )
 
-    depends_on = {"size": settings.size, "seed": settings.seed, "corruptions": list(CORRUPTIONS)}
+    images = settings.images(len(checkpoint.source.bundle.test))
+    depends_on = {**images, "seed": settings.seed, "corruptions": list(CORRUPTIONS)}
     return Measurement("-corruptions", depends_on, measure, corruption_table)
 
 

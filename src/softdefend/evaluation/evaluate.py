@@ -44,7 +44,7 @@ class Evaluator:
     * FGSM, FAB without restarts, FMN, DeepFool, CW in l2: nothing.
     * PGD, CW in l-inf: the image's position in the data, and the seed.
     * APGD, Square, FAB with restarts: the seed, and the batch, which is ``batch_size`` images that
-      follow each other in the data (in an ensemble: of those still robust); the place in it and how many of
+      follow each other in the call (in an ensemble: of those still robust); the place in it and how many of
       its images are still right. With the same seed and batch size these are the random numbers, and so the
       verdicts, of AutoAttack's reference code.
     * Other attacks: their batch.
@@ -96,7 +96,7 @@ class Evaluator:
         self,
         attacks: Sequence[Attack | Ensemble],
         *,
-        limit: int | None = None,
+        index: Tensor | None = None,
         progress: bool = False,
         state: StateFile | None = None,
         log_costs: bool = False,
@@ -106,7 +106,8 @@ class Evaluator:
         Args:
             attacks: in order; two of the same name are refused. Of an ensemble each member attacks only the
                 samples that are still right.
-            limit: only the first so many samples.
+            index: positions [n] int64 of the samples in the data, in the order in which batches take them;
+                all of them when None.
             progress: show a bar.
             state: where to continue from and to save what is done.
             log_costs: log after each attack, and after each member of an ensemble, what it found and cost.
@@ -116,12 +117,12 @@ class Evaluator:
                 runs; not even one image fits into memory.
         """
         self._check(attacks)
-        n = min(self.data.n, limit or self.data.n)
+        index = torch.arange(self.data.n) if index is None else index.cpu()
         run = _Run(state, self.microbatch, self.search_network)
         with self.search_network.search_mode():
-            self._prepare(n, run)
-            logits, label = self._clean_logits(n, run), self.data.labels[:n].cpu()
-            result = Evaluation(self.threat, label, answers(logits, label))
+            self._prepare(index, run)
+            logits, label = self._clean_logits(index, run), self.data.labels.cpu()[index]
+            result = Evaluation(self.threat, label, answers(logits, label), index)
             for number, attack in enumerate(attacks):
                 self._measure(attack, str(number), logits, result, run, progress, log_costs)
         result.how.update(
@@ -161,24 +162,25 @@ class Evaluator:
         for attack in attacks:
             attack.check(self.threat)
 
-    def _prepare(self, n: int, run: _Run) -> None:
-        """Compile the searching network, or fuse its kernels, where an evaluation of n images does."""
+    def _prepare(self, index: Tensor, run: _Run) -> None:
+        """Compile the searching network, or fuse its kernels, where an evaluation of so many images does."""
+
+        def images(index: Tensor) -> Tensor:
+            return self.data.take(index.to(self._device)).image
+
         compiles = self.compile
         if compiles is None:
-            compiles = self._device.type == "cuda" and n >= COMPILE_FROM
+            compiles = self._device.type == "cuda" and len(index) >= COMPILE_FROM
         if compiles:
-            run.within_memory(lambda microbatch: self.search_network.compile(self._first(min(n, microbatch))))
+            run.within_memory(lambda microbatch: self.search_network.compile(images(index[:microbatch])))
         elif self.search_network.precision == "fast":
-            run.within_memory(lambda microbatch: self.search_network.fuse(self._first(min(n, microbatch))))
+            run.within_memory(lambda microbatch: self.search_network.fuse(images(index[:microbatch])))
 
-    def _first(self, count: int) -> Tensor:
-        return self.data.take(torch.arange(count, device=self._device)).image
-
-    def _clean_logits(self, n: int, run: _Run) -> Tensor:
-        """Of the first n samples, [n, k] on the CPU; those of the state file where it holds them."""
+    def _clean_logits(self, index: Tensor, run: _Run) -> Tensor:
+        """Of these samples, [n, k] on the CPU; those of the state file where it holds them."""
         logits = run.tensors.get("clean")
         if logits is None:
-            everything = torch.arange(n, device=self._device)
+            everything = index.to(self._device)
             logits = run.tensors["clean"] = run.within_memory(partial(self._forward, everything)).cpu()
             run.save()
         return logits
@@ -204,14 +206,23 @@ class Evaluator:
         left = clean == label if ensemble else torch.ones_like(label, dtype=torch.bool)
         trials: dict[str, Trial] = {}
         for place, member in enumerate(attack.members if isinstance(attack, Ensemble) else [attack]):
-            trial = trials[member.name] = self._trial(member, f"{key}.{place}", left, logits, run, progress)
+            trial = trials[member.name] = self._trial(
+                member, f"{key}.{place}", result.index, left, logits, run, progress
+            )
             result.attacks[attack.name] = AttackRecord.of(trials, label, clean, ensemble)
             if log_costs:
                 _log.info(cost_line(result.members(attack.name)[-1]))
             left = left & (trial.prediction == label)
 
     def _trial(
-        self, attack: Attack, key: str, left: Tensor, logits: Tensor, run: _Run, progress: bool
+        self,
+        attack: Attack,
+        key: str,
+        index: Tensor,
+        left: Tensor,
+        logits: Tensor,
+        run: _Run,
+        progress: bool,
     ) -> Trial:
         """One attack on the samples flagged in ``left`` [n], batches in groups that fill a microbatch."""
         trial, done = run.open(key, left)
@@ -223,12 +234,16 @@ class Evaluator:
                 count = run.group or max(1, run.microbatch // self.batch_size)
                 group = batches[done : done + count]
                 run.group, preparing = len(group), self.search_network.seconds
-                found = run.within_memory(partial(self._attack_group, attack, group, done, logits, run))
+                rows = torch.cat(group)
+                attacked = [index[batch] for batch in group]
+                found = run.within_memory(
+                    partial(self._attack_group, attack, attacked, done, logits[rows], run)
+                )
                 run.exclude(self.search_network.seconds - preparing)
-                index, done = torch.cat(group), done + len(group)
-                found.write(trial, index)
+                done += len(group)
+                found.write(trial, rows)
                 run.close_group(key, done)
-                bar.update(len(index))
+                bar.update(len(rows))
         # The next attack takes other steps: what was captured for each would add up.
         self.search_network.release_graphs()
         return trial
@@ -242,9 +257,9 @@ class Evaluator:
         run: _Run,
         microbatch: int,
     ) -> _Found:
-        """Attack several batches at once."""
+        """Attack several batches at once: positions in the data, and the clean ``logits`` [m, k] there."""
         index = torch.cat(list(batches))
-        net = self.search_network.counting_model(len(index), logits[index].to(self._device), microbatch)
+        net = self.search_network.counting_model(len(index), logits.to(self._device), microbatch)
         random = SeededRandomness(batches, self.seed, attack.name, first)
         context = AttackContext(net, random, progress=_AttackProgress(run, net, self._device))
         adversarial, image = self._perturb(attack, index, context)

@@ -10,14 +10,14 @@ from softdefend.evaluation.autoattack import Ensemble, parse
 from softdefend.evaluation.evaluate import Evaluator, answers
 
 
-def make_examples(evaluator: Evaluator, attack: Attack, count: int, size: int | None) -> dict[str, Tensor]:
+def make_examples(evaluator: Evaluator, attack: Attack, count: int, among: Tensor) -> dict[str, Tensor]:
     """The first images of each class in turn, with what an attack makes of them.
 
     Args:
         evaluator: of the network.
         attack: what is shown.
         count: images, at most.
-        size: only of the first so many test images.
+        among: positions [n] int64 of the test images that may be taken.
 
     Returns:
         For m images ``image`` and ``adversarial`` [m, c, h, w] float32 in [0, 1], ``label``, and for both
@@ -25,7 +25,8 @@ def make_examples(evaluator: Evaluator, attack: Attack, count: int, size: int | 
         ``adversarial_prediction``, ``adversarial_confidence``.
     """
     labels = evaluator.data.labels
-    index = one_of_each_class(labels[:size].cpu())[:count].to(labels.device)
+    among = among.cpu()
+    index = among[one_of_each_class(labels.cpu()[among])[:count]].to(labels.device)
     image, adversarial, clean, attacked = evaluator.show(attack, index)
     return {
         "image": image,

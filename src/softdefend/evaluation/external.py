@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,38 +17,55 @@ from softdefend.core.errors import SettingError
 from softdefend.core.weight_files import load_weights_file, read_weights
 from softdefend.evaluation.preflight import own_random_numbers
 from softdefend.execution.network_mode import tf32
-from softdefend.models import normalize
-from softdefend.models.factory import from_user
+from softdefend.models import NetSettings, build, normalize
 from softdefend.models.normalization import stands_in_front
 
 
 def load_network(
-    factory: str, weights: Path, *, num_classes: int, in_channels: int
+    settings: NetSettings,
+    weights: Path,
+    *,
+    num_classes: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: Sequence[int] | None = None,
+    key: str = "",
 ) -> tuple[nn.Module, list[str]]:
-    """The network that ``factory`` makes, with the weights of a file, in eval mode on the CPU.
+    """A network by its name or factory, with the weights of a file, in eval mode on the CPU.
 
     Args:
-        factory: ``package.module:function``; it returns an ``nn.Module`` that maps images in [0, 1] to
-            logits, and is passed ``num_classes`` and ``in_channels`` as far as it accepts them. A layer that
-            normalizes stands in front where the weights are of a run with ``net.normalize``.
+        settings: of the network, as in training. A layer that normalizes also stands in front where the
+            weights are of a run with ``net.normalize``.
         weights: safetensors, or a torch file.
-        num_classes, in_channels: of the data.
+        num_classes: of the data.
+        mean, std: of each channel of the data. Statistics in the file take their place.
+        image_size: height and width of the images.
+        key: where in the file the weights stand; looked for if empty.
 
     Returns:
-        The network, and what had to be done to the weights' names, in words.
+        The network, and what had to be done to find its weights, in words.
 
     Raises:
-        SettingError: no such factory, or weights that cannot be read or do not fit.
+        SettingError: no such network, or weights that cannot be read or do not fit.
     """
+    notes: list[str] = []
     try:
-        net = from_user(factory, num_classes, in_channels)
+        net = build(
+            settings,
+            num_classes=num_classes,
+            in_channels=len(mean),
+            mean=mean,
+            std=std,
+            image_size=image_size,
+            pretrained=False,
+        )
     except SettingError as error:
-        raise SettingError("--model", error.given, error.accepted) from error
+        setting = "--model" if error.setting == "net.name" else f"--{error.setting}"
+        raise SettingError(setting, error.given, error.accepted) from error
     content = read_weights(weights)
-    if stands_in_front(content, net):
-        net = normalize(net, [0.0] * in_channels, [1.0] * in_channels)  # the file has the statistics
-        return net.eval(), ["normalizes first, as in training", *load_weights_file(net, weights, content)]
-    return net.eval(), load_weights_file(net, weights, content)
+    if settings.normalize is None and stands_in_front(content, net):
+        net, notes = normalize(net, mean, std), ["normalizes first, as in training"]
+    return net.eval(), [*notes, *load_weights_file(net, weights, content, key)]
 
 
 def identity(net: nn.Module, origin: str, images: Tensor, labels: Tensor) -> dict[str, str]:

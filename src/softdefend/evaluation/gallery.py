@@ -14,7 +14,7 @@ from softdefend.execution.network_mode import frozen, tf32
 
 
 def hardest_first(table: Table, clean_margin: NDArray[np.float32], eps: float) -> NDArray[np.int64]:
-    """Positions of the samples that are right on the clean image, from the hardest to the easiest to keep.
+    """Rows of the samples that are right on the clean image, from the hardest to the easiest to keep.
 
     Hard is what few attacks leave right; among equals, what falls at a short distance (distances within a
     hundredth of ``eps`` are equal: most attacks use all they may); then what the network is least sure of.
@@ -39,12 +39,13 @@ def choose_gallery(
         ``index``, ``label``, ``prediction`` (in the worst case), ``survived`` (attacks), all int64;
         ``distance`` (float32, infinite where no attack succeeded) and ``hard`` (uint8, 1 for the first half).
     """
-    order = hardest_first(table, _clean_margins(net, data, len(table.label), batch_size), eps)
+    index = torch.from_numpy(table.index.copy())
+    order = hardest_first(table, _clean_margins(net, data, index, batch_size), eps)
     half = min(count, len(order) // 2)
     chosen = np.concatenate([order[:half], order[len(order) - half :]])
     tensors = {
-        "image": data.take(torch.from_numpy(chosen).to(data.labels.device)).image.cpu(),
-        "index": torch.from_numpy(chosen),
+        "image": data.take(index[chosen].to(data.labels.device)).image.cpu(),
+        "index": index[chosen],
         "hard": (torch.arange(2 * half) < half).to(torch.uint8),
     }
     for name, column in (
@@ -58,12 +59,12 @@ def choose_gallery(
 
 
 @torch.no_grad()
-def _clean_margins(net: nn.Module, data: Resident, n: int, batch_size: int) -> NDArray[np.float32]:
-    """How far the label's logit is above the best other one, of the first n samples."""
+def _clean_margins(net: nn.Module, data: Resident, index: Tensor, batch_size: int) -> NDArray[np.float32]:
+    """How far the label's logit is above the best other one, of the samples at ``index`` [n]."""
     with frozen(net, "eval"), tf32(False):
         margins = [
             -margin(net(batch.image).float(), batch.label).cpu()
-            for index in torch.split(torch.arange(n, device=data.labels.device), batch_size)
-            for batch in [data.take(index)]
+            for part in torch.split(index.to(data.labels.device), batch_size)
+            for batch in [data.take(part)]
         ]
     return np.asarray(torch.cat(margins).numpy())

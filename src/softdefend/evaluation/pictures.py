@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from softdefend.evaluation.accuracy import make_evaluator
@@ -42,11 +43,10 @@ def renew_pictures(
     evaluated = replace(
         settings,
         attacks=result["settings"]["attacks"],
-        size=result["settings"]["size"],
         physical_batch=settings.physical_batch or settings.batch_size,
     )
     examples = f"{source.name}-examples"
-    _renew(checkpoint, examples, inputs, classes, lambda: _examples(checkpoint, evaluated))
+    _renew(checkpoint, examples, inputs, classes, lambda: _examples(checkpoint, evaluated, table))
 
 
 def _renew(
@@ -75,7 +75,7 @@ def _gallery(checkpoint: Checkpoint, settings: EvaluateSettings, table: Table) -
     )
 
 
-def _examples(checkpoint: Checkpoint, settings: EvaluateSettings) -> dict[str, Tensor]:
+def _examples(checkpoint: Checkpoint, settings: EvaluateSettings, table: Table) -> dict[str, Tensor]:
     attack = shown_attack(settings.attacks, len(checkpoint.source.bundle.classes))
     evaluator = make_evaluator(checkpoint, settings)
-    return make_examples(evaluator, attack, settings.examples, settings.size)
+    return make_examples(evaluator, attack, settings.examples, torch.from_numpy(table.index.copy()))

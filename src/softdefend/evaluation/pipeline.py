@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from softdefend.core.files import write_atomic
+from softdefend.data import describe_subset, subset
 from softdefend.evaluation.accuracy import evaluate_attacks, summary_line
 from softdefend.evaluation.audit import audit_measurement
 from softdefend.evaluation.autoattack import averages_draws
@@ -25,6 +27,7 @@ from softdefend.evaluation.settings import (
     check_attacks,
     check_requests,
     check_writable,
+    count_of,
 )
 from softdefend.evaluation.surrogates import transfer_measurement, transfer_warning
 from softdefend.evaluation.table import Table, read_table
@@ -53,6 +56,7 @@ def evaluate_checkpoint(
     """
     requests = requests or Requests()
     _check(source, settings, requests, device)
+    _say_which_images(source.bundle.test.labels, settings, requests)
     steady = not averages_draws(settings.attacks)
     checkpoint = Checkpoint(source, device, assumes_determinism=steady and not requests.audit)
     audit = transferred = None
@@ -74,6 +78,20 @@ def evaluate_checkpoint(
         write_atomic(requests.log, ("\n".join(log_lines(result, table)) + "\n").encode())
         _log.info(f"log: {requests.log}")
     return result
+
+
+def _say_which_images(labels: Tensor, settings: EvaluateSettings, requests: Requests) -> None:
+    """A line for each part of the test images that may not have all classes."""
+    classes = len(set(labels.tolist()))
+    for setting, size in (
+        ("size", settings.size),
+        ("curve_size", settings.curve_size),
+        ("audit_size", requests.audit),
+    ):
+        count = count_of(size, len(labels))
+        if 0 < count < len(labels) and (settings.subset == "first" or count < classes):
+            part = subset(labels, count, settings.subset)
+            _log.info(f"{setting}: {describe_subset(labels, part, settings.subset)}")
 
 
 def _check(

@@ -117,6 +117,8 @@ class Evaluation:
     threat: ThreatModel
     label: Tensor
     clean_prediction: Tensor
+    index: Tensor
+    """Positions of the samples in the data, [n] int64."""
     attacks: dict[str, AttackRecord] = field(default_factory=dict)
     how: dict[str, Any] = field(default_factory=dict)
     """Precision, batch sizes, seed and versions, as they go into the JSON."""
@@ -182,12 +184,12 @@ class Evaluation:
         }
 
     def to_parquet(self) -> bytes:
-        """One row a sample: ``index``, ``label``, ``clean_prediction``, and for each attack A
-        ``A/prediction``, ``A/distance``, ``A/robust``, ``A/forwards`` and ``A/backwards`` (null where the
-        attack does not say for which samples). For each member M of an ensemble also ``A/M/fooled``,
-        ``A/M/forwards`` and ``A/M/backwards``, null where it was not given the sample."""
+        """One row a sample: ``index`` (its position in the data), ``label``, ``clean_prediction``, and for
+        each attack A ``A/prediction``, ``A/distance``, ``A/robust``, ``A/forwards`` and ``A/backwards`` (null
+        where the attack does not say for which samples). For each member M of an ensemble also
+        ``A/M/fooled``, ``A/M/forwards`` and ``A/M/backwards``, null where it was not given the sample."""
         columns: dict[str, Any] = {
-            "index": range(len(self.label)),
+            "index": self.index.numpy(),
             "label": self.label.numpy(),
             "clean_prediction": self.clean_prediction.numpy(),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -11,9 +12,28 @@ from torch import nn
 from softdefend.core.errors import SettingError
 from softdefend.core.hints import check_fields
 from softdefend.core.threat import ThreatModel
+from softdefend.data import SubsetOrder
 from softdefend.evaluation.autoattack import parse
 from softdefend.evaluation.robustbench import check_standard, read_known
 from softdefend.execution.search_network import Precision, check_precision
+
+Size = int | Literal["all"]
+"""How many images of a data set."""
+
+
+def count_of(size: Size | None, full: int) -> int:
+    """How many of ``full`` images a size means; None is all."""
+    return full if size is None or size == "all" else min(size, full)
+
+
+def check_size(setting: str, size: Size | None, least: int) -> None:
+    """Refuse a number of images below ``least``.
+
+    Raises:
+        SettingError: such a number.
+    """
+    if size is not None and size != "all" and size < least:
+        raise SettingError(setting, size, f"a whole number >= {least}, or all")
 
 
 @dataclass(frozen=True)
@@ -22,9 +42,13 @@ class EvaluateSettings:
 
     attacks: tuple[str, ...] = ("pgd-20",)
     """Names of attacks, such as pgd-20, pgd-50x10 (ten restarts) or autoattack; docs/attacks.md lists all."""
-    size: int | None = None
-    """Test images used, at most; all when null."""
-    curve_size: int = 1000
+    size: Size | None = None
+    """Test images used, at most; all of them when all or null."""
+    subset: SubsetOrder = "stratified"
+    """Which they are where they are not all, for the curve and the audit too: stratified (each class has its
+    share, the same images for every network, 100 of them among 200) or first (the first of the data, as
+    RobustBench and AutoAttack take them)."""
+    curve_size: Size = 1000
     """Test images for the curve of robust accuracy against eps; 0 leaves it out."""
     examples: int = 8
     """Example images kept for the report; 0 for none."""
@@ -44,12 +68,16 @@ class EvaluateSettings:
     def __post_init__(self) -> None:
         check_fields(self, "evaluate")
         object.__setattr__(self, "attacks", tuple(self.attacks))
+        if self.size == "all":
+            object.__setattr__(self, "size", None)
         for name in self.attacks:
             parse(name)
         check_precision(self.precision)
+        if self.subset not in get_args(SubsetOrder):
+            raise SettingError("evaluate.subset", repr(self.subset), " or ".join(get_args(SubsetOrder)))
+        check_size("evaluate.size", self.size, 1)
+        check_size("evaluate.curve_size", self.curve_size, 0)
         for name, value, least in (
-            ("size", 1 if self.size is None else self.size, 1),
-            ("curve_size", self.curve_size, 0),
             ("examples", self.examples, 0),
             ("batch_size", self.batch_size, 1),
             ("physical_batch", 1 if self.physical_batch is None else self.physical_batch, 1),
@@ -59,20 +87,25 @@ class EvaluateSettings:
         if not 0 <= self.seed < 2**63:
             raise SettingError("evaluate.seed", self.seed, "a whole number from 0 to 2^63 - 1")
 
+    def images(self, full: int) -> dict[str, Any]:
+        """What tells the test images used from others, of ``full`` images: nothing where they are all."""
+        count = count_of(self.size, full)
+        return {"size": None} if count == full else {"size": count, "subset": self.subset}
+
 
 @dataclass(frozen=True)
 class Requests:
     """What is asked of an evaluation beside the attacks.
 
     Args:
-        audit: images on which signs of gradient masking are looked for; 0 for no audit.
+        audit: images on which signs of gradient masking are looked for; all, or 0 for no audit.
         corruptions: whether accuracy under common corruptions is measured.
         surrogates: networks by name. Adversarial images made on them are tried on the evaluated network.
         robustbench: file for RobustBench's ``model_info`` JSON.
         log: file for AutoAttack's log lines.
     """
 
-    audit: int = 0
+    audit: Size = 0
     corruptions: bool = False
     surrogates: dict[str, nn.Module] = field(default_factory=dict)
     robustbench: Path | None = None
@@ -117,7 +150,7 @@ def check_requests(settings: EvaluateSettings, requests: Requests, full: int) ->
         if path is not None:
             check_writable(flag, path)
     if requests.robustbench:
-        check_standard(settings.attacks, min(settings.size or full, full), full, settings.precision)
+        check_standard(settings.attacks, count_of(settings.size, full), full, settings.precision)
         read_known(requests.robustbench)
 
 

@@ -51,11 +51,11 @@ def transfer_measurement(
             batch_size=settings.batch_size,
             seed=settings.seed,
         )
-        progress = checkpoint.source.progress
-        return evaluator(attacks, limit=settings.size, progress=progress).to_dict()
+        index = checkpoint.subset(settings.size, settings.subset)
+        return evaluator(attacks, index=index, progress=checkpoint.source.progress).to_dict()
 
     depends_on = {
-        "size": settings.size,
+        **settings.images(len(checkpoint.source.bundle.test)),
         "batch_size": settings.batch_size,
         "seed": settings.seed,
         "surrogates": {name: weights_of(net) for name, net in surrogates.items()},

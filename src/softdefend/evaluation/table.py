@@ -36,6 +36,8 @@ class AttackColumns:
 class Table:
     """An evaluation sample by sample; attacks in the order in which they ran."""
 
+    index: NDArray[np.int64]
+    """Positions of the samples in the data."""
     label: NDArray[np.int64]
     clean_prediction: NDArray[np.int64]
     attacks: dict[str, AttackColumns]
@@ -114,7 +116,7 @@ def read_table(path: Path) -> Table | None:
                 robust=column[f"{name}/robust"],
                 fooled={key.split("/")[1]: column[key] for key in members},
             )
-        return Table(column["label"], column["clean_prediction"], attacks)
+        return Table(column["index"], column["label"], column["clean_prediction"], attacks)
     except (pa.ArrowException, OSError, KeyError) as error:
         raise SettingError(str(path), "an unreadable table", "the file as the evaluation wrote it") from error
 

@@ -14,7 +14,7 @@ from softdefend.attacks import Attack, Transfer
 from softdefend.core.errors import SettingError, did_you_mean
 from softdefend.core.hints import check_type
 from softdefend.core.threat import ThreatModel
-from softdefend.data import DataBundle, Resident, from_tensors, split
+from softdefend.data import DataBundle, Resident, from_tensors, split, subset
 from softdefend.evaluation import Ensemble, Evaluation, Evaluator
 from softdefend.evaluation.autoattack import averages_draws, parse
 from softdefend.evaluation.preflight import LOOK, preflight
@@ -137,7 +137,7 @@ def evaluate(
 ) -> Evaluation:
     """Clean and robust accuracy of any module on any images, in eval mode and fp32.
 
-    Before anything is attacked, :func:`softdefend.evaluation.preflight.preflight` looks at the first images.
+    Before anything is attacked, :func:`softdefend.evaluation.preflight.preflight` looks at some images.
     ``net`` is moved to the device; its mode and gradients are put back as they were.
 
     Args:
@@ -180,7 +180,7 @@ def evaluate(
                 check_surrogate("attack.surrogate", surrogate, shape, k, chosen)
     steady = not averages_draws([attack.name for attack in made])
     with frozen(net, "eval"):
-        shown = data.take(torch.arange(min(data.n, LOOK), device=chosen))
+        shown = data.take(subset(checked.labels, LOOK).to(chosen))
         preflight(net, shown.image, shown.label, threat, classes=k, assumes_determinism=steady)
     if physical_batch is None and chosen.type == "cuda":
         physical_batch = fitting_microbatch(net, data.take(data.labels.new_zeros(1)).image)

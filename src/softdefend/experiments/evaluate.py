@@ -20,7 +20,7 @@ from softdefend.core.identity import RunIdentity, check_place, settings_digest
 from softdefend.core.threat import ThreatModel
 from softdefend.core.weight_files import load_weights, load_weights_file, save_weights
 from softdefend.core.yaml_files import read_yaml
-from softdefend.data import DataBundle, DataSettings, load, split
+from softdefend.data import DataBundle, DataSettings, channel_stats, load, split
 from softdefend.evaluation import CheckpointSource, EvaluateSettings, Requests, evaluate_checkpoint
 from softdefend.evaluation.external import load_network
 from softdefend.evaluation.settings import check_requests
@@ -28,7 +28,7 @@ from softdefend.evaluation.surrogates import surrogate_names
 from softdefend.execution.engine import resolve_device
 from softdefend.experiments.config import Experiment, resolve
 from softdefend.experiments.network import check_surrogate, make_net
-from softdefend.models import check_logits
+from softdefend.models import NetSettings, check_logits
 from softdefend.models.network import check_parameters, check_state
 from softdefend.report import read_run, write_report
 from softdefend.report.runs import OUTSIDE
@@ -243,11 +243,12 @@ def _write_folder(source: CheckpointSource, origin: dict[str, Any]) -> None:
 
 
 def evaluate_external(
-    factory: str,
+    network: NetSettings,
     weights: Path,
     data: DataSettings,
     folder: Path,
     *,
+    key: str = "",
     threat: ThreatModel,
     settings: EvaluateSettings,
     requests: Requests | None = None,
@@ -255,11 +256,21 @@ def evaluate_external(
     device: str = "auto",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """:func:`evaluate_network` of a factory ``package.module:function`` and a file of weights."""
+    """:func:`evaluate_network` of a file of weights and the name or factory of its network.
+
+    ``network``, ``weights`` and ``key`` are those of :func:`~softdefend.evaluation.external.load_network`.
+    """
     _refuse_run(folder)
     bundle = load(replace(data, validation=1, train_size=None))  # the test split is drawn before either
+    mean, std = channel_stats(bundle.train)
     net, notes = load_network(
-        factory, weights, num_classes=len(bundle.classes), in_channels=bundle.test.images.shape[1]
+        network,
+        weights,
+        num_classes=len(bundle.classes),
+        mean=mean,
+        std=std,
+        image_size=bundle.test.images.shape[2:],
+        key=key,
     )
     _log.info(f"{weights}: {'; '.join(notes) if notes else 'loaded as it is'}")
     return evaluate_network(
@@ -270,7 +281,7 @@ def evaluate_external(
         settings=settings,
         requests=replace(requests or Requests(), surrogates=load_surrogates(transfer, net, bundle)),
         device=device,
-        origin={"model": factory, "weights": str(weights), "done_to_names": notes},
+        origin={"model": network.name, "weights": str(weights), "done_to_names": notes},
         progress=progress,
     )
 

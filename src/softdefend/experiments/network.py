@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from softdefend.core import rng
 from softdefend.core.errors import SettingError
-from softdefend.data import Batch, DataBundle, Resident, Split, channel_stats
+from softdefend.data import Batch, DataBundle, Resident, Split, channel_stats, subset
 from softdefend.evaluation.autoattack import averages_draws
 from softdefend.evaluation.preflight import (
     LOOK,
@@ -64,7 +64,7 @@ def check_trainable(net: nn.Module, bundle: DataBundle, config: TrainConfig) -> 
 
     Args:
         net: moved to the run's device.
-        bundle: whose first test images are shown to the network, as in an evaluation.
+        bundle: of which some test images are shown to the network, as in an evaluation.
         config: of the run.
 
     Raises:
@@ -79,7 +79,7 @@ def check_trainable(net: nn.Module, bundle: DataBundle, config: TrainConfig) -> 
     if config.evaluate is not None:
         check_attacks(config.evaluate, threat, k, device)
     check_pixels(bundle.train.images)
-    shown = _first(bundle.test, min(LOOK, max(config.optim.batch_size, 8)), device)
+    shown = _some(bundle.test, min(LOOK, max(config.optim.batch_size, 8)), device)
     steady = config.evaluate is not None and not averages_draws(config.evaluate.attacks)
     preflight_training(
         net,
@@ -140,7 +140,7 @@ def _numbers(values: Sequence[float]) -> str:
     return " ".join(f"{value:.3g}" for value in values)
 
 
-def _first(part: Split, most: int, device: torch.device) -> Batch:
-    """The first images of a split on a device."""
-    index = torch.arange(min(most, len(part)))
-    return Resident(part.subset(index), device).take(index.to(device))
+def _some(part: Split, most: int, device: torch.device) -> Batch:
+    """Images of a split on a device, of every class its share."""
+    shown = part.subset(subset(part.labels, most))
+    return Resident(shown, device).take(torch.arange(len(shown), device=device))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, get_args
 
 from softdefend.attacks import PGD
 from softdefend.core.errors import SettingError
 from softdefend.core.hints import check_fields
+from softdefend.data import SubsetOrder
+from softdefend.evaluation.settings import Size, check_size
 from softdefend.execution.search_network import Precision, check_precision
 
 
@@ -20,10 +22,13 @@ class ValidateSettings:
     """The attack on validation images."""
     every: int = 1
     """Epochs between validations, >= 1; the last epoch is always validated."""
-    size: int | None = None
-    """Validation images used, at most; all when null."""
-    test_size: int = 0
+    size: Size | None = None
+    """Validation images used, at most; all of them when all or null."""
+    test_size: Size = 0
     """Test images measured for the learning curve only, never for selection; 0 for none."""
+    subset: SubsetOrder = "stratified"
+    """Which they are where they are not all: stratified (each class has its share) or first (the first of
+    the data), as evaluate.subset."""
     batch_size: int = 500
     """Images of a batch."""
     precision: Precision = "exact"
@@ -35,13 +40,17 @@ class ValidateSettings:
 
     def __post_init__(self) -> None:
         check_fields(self, "validate")
+        if self.size == "all":
+            object.__setattr__(self, "size", None)
+        if self.subset not in get_args(SubsetOrder):
+            raise SettingError("validate.subset", repr(self.subset), " or ".join(get_args(SubsetOrder)))
         check_precision(self.precision, "validate.precision")
+        check_size("validate.size", self.size, 1)
+        check_size("validate.test_size", self.test_size, 0)
         if self.alarm not in ("warn", "stop", "off"):
             raise SettingError("validate.alarm", repr(self.alarm), "warn, stop or off")
         for name, value, least in (
             ("every", self.every, 1),
-            ("size", 1 if self.size is None else self.size, 1),
-            ("test_size", self.test_size, 0),
             ("batch_size", self.batch_size, 1),
         ):
             if value < least:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softdefend.attacks import APGD, FGSM, PGD, AttackLoss, Square, cross_entropy
+from softdefend.attacks import APGD, FGSM, PGD, AttackLoss, Square, cross_entropy, margin
 from softdefend.attacks.base import larger
 from softdefend.core.threat import LARGEST, Budget, ThreatModel
 from softdefend.evaluation.masking.boundary import BOUNDARY, walk_boundary
@@ -27,6 +27,15 @@ TEMPERATURE = Check(
     "above",
     "Carlini & Wagner 2016, arXiv 1607.04311",
     "PGD on the cross-entropy fools more images once the logits are scaled: their size hides the gradient.",
+    share=True,
+)
+SATURATED = Check(
+    "saturated softmax",
+    0.02,
+    "above",
+    "Carlini & Wagner 2016, arXiv 1607.04311",
+    "The true class leads by so much that a float32 softmax rounds to one, and PGD on the cross-entropy "
+    "fools such images once the logits are scaled: its robust accuracy is too high.",
     share=True,
 )
 SINGLE = Check(
@@ -95,22 +104,39 @@ TRANSFER = Check(
     share=True,
 )
 
-CHECKS = (TEMPERATURE, SINGLE, STEPS, RESTARTS, FOSC, WIDER, HUGE, NOISE, BLACK, BOUNDARY, TRANSFER)
+CHECKS = (
+    TEMPERATURE,
+    SATURATED,
+    SINGLE,
+    STEPS,
+    RESTARTS,
+    FOSC,
+    WIDER,
+    HUGE,
+    NOISE,
+    BLACK,
+    BOUNDARY,
+    TRANSFER,
+)
 
 STEP_COUNT, QUERIES, NOISES = 20, 300, 50
+ROUNDS_TO_ONE = 17
+"""Lead of a logit from which on a float32 softmax is one and the cross-entropy has lost that logit."""
 
 
 def compare_attacks(probe: Probe, surrogate: nn.Module | None = None) -> list[Finding]:
     """All comparisons of attacks, in the order of ``CHECKS``; at least one image.
 
     The white-box attack is PGD-20 on the cross-entropy and, where it fails, APGD-20 on the
-    difference-of-logits ratio. Cost for each image: 40 gradients, and up to 80 in the huge ball; for each
+    difference-of-logits ratio. Cost for each image: 40 gradients, 20 more where the softmax rounds to one and
+    PGD fools the network, and up to 80 in the huge ball; for each
     image that PGD does not fool another 225 gradients and 615 forwards.
     """
     short = PGD(steps=STEP_COUNT)
     reached = probe.attacked(short)
     by_pgd = probe.fooled(reached)
     left = probe.only(~by_pgd)
+    scaled = partial(_at_temperature, float(probe.logits(probe.images).std(1).median()))
 
     def also(fooled: Tensor) -> Tensor:
         """Flags of all images from flags of those that PGD did not fool."""
@@ -119,7 +145,6 @@ def compare_attacks(probe: Probe, surrogate: nn.Module | None = None) -> list[Fi
         return flags
 
     if len(left):
-        scaled = partial(_at_temperature, float(probe.logits(probe.images).std(1).median()))
         rescaled = also(left.fooled(left.attacked(short, loss=scaled)))
         single = also(left.fooled(left.attacked(FGSM())))
         longer = also(left.fooled(_further(left, reached[~by_pgd], 4 * STEP_COUNT)))
@@ -133,6 +158,7 @@ def compare_attacks(probe: Probe, surrogate: nn.Module | None = None) -> list[Fi
     wide = _within(probe, 2 * float(probe.threat.eps))
     return [
         TEMPERATURE.of_flags(rescaled),
+        _saturated(probe, by_pgd, rescaled, scaled),
         SINGLE.of_flags(single),
         _only_by(STEPS, longer, by_pgd),
         _only_by(RESTARTS, again, by_pgd),
@@ -141,6 +167,22 @@ def compare_attacks(probe: Probe, surrogate: nn.Module | None = None) -> list[Fi
         _huge(probe),
         *_from_elsewhere(probe, white, surrogate),
     ]
+
+
+def _saturated(
+    probe: Probe, by_pgd: Tensor, rescaled: Tensor, scaled: Callable[[Tensor], AttackLoss]
+) -> Finding:
+    """Where the softmax rounds to one: images that only scaled logits fool, less those that only others do.
+
+    Two attacks of one strength each fool a few images that the other does not; the difference is none.
+    """
+    rounds = probe.values(margin, probe.images) <= -ROUNDS_TO_ONE
+    lost = by_pgd & rounds
+    if bool(lost.any()):
+        again = probe.only(lost)
+        lost[lost.clone()] = ~again.fooled(again.attacked(PGD(steps=STEP_COUNT), loss=scaled, name="lost"))
+    gained = int((rescaled & rounds).sum()) - int(lost.sum())
+    return SATURATED.of_flags(torch.arange(len(probe)) < gained)
 
 
 def _only_by(check: Check, stronger: Tensor, weaker: Tensor) -> Finding:

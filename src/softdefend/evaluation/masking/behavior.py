@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from softdefend.attacks import PGD
 from softdefend.evaluation.masking.finding import Check, Finding
+from softdefend.evaluation.masking.other_images import MOVES
 from softdefend.evaluation.masking.probe import Probe
 from softdefend.evaluation.preflight import SAME, difference
 
@@ -51,26 +55,36 @@ INNER = Check(
     "The forward pass runs a backward pass of its own, such as a purification or an adaptation to the image.",
 )
 
-CHECKS = (RANDOM, BATCH, WATCHED, INNER, CHANGING)
+MEMORY = Check(
+    "query memory",
+    SAME,
+    "above",
+    "Carlini et al. 2019, arXiv 1902.06705; Chen et al. 2019, arXiv 1907.05587 (stateful defenses)",
+    "The answers to the same images depend on which of them is asked first: the network remembers queries.",
+)
+
+CHECKS = (RANDOM, BATCH, WATCHED, INNER, MEMORY, CHANGING)
 
 LOOK = 64
 """Images that these checks look at."""
 
 
 def check_behavior(probe: Probe) -> list[Finding]:
-    """All checks but :func:`check_changing`, on the first 64 images. Cost: about 15 forwards of each."""
+    """All checks but :func:`check_changing`, on the first 64 images. Cost: about 35 forwards and 10 gradients
+    of each, most of them of copies of the network.
+    """
     few = probe.only(torch.arange(min(LOOK, len(probe)), device=probe.device))
     with seeded(few), torch.no_grad():
         first = few.forward(few.images)
     if not _apart(first, first_look(few)) <= SAME:
         why = "The output changes by itself from call to call."
-        return [check.skipped(why) for check in (RANDOM, BATCH, WATCHED)] + [_inner(few)]
+        return [*(check.skipped(why) for check in (RANDOM, BATCH, WATCHED)), _inner(few), MEMORY.skipped(why)]
     random = _random(few, first)
     if random.verdict == "suspicious":
         batch = BATCH.skipped("The output is random, and a split batch draws other numbers.")
     else:
         batch = _batch(few, first)
-    return [random, batch, _watched(few, first), _inner(few)]
+    return [random, batch, _watched(few, first), _inner(few), _memory(few)]
 
 
 @contextlib.contextmanager
@@ -136,6 +150,31 @@ def _inner(probe: Probe) -> Finding:
             raise
         return INNER.of(1, "It uses torch.func.")
     return INNER.of(unpacked, f"Saved tensors that were used during the forward: {unpacked}.")
+
+
+def _memory(probe: Probe) -> Finding:
+    """From images that nobody has asked about to their adversarial images and the other way round.
+
+    Each way is asked of a copy of its own, so that neither knows of the other. Memories that copies share are
+    not seen.
+    """
+    fresh = replace(probe, images=MOVES["right"](probe.images))
+    try:
+        there = replace(fresh, net=copy.deepcopy(probe.net)).attacked(PGD(steps=10))
+        way = [fresh.images + share * (there - fresh.images) for share in (0, 1 / 8, 1 / 4, 1 / 2, 1)]
+        out = _ask(replace(probe, net=copy.deepcopy(probe.net)), way)
+        back = _ask(replace(probe, net=copy.deepcopy(probe.net)), way[::-1])[::-1]
+    except Exception as error:  # copying runs the network's own code
+        return MEMORY.skipped(f"The network cannot be copied ({' '.join(str(error).split())[:100]}).")
+    return MEMORY.of(max(_apart(one, other) for one, other in zip(out, back, strict=True)))
+
+
+def _ask(probe: Probe, way: list[Tensor]) -> list[Tensor]:
+    answers = []
+    for images in way:
+        with seeded(probe), torch.no_grad():
+            answers.append(probe.forward(images))
+    return answers
 
 
 def _apart(logits: Tensor, others: Tensor) -> float:

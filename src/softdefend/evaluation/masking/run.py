@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,12 +13,12 @@ from tqdm import tqdm
 
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import ThreatModel
-from softdefend.evaluation.masking import attack_comparisons, behavior, surface
+from softdefend.evaluation.masking import attack_comparisons, behavior, other_images, surface
 from softdefend.evaluation.masking.finding import Audit, Check, Finding
 from softdefend.evaluation.masking.probe import Probe
 from softdefend.execution.network_mode import frozen, tf32
 
-CHECKS = (*behavior.CHECKS, *surface.CHECKS, *attack_comparisons.CHECKS)
+CHECKS = (*behavior.CHECKS, *surface.CHECKS, *other_images.CHECKS, *attack_comparisons.CHECKS)
 """Everything that an audit looks at."""
 
 
@@ -30,6 +31,7 @@ def audit(
     batch_size: int = 250,
     seed: int = 0,
     surrogate: nn.Module | None = None,
+    fresh: tuple[Tensor, Tensor] | None = None,
     progress: bool = False,
 ) -> Audit:
     """Look for signs that gradient attacks overstate this network's robustness (gradient masking).
@@ -47,6 +49,7 @@ def audit(
         batch_size: images at once.
         seed: of every random draw.
         surrogate: another network for the same classes, plainly trained at best, for the transfer check.
+        fresh: other images and labels of the same data, like ``images`` and ``labels``; no test images.
         progress: show a bar.
 
     Returns:
@@ -68,11 +71,14 @@ def audit(
         probe = Probe(net, images, labels, threat, batch_size, seed)
         stack.enter_context(behavior.seeded(probe))
         right = ~probe.fooled(images)
-        findings = _findings(probe, probe.only(right), surrogate, progress)
+        others = None if fresh is None else replace(probe, images=fresh[0], labels=fresh[1])
+        findings = _findings(probe, probe.only(right), surrogate, others, progress)
     return Audit.of(findings, len(images), int(right.sum()))
 
 
-def _findings(probe: Probe, right: Probe, surrogate: nn.Module | None, progress: bool) -> list[Finding]:
+def _findings(
+    probe: Probe, right: Probe, surrogate: nn.Module | None, fresh: Probe | None, progress: bool
+) -> list[Finding]:
     """Behavior on all images, the rest on those classified correctly."""
     first = behavior.first_look(probe)
     why = _nothing_to_attack(probe, right)
@@ -80,10 +86,12 @@ def _findings(probe: Probe, right: Probe, surrogate: nn.Module | None, progress:
     def unless(checks: Sequence[Check], make: Callable[[], list[Finding]]) -> list[Finding]:
         return [check.skipped(why) for check in checks] if why else make()
 
+    beside = partial(other_images.check_other_images, right, fresh)
     compare = partial(attack_comparisons.compare_attacks, right, surrogate)
     stages: list[tuple[str, Callable[[], list[Finding]]]] = [
         ("behavior", lambda: behavior.check_behavior(probe)),
         ("surface", lambda: unless(surface.CHECKS, lambda: surface.check_surface(right))),
+        ("other images", lambda: unless(other_images.CHECKS, beside)),
         ("attacks", lambda: unless(attack_comparisons.CHECKS, compare)),
         ("repeat", lambda: [behavior.check_changing(probe, first)]),
     ]
