@@ -197,7 +197,13 @@ def test_a_stopped_scheduler_stops_its_jobs_with_all_that_they_started(tmp_path,
         "import sys; from pathlib import Path; from softdefend.experiments.parallel import Job, run_all\n"
         f"run_all([Job('a', lambda _: [sys.executable, '-c', {code!r}], Path({str(tmp_path / 'log')!r}))], 1)"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # shells let background jobs ignore it
+    )
     while not started.exists():
         assert process.poll() is None
         time.sleep(0.05)
