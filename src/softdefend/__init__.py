@@ -1,18 +1,66 @@
 """softdefend: image classifiers that withstand adversarial attack, trained without robust overfitting."""
 
-from softdefend.attacks import FGSM, PGD
-from softdefend.core.environment import VERSION
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from softdefend.core.errors import DivergenceError, SettingError
-from softdefend.core.threat import ThreatModel
-from softdefend.data import DataSettings, from_tensors, load
-from softdefend.experiments.api import evaluate, train
-from softdefend.labels import ADR, KD, SAT, SGLR, Hard, Smooth
-from softdefend.models import normalize
-from softdefend.objectives import FGSMRS, MART, MLCAT, NFGSM, PGDAT, SCE, TE, TRADES, TRADESTE, Consistency
-from softdefend.training import OptimSettings, Schedule
-from softdefend.weights import AWP, EMA, SWA, Plain
+from softdefend.core.version import VERSION
+
+if TYPE_CHECKING:
+    from softdefend.attacks import FGSM, PGD
+    from softdefend.core.threat import ThreatModel
+    from softdefend.data import DataSettings, from_tensors, load
+    from softdefend.experiments.api import evaluate, train
+    from softdefend.labels import ADR, KD, SAT, SGLR, Hard, Smooth
+    from softdefend.models import normalize
+    from softdefend.objectives import (
+        FGSMRS,
+        MART,
+        MLCAT,
+        NFGSM,
+        PGDAT,
+        SCE,
+        TE,
+        TRADES,
+        TRADESTE,
+        Consistency,
+    )
+    from softdefend.training import OptimSettings, Schedule
+    from softdefend.weights import AWP, EMA, SWA, Plain
 
 __version__ = VERSION
+
+_NAMES = {
+    "attacks": "FGSM PGD",
+    "core.threat": "ThreatModel",
+    "data": "DataSettings from_tensors load",
+    "experiments.api": "evaluate train",
+    "labels": "ADR KD SAT SGLR Hard Smooth",
+    "models": "normalize",
+    "objectives": "FGSMRS MART MLCAT NFGSM PGDAT SCE TE TRADES TRADESTE Consistency",
+    "training": "OptimSettings Schedule",
+    "weights": "AWP EMA SWA Plain",
+}
+"""Names of this package's modules, imported at their first use: torch alone takes more than a second."""
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+_FOLDERS = (
+    "analysis",
+    "attacks",
+    "cli",
+    "core",
+    "data",
+    "evaluation",
+    "execution",
+    "experiments",
+    "labels",
+    "models",
+    "objectives",
+    "report",
+    "training",
+    "weights",
+)
 
 __all__ = [
     "ADR",
@@ -49,3 +97,17 @@ __all__ = [
     "normalize",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FOLDERS:
+        return importlib.import_module(f"softdefend.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"softdefend.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_FOLDERS})

@@ -7,6 +7,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+HELP = {"-h", "--help"}
+"""Words that ask any command for help."""
+
 
 class ConsoleHandler(logging.Handler):
     """Bare messages on standard output; from WARNING on ``warning: MESSAGE`` on standard error.

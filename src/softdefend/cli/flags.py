@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from softdefend.cli.console import HELP
 from softdefend.core.docstrings import field_docstrings
 from softdefend.core.errors import SettingError, did_you_mean
 from softdefend.core.hints import REQUIRED, SEQUENCES, Slot, fields_of, members_of
@@ -18,9 +19,6 @@ from softdefend.core.threat import Budget
 from softdefend.core.words import groups, no_value, stray
 
 T = TypeVar("T")
-
-HELP = {"-h", "--help"}
-"""Words that ask any command for help."""
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # what stands below a setting is its help
 

@@ -11,10 +11,9 @@ from typing import Protocol, cast
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from softdefend.cli.console import log_to_console
-from softdefend.cli.flags import HELP
-from softdefend.core.environment import VERSION
+from softdefend.cli.console import HELP, log_to_console
 from softdefend.core.errors import DivergenceError, SettingError, did_you_mean
+from softdefend.core.version import VERSION
 
 EXIT_DONE, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 2, 3, 130, 141
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from softdefend.cli.flags import HELP
+from softdefend.cli.console import HELP
 from softdefend.core.errors import SettingError
 from softdefend.core.words import groups
 from softdefend.experiments import pipeline

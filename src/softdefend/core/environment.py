@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-VERSION = "0.1.0"
+from softdefend.core.version import VERSION
 
 
 def versions(device: torch.device) -> dict[str, str]:
