@@ -23,7 +23,7 @@ MOVED = Check(
 )
 FRESH = Check(
     "fresh images",
-    3,
+    5,
     "above",
     "own check",
     "Other images of the data lose that many times as much of their lead (median) on the way to the ball's "
