@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test lint format dist lock install clean
 
 install: $(STAMP)
 
@@ -14,11 +14,9 @@ $(STAMP): pyproject.toml constraints.txt
 		--editable '.[dev]'
 	touch $(STAMP)
 
-# PGD-AT against PGD-AT + SGLR on real 8x8 digits: two short trainings on the CPU, a table, an HTML report. Side by
-# side with one thread each: images this small are not worth dividing, and threads would wait for each other.
+# PGD-AT against PGD-AT + SGLR on real 8x8 digits: two short trainings on the CPU, a table, an HTML report.
 demo: install
-	$(BIN)/softdefend compare --config digits_demo --presets pgd-at sglr-reference --folder demo \
-		--parallel 2 --runtime.threads 1
+	$(BIN)/softdefend demo
 
 lint: install
 	$(BIN)/ruff check src tests benchmarks
@@ -29,9 +27,24 @@ lint: install
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --cov --cov-report=term --cov-fail-under=90
 
+dist: install
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+# Hashes of every file on PyPI, for any platform. torch and what only torch needs stand apart: on Linux PyPI has its CUDA
+# build alone, and who wants the CPU's brings it from elsewhere.
+lock: install
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+		--constraint constraints.txt pyproject.toml --output-file requirements-all.lock
+	awk '/^[a-z]/ {part = /^(torch|triton|nvidia|cuda)/ ? "requirements-torch.lock" : "requirements.lock"} \
+		{print > part}' requirements-all.lock
+	rm requirements-all.lock
+
 format: install
 	$(BIN)/ruff check --fix src tests benchmarks
 	$(BIN)/ruff format src tests benchmarks
 
 clean:
-	rm -rf $(VENV) demo .coverage .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo dist .coverage .mypy_cache .ruff_cache .pytest_cache

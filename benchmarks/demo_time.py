@@ -1,9 +1,9 @@
-"""Seconds that `make demo` takes once installed: both trainings, evaluation and report, as JSON.
+"""Seconds that `softdefend demo` takes: both trainings, evaluation and report, as JSON.
 
     python benchmarks/demo_time.py
 
-Runs the command of the Makefile's target in a fresh folder, as a process of its own; the first run of all may
-also decode data or compile bytecode, so the fastest of --repeats counts.
+Runs the command in a fresh folder, as a process of its own; the first run of all may also decode data or
+compile bytecode, so the fastest of --repeats counts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -23,16 +22,6 @@ import torch
 
 from common import RESULTS, make_parser, write_json
 from softdefend.core.environment import environment
-
-MAKEFILE = Path(__file__).parent.parent / "Makefile"
-
-
-def words(folder: Path) -> list[str]:
-    """The target's command, its folder replaced."""
-    recipe = MAKEFILE.read_text().replace("\\\n", " ").partition("\ndemo: install\n")[2].splitlines()[0]
-    command = shlex.split(re.sub(r"^\s*\$\(BIN\)/softdefend", "", recipe))
-    command[command.index("--folder") + 1] = str(folder)
-    return [sys.executable, "-m", "softdefend", *command]
 
 
 def main() -> None:
@@ -45,7 +34,8 @@ def main() -> None:
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as place:
             started = time.perf_counter()
-            subprocess.run(words(Path(place) / "demo"), check=True, stdout=subprocess.DEVNULL)
+            command = [sys.executable, "-m", "softdefend", "demo", "--folder", f"{place}/demo"]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             seconds.append(round(time.perf_counter() - started, 1))
     content = {
         "seconds": min(seconds),

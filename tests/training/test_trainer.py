@@ -16,7 +16,6 @@ from softdefend.data import AugmentSettings, Resident, subset
 from softdefend.evaluation import Evaluator
 from softdefend.execution.engine import Engine, resolve_device
 from softdefend.training import RuntimeSettings, SaveSettings, ValidateSettings, checkpoint
-from tiny import Killed
 
 
 def rows_of(trainer):
@@ -323,30 +322,3 @@ def test_bf16_and_channels_last_train_on_the_cpu_and_keep_fp32_weights(make_trai
     assert (torch.float32, torch.bfloat16) in inside
     assert all(p.dtype == torch.float32 for p in trainer.net.parameters())
     assert rows_of(trainer)[-1]["val_clean"] > 0.6
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_tensorboard_events_hold_the_metrics_also_after_a_resume(make_trainer):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-
-    def stop(row):
-        if row["epoch"] == 2:
-            raise Killed
-
-    optim, save = OptimSettings(epochs=3, batch_size=16), SaveSettings(tensorboard=True)
-    first = make_trainer(Hard(), PGDAT(), optim=optim, save=save)
-    with pytest.raises(Killed):
-        first.fit(on_epoch=stop)
-    first.folder.close()
-    trainer = make_trainer(Hard(), PGDAT(), optim=optim, save=save)
-    trainer.fit()
-    reader = events.EventAccumulator(str(trainer.folder.path / "tensorboard"))
-    reader.Reload()
-    points = [(event.step, event.value) for event in reader.Scalars("val_robust")]
-    assert points == [(row["epoch"], pytest.approx(row["val_robust"], abs=1e-6)) for row in rows_of(trainer)]
-
-
-def test_tensorboard_that_is_not_installed_is_refused_before_training(monkeypatch):
-    monkeypatch.setattr("softdefend.training.settings.find_spec", lambda name: None)
-    with pytest.raises(SettingError, match=r"save\.tensorboard: got true"):
-        SaveSettings(tensorboard=True)

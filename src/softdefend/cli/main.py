@@ -18,6 +18,7 @@ from softdefend.core.version import VERSION
 EXIT_DONE, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 2, 3, 130, 141
 
 COMMANDS = {
+    "demo": "PGD-AT against SGLR on 8x8 digits, in two minutes on a CPU",
     "train": "train, evaluate and report one recipe",
     "evaluate": "evaluate a run's checkpoints, or a network from elsewhere",
     "compare": "several recipes and seeds, one table, one report",

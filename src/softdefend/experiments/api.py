@@ -74,7 +74,7 @@ def train(
         try:
             trainer.fit()
         finally:
-            trainer.folder.close()
+            trainer.close()
     return read_run(place)
 
 

@@ -15,6 +15,7 @@ from softdefend.experiments.config import Experiment, first_given, resolve
 from softdefend.experiments.evaluate import evaluate_run
 from softdefend.experiments.network import check_trainable, make_net
 from softdefend.experiments.parallel import Job, command_line, run_all
+from softdefend.experiments.tracking import attach
 from softdefend.report import comparison_rows, read_run, text_table, write_report
 from softdefend.training import Trainer
 from softdefend.training.start import check_resume, has_checkpoints, record_start
@@ -52,12 +53,15 @@ def train(experiment: Experiment) -> Path:
         log.info("%s, seed %d, on %s: %s", experiment.name, experiment.seed, device, experiment.folder)
         epochs = experiment.optim.epochs
         trainer.fit(experiment.resume, on_epoch=lambda row: log.info(epoch_line(row, epochs)))
-    finally:
         trainer.folder.close()
-    net = make_net(experiment, bundle)
-    for which in WHICH:
-        evaluate_run(experiment, bundle, net, which, experiment.evaluate, device=device)
-    report = write_report([read_run(experiment.folder)], experiment.folder / "report.html")
+        net = make_net(experiment, bundle)
+        for which in WHICH:
+            evaluate_run(experiment, bundle, net, which, experiment.evaluate, device=device)
+        run = read_run(experiment.folder)
+        report = write_report([run], experiment.folder / "report.html")
+        attach(trainer.trackers, run, report)
+    finally:
+        trainer.close()
     log.info("report: %s", report)
     return experiment.folder
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib
@@ -29,12 +31,26 @@ def svg(figure: Figure) -> str:
     buffer = io.StringIO()
     settings: Any = {"svg.fonttype": "path", "svg.hashsalt": "softdefend"}
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # names in a script that the bundled font lacks are drawn as boxes; the page's text has them right
-        warnings.filterwarnings("ignore", message="Glyph")
+    with matplotlib.rc_context(settings), _any_script():
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue().replace(INK, "currentColor")
     return text.replace("<defs>", f"{_STYLE}<defs>", 1)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file, dark on white."""
+    buffer = io.BytesIO()
+    with _any_script():
+        figure.savefig(buffer, format="png", dpi=150, facecolor="white")
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _any_script() -> Iterator[None]:
+    """Names in a script that the bundled font lacks are drawn as boxes; the page's text has them right."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        yield
 
 
 def svg_uri(figure: Figure) -> str:

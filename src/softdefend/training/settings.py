@@ -7,11 +7,12 @@ from importlib.util import find_spec
 from typing import Literal, get_args
 
 from softdefend.attacks import PGD
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import SettingError, did_you_mean
 from softdefend.core.hints import check_fields
 from softdefend.data import SubsetOrder
 from softdefend.evaluation.settings import Size, check_size
 from softdefend.execution.search_network import Precision, check_precision
+from softdefend.training.trackers import TRACKERS
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class SaveSettings:
     """Checkpoints to keep, >= 2: a damaged newest one leaves a previous good one."""
     archive: int | None = None
     """Epochs between checkpoints that are kept for good, for analyses by epoch; none when null."""
-    tensorboard: bool = False
-    """Also write TensorBoard events (needs the tensorboard extra)."""
+    trackers: tuple[str, ...] = ()
+    """Where metrics and results go besides: tensorboard, csv, wandb, mlflow; docs/trackers.md."""
 
     def __post_init__(self) -> None:
         check_fields(self, "save")
@@ -78,7 +79,15 @@ class SaveSettings:
             raise SettingError("save.archive", self.archive, "a whole number >= 1, or null")
         if self.keep < 2:
             raise SettingError("save.keep", self.keep, "a whole number >= 2")
-        if self.tensorboard and find_spec("tensorboard") is None:
-            raise SettingError(
-                "save.tensorboard", "true", "false, or pip install 'softdefend[tensorboard]' first"
-            )
+        self._check_trackers()
+
+    def _check_trackers(self) -> None:
+        known = TRACKERS.names()
+        for name in self.trackers:
+            if name not in TRACKERS or self.trackers.count(name) > 1:
+                accepted = f"each at most once: {', '.join(known)}{did_you_mean(name, known)}"
+                raise SettingError("save.trackers", repr(name), accepted)
+            package = TRACKERS[name].package
+            if package is not None and find_spec(package) is None:
+                accepted = f"what is installed; pip install 'softdefend[{name}]' first"
+                raise SettingError("save.trackers", repr(name), accepted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -17,6 +18,7 @@ from softdefend.core import rng
 from softdefend.core.errors import DivergenceError, SettingError
 from softdefend.core.identity import RunIdentity, settings_digest
 from softdefend.core.rule import RunInfo
+from softdefend.core.yaml_files import flatten
 from softdefend.data import Augmented, DataBundle, fingerprint
 from softdefend.evaluation.preflight import check_eps
 from softdefend.execution.engine import Engine
@@ -32,7 +34,7 @@ from softdefend.training.plain import plain_config
 from softdefend.training.start import has_checkpoints, load_start, record_start
 from softdefend.training.state import RunState
 from softdefend.training.step import METERS, Phase, TrainStep
-from softdefend.training.tensorboard import write_scalars
+from softdefend.training.trackers import TrackedRun, Trackers
 from softdefend.training.validation import Validator
 
 log = logging.getLogger(__name__)
@@ -116,12 +118,19 @@ class Trainer:
         self.folder = RunFolder(folder, config.save.keep, background=device.type == "cuda")
         if config.save.archive is not None:
             self.folder.checkpoints.stride = config.save.archive * self.steps_per_epoch
+        tracked = TrackedRun(self.folder.path, f"{config.name}-seed{config.seed}", flatten(recorded))
+        self.trackers = Trackers(config.save.trackers, tracked)
         try:
             self.folder.write_config(recorded)
             self.folder.write_environment(device, config.seed)
         except BaseException:
             self.folder.close()
             raise
+
+    def close(self) -> None:
+        """Let other processes into the run folder, and end the trackers' part in it."""
+        self.trackers.close(finished=self.state.epoch >= self.optim.epochs)
+        self.folder.close()
 
     def fit(
         self, resume: Path | None = None, on_epoch: Callable[[dict[str, Any]], None] | None = None
@@ -246,8 +255,7 @@ class Trainer:
         if not self.alarms.stops(failure):  # otherwise no checkpoint will know of this epoch
             self._keep_if_best(row["val_robust"])
         state.metrics += self.folder.append("metrics.jsonl", row)
-        if self.config.save.tensorboard:
-            write_scalars(self.folder.path / "tensorboard", row)
+        self.trackers.log([json.loads(line) for line in state.metrics.splitlines()])
         return row, failure
 
     def _check(self) -> dict[str, float]:
