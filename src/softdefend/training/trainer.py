@@ -29,6 +29,7 @@ from softdefend.training.folder import RunFolder
 from softdefend.training.network_checks import check_script, check_smallest_batch
 from softdefend.training.optim import make_optimizer
 from softdefend.training.plain import plain_config
+from softdefend.training.ramp import ramp
 from softdefend.training.start import has_checkpoints, load_start, record_start
 from softdefend.training.state import RunState
 from softdefend.training.step import METERS, Phase, TrainStep
@@ -93,7 +94,7 @@ class Trainer:
             rule.setup(run)
         check_smallest_batch(self.net, self.train_data, self.recipe, self.optim, self.engine)
         check_script(self.net, self.train_data, self.recipe, self.optim.epochs)
-        self.step = TrainStep(self.net, self.train_data, self.recipe, self.optimizer, self.engine)
+        self.step = TrainStep(self.net, self.train_data, self.recipe, self.optimizer, self.engine, self.optim)
         self.alarms = Alarms(
             config.validate, self.steps_per_epoch, self.k, soft=self.recipe.label.softens_all
         )
@@ -168,6 +169,7 @@ class Trainer:
     def _train_epoch(self) -> dict[str, Any]:
         """One epoch with its validation and checkpoint; its metrics row."""
         phase = Phase(*(rule.phase(self.state.epoch) for rule in self.rules))
+        self.step.set_eps(ramp(self.recipe.eps_ramp, self.state.epoch, self.optim.epochs))
         self._make_steps(phase)
         self.recipe.weight.end_epoch(self.state.epoch, self._training_images)
         row, failure = self._end_epoch(phase.label)
@@ -235,6 +237,7 @@ class Trainer:
             "step": state.epoch * self.steps_per_epoch,
             "phase": phase,
             "lr": lr,
+            **({"eps": self.step.eps} if self.recipe.eps_ramp else {}),
             "loss": means["loss"],
             "train_robust": means["adversarial_correct"],
             "train_clean": means["clean_correct"],
