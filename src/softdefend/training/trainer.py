@@ -21,6 +21,7 @@ from softdefend.data import Augmented, DataBundle, fingerprint
 from softdefend.evaluation.preflight import check_eps
 from softdefend.execution.engine import Engine
 from softdefend.execution.network_mode import keep_frozen
+from softdefend.models.recompute import recompute_blocks
 from softdefend.training.alarm import Alarms, Failure
 from softdefend.training.checkpoint import CheckpointError
 from softdefend.training.config import TrainConfig
@@ -79,6 +80,8 @@ class Trainer:
         device, channels_last = self.engine.device, bool(self.engine.settings.channels_last)
         self.net = net.to(device)
         keep_frozen(self.net)
+        if config.runtime.recompute:
+            recompute_blocks(self.net)
         if channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train_data = Augmented(bundle.train, device, config.augment, channels_last=channels_last)
