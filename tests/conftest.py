@@ -63,10 +63,13 @@ def make_trainer(bundle, make_net, tmp_path):
         data=bundle,
         attack=None,
         attack_bn="eval",
+        eps_ramp=0.0,
         **settings,
     ) -> Trainer:
         threat = ThreatModel("linf", Budget("0.1"))
-        recipe = Recipe(label, objective, weight or Plain(), threat, attack or PGD(steps=3), attack_bn)
+        recipe = Recipe(
+            label, objective, weight or Plain(), threat, attack or PGD(steps=3), attack_bn, eps_ramp
+        )
         defaults = {
             "optim": OptimSettings(epochs=3, batch_size=16, lr=0.1),
             "augment": AugmentSettings("crop-flip", pad=1),

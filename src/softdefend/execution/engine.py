@@ -17,6 +17,8 @@ from softdefend.core.errors import SettingError
 from softdefend.core.hints import check_fields
 from softdefend.execution.network_mode import on_device, tf32
 
+_log = logging.getLogger(__name__)
+
 _MOST_THREADS = 1024
 """More than any machine has cores for; far more stop a process before its first step."""
 
@@ -44,6 +46,9 @@ class RuntimeSettings:
     """Run the training attack in kernels that fuse all between two convolutions (bf16, evaluation-mode batch
     normalization, the built-in residual networks, Hopper GPUs); null: wherever they can. Same function, other
     rounding."""
+    recompute: bool = False
+    """Compute the activations of each block again in the backward pass rather than keep them (activation
+    checkpointing): a third more work, far less memory. Such steps are neither compiled nor captured."""
     deterministic: bool = False
     """Refuse GPU kernels whose results vary from run to run. The CPU path is always deterministic."""
     threads: int | None = None
@@ -92,8 +97,8 @@ def _resolve(settings: RuntimeSettings, on_gpu: bool) -> RuntimeSettings:
         settings,
         precision=precision,
         channels_last=decide(settings.channels_last),
-        compile=decide(settings.compile),
-        capture=decide(settings.capture),
+        compile=decide(settings.compile) and not settings.recompute,
+        capture=decide(settings.capture) and not settings.recompute,
     )
 
 
@@ -102,6 +107,8 @@ class Engine:
 
     def __init__(self, settings: RuntimeSettings) -> None:
         self.device = resolve_device(settings.device)
+        if settings.recompute and settings.capture is not False:
+            _log.info("runtime.recompute: the step is not captured, as a graph cannot repeat random numbers")
         self.settings = settings = _resolve(settings, self.device.type == "cuda")
         if settings.capture and self.device.type != "cuda":
             raise SettingError("runtime.capture", f"true on {self.device.type}", "false, or a CUDA device")

@@ -27,6 +27,9 @@ WHICH = ("best", "last")
 
 def make_trainer(experiment: Experiment, bundle: DataBundle) -> Trainer:
     """What trains the experiment, in its folder: new, or to be continued."""
+    if experiment.init_from is not None and experiment.net.pretrained is not None:
+        given = f"{experiment.net.pretrained} beside init_from {experiment.init_from}"
+        raise SettingError("net.pretrained", given, "one of the two")
     # The weights of a checkpoint or a file take the place of others.
     others = has_checkpoints(experiment.folder) or experiment.init_from is not None
     net = make_net(experiment, bundle, pretrained=not others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from torch import nn
@@ -21,6 +22,7 @@ from softdefend.models.layers import init_kaiming
 from softdefend.models.logits import check_logits
 from softdefend.models.normalization import Normalize, normalize
 from softdefend.models.preact_resnet import PreActResNet18
+from softdefend.models.pretrained import load_pretrained
 from softdefend.models.resnet import ResNet18
 from softdefend.models.small_cnn import SmallCNN
 from softdefend.models.wide_resnet import WideResNet
@@ -48,6 +50,11 @@ class NetSettings:
     """small_cnn, resnet18, preact_resnet18, wrn28_10, wrn34_10, timm:NAME (where timm is installed; with .TAG
     behind it pretrained weights), or your own factory as package.module:function."""
 
+    pretrained: str | None = None
+    """Weights to begin with, for fine-tuning: timm (those that timm has for timm:NAME), or a file of weights
+    (safetensors, or a state dict written by torch.save). A last layer for another number of classes is drawn
+    anew. Fresh weights when null."""
+
     width: int | None = None
     """Channels of the first layer; for small_cnn only (default 32)."""
 
@@ -62,6 +69,16 @@ class NetSettings:
 
     def __post_init__(self) -> None:
         check_fields(self, "net")
+
+        if self.pretrained == "timm" and not self.name.startswith("timm:"):
+            accepted = "timm with net.name timm:NAME, the path of a file of weights, or null"
+            raise SettingError("net.pretrained", f"timm with net.name {self.name}", accepted)
+
+    @property
+    def asks_timm(self) -> bool:
+        """Whether the network begins with weights of timm's."""
+        timm = self.name.removeprefix("timm:")
+        return timm != self.name and (self.pretrained == "timm" or has_pretrained_weights(timm))
 
     @property
     def normalizes(self) -> bool:
@@ -87,7 +104,7 @@ def build(
         in_channels: channels c of the images.
         mean, std: of each channel, in units of pixels in [0, 1].
         image_size: height and width of the images, for networks that are made for one size.
-        pretrained: whether to get the weights that a name of timm's asks for.
+        pretrained: whether to get the weights that ``net.pretrained`` or a name of timm's asks for.
 
     Returns:
         A module that maps images [b,c,h,w], float32 in [0, 1], to logits [b,k]; any h and w of 8 or more
@@ -106,12 +123,13 @@ def build(
     net = _build_bare(settings, num_classes, in_channels, image_size, pretrained)
     if settings.init == "kaiming":
         init_kaiming(net)
-    if not settings.normalizes:
-        return net
-    timm = settings.name.removeprefix("timm:")
-    if timm != settings.name and has_pretrained_weights(timm):
-        mean, std = statistics_of_weights(net, in_channels) or (mean, std)
-    return normalize(net, mean, std)
+    if settings.normalizes:
+        if settings.asks_timm:
+            mean, std = statistics_of_weights(net, in_channels) or (mean, std)
+        net = normalize(net, mean, std)
+    if pretrained and settings.pretrained not in (None, "timm"):
+        load_pretrained(net, Path(settings.pretrained).expanduser(), num_classes)
+    return net
 
 
 def _build_bare(
@@ -140,5 +158,6 @@ def _build_bare(
         return _RESIDUAL[name](num_classes, in_channels)
     if name.startswith("timm:"):
         timm = name.removeprefix("timm:")
-        return from_timm(timm, num_classes, in_channels, image_size=image_size, pretrained=pretrained)
+        wanted = pretrained and settings.asks_timm
+        return from_timm(timm, num_classes, in_channels, image_size=image_size, pretrained=wanted)
     return from_user(name, num_classes, in_channels)

@@ -26,18 +26,18 @@ def from_timm(
     in_channels: int,
     *,
     image_size: Sequence[int] | None = None,
-    pretrained: bool = True,
+    pretrained: bool | None = None,
 ) -> nn.Module:
     """Make a network by ``timm.create_model``, with logits of length ``num_classes``.
 
     Args:
-        name: with a tag behind it (``resnet18.a1_in1k``) or from a hub, the network gets those weights; else
-            fresh ones.
+        name: perhaps with a tag behind it (``resnet18.a1_in1k``), or from a hub.
         num_classes: the length of the logits.
         in_channels: channels of the images.
         image_size: height and width of the images. A network that is made for one size, such as a vision
             transformer, is made for this one.
-        pretrained: whether to get the weights that the name asks for; False where others follow.
+        pretrained: whether to get the weights that timm has for the name; else the network has fresh ones.
+            None: where the name has a tag or is from a hub.
 
     Raises:
         SettingError: timm is not installed, knows no such model, or cannot get its weights.
@@ -50,7 +50,7 @@ def from_timm(
     except Exception as error:  # it imports torchvision, which fails in any way where it does not fit torch
         given = f"timm:{name}, while timm cannot be imported ({error})"
         raise SettingError("net.name", given, "a timm and a torchvision that fit this torch") from error
-    wanted = pretrained and has_pretrained_weights(name)
+    wanted = has_pretrained_weights(name) if pretrained is None else pretrained
     size: dict[str, Any] = {}
     try:
         known = timm.get_pretrained_cfg(name) if hasattr(timm, "get_pretrained_cfg") else None

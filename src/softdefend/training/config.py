@@ -60,6 +60,9 @@ class Recipe:
     attack_bn: BNMode = "eval"
     """batch normalization while attacking in training: eval (SGLS, TRADES), train (Rice et al., AWP) or batch
     (batch statistics, running ones untouched)"""
+    eps_ramp: float = 0.0
+    """share of the epochs, in [0, 1], over which eps of training rises by equal amounts to threat.eps, and a
+    given attack.step_size with it; validation is always at threat.eps"""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -67,6 +70,8 @@ class Recipe:
         if self.attack.loss != "ce":
             accepted = "ce, the default: in training the objective says what the attack climbs"
             raise SettingError("attack.loss", repr(self.attack.loss), accepted)
+        if not 0 <= self.eps_ramp <= 1:
+            raise SettingError("eps_ramp", self.eps_ramp, "a share of the epochs, in [0, 1]")
         step = float(self.attack.step_size or 0)
         if self.threat.norm == "linf" and step > 1:
             accepted = "at most 1: pixel values lie in [0, 1], so 2 levels of 255 are 2/255"

@@ -26,7 +26,7 @@ def check_smallest_batch(
         SettingError: it is tried, and fails; the network is left as it was.
     """
     left = 0 if optim.drop_last else data.n % optim.batch_size
-    alone = (left or optim.batch_size) == 1
+    alone = (left or optim.batch_size) == 1 or optim.part == 1
     if not alone or not _sees_single_images(recipe, optim.epochs):
         return
     image = torch.zeros(1, *data.image_shape, device=engine.device)
@@ -35,6 +35,8 @@ def check_smallest_batch(
             net(image)
     except Exception as error:  # a network's own code may fail in any way
         why = "on one image the network cannot be trained " + f"({error})".replace("\n", " ")[:200]
+        if optim.part == 1 < optim.batch_size:
+            raise SettingError("optim.accumulate", f"{optim.accumulate}: {why}", "fewer parts") from error
         if optim.batch_size == 1:
             raise SettingError("optim.batch_size", f"1: {why}", "2 or more") from error
         given = f"false with {data.n} images in batches of {optim.batch_size}, the last of one: {why}"

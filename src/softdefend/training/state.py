@@ -15,6 +15,7 @@ from softdefend.core.hints import arguments_of, import_path
 from softdefend.core.rule import Rule
 from softdefend.training.checkpoint import CheckpointError
 from softdefend.training.config import Recipe
+from softdefend.training.optim import memory_name, state_tensors
 
 KINDS = ("label", "objective", "weight")
 """The names of the rules' states, in the order of :attr:`Recipe.rules`."""
@@ -36,7 +37,7 @@ class RunState:
     def __init__(
         self,
         net: nn.Module,
-        optimizer: torch.optim.SGD,
+        optimizer: torch.optim.Optimizer,
         recipe: Recipe,
         meters: Tensor,
         *,
@@ -64,7 +65,7 @@ class RunState:
             "done": self.done,
             **self.identity,
             "net": self.net.state_dict(),
-            "momentum": self._momentum(),
+            "optimizer": {"name": memory_name(self.optimizer), "tensors": state_tensors(self.optimizer)},
             "kinds": dict(zip(KINDS, map(_kind, self.recipe.rules), strict=True)),
             **{name: rule.state_dict() for name, rule in zip(KINDS, self.recipe.rules, strict=True)},
             "meters": self.meters,
@@ -83,8 +84,10 @@ class RunState:
         try:
             self.net.load_state_dict(state["net"])
             with torch.no_grad():
-                for momentum, value in zip(self._momentum(), state["momentum"], strict=True):
-                    momentum.copy_(value)
+                for tensor, value in zip(
+                    state_tensors(self.optimizer), state["optimizer"]["tensors"], strict=True
+                ):
+                    tensor.copy_(value)
                 self.meters.copy_(state["meters"])
             parts = [state[name] for name in KINDS]
         except (KeyError, ValueError, RuntimeError) as error:
@@ -101,15 +104,15 @@ class RunState:
     def start_from(self, state: dict[str, Any]) -> str:
         """Take over what fits from another run's state; the network has its weights already.
 
-        Momentum; the state of a rule of the same kind, which for labels and objectives may be of single
-        images and is taken for the same data only; and the epochs finished.
+        What an optimizer of the same kind remembers; the state of a rule of the same kind, which for labels
+        and objectives may be of single images and is taken for the same data only; and the epochs finished.
 
         Returns:
             What was taken and what begins anew, in words.
         """
         found = {"network": True}
-        if self._momentum():
-            found["momentum"] = self._takes_momentum(state)
+        if state_tensors(self.optimizer):
+            found[memory_name(self.optimizer)] = self._takes_optimizer(state)
         same_data = state.get("fingerprint") == self.identity["fingerprint"]
         for name, rule in zip(KINDS, self.recipe.rules, strict=True):
             fits = state.get("kinds", {}).get(name) == _kind(rule) and (same_data or name == "weight")
@@ -119,9 +122,10 @@ class RunState:
         taken, anew = (", ".join(name for name in found if found[name] is fate) for fate in (True, False))
         return f"taken: {taken}; anew: {anew or 'nothing'}"
 
-    def _takes_momentum(self, state: dict[str, Any]) -> bool:
-        own, values = self._momentum(), state.get("momentum", [])
-        fits = [value.shape for value in values] == [value.shape for value in own]
+    def _takes_optimizer(self, state: dict[str, Any]) -> bool:
+        own, other = state_tensors(self.optimizer), state.get("optimizer", {})
+        values, same = other.get("tensors", []), other.get("name") == memory_name(self.optimizer)
+        fits = same and [value.shape for value in values] == [value.shape for value in own]
         if fits:
             with torch.no_grad():
                 for buffer, value in zip(own, values, strict=True):
@@ -147,12 +151,6 @@ class RunState:
             if any(state.get(name) != self.identity[name] for name in names):
                 given = f"a checkpoint of other {what.replace('and', 'or another')}"
                 raise CheckpointError(str(self.place), given, f"the {what} it began with")
-
-    def _momentum(self) -> list[Tensor]:
-        group = self.optimizer.param_groups[0]
-        if not group["momentum"]:
-            return []
-        return [self.optimizer.state[parameter]["momentum_buffer"] for parameter in group["params"]]
 
     def _load_rule(self, rule: Rule, values: dict[str, Any]) -> None:
         try:

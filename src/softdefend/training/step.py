@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from softdefend.attacks import Forward
 from softdefend.core import rng
 from softdefend.core.errors import SettingError
+from softdefend.core.threat import ThreatModel
 from softdefend.data import Batch, Resident
 from softdefend.execution.engine import Engine
 from softdefend.execution.fused import FusedNet, FusedThreat, agree, fused, refusal
@@ -22,6 +23,9 @@ from softdefend.execution.network_mode import frozen, set_mode
 from softdefend.labels import BNMode, Predictions, Supervision
 from softdefend.training.config import Recipe
 from softdefend.training.mixture import Mixture, mixing_refusal
+from softdefend.training.optim import OptimSettings, clip_gradients, state_tensors
+from softdefend.training.parts import check_division
+from softdefend.training.ramp import scaled
 from softdefend.training.target_checks import check_form, check_rows
 
 
@@ -83,6 +87,7 @@ class TrainStep:
         recipe: what to train; its rules have been set up.
         optimizer: from :func:`~softdefend.training.optim.make_optimizer`.
         engine: device and precision.
+        optim: how a batch is divided and gradients are clipped; neither when None.
 
     Raises:
         SettingError: a rule that cannot be trained on images that ``data`` mixes; in a step, a label rule
@@ -94,14 +99,17 @@ class TrainStep:
         net: nn.Module,
         data: Resident,
         recipe: Recipe,
-        optimizer: torch.optim.SGD,
+        optimizer: torch.optim.Optimizer,
         engine: Engine,
+        optim: OptimSettings | None = None,
     ) -> None:
         self.net, self.data, self.recipe, self.optimizer, self.engine = net, data, recipe, optimizer, engine
         for rule in recipe.rules if data.mixes else ():
             if reason := mixing_refusal(rule):
                 given = f"CutMix with {type(rule).__name__}"
                 raise SettingError("augment.cutmix", given, f"0: {reason}")
+        self.optim = optim or OptimSettings()
+        check_division(recipe, self.optim, mixes=data.mixes)
         self.attack = recipe.objective.training_attack(recipe.attack, recipe.threat)
         self.generator = torch.Generator(engine.device)
         self.meters = torch.zeros(len(METERS), device=engine.device, dtype=torch.float64)
@@ -109,8 +117,7 @@ class TrainStep:
         self._fused = _fused(net, data, recipe, engine)
         self._agreed: dict[int, bool] = {}
         self._checked: set[str] = set()
-        threat = recipe.threat
-        self._threat = threat if self._fused is None else FusedThreat(threat.norm, threat.eps)
+        self._threat = self._kernels_of(recipe.threat)
         self._graphs: dict[tuple[Phase, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def __call__(self, plan: Tensor, phase: Phase, key: int) -> None:
@@ -138,12 +145,37 @@ class TrainStep:
             else:
                 group["lr"] = lr
 
+    def set_eps(self, factor: float) -> None:
+        """Train at ``factor`` times the threat's eps, with steps of the attack in proportion. Recorded steps
+        are forgotten where it changes."""
+        threat, attack = scaled(self.recipe, factor)
+        if float(threat.eps) != float(self._threat.eps):
+            self._graphs.clear()
+            self._threat = self._kernels_of(threat)
+            self.attack = self.recipe.objective.training_attack(attack, threat)
+
+    @property
+    def eps(self) -> float:
+        """That of the steps that follow, in pixel units."""
+        return float(self._threat.eps)
+
+    def _kernels_of(self, threat: ThreatModel) -> ThreatModel:
+        return threat if self._fused is None else FusedThreat(threat.norm, threat.eps)
+
     def forward(self, image: Tensor) -> Tensor:
         """The network in training precision, logits in float32."""
         with self.engine.autocast():
             return self._forward(image).float()
 
     def _body(self, plan: Tensor, phase: Phase) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = plan.tensor_split(self.optim.parts(len(plan)))
+        for rows in parts[:-1]:
+            self._part(rows, phase, len(rows) / len(plan), last=False)
+        self._part(parts[-1], phase, len(parts[-1]) / len(plan), last=True)
+
+    def _part(self, plan: Tensor, phase: Phase, share: float, *, last: bool) -> None:
+        """Add up gradients of a part of the batch, which is ``share`` of it; update after the last one."""
         (label, objective, weight), views = self.recipe.rules, self.recipe.objective.views
         first = Mixture(self.data.batch(plan), self.data.share(plan))  # the first view
         index, image = first.batch.index, first.batch.image
@@ -158,7 +190,6 @@ class TrainStep:
             adversarial = self.attack(
                 forward, batch.image, attack_target, self._threat, loss=loss, generator=self.generator
             )
-        self.optimizer.zero_grad(set_to_none=True)
         # With perturbed weights only the second forward, which is at these, moves running statistics.
         perturbs = weight.perturbs(phase.weight)
         mode: BNMode = "batch" if perturbs else "train"
@@ -176,7 +207,7 @@ class TrainStep:
                 predictions = objective.predict(self.forward, batch.image, adversarial)
                 self._update(objective.outer_loss(predictions, batch, supervision))
         else:
-            self._update(total)
+            self._update(total * share if share < 1 else total, last=last)
         self._measure(batch.label, seen, supervision, total)
 
     def _attack_forward(self, image: Tensor) -> Forward:
@@ -213,9 +244,11 @@ class TrainStep:
             check_rows(label, supervision, seen)
             self._checked.add(phase)
 
-    def _update(self, total: Tensor) -> None:
+    def _update(self, total: Tensor, *, last: bool = True) -> None:
         total.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        if last:
+            clip_gradients(self.optimizer, self.optim.clip)
+            self.optimizer.step()
 
     @torch.no_grad()
     def _clean(self, image: Tensor, mode: BNMode) -> Tensor:
@@ -238,10 +271,15 @@ class TrainStep:
 
     def _state(self) -> list[Tensor]:
         """Every tensor that a step changes."""
-        momentum = [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
         rules = (*self.recipe.label.state_dict().values(), *self.recipe.objective.state_dict().values())
         kept = [value for value in rules if isinstance(value, Tensor)]
-        return [*self.net.parameters(), *self.net.buffers(), *momentum, *kept, self.meters]
+        return [
+            *self.net.parameters(),
+            *self.net.buffers(),
+            *state_tensors(self.optimizer),
+            *kept,
+            self.meters,
+        ]
 
     def _capture(self, plan: Tensor, phase: Phase, key: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Record the step's kernels. Capture needs rehearsals; the state is then put back as it was."""

@@ -23,6 +23,7 @@ from softdefend.data import Augmented, DataBundle, fingerprint
 from softdefend.evaluation.preflight import check_eps
 from softdefend.execution.engine import Engine
 from softdefend.execution.network_mode import keep_frozen
+from softdefend.models.recompute import recompute_blocks
 from softdefend.training.alarm import Alarms, Failure
 from softdefend.training.checkpoint import CheckpointError
 from softdefend.training.config import TrainConfig
@@ -31,6 +32,7 @@ from softdefend.training.folder import RunFolder
 from softdefend.training.network_checks import check_script, check_smallest_batch
 from softdefend.training.optim import make_optimizer
 from softdefend.training.plain import plain_config
+from softdefend.training.ramp import ramp
 from softdefend.training.start import has_checkpoints, load_start, record_start
 from softdefend.training.state import RunState
 from softdefend.training.step import METERS, Phase, TrainStep
@@ -80,6 +82,8 @@ class Trainer:
         device, channels_last = self.engine.device, bool(self.engine.settings.channels_last)
         self.net = net.to(device)
         keep_frozen(self.net)
+        if config.runtime.recompute:
+            recompute_blocks(self.net)
         if channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train_data = Augmented(bundle.train, device, config.augment, channels_last=channels_last)
@@ -95,7 +99,7 @@ class Trainer:
             rule.setup(run)
         check_smallest_batch(self.net, self.train_data, self.recipe, self.optim, self.engine)
         check_script(self.net, self.train_data, self.recipe, self.optim.epochs)
-        self.step = TrainStep(self.net, self.train_data, self.recipe, self.optimizer, self.engine)
+        self.step = TrainStep(self.net, self.train_data, self.recipe, self.optimizer, self.engine, self.optim)
         self.alarms = Alarms(
             config.validate, self.steps_per_epoch, self.k, soft=self.recipe.label.softens_all
         )
@@ -177,6 +181,7 @@ class Trainer:
     def _train_epoch(self) -> dict[str, Any]:
         """One epoch with its validation and checkpoint; its metrics row."""
         phase = Phase(*(rule.phase(self.state.epoch) for rule in self.rules))
+        self.step.set_eps(ramp(self.recipe.eps_ramp, self.state.epoch, self.optim.epochs))
         self._make_steps(phase)
         self.recipe.weight.end_epoch(self.state.epoch, self._training_images)
         row, failure = self._end_epoch(phase.label)
@@ -244,6 +249,7 @@ class Trainer:
             "step": state.epoch * self.steps_per_epoch,
             "phase": phase,
             "lr": lr,
+            **({"eps": self.step.eps} if self.recipe.eps_ramp else {}),
             "loss": means["loss"],
             "train_robust": means["adversarial_correct"],
             "train_clean": means["clean_correct"],
