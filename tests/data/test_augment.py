@@ -64,7 +64,10 @@ def test_an_unknown_augmentation_is_refused() -> None:
         ({"kind": "rotate"}, "augment.kind: got rotate; accepted: none or flip or crop or crop-flip"),
         ({"pad": -1}, "augment.pad: got -1; accepted: 0 or more pixels"),
         ({"pad_mode": "wrap"}, "augment.pad_mode: got wrap; accepted: zero or reflect"),
-        ({"policy": "trivial"}, "augment.policy: got trivial; accepted: none or randaugment or autoaugment or color or shape"),
+        (
+            {"policy": "trivial"},
+            "augment.policy: got trivial; accepted: none or randaugment or autoaugment or color or shape",
+        ),
         ({"randaugment_n": 0}, "augment.randaugment_n: got 0; accepted: a whole number from 1 to 100"),
         ({"randaugment_n": 101}, "augment.randaugment_n: got 101; accepted: a whole number from 1 to 100"),
         ({"randaugment_m": 31}, "augment.randaugment_m: got 31; accepted: a whole number from 0 to 30"),
