@@ -8,7 +8,19 @@ from softdefend.data import DataSettings, from_tensors, load
 from softdefend.experiments.api import evaluate, train
 from softdefend.labels import ADR, KD, SAT, SGLR, Hard, Smooth
 from softdefend.models import normalize
-from softdefend.objectives import FGSMRS, MART, MLCAT, NFGSM, PGDAT, SCE, TE, TRADES, TRADESTE, Consistency
+from softdefend.objectives import (
+    DAJAT,
+    FGSMRS,
+    MART,
+    MLCAT,
+    NFGSM,
+    PGDAT,
+    SCE,
+    TE,
+    TRADES,
+    TRADESTE,
+    Consistency,
+)
 from softdefend.training import OptimSettings, Schedule
 from softdefend.weights import AWP, EMA, SWA, Plain
 
@@ -17,6 +29,7 @@ __version__ = VERSION
 __all__ = [
     "ADR",
     "AWP",
+    "DAJAT",
     "EMA",
     "FGSM",
     "FGSMRS",

@@ -76,7 +76,8 @@ def test_an_unknown_augmentation_is_refused() -> None:
         ({"crop_shift": 1.5}, "augment.crop_shift: got 1.5; accepted: 0 or more pixels, or a share below 1"),
         (
             {"crop_shift": 4},
-            "augment.crop_shift: got 4 with augment.kind crop-flip; accepted: it with augment.kind flip or none",
+            "augment.crop_shift: got 4 with augment.kind crop-flip; "
+            "accepted: it with augment.kind flip or none",
         ),
         ({"erasing": 1.5}, "augment.erasing: got 1.5; accepted: a number in [0, 1]"),
         ({"erasing_area": 0.01}, "augment.erasing_area: got 0.01; accepted: a number in [0.02, 1]"),

@@ -1,5 +1,5 @@
-"""IDBH's parts against naive re-implementations: CropShift by cutting and padding, ColorShape by Pillow and by
-the published frequencies, random erasing by loops."""
+"""IDBH's parts against naive re-implementations: CropShift by cutting and padding, ColorShape by Pillow and
+by the published frequencies, random erasing by loops."""
 
 from __future__ import annotations
 
@@ -81,14 +81,9 @@ def test_operations_are_drawn_as_often_as_published_and_evenly_over_their_levels
     """Frequencies, ranges and signs as the authors' table has them."""
     n = 60_000
     operation, level = draw_color_shape(n, mixture, stream(0, "policy"))[:, 0].unbind(1)
-    many = {
-        name: share
-        for name, share in zip(
-            ("color", "brightness", "contrast", "sharpness", "autocontrast", "equalize", "slant", "rotate"),
-            [0.125] * 8 if mixture == "color" else [0.08, 0.08, 0.04, 0.08, 0.04, 0.08, 0.3, 0.3],
-            strict=True,
-        )
-    }
+    kinds = ("color", "brightness", "contrast", "sharpness", "autocontrast", "equalize", "slant", "rotate")
+    published = [0.125] * 8 if mixture == "color" else [0.08, 0.08, 0.04, 0.08, 0.04, 0.08, 0.3, 0.3]
+    many = dict(zip(kinds, published, strict=True))
     names = np.array([OPERATIONS[int(one)] for one in operation])
     counts = Counter(name.removesuffix("-x").removesuffix("-y") for name in names)
     assert chisquare([counts[name] for name in many], [n * share for share in many.values()]).pvalue > 1e-3

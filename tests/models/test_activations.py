@@ -1,4 +1,4 @@
-"""SiLU between the layers: every built-in network against layers written out, and what it changes nothing of."""
+"""SiLU between the layers: every built-in network against layers written out."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ class AugmentSettings:
     """CropShift in place of the crop: rows and columns together, at most, that are cut away before the rest
     is put at a random place on black. Pixels, or below 1 a share of the image's shorter side; 0 for none."""
     policy: Policy = "none"
-    """Operations on colors and geometry: none, randaugment, autoaugment (its CIFAR-10 policy), or ColorShape's
-    mixture color (CIFAR-10) or shape (SVHN)."""
+    """Operations on colors and geometry: none, randaugment, autoaugment (its CIFAR-10 policy), or one of
+    ColorShape's mixtures, color (for CIFAR-10) and shape (for SVHN)."""
     randaugment_n: int = 2
     """RandAugment's operations per image, 1 to 100."""
     randaugment_m: int = 9

@@ -154,7 +154,7 @@ class Augmented(Resident):
         box, drawn = _BOX * self.mixes, sum(sizes)
         views = (plan_rows.shape[1] - 1 - box) // (3 + drawn)
         columns = plan_rows[:, 1 + 3 * views + drawn * view :][:, :drawn]
-        kept, operations, center, erased = columns.split(sizes, dim=1)
+        kept, operations, center, erased = torch.split(columns, sizes, dim=1)
         if self._shift:
             image = keep(image, kept)
         if self._layers:

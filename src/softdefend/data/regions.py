@@ -1,5 +1,5 @@
-"""Cutout, random erasing, CropShift and CutMix: rectangles of an image blackened, moved, or filled from another
-image of the batch."""
+"""Cutout, random erasing, CropShift and CutMix: rectangles of an image blackened, moved, or filled from
+another image of the batch."""
 
 from __future__ import annotations
 
