@@ -6,7 +6,7 @@ from softdefend.core.errors import DivergenceError, SettingError
 from softdefend.core.threat import ThreatModel
 from softdefend.data import DataSettings, from_tensors, load
 from softdefend.experiments.api import evaluate, train
-from softdefend.labels import ADR, KD, SAT, SGLR, Hard, Smooth
+from softdefend.labels import ADR, KD, SAT, SGLR, Hard, ReBAT, Smooth
 from softdefend.models import normalize
 from softdefend.objectives import (
     DAJAT,
@@ -52,6 +52,7 @@ __all__ = [
     "Hard",
     "OptimSettings",
     "Plain",
+    "ReBAT",
     "Schedule",
     "SettingError",
     "Smooth",

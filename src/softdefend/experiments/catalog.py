@@ -48,6 +48,7 @@ PUBLISHED: dict[tuple[str, str, str], str] = {
     ("Hard", "FGSMRS", "Plain"): "Wong et al. 2020",
     ("SGLR", "PGDAT", "Plain"): "Yu, Li et al. 2024",
     ("SGLR", "TRADES", "Plain"): "Yu, Li et al. 2024",
+    ("ReBAT", "PGDAT", "EMA"): "Wang et al. 2023",
     ("Hard", "DAJAT", "AWP + EMA"): "Addepalli et al. 2022",
     ("Hard", "TRADES", "AWP + EMA"): "Addepalli et al. 2022",
 }
