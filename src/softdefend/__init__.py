@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from softdefend.core.threat import ThreatModel
     from softdefend.data import DataSettings, from_tensors, load
     from softdefend.experiments.api import evaluate, train
-    from softdefend.labels import ADR, KD, SAT, SGLR, Hard, Smooth
+    from softdefend.labels import ADR, KD, SAT, SGLR, Hard, ReBAT, Smooth
     from softdefend.models import normalize
     from softdefend.objectives import (
+        DAJAT,
         FGSMRS,
         MART,
         MLCAT,
@@ -37,9 +38,9 @@ _NAMES = {
     "core.threat": "ThreatModel",
     "data": "DataSettings from_tensors load",
     "experiments.api": "evaluate train",
-    "labels": "ADR KD SAT SGLR Hard Smooth",
+    "labels": "ADR Hard KD ReBAT SAT SGLR Smooth",
     "models": "normalize",
-    "objectives": "FGSMRS MART MLCAT NFGSM PGDAT SCE TE TRADES TRADESTE Consistency",
+    "objectives": "Consistency DAJAT FGSMRS MART MLCAT NFGSM PGDAT SCE TE TRADES TRADESTE",
     "training": "OptimSettings Schedule",
     "weights": "AWP EMA SWA Plain",
 }
@@ -65,6 +66,7 @@ _FOLDERS = (
 __all__ = [
     "ADR",
     "AWP",
+    "DAJAT",
     "EMA",
     "FGSM",
     "FGSMRS",
@@ -87,6 +89,7 @@ __all__ = [
     "Hard",
     "OptimSettings",
     "Plain",
+    "ReBAT",
     "Schedule",
     "SettingError",
     "Smooth",

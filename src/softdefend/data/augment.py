@@ -15,12 +15,13 @@ from softdefend.core.rng import stream
 
 Augment = Literal["none", "flip", "crop", "crop-flip"]
 PadMode = Literal["zero", "reflect"]
-Policy = Literal["none", "randaugment", "autoaugment"]
+Policy = Literal["none", "randaugment", "autoaugment", "color", "shape"]
 
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """Random changes to training images, in this order: crop, flip, policy, cutout, CutMix.
+    """Random changes to training images, in this order: crop or CropShift, flip, policy, cutout, erasing,
+    CutMix.
 
     Raises:
         SettingError: an unknown choice, or a number outside its range.
@@ -32,8 +33,12 @@ class AugmentSettings:
     """Pixels of padding on each side before the random crop."""
     pad_mode: PadMode = "zero"
     """What the padding holds: zero (black) or reflect (the image mirrored at its border)."""
+    crop_shift: float = 0
+    """CropShift in place of the crop: rows and columns together, at most, that are cut away before the rest
+    is put at a random place on black. Pixels, or below 1 a share of the image's shorter side; 0 for none."""
     policy: Policy = "none"
-    """Operations on colors and geometry: none, randaugment or autoaugment (its CIFAR-10 policy)."""
+    """Operations on colors and geometry: none, randaugment, autoaugment (its CIFAR-10 policy), or one of
+    ColorShape's mixtures, color (for CIFAR-10) and shape (for SVHN)."""
     randaugment_n: int = 2
     """RandAugment's operations per image, 1 to 100."""
     randaugment_m: int = 9
@@ -41,15 +46,21 @@ class AugmentSettings:
     cutout: float = 0
     """Side of a square that is blackened at a random place: pixels, or below 1 a share of the image's shorter
     side; 0 for none."""
+    erasing: float = 0.0
+    """Probability, in [0, 1], that a random rectangle is blackened."""
+    erasing_area: float = 0.33
+    """Largest share of the image that erasing blackens, in [0.02, 1]."""
     start: float = 0.0
-    """Share of the epochs, in [0, 1), that pass before policy and cutout begin."""
+    """Share of the epochs, in [0, 1), that pass before policy, cutout and erasing begin."""
+    plain_first: bool = False
+    """Leave policy, cutout and erasing out of the first of several views."""
     cutmix: float = 0.0
     """Probability, in [0, 1], that a box of an image is filled from another one, and the label with it."""
     cutmix_alpha: float = 1.0
     """Lambda ~ Beta(alpha, alpha) is the share an image keeps, before its box is cut at the border; > 0."""
 
     def is_strong(self, epoch: int, epochs: int) -> bool:
-        """Whether policy and cutout are applied in a zero-based epoch of a run of ``epochs``."""
+        """Whether policy, cutout and erasing are applied in a zero-based epoch of a run of ``epochs``."""
         return epoch >= math.floor(self.start * epochs + 1e-9)
 
     @property
@@ -57,23 +68,39 @@ class AugmentSettings:
         """Pixels of padding that are used: none without a crop."""
         return self.pad if "crop" in self.kind else 0
 
+    def pixels(self, name: str, h: int, w: int) -> int:
+        """``cutout`` or ``crop_shift`` in pixels of an image of h x w."""
+        value = float(getattr(self, name))
+        return int(value * min(h, w) if value < 1 else value)
+
     def __post_init__(self) -> None:
         check_fields(self, "augment")
         for name, kind in (("kind", Augment), ("pad_mode", PadMode), ("policy", Policy)):
             if getattr(self, name) not in get_args(kind):
                 raise SettingError(f"augment.{name}", getattr(self, name), " or ".join(get_args(kind)))
-        cutouts = "0 or more pixels, or a share below 1"
+        lengths = "0 or more pixels, or a share below 1"
         for name, good, accepted in (
             ("pad", self.pad >= 0, "0 or more pixels"),
             ("randaugment_n", 1 <= self.randaugment_n <= 100, "a whole number from 1 to 100"),
             ("randaugment_m", 0 <= self.randaugment_m <= 30, "a whole number from 0 to 30"),
-            ("cutout", self.cutout >= 0 and (self.cutout < 1 or self.cutout % 1 == 0), cutouts),
+            ("crop_shift", _is_length(self.crop_shift), lengths),
+            ("cutout", _is_length(self.cutout), lengths),
+            ("erasing", 0 <= self.erasing <= 1, "a number in [0, 1]"),
+            ("erasing_area", 0.02 <= self.erasing_area <= 1, "a number in [0.02, 1]"),
             ("start", 0 <= self.start < 1, "a number in [0, 1)"),
             ("cutmix", 0 <= self.cutmix <= 1, "a number in [0, 1]"),
             ("cutmix_alpha", 0 < self.cutmix_alpha < math.inf, "a positive number"),
         ):
             if not good:
                 raise SettingError(f"augment.{name}", getattr(self, name), accepted)
+        if self.crop_shift and "crop" in self.kind:
+            given = f"{self.crop_shift} with augment.kind {self.kind}"
+            raise SettingError("augment.crop_shift", given, "it with augment.kind flip or none")
+
+
+def _is_length(value: float) -> bool:
+    """Whether it is a number of pixels, or a share."""
+    return value >= 0 and (value < 1 or value % 1 == 0)
 
 
 def epoch_plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -11,15 +12,31 @@ from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.data.augment import AugmentSettings, epoch_plan
 from softdefend.data.base import Batch, Split
-from softdefend.data.policies import augment, draw_autoaugment, draw_randaugment
-from softdefend.data.regions import cutmix, cutout, draw_boxes, draw_centers, own_share
+from softdefend.data.policies import (
+    COLOR_SHAPE,
+    augment,
+    draw_autoaugment,
+    draw_color_shape,
+    draw_randaugment,
+)
+from softdefend.data.regions import (
+    cutmix,
+    cutout,
+    draw_boxes,
+    draw_centers,
+    draw_erasures,
+    draw_shifts,
+    erase,
+    keep,
+    own_share,
+)
 from softdefend.data.resident import Resident
 
 _BOX = 4
 
 
 class Augmented(Resident):
-    """A resident split whose batches are augmented as settings say: crop, flip, policy, cutout, CutMix.
+    """A resident split whose batches are augmented as settings say, see :class:`AugmentSettings`.
 
     Everything random is drawn on the CPU for a whole epoch and stands in the rows of its plan, so that a
     batch is a function of its rows: it can be captured, and a resumed run makes the same ones.
@@ -31,7 +48,7 @@ class Augmented(Resident):
         channels_last: give images in ``torch.channels_last`` memory format.
 
     Raises:
-        SettingError: padding or a cutout that the image is too small for.
+        SettingError: padding, a cutout or a shift that the image is too small for.
     """
 
     def __init__(
@@ -42,55 +59,84 @@ class Augmented(Resident):
         *,
         channels_last: bool = False,
     ) -> None:
+        h, w = split.images.shape[2:]
+        self._shift = settings.pixels("crop_shift", h, w)
+        self._cutout = settings.pixels("cutout", h, w)
+        for name, value, most in (
+            ("crop_shift", self._shift, min(h, w) - 1),
+            ("cutout", self._cutout, max(h, w)),
+        ):
+            if value > most:
+                accepted = f"0 to {most} pixels for images of {h}x{w}"
+                raise SettingError(f"augment.{name}", getattr(settings, name), accepted)
+        self._margin = self._shift or settings.margin
         super().__init__(
-            split, device, pad=settings.margin, pad_mode=settings.pad_mode, channels_last=channels_last
+            split, device, pad=self._margin, pad_mode=settings.pad_mode, channels_last=channels_last
         )
-        _, h, w = self.image_shape
-        self._cutout = int(settings.cutout * min(h, w) if settings.cutout < 1 else settings.cutout)
-        if self._cutout > max(h, w):
-            accepted = f"0 to {max(h, w)} pixels for images of {h}x{w}"
-            raise SettingError("augment.cutout", settings.cutout, accepted)
         self.settings, self._device = settings, device
-        self._layers = {"none": 0, "randaugment": settings.randaugment_n, "autoaugment": 2}[settings.policy]
+        layers = {"none": 0, "randaugment": settings.randaugment_n, "autoaugment": 2}
+        self._layers = layers.get(settings.policy, 1)
         self.mixes = settings.cutmix > 0
 
     def plan(self, *, seed: int, epoch: int, views: int = 1, strong: bool = True) -> Tensor:
         """Draw the order and every augmentation of one epoch.
 
-        The plan is [n, columns] int64: the columns of :func:`epoch_plan`, then for each view the policy's
-        operations and levels and the cutout's center (y, x), then the CutMix box (top, bottom, left, right)
-        of the first view. What is switched off has no columns.
+        The plan is [n, columns] int64: the columns of :func:`epoch_plan`; then for each view the box that a
+        shift leaves, the policy's operations and levels, the cutout's center (y, x) and the box that is
+        erased; then the CutMix box of the first view. Boxes are (top, bottom, left, right). What is switched
+        off has no columns.
 
         Each kind of draw has a stream of its own, so that switching one on changes no other.
 
         Args:
             seed, epoch: position in the run (see :mod:`softdefend.core.rng`).
             views: independent augmentations of each image, >= 1.
-            strong: whether policy and cutout are applied; if not, their columns hold values without effect.
+            strong: whether policy, cutout and erasing are applied; if not, their columns hold values without
+                effect.
         """
         settings, (_, h, w) = self.settings, self.image_shape
-        parts = [
-            epoch_plan(
-                self.n, seed=seed, epoch=epoch, augment=settings.kind, pad=settings.margin, views=views
-            )
-        ]
+        window = epoch_plan(
+            self.n, seed=seed, epoch=epoch, augment=settings.kind, pad=self._margin, views=views
+        )
+        parts = [window]
         for view in range(views):
-            suffix = f"/{view}" if view else ""
-            if settings.policy != "none":
-                draws = stream(seed, f"policy{suffix}", epoch)
-                chosen = (
-                    draw_autoaugment(self.n, draws)
-                    if settings.policy == "autoaugment"
-                    else draw_randaugment(self.n, settings.randaugment_n, settings.randaugment_m, draws)
-                )
-                parts.append(chosen.flatten(1) * strong)  # 0 is no operation
-            if self._cutout:
-                centers = draw_centers(self.n, h, w, stream(seed, f"cutout{suffix}", epoch))
-                parts.append(centers if strong else centers - 2 * max(h, w))  # out of the image
+
+            def draws(name: str, suffix: str = f"/{view}" if view else "") -> torch.Generator:
+                return stream(seed, name + suffix, epoch)
+
+            if self._shift:
+                offsets, box = draw_shifts(self.n, h, w, self._shift, draws("shift"))
+                window[:, 1 + 3 * view : 3 + 3 * view] += offsets
+                flipped = window[:, 3 + 3 * view, None] == 1
+                parts.append(torch.where(flipped, _mirrored(box, w), box))
+            applied = strong and not (settings.plain_first and views > 1 and view == 0)
+            parts += self._strong_columns(draws, applied)
         if self.mixes:
             boxes = stream(seed, "cutmix", epoch)
             parts.append(draw_boxes(self.n, h, w, settings.cutmix, settings.cutmix_alpha, boxes))
         return torch.cat(parts, dim=1).to(self._device)
+
+    def _strong_columns(self, draws: Callable[[str], torch.Generator], applied: bool) -> Iterator[Tensor]:
+        """The columns of policy, cutout and erasing for one view; without effect where they are not
+        applied."""
+        settings, (_, h, w) = self.settings, self.image_shape
+        if self._layers:
+            yield self._operations(draws("policy")).flatten(1) * applied  # 0 is no operation
+        if self._cutout:
+            centers = draw_centers(self.n, h, w, draws("cutout"))
+            yield centers if applied else centers - 2 * max(h, w)  # out of the image
+        if settings.erasing:
+            erased = draw_erasures(self.n, h, w, settings.erasing, settings.erasing_area, draws("erasing"))
+            yield erased * applied
+
+    def _operations(self, draws: torch.Generator) -> Tensor:
+        """The policy's operations and levels, [n, layers, 2]."""
+        settings = self.settings
+        if settings.policy == "randaugment":
+            return draw_randaugment(self.n, settings.randaugment_n, settings.randaugment_m, draws)
+        if settings.policy in COLOR_SHAPE:
+            return draw_color_shape(self.n, settings.policy, draws)
+        return draw_autoaugment(self.n, draws)
 
     def batch(self, plan_rows: Tensor, view: int = 0) -> Batch:
         """Make one view of the augmented batch for rows [b, columns] of :meth:`plan`, on the device.
@@ -99,17 +145,33 @@ class Augmented(Resident):
         """
         batch = super().batch(plan_rows, view)
         image = batch.image
-        drawn = 2 * self._layers + 2 * (self._cutout > 0)
-        box = _BOX * self.mixes
+        sizes = [
+            _BOX * (self._shift > 0),
+            2 * self._layers,
+            2 * (self._cutout > 0),
+            _BOX * (self.settings.erasing > 0),
+        ]
+        box, drawn = _BOX * self.mixes, sum(sizes)
         views = (plan_rows.shape[1] - 1 - box) // (3 + drawn)
         columns = plan_rows[:, 1 + 3 * views + drawn * view :][:, :drawn]
+        kept, operations, center, erased = torch.split(columns, sizes, dim=1)
+        if self._shift:
+            image = keep(image, kept)
         if self._layers:
-            image = augment(image, columns[:, : 2 * self._layers].reshape(-1, self._layers, 2))
+            image = augment(image, operations.reshape(-1, self._layers, 2))
         if self._cutout:
-            image = cutout(image, columns[:, -2:], self._cutout)
+            image = cutout(image, center, self._cutout)
+        if self.settings.erasing:
+            image = erase(image, erased)
         if self.mixes:
             image = cutmix(image, plan_rows[:, -_BOX:])
         return replace(batch, image=self.to_layout(image))
 
     def share(self, plan_rows: Tensor) -> Tensor | None:
         return own_share(plan_rows[:, -_BOX:], *self.image_shape[1:]) if self.mixes else None
+
+
+def _mirrored(box: Tensor, w: int) -> Tensor:
+    """Boxes [n, 4] of images of width w, as they are after a flip."""
+    top, bottom, left, right = box.unbind(dim=1)
+    return torch.stack([top, bottom, w - right, w - left], dim=1)

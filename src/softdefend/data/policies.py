@@ -1,4 +1,4 @@
-"""RandAugment and AutoAugment, batched: every image has its own operations, drawn ahead.
+"""RandAugment, AutoAugment and ColorShape, batched: every image has its own operations, drawn ahead.
 
 Plain tensor operations on images in [0, 1], so that a step with them can be captured. Each operation is
 applied to the whole batch and kept where it was drawn. Libraries that augment batches on the device choose
@@ -18,15 +18,18 @@ OPERATIONS = (
     *("shear-x", "shear-y", "translate-x", "translate-y", "rotate"),
     *("brightness", "color", "contrast", "sharpness"),
     *("posterize", "solarize", "autocontrast", "equalize", "invert"),
+    *("slant-x", "slant-y"),
 )
 """An operation is its position here. The nine from ``shear-x`` to ``sharpness`` have a direction: a level
-below zero is the other one. RandAugment draws from all but ``invert``."""
+below zero is the other one. RandAugment draws from all before ``invert``. Slants are ColorShape's shears:
+about the middle, by an angle."""
 
 FULL = 90
 """The largest level; a common multiple of RandAugment's 30 and AutoAugment's 9 steps."""
 
-_SHEAR, _TRANSLATE, _ROTATE, _ENHANCE, _BITS = 0.3, 150 / 331, math.radians(30), 0.9, 4
-"""What the largest level means: slope, share of the side, angle, change of the factor 1, bits lost."""
+_SHEAR, _TRANSLATE, _ROTATE, _ENHANCE, _BITS, _SLANT = 0.3, 150 / 331, math.radians(30), 0.9, 4, 0.45
+"""What the largest level means: slope, share of the side, angle, change of the factor 1, bits lost, angle in
+radians."""
 
 _CIFAR10 = (
     "invert 1 0 contrast 2 6, rotate 7 2 translate-x 3 9, sharpness 8 1 sharpness 9 3,"
@@ -41,6 +44,32 @@ _CIFAR10 = (
 )
 """AutoAugment's 25 sub-policies for CIFAR-10 (arXiv 1805.09501, appendix): twice an operation, its
 probability in tenths and its level of 9."""
+
+COLOR_SHAPE: dict[str, tuple[tuple[str, float, int, int, int], ...]] = {
+    "color": (
+        ("color", 0.125, -90, 90, 1),
+        ("brightness", 0.125, -50, 90, 1),
+        ("contrast", 0.125, -50, 90, 1),
+        ("sharpness", 0.125, -90, 90, 1),
+        ("autocontrast", 0.125, 0, 0, 1),
+        ("equalize", 0.125, 0, 0, 1),
+        ("slant-x", 0.125, 10, 30, 1),
+        ("rotate", 0.125, 3, 30, 3),
+    ),
+    "shape": (
+        ("color", 0.08, -90, 90, 1),
+        ("brightness", 0.08, -50, 90, 1),
+        ("contrast", 0.04, -50, 90, 1),
+        ("sharpness", 0.08, -90, 90, 1),
+        ("autocontrast", 0.04, 0, 0, 1),
+        ("equalize", 0.08, 0, 0, 1),
+        ("slant-x", 0.3, 10, 70, 1),
+        ("rotate", 0.3, 3, 90, 3),
+    ),
+}
+"""ColorShape's two mixtures, color-biased (CIFAR-10) and shape-biased (SVHN): operation, probability, least
+and largest level, and the step between levels. Factors from 0.1 (0.5) to 1.9 in steps of 0.01, slants of 0.05
+to 0.15 (0.35) in steps of 0.005, rotations of 1 to 10 (30) whole degrees."""
 
 
 def cifar10_policy() -> Tensor:
@@ -63,7 +92,7 @@ def draw_randaugment(n: int, layers: int, magnitude: int, generator: torch.Gener
         magnitude: the paper's M, in 0..30.
         generator: on the CPU.
     """
-    operation = torch.randint(0, len(OPERATIONS) - 1, (n, layers), generator=generator)
+    operation = torch.randint(0, OPERATIONS.index("invert"), (n, layers), generator=generator)
     return _directed(operation, torch.full_like(operation, magnitude * FULL // 30), generator)
 
 
@@ -80,6 +109,29 @@ def draw_autoaugment(n: int, generator: torch.Generator) -> Tensor:
     row = policy[torch.randint(0, len(policy), (n,), generator=generator)]
     made = torch.randint(0, 10, (n, 2), generator=generator) < row[:, :, 1]
     return _directed(row[:, :, 0] * made, row[:, :, 2], generator)
+
+
+def draw_color_shape(n: int, mixture: str, generator: torch.Generator) -> Tensor:
+    """Draw ColorShape (Li & Spratling, ICLR 2023): one operation per image, [n, 1, 2] int64.
+
+    Slants are along either axis, slants and rotations to either side.
+
+    Args:
+        n: number of images.
+        mixture: ``color`` or ``shape``, see :data:`COLOR_SHAPE`.
+        generator: on the CPU.
+    """
+    rows = COLOR_SHAPE[mixture]
+    ends = torch.tensor([share for _, share, *_ in rows], dtype=torch.float64).cumsum(0)
+    uniform, place = torch.rand(2, n, generator=generator, dtype=torch.float64).unbind()
+    row = torch.bucketize(uniform * ends[-1], ends, right=True).clamp(max=len(rows) - 1)
+    operation = torch.tensor([OPERATIONS.index(name) for name, *_ in rows])[row]
+    least, largest, step = torch.tensor([levels for _, _, *levels in rows])[row].unbind(dim=1)
+    level = least + step * (place * ((largest - least) // step + 1)).long()
+    side, axis = torch.randint(0, 2, (2, n), generator=generator).unbind()
+    slanted = _is(operation, "slant-x")
+    level = torch.where(slanted | _is(operation, "rotate"), (1 - 2 * side) * level, level)
+    return torch.stack([operation + slanted * axis, level], dim=-1)[:, None]
 
 
 def _directed(operation: Tensor, level: Tensor, generator: torch.Generator) -> Tensor:
@@ -113,9 +165,9 @@ def _pick(operation: Tensor, name: str) -> Tensor:
 
 
 def warp(image: Tensor, operation: Tensor, level: Tensor) -> Tensor:
-    """Shear, translate or rotate each image whose operation says so; nearest neighbor, black outside.
+    """Shear, translate, rotate or slant each image whose operation says so; nearest neighbor, black outside.
 
-    Shears are about the corner, rotations about the middle; translations are of whole pixels.
+    Shears are about the corner, rotations and slants about the middle; translations are of whole pixels.
     """
     b, c, h, w = image.shape
     strength = level.float() / FULL
@@ -125,13 +177,14 @@ def warp(image: Tensor, operation: Tensor, level: Tensor) -> Tensor:
 
     angle = amount("rotate", _ROTATE)
     cos, sin = angle.cos(), angle.sin()
-    xy, yx = amount("shear-x", _SHEAR) - sin, amount("shear-y", _SHEAR) + sin
+    across, down = amount("slant-x", _SLANT).tan(), amount("slant-y", _SLANT).tan()
+    xy, yx = amount("shear-x", _SHEAR) - sin + across, amount("shear-y", _SHEAR) + sin + down
     # Pixel (x, y) shows the source at (cos x + xy y + dx, yx x + cos y + dy), in pixel centers.
     dx = amount("translate-x", _TRANSLATE * w).trunc() + torch.where(
-        _is(operation, "rotate"), (w - cos * w - xy * h) / 2, 0.0
+        _is(operation, "rotate"), (w - cos * w - xy * h) / 2, -across * h / 2
     )
     dy = amount("translate-y", _TRANSLATE * h).trunc() + torch.where(
-        _is(operation, "rotate"), (h - yx * w - cos * h) / 2, 0.0
+        _is(operation, "rotate"), (h - yx * w - cos * h) / 2, -down * w / 2
     )
     x = (torch.arange(w, device=image.device) + 0.5)[None, None, :]
     y = (torch.arange(h, device=image.device) + 0.5)[None, :, None]

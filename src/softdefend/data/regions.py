@@ -1,6 +1,9 @@
-"""Cutout and CutMix: rectangles of an image blackened, or filled from another image of the batch."""
+"""Cutout, random erasing, CropShift and CutMix: rectangles of an image blackened, moved, or filled from
+another image of the batch."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from scipy.special import betaincinv
@@ -47,6 +50,26 @@ def cutout(image: Tensor, center: Tensor, side: int) -> Tensor:
     """
     h, w = image.shape[2:]
     return image.masked_fill(box_mask(boxes_around(center, side, side), h, w), 0.0)
+
+
+def erase(image: Tensor, box: Tensor) -> Tensor:
+    """Blacken the box of each image (Zhong et al., arXiv 1708.04896).
+
+    Args:
+        image: [b, c, h, w].
+        box: [b, 4] int64, as for :func:`box_mask`.
+    """
+    return image.masked_fill(box_mask(box, *image.shape[2:]), 0.0)
+
+
+def keep(image: Tensor, box: Tensor) -> Tensor:
+    """Blacken everything but the box of each image.
+
+    Args:
+        image: [b, c, h, w].
+        box: [b, 4] int64, as for :func:`box_mask`.
+    """
+    return image * box_mask(box, *image.shape[2:])
 
 
 def cutmix(image: Tensor, box: Tensor) -> Tensor:
@@ -100,3 +123,68 @@ def draw_boxes(
     box = boxes_around(center, (h * ratio).long(), (w * ratio).long())
     limits = torch.tensor([h, h, w, w])
     return box.clamp(min=torch.zeros_like(limits), max=limits) * mixed[:, None]
+
+
+_TRIES, _LEAST, _RATIO = 10, 0.02, (0.3, 3.3)
+"""Random erasing: draws until a box fits, its least share of the image, height over width."""
+
+
+def draw_erasures(
+    n: int, h: int, w: int, probability: float, largest: float, generator: torch.Generator
+) -> Tensor:
+    """Draw boxes [n, 4] int64 to blacken, as torchvision's ``RandomErasing`` does; empty where none is.
+
+    A box has a share of the image's area, uniform between 0.02 and ``largest``, and a ratio of its sides,
+    log-uniform between 0.3 and 3.3. The first of ten that is smaller than the image both ways is placed
+    uniformly; if none is, nothing is erased.
+
+    Args:
+        n: number of boxes, each drawn for itself.
+        h, w: of the images.
+        probability: of erasing, in [0, 1].
+        largest: share of the area, in [0.02, 1].
+        generator: on the CPU.
+    """
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    erased = uniform(n) < probability
+    area = h * w * (_LEAST + (largest - _LEAST) * uniform(n, _TRIES))
+    low, high = (math.log(ratio) for ratio in _RATIO)
+    ratio = (low + (high - low) * uniform(n, _TRIES)).exp()
+    height, width = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    fits = (height < h) & (width < w)
+    first = fits.long().argmax(dim=1, keepdim=True)
+    height, width = height.gather(1, first).squeeze(1), width.gather(1, first).squeeze(1)
+    place = uniform(n, 2)
+    top, left = (place[:, 0] * (h - height + 1)).long(), (place[:, 1] * (w - width + 1)).long()
+    return torch.stack([top, top + height, left, left + width], dim=1) * (erased & fits.any(dim=1))[:, None]
+
+
+def draw_shifts(n: int, h: int, w: int, most: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw CropShift (Li & Spratling, ICLR 2023): a random part of an image at a random place on black.
+
+    Rows and columns that are cut away are ``most`` together at most: their number is uniform on 0..most, that
+    of the columns uniform on 0..number. Which part is kept, and where it is put, is uniform.
+
+    Args:
+        n: number of images, each drawn for itself.
+        h, w: of the images.
+        most: of rows and columns, below both sides.
+        generator: on the CPU.
+
+    Returns:
+        Offsets [n, 2] (y, x): the pixel at (r, c) shows the image's at (r + y, c + x); and the boxes [n, 4]
+        where it shows any. Both int64.
+    """
+
+    def upto(limit: Tensor) -> Tensor:
+        return (torch.rand(n, generator=generator, dtype=torch.float64) * (limit + 1)).long()
+
+    total = upto(torch.full((n,), most))
+    columns = upto(total)
+    rows = total - columns
+    from_y, from_x, up, to_left = upto(rows), upto(columns), upto(rows), upto(columns)
+    box = torch.stack([rows - up, h - up, columns - to_left, w - to_left], dim=1)
+    return torch.stack([from_y + up - rows, from_x + to_left - columns], dim=1), box

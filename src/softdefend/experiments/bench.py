@@ -207,10 +207,10 @@ def _prepare(
     net = _net(experiment.net.name).to(device)
     if channels_last:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = make_optimizer(net, experiment.optim, device)
     for rule in recipe.rules:
         rule.setup(RunInfo(data.labels, CLASSES, epochs, net, engine.autocast))
         rule.advance(epochs - 0.5)
+    optimizer = make_optimizer(recipe.trained(net), experiment.optim, device)
     step = TrainStep(net, data, recipe, optimizer, engine)
     step.set_lr(1e-3)  # small: the weights of a hundred steps on noise must stay finite
     phase = Phase(*(rule.phase(epochs - 1) for rule in recipe.rules))

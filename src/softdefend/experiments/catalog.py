@@ -48,8 +48,14 @@ PUBLISHED: dict[tuple[str, str, str], str] = {
     ("Hard", "FGSMRS", "Plain"): "Wong et al. 2020",
     ("SGLR", "PGDAT", "Plain"): "Yu, Li et al. 2024",
     ("SGLR", "TRADES", "Plain"): "Yu, Li et al. 2024",
+    ("ReBAT", "PGDAT", "EMA"): "Wang et al. 2023",
+    ("Hard", "DAJAT", "AWP + EMA"): "Addepalli et al. 2022",
+    ("Hard", "TRADES", "AWP + EMA"): "Addepalli et al. 2022",
 }
 """Combinations of (label rule, objective, weight rule) that were published, and by whom; those we know of."""
+
+BY = {"idbh-pgd-at": "Li & Spratling 2023"}
+"""Presets whose source is another than their combination's: of their augmentation or data."""
 
 OURS = ("pgd-at-cutmix-ema", "sglr-paper", "trades-sglr-paper", "mart-awp")
 """Presets of a published combination with a value that is our own choice."""
@@ -153,7 +159,7 @@ def _preset(name: str) -> Method:
     combination = combined(experiment)
     recipe = experiment.recipe
     cost = units(*recipe.rules)
-    source = "" if name in OURS else PUBLISHED.get(combination, "")
+    source = "" if name in OURS else BY.get(name) or PUBLISHED.get(combination, "")
     return Method("preset", name, _comment(name), source, cost, combination=combination)
 
 

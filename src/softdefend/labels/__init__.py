@@ -4,6 +4,7 @@ from softdefend.labels.adr import ADR
 from softdefend.labels.base import LABELS, BNMode, LabelRule, Predictions, SoftTerm, Supervision
 from softdefend.labels.hard import Hard
 from softdefend.labels.kd import KD
+from softdefend.labels.rebat import ReBAT
 from softdefend.labels.sat import SAT
 from softdefend.labels.sglr import SGLR
 from softdefend.labels.smooth import Smooth
@@ -18,6 +19,7 @@ __all__ = [
     "Hard",
     "LabelRule",
     "Predictions",
+    "ReBAT",
     "Smooth",
     "SoftTerm",
     "Supervision",

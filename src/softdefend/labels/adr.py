@@ -11,8 +11,8 @@ from torch import Tensor
 
 from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
-from softdefend.execution.network_mode import frozen_copy
 from softdefend.labels.base import LABELS, LabelRule, Predictions
+from softdefend.labels.own_average import OwnAverage
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
@@ -101,14 +101,9 @@ class ADR(LabelRule):
         super().setup(run)
         assert run.net is not None
         self.epochs = run.epochs
-        self.teacher = frozen_copy(run.net)
+        self._average = OwnAverage(run.net)
+        self.teacher = self._average.net
         self._forward = run.forward(self.teacher)
-        # Everything in a network changes in place, so its tensors can be looked up once.
-        # A tensor that stands under two names is averaged once.
-        named = zip(self.teacher.state_dict().values(), run.net.state_dict().values(), strict=True)
-        pairs = list({(ours.data_ptr(), ours.shape): (ours, live) for ours, live in named}.values())
-        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
         # On the device: a captured step reads what the host writes between steps.
         self.temperature, self.interpolation = torch.zeros(2, device=run.labels.device).unbind()
         self._cached: tuple[Tensor, Tensor] | None = None
@@ -132,13 +127,9 @@ class ADR(LabelRule):
             self._cached = batch.image, self._forward(batch.image)
         return rectify(self._cached[1], batch.label, self.temperature, self.interpolation)
 
-    @torch.no_grad()
     def after_step(self) -> None:
         self._cached = None
-        teacher, live = zip(*self._averaged, strict=True)
-        torch._foreach_lerp_(teacher, live, 1 - self.decay)
-        for count, now in self._copied:  # batches that BatchNorm has seen
-            count.copy_(now)
+        self._average.move(self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -18,7 +19,7 @@ from softdefend.models.factory import (
     is_own,
     statistics_of_weights,
 )
-from softdefend.models.layers import init_kaiming
+from softdefend.models.layers import Activation, init_kaiming
 from softdefend.models.logits import check_logits
 from softdefend.models.normalization import Normalize, normalize
 from softdefend.models.preact_resnet import PreActResNet18
@@ -29,11 +30,11 @@ from softdefend.models.wide_resnet import WideResNet
 
 __all__ = ["NAMES", "NetSettings", "Normalize", "build", "check_logits", "normalize"]
 
-_RESIDUAL: dict[str, Callable[[int, int], nn.Module]] = {
+_RESIDUAL: dict[str, Callable[..., nn.Module]] = {
     "resnet18": ResNet18,
     "preact_resnet18": PreActResNet18,
-    "wrn28_10": lambda num_classes, in_channels: WideResNet(num_classes, in_channels, depth=28, widen=10),
-    "wrn34_10": lambda num_classes, in_channels: WideResNet(num_classes, in_channels, depth=34, widen=10),
+    "wrn28_10": partial(WideResNet, depth=28, widen=10),
+    "wrn34_10": partial(WideResNet, depth=34, widen=10),
 }
 
 NAMES: tuple[str, ...] = ("small_cnn", *_RESIDUAL)
@@ -61,6 +62,10 @@ class NetSettings:
     init: Init = "own"
     """How convolutions of a built-in network start: own (as the code that each is known from has it: torch's
     uniform draw in the ResNets, kaiming in the others) or kaiming (normal, fan-out)."""
+
+    activation: Activation = "relu"
+    """What stands between the layers of a built-in network: relu or silu (x times its sigmoid, also called
+    swish)."""
 
     normalize: bool | None = None
     """Put a layer in front that subtracts the training images' mean and divides by their standard deviation
@@ -142,20 +147,23 @@ def _build_bare(
     name, width = settings.name, settings.width
     if name not in NAMES and ":" not in name:
         raise SettingError("net.name", name, f"{', '.join(NAMES)}, timm:NAME or module:function")
-    if settings.init not in get_args(Init):
-        raise SettingError("net.init", repr(settings.init), " or ".join(get_args(Init)))
-    if settings.init != "own" and name not in NAMES:
-        raise SettingError(
-            "net.init", f"{settings.init} with net.name {name}", "own; only built-in networks start otherwise"
-        )
+    for setting, kind, reason in (
+        ("init", Init, "own; only built-in networks start otherwise"),
+        ("activation", Activation, "relu; only built-in networks have another"),
+    ):
+        value, accepted = getattr(settings, setting), get_args(kind)
+        if value not in accepted:
+            raise SettingError(f"net.{setting}", repr(value), " or ".join(accepted))
+        if value != accepted[0] and name not in NAMES:
+            raise SettingError(f"net.{setting}", f"{value} with net.name {name}", reason)
     if name == "small_cnn":
         if width is not None and width < 1:
             raise SettingError("net.width", width, "1 or more")
-        return SmallCNN(num_classes, in_channels, 32 if width is None else width)
+        return SmallCNN(num_classes, in_channels, 32 if width is None else width, settings.activation)
     if width is not None:
         raise SettingError("net.width", f"{width} with net.name {name}", "null; only small_cnn has a width")
     if name in _RESIDUAL:
-        return _RESIDUAL[name](num_classes, in_channels)
+        return _RESIDUAL[name](num_classes, in_channels, activation=settings.activation)
     if name.startswith("timm:"):
         timm = name.removeprefix("timm:")
         wanted = pretrained and settings.asks_timm

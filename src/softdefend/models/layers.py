@@ -1,8 +1,17 @@
-"""What the built-in networks share: bias-free convolutions, pooling and the draw of first weights."""
+"""What the built-in networks share: convolutions, activations, pooling and the draw of first weights."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
+
+Activation = Literal["relu", "silu"]
+
+
+def make_activation(name: Activation) -> nn.Module:
+    """The activation of a built-in network as a layer without weights."""
+    return nn.SiLU() if name == "silu" else nn.ReLU(inplace=True)
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:

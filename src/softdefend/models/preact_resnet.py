@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softdefend.models.layers import conv, global_average
+from softdefend.models.layers import Activation, conv, global_average, make_activation
 
 
 class PreActBlock(nn.Module):
@@ -15,8 +14,9 @@ class PreActBlock(nn.Module):
     changes.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, activation: Activation = "relu") -> None:
         super().__init__()
+        self.activate = make_activation(activation)
         self.bn1, self.conv1 = nn.BatchNorm2d(inputs), conv(inputs, outputs, stride=stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(outputs), conv(outputs, outputs)
         self.shortcut = None
@@ -25,9 +25,9 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b,inputs,h,w] -> [b,outputs,h/stride,w/stride]."""
-        active = F.relu(self.bn1(x), inplace=True)
+        active = self.activate(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(active)
-        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active)), inplace=True)) + shortcut
+        out: Tensor = self.conv2(self.activate(self.bn2(self.conv1(active)))) + shortcut
         return out
 
 
@@ -42,20 +42,25 @@ class PreActResNet18(nn.Module):
     Args:
         num_classes: k, the length of the logits.
         in_channels: channels of the images.
+        activation: between the layers.
     """
 
-    def __init__(self, num_classes: int, in_channels: int) -> None:
+    def __init__(self, num_classes: int, in_channels: int, activation: Activation = "relu") -> None:
         super().__init__()
+        self.activate = make_activation(activation)
         self.stem = conv(in_channels, 64)
         blocks: list[nn.Module] = []
         for inputs, outputs, stride in [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]:
-            blocks += [PreActBlock(inputs, outputs, stride), PreActBlock(outputs, outputs, 1)]
+            blocks += [
+                PreActBlock(inputs, outputs, stride, activation),
+                PreActBlock(outputs, outputs, 1, activation),
+            ]
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(512)
         self.linear = nn.Linear(512, num_classes)
 
     def forward(self, image: Tensor) -> Tensor:
         """``image`` [b,c,h,w] -> logits [b,k]."""
-        features = F.relu(self.bn(self.blocks(self.stem(image))), inplace=True)
+        features = self.activate(self.bn(self.blocks(self.stem(image))))
         logits: Tensor = self.linear(global_average(features))
         return logits

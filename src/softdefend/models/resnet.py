@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softdefend.models.layers import conv, global_average
+from softdefend.models.layers import Activation, conv, global_average, make_activation
 
 
 class BasicBlock(nn.Module):
@@ -14,8 +13,9 @@ class BasicBlock(nn.Module):
     The shortcut is the identity, or a 1x1 convolution with BatchNorm where the shape changes.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, activation: Activation = "relu") -> None:
         super().__init__()
+        self.activate = make_activation(activation)
         self.conv1, self.bn1 = conv(inputs, outputs, stride=stride), nn.BatchNorm2d(outputs)
         self.conv2, self.bn2 = conv(outputs, outputs), nn.BatchNorm2d(outputs)
         self.shortcut = nn.Sequential()
@@ -24,9 +24,10 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b,inputs,h,w] -> [b,outputs,h/stride,w/stride]."""
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.activate(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out)) + self.shortcut(x)
-        return F.relu(out, inplace=True)
+        activated: Tensor = self.activate(out)
+        return activated
 
 
 class ResNet18(nn.Module):
@@ -40,14 +41,18 @@ class ResNet18(nn.Module):
     Args:
         num_classes: k, the length of the logits.
         in_channels: channels of the images.
+        activation: between the layers.
     """
 
-    def __init__(self, num_classes: int, in_channels: int) -> None:
+    def __init__(self, num_classes: int, in_channels: int, activation: Activation = "relu") -> None:
         super().__init__()
-        self.stem = nn.Sequential(conv(in_channels, 64), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(conv(in_channels, 64), nn.BatchNorm2d(64), make_activation(activation))
         blocks: list[nn.Module] = []
         for inputs, outputs, stride in [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]:
-            blocks += [BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1)]
+            blocks += [
+                BasicBlock(inputs, outputs, stride, activation),
+                BasicBlock(outputs, outputs, 1, activation),
+            ]
         self.blocks = nn.Sequential(*blocks)
         self.linear = nn.Linear(512, num_classes)
 

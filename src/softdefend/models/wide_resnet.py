@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softdefend.models.layers import conv, global_average, init_weights
+from softdefend.models.layers import Activation, conv, global_average, init_weights, make_activation
 from softdefend.models.preact_resnet import PreActBlock
 
 
@@ -21,16 +20,20 @@ class WideResNet(nn.Module):
         in_channels: channels of the images.
         depth: 6 n + 4.
         widen: the factor on the channels.
+        activation: between the layers.
     """
 
-    def __init__(self, num_classes: int, in_channels: int, depth: int, widen: int) -> None:
+    def __init__(
+        self, num_classes: int, in_channels: int, depth: int, widen: int, activation: Activation = "relu"
+    ) -> None:
         super().__init__()
+        self.activate = make_activation(activation)
         self.stem = conv(in_channels, 16)
         widths = [16, 16 * widen, 32 * widen, 64 * widen]
         blocks: list[nn.Module] = []
         for inputs, outputs, stride in zip(widths, widths[1:], [1, 2, 2], strict=False):
-            blocks.append(PreActBlock(inputs, outputs, stride))
-            blocks += [PreActBlock(outputs, outputs, 1) for _ in range((depth - 4) // 6 - 1)]
+            blocks.append(PreActBlock(inputs, outputs, stride, activation))
+            blocks += [PreActBlock(outputs, outputs, 1, activation) for _ in range((depth - 4) // 6 - 1)]
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(widths[-1])
         self.linear = nn.Linear(widths[-1], num_classes)
@@ -38,6 +41,6 @@ class WideResNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """``image`` [b,c,h,w] -> logits [b,k]."""
-        features = F.relu(self.bn(self.blocks(self.stem(image))), inplace=True)
+        features = self.activate(self.bn(self.blocks(self.stem(image))))
         logits: Tensor = self.linear(global_average(features))
         return logits

@@ -3,6 +3,7 @@
 from softdefend.objectives.at import PGDAT
 from softdefend.objectives.base import OBJECTIVES, Objective
 from softdefend.objectives.consistency import Consistency
+from softdefend.objectives.dajat import DAJAT
 from softdefend.objectives.mart import MART
 from softdefend.objectives.mlcat import MLCAT
 from softdefend.objectives.sce import SCE
@@ -11,6 +12,7 @@ from softdefend.objectives.te import TE, TRADESTE
 from softdefend.objectives.trades import TRADES
 
 __all__ = [
+    "DAJAT",
     "FGSMRS",
     "MART",
     "MLCAT",

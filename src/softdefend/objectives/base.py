@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from softdefend.attacks import PGD, Attack, AttackLoss, Forward
 from softdefend.attacks.pgd import Start
@@ -24,13 +24,22 @@ class Objective(Rule, ABC):
 
     start: ClassVar[Start] = "uniform"
     """Where the reference code starts its attack; used where ``attack.start`` is ``auto``."""
-    views: ClassVar[int] = 1
+    views: int = 1
     """Differently augmented views of each image in a batch. With v views ``image`` and logits have v b rows,
     view after view; labels and targets keep b rows."""
     forwards: ClassVar[int] = 1
     """Forwards of the update, each with its gradient: three units."""
     extra_units: ClassVar[float] = 0.0
     """Further forward units a step and view, outside attack and update."""
+
+    @property
+    def layers(self) -> nn.Module | None:
+        """Layers that the objective adds, whose weights are trained with the network's."""
+        return None
+
+    def view_forward(self, net: Forward) -> Forward:
+        """The network as the attack sees it, for all views at once, [v b, c, h, w]."""
+        return net
 
     def attack_units(self, steps: int) -> float:
         """Forward units of the training attack where ``steps`` are configured."""

@@ -16,6 +16,8 @@ from functools import cache
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from torch import nn
+
 from softdefend.attacks import FGSM, PGD
 from softdefend.core.docstrings import field_docstrings
 from softdefend.core.errors import SettingError
@@ -82,6 +84,12 @@ class Recipe:
         """The three answers."""
         return self.label, self.objective, self.weight
 
+    def trained(self, net: nn.Module) -> nn.Module:
+        """What has the weights that are trained, once the rules are set up: the network, and the layers that
+        the objective adds."""
+        layers = self.objective.layers
+        return net if layers is None else nn.ModuleList([net, layers])
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -124,6 +132,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        if self.augment.plain_first and self.recipe.objective.views == 1:
+            given = f"true with {type(self.recipe.objective).__name__}, which has one view of an image"
+            raise SettingError("augment.plain_first", given, "false, or an objective with several views")
         if not -(2**63) <= self.seed < 2**63:
             raise SettingError("seed", self.seed, "a whole number from -2^63 to 2^63 - 1")
 

@@ -64,6 +64,8 @@ def _fused(net: nn.Module, data: Resident, recipe: Recipe, engine: Engine) -> Fu
     why = refusal(net, data.image_shape, engine.device)
     if engine.settings.precision != "bf16":
         why = f"precision {engine.settings.precision}; they compute in bf16"
+    if recipe.objective.layers is not None:
+        why = f"objective {type(recipe.objective).__name__}, which has layers of its own"
     if recipe.attack_bn != "eval":
         why = f"attack_bn {recipe.attack_bn}; they compute in evaluation mode"
     if why is None:
@@ -185,7 +187,7 @@ class TrainStep:
         attack_target = first.attack_target(label, phase.label)
         attack_target = attack_target.repeat(views, *[1] * (attack_target.ndim - 1))
         with frozen(self.net, self.recipe.attack_bn):
-            forward = self._attack_forward(batch.image)
+            forward = objective.view_forward(self._attack_forward(batch.image))
             loss = objective.inner_loss(forward, batch, attack_target)
             adversarial = self.attack(
                 forward, batch.image, attack_target, self._threat, loss=loss, generator=self.generator

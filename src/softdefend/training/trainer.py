@@ -91,12 +91,12 @@ class Trainer:
         self.test_fingerprint = fingerprint(bundle.test)
         self.batch_size = self.optim.batch_size
         self.steps_per_epoch = self._steps_per_epoch()
-        self.optimizer = make_optimizer(self.net, self.optim, device)
         self.rules = self.recipe.rules
         started = None if has_checkpoints(Path(folder)) else load_start(self.net, config)
         run = RunInfo(self.train_data.labels, self.k, self.optim.epochs, self.net, self.engine.autocast)
         for rule in self.rules:
             rule.setup(run)
+        self.optimizer = make_optimizer(self.recipe.trained(self.net), self.optim, device)
         check_smallest_batch(self.net, self.train_data, self.recipe, self.optim, self.engine)
         check_script(self.net, self.train_data, self.recipe, self.optim.epochs)
         self.step = TrainStep(self.net, self.train_data, self.recipe, self.optimizer, self.engine, self.optim)

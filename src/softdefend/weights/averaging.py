@@ -16,6 +16,7 @@ from softdefend.core.rule import RunInfo
 from softdefend.execution.network_mode import is_frozen, set_mode
 from softdefend.weights.base import WEIGHTS, WeightRule
 
+EMABatchNorm = Literal["copy", "average"]
 SWABatchNorm = Literal["reestimate", "copy"]
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
@@ -24,34 +25,48 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 class EMA(WeightRule):
     """Exponential moving average of the weights; the average predicts, the plain weights train.
 
-    Batch-normalization statistics are those of the trained network, copied at every step. In the first steps
-    the decay is min(decay, (1 + t) / (10 + t)), so that the first weights are soon forgotten. (Rebuilds of
-    Gowal et al., arXiv 2010.03593, use the same formula after copying the weights for the first 2.5% of the
-    run.)
+    In the first steps of the average the decay is min(decay, (1 + t) / (10 + t)), so that the first weights
+    are soon forgotten. (Rebuilds of Gowal et al., arXiv 2010.03593, use the same formula after copying the
+    weights for the first 2.5% of the run.)
 
     Args:
         decay: weight of the old average per step, in [0, 1).
+        start: fraction of the run, in [0, 1), up to which the average is a copy of the plain weights.
+        warmup: use the smaller decay of the first steps; if not, the decay is the same from the start.
+        bn: statistics of batch normalization: ``copy`` (those of the plain network, at every step) or
+            ``average`` (averaged as the weights are).
 
     Raises:
-        SettingError: ``decay`` outside [0, 1).
+        SettingError: a value outside these ranges.
     """
 
     source = "Gowal et al. 2020, arXiv 2010.03593"
 
-    def __init__(self, decay: float = 0.995) -> None:
-        if not 0 <= decay < 1:
-            raise SettingError("weight.decay", decay, "a number in [0, 1)")
-        self.decay = decay
+    def __init__(
+        self, decay: float = 0.995, start: float = 0.0, warmup: bool = True, bn: EMABatchNorm = "copy"
+    ) -> None:
+        for name, value in (("decay", decay), ("start", start)):
+            if not 0 <= value < 1:
+                raise SettingError(f"weight.{name}", value, "a number in [0, 1)")
+        if bn not in get_args(EMABatchNorm):
+            raise SettingError("weight.bn", repr(bn), " or ".join(get_args(EMABatchNorm)))
+        self.decay, self.start, self.warmup, self.bn = decay, start, warmup, bn
+        self._begun = start == 0
 
     def setup(self, run: RunInfo) -> None:
         super().setup(run)
+        self._begins = self.start * run.epochs
 
         @torch.no_grad()
         def move(averaged: Tensors, live: Tensors, _: Tensor | int) -> None:
-            torch._foreach_lerp_(averaged, live, 1 - min(self.decay, self._warm()))
+            if averaged[0].is_floating_point():
+                decay = min(self.decay, self._warm()) if self.warmup else self.decay
+                torch._foreach_lerp_(averaged, live, 1 - decay)
+            else:  # how many batches BatchNorm has seen
+                torch._foreach_copy_(averaged, live)
 
         with torch.no_grad():  # copies of a TorchScript network are no leaves otherwise
-            self.averaged = AveragedModel(self.net, multi_avg_fn=move)
+            self.averaged = AveragedModel(self.net, multi_avg_fn=move, use_buffers=self.bn == "average")
         # torch reads this count at every update: on the CPU that costs no device sync.
         self.averaged.n_averaged = self.averaged.n_averaged.cpu()
 
@@ -59,7 +74,13 @@ class EMA(WeightRule):
         updates = int(self.averaged.n_averaged)
         return (1 + updates) / (10 + updates)
 
+    def advance(self, epoch: float) -> None:
+        # 1e-9: a product such as 0.525 * 200 may round to just above a whole number of epochs.
+        self._begun = epoch >= self._begins - 1e-9
+
     def after_step(self) -> None:
+        if not self._begun:
+            self.averaged.n_averaged.zero_()  # torch then copies
         self.averaged.update_parameters(self.net)
 
     @property

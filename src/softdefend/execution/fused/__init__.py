@@ -37,6 +37,8 @@ def refusal(net: nn.Module, image_shape: tuple[int, ...], device: torch.device) 
         return f"images of {channels} channels; up to 14 have fused kernels"
     if not isinstance(net, nn.Sequential) or len(net) != 2 or type(net[1]) not in KINDS:
         return "only the built-in residual networks have fused kernels"
+    if any(isinstance(module, nn.SiLU) for module in net.modules()):
+        return "fused kernels have relu between the layers, not silu"
     return None
 
 
