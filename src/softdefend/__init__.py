@@ -9,6 +9,7 @@ from softdefend.experiments.api import evaluate, train
 from softdefend.labels import ADR, KD, SAT, SGLR, Hard, Smooth
 from softdefend.models import normalize
 from softdefend.objectives import FGSMRS, MART, MLCAT, NFGSM, PGDAT, SCE, TE, TRADES, TRADESTE, Consistency
+from softdefend.publish.hub import from_pretrained
 from softdefend.training import OptimSettings, Schedule
 from softdefend.weights import AWP, EMA, SWA, Plain
 
@@ -44,6 +45,7 @@ __all__ = [
     "Smooth",
     "ThreatModel",
     "evaluate",
+    "from_pretrained",
     "from_tensors",
     "load",
     "normalize",
