@@ -28,12 +28,14 @@ if TYPE_CHECKING:
         TRADESTE,
         Consistency,
     )
+    from softdefend.publish.hub import from_pretrained
     from softdefend.training import OptimSettings, Schedule
     from softdefend.weights import AWP, EMA, SWA, Plain
 
 __version__ = VERSION
 
 _NAMES = {
+    "publish.hub": "from_pretrained",
     "attacks": "FGSM PGD",
     "core.threat": "ThreatModel",
     "data": "DataSettings from_tensors load",
@@ -58,6 +60,7 @@ _FOLDERS = (
     "labels",
     "models",
     "objectives",
+    "publish",
     "report",
     "training",
     "weights",
@@ -95,6 +98,7 @@ __all__ = [
     "Smooth",
     "ThreatModel",
     "evaluate",
+    "from_pretrained",
     "from_tensors",
     "load",
     "normalize",

@@ -28,6 +28,7 @@ COMMANDS = {
     "labels": "audit: which training labels does the memory distrust?",
     "reproduce": "the paper's experiments: table1, noise, ablation",
     "bench": "how fast training steps are on this machine",
+    "push": "publish a checkpoint on the Hugging Face hub, with a model card",
     "methods": "every rule and preset: cost, source, what goes together",
     "data": "prepare or describe a data set",
 }

@@ -1,12 +1,14 @@
-"""Data sets of the Hugging Face hub: only their Parquet files are downloaded, once."""
+"""Data sets of the Hugging Face hub: only their Parquet files are downloaded, once, and checked."""
 
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 
+from softdefend.core import hub_files
 from softdefend.core.errors import SettingError
 from softdefend.data.raw import RawData
 from softdefend.data.settings import DataSettings
@@ -27,15 +29,12 @@ def download(address: str) -> Path:
         raise SettingError("data.source", address, "hf:owner/name or hf:owner/name/config")
     repo, config = match["repo"], match["config"]
     pattern = f"{config}/*.parquet" if config else "*.parquet"
-    try:
-        root = Path(huggingface_hub.snapshot_download(repo, repo_type="dataset", allow_patterns=[pattern]))
-    except Exception as error:  # the client's own errors and those of its HTTP library share no base class
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise SettingError(
-            "data.source",
-            f"{address} ({reason})",
-            "a data set of the hub that can be reached, or a local path",
-        ) from None
+    root = hub_files.download(
+        lambda: huggingface_hub.snapshot_download(repo, repo_type="dataset", allow_patterns=[pattern]),
+        address,
+        "data.source",
+        "a data set of the hub that can be reached, or a local path",
+    )
     return root / config if config else root
 
 
@@ -52,4 +51,17 @@ class Hub(Source):
         return address.startswith("hf:")
 
     def read(self, settings: DataSettings, path: Path, cache: Path) -> RawData:
-        return parquet.read_files(download(settings.source), settings, cache, settings.source)
+        root = download(settings.source)
+        try:
+            return _read(root, settings, cache)
+        except SettingError:
+            if not (damaged := hub_files.damaged_files(root)):
+                raise
+        hub_files.discard(damaged)
+        return _read(download(settings.source), settings, cache)
+
+
+def _read(root: Path, settings: DataSettings, cache: Path) -> RawData:
+    """Downloaded files, checked before they are decoded."""
+    check = partial(hub_files.check_hashes, root, settings.source, "data.source")
+    return parquet.read_files(root, settings, cache, settings.source, check=check)

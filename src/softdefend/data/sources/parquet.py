@@ -55,7 +55,14 @@ class Parquet(Source):
         return read_files(path, settings, cache, path.resolve().name)
 
 
-def read_files(path: Path, settings: DataSettings, cache: Path, name: str) -> RawData:
+def read_files(
+    path: Path,
+    settings: DataSettings,
+    cache: Path,
+    name: str,
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> RawData:
     """Read a Parquet file, or a folder of them.
 
     In a folder the split is told from the file's name (``train-00000-of-00001.parquet``) or its folder's
@@ -74,6 +81,7 @@ def read_files(path: Path, settings: DataSettings, cache: Path, name: str) -> Ra
             The others say how images are decoded.
         cache: folder of decoded images.
         name: what tables call the data.
+        check: of the files, before they are decoded; what is cached was checked before.
 
     Raises:
         SettingError: files that are not Parquet, columns or labels that cannot be used, files whose classes
@@ -91,6 +99,7 @@ def read_files(path: Path, settings: DataSettings, cache: Path, name: str) -> Ra
     key = source_key([*train, *(test or ())], reader="parquet", columns=columns, name=name, **options)
 
     def build() -> RawData:
+        check()
         schema = _schema(train[0])
         columns = _image_column(schema, image_column, train[0]), _label_column(schema, label_column, train[0])
         names = _class_names([*train, *(test or ())], columns[1])
