@@ -1,5 +1,6 @@
 """Attacks, each usable alone on any module: ``PGD(steps=20)(net, image, label, threat)``."""
 
+from softdefend.attacks.adapt import Adapted, adapt
 from softdefend.attacks.apgd import APGD, TargetedAPGD
 from softdefend.attacks.base import Attack, Forward, value_and_gradient
 from softdefend.attacks.cw import CWL2, CWLinf
@@ -13,6 +14,7 @@ from softdefend.attacks.losses import (
     kl_divergence,
     kl_from,
     margin,
+    match_logits,
     targeted_dlr,
 )
 from softdefend.attacks.minimal import MinimalAttack
@@ -27,6 +29,7 @@ __all__ = [
     "FGSM",
     "FMN",
     "PGD",
+    "Adapted",
     "Attack",
     "AttackLoss",
     "CWLinf",
@@ -36,11 +39,13 @@ __all__ = [
     "Square",
     "TargetedAPGD",
     "Transfer",
+    "adapt",
     "cross_entropy",
     "dlr",
     "kl_divergence",
     "kl_from",
     "margin",
+    "match_logits",
     "targeted_dlr",
     "value_and_gradient",
 ]

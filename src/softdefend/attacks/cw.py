@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from softdefend.attacks.losses import LossName, check_classes, check_differentiable, margin
+from softdefend.attacks.losses import check_classes, check_differentiable, margin
 from softdefend.attacks.minimal import Closest, MinimalAttack
-from softdefend.attacks.names import ATTACKS, COUNTS, count_suffix
-from softdefend.attacks.pgd import PGD
+from softdefend.attacks.names import ATTACKS, COUNTS, EOT, count_suffix
+from softdefend.attacks.pgd import PGD, eot_suffix
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import Norm, ThreatModel
 from softdefend.execution.counting import CountingModel, Forward
@@ -25,7 +25,7 @@ class CWLinf(PGD):
     as CW. It is ``pgd-30-margin`` under its usual name, not the l-inf attack of Carlini & Wagner.
 
     Args:
-        steps, step_size, restarts, start, keep: as in :class:`PGD`.
+        steps, step_size, restarts, start, keep, eot: as in :class:`PGD`.
 
     Raises:
         SettingError: as in :class:`PGD`.
@@ -33,14 +33,14 @@ class CWLinf(PGD):
 
     steps: int = 30
     """Gradient steps, >= 0."""
-    loss: LossName = field(default="margin", init=False)
-    pattern: ClassVar[str] = rf"cw-linf{COUNTS}"
-    suffix: ClassVar[str | None] = "[-STEPS[xRESTARTS]]"
+    loss: str = field(default="margin", init=False)
+    pattern: ClassVar[str] = rf"cw-linf{COUNTS}{EOT}"
+    suffix: ClassVar[str | None] = "[-STEPS[xRESTARTS]][-eotFORWARDS]"
 
     @property
     def name(self) -> str:
         """``cw-linf``; off the defaults ``cw-linf-100``, ``cw-linf-30x5`` (restarts)."""
-        return "cw-linf" + count_suffix(self.steps, self.restarts, default=30)
+        return "cw-linf" + count_suffix(self.steps, self.restarts, default=30) + eot_suffix(self.eot)
 
     def check(self, threat: ThreatModel) -> None:
         """See :meth:`Attack.check`: l-inf alone."""

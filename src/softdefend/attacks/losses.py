@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softdefend.core.digest import file_digest
 from softdefend.core.errors import SettingError
+from softdefend.core.functions import describe_raised, find_function
 
 AttackLoss = Callable[[Tensor], Tensor]
 """Maps logits [b, k] to a loss [b]."""
-LossName = Literal["ce", "margin", "kl"]
+LOSS_NAMES = ("ce", "margin", "kl", "match")
+FROM_CLEAN = ("kl", "match")
+"""Those that measure from the clean logits."""
 
 _NO_GAP = 1e-12
 """Keeps a ratio of logits finite where they are all equal; the reference's value."""
@@ -168,21 +175,133 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 
-def named(name: LossName, target: Tensor, clean_logits: Tensor | None = None) -> AttackLoss:
+def match_logits(wanted: Tensor) -> AttackLoss:
+    """Minus the squared Euclidean distance of each sample's logits from ``wanted`` [b, k]: an image whose
+    logits are those of another class's image has its class (Tramer et al., arXiv 2002.08347, section 4).
+
+    Raises:
+        SettingError: k < 2, or logits of another number of classes than ``wanted``.
+    """
+    check_classes(wanted)
+    wanted = wanted.detach()
+
+    def loss(logits: Tensor) -> Tensor:
+        if logits.shape[1] != wanted.shape[1]:
+            given = f"{wanted.shape[1]} logits to match"
+            raise SettingError("attack.loss", given, f"the network's {logits.shape[1]} classes")
+        return -(logits - wanted).square().sum(dim=1)
+
+    return loss
+
+
+def exchanged(clean_logits: Tensor, target: Tensor) -> Tensor:
+    """Clean logits [b, k] with the true class and the likeliest wrong one exchanged: what ``match`` wants.
+
+    Args:
+        clean_logits: [b, k], k >= 2.
+        target: labels [b] int64, or probabilities [b, k].
+
+    Raises:
+        SettingError: k < 2.
+    """
+    check_classes(clean_logits)
+    true = hard_label(target)[:, None]
+    wrong = clean_logits.scatter(1, true, -torch.inf).argmax(dim=1, keepdim=True)
+    pair = torch.cat([true, wrong], dim=1)
+    return clean_logits.scatter(1, pair, clean_logits.gather(1, pair.flip(1)))
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """A loss of the user's: a function of logits [b, k] and labels [b] that returns [b], larger meaning worse
+    for the network."""
+
+    path: str
+    """``package.module:function``."""
+    function: Callable[[Tensor, Tensor], Any]
+
+    @classmethod
+    def find(cls, path: str) -> OwnLoss:
+        """By its name.
+
+        Raises:
+            SettingError: no such function.
+        """
+        return cls(path, find_function("attack.loss", path))
+
+    def of(self, target: Tensor) -> AttackLoss:
+        """The loss for these labels [b], or probabilities [b, k], of which the largest names the class."""
+        label = hard_label(target)
+
+        def loss(logits: Tensor) -> Tensor:
+            value = self.function(logits, label)
+            if not isinstance(value, Tensor) or value.shape != label.shape or not value.is_floating_point():
+                made = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                accepted = "one floating point number for each image, shape [b]"
+                raise SettingError("attack.loss", f"{self.path}, which returned {made}", accepted)
+            return value
+
+        return loss
+
+    def digest(self) -> str:
+        """Of the file that the function is written in; empty where there is none."""
+        path = Path(getattr(inspect.getmodule(self.function), "__file__", None) or "")
+        return file_digest(path) if path.is_file() else ""
+
+    def check(self, k: int) -> None:
+        """Refuse a function that cannot be called with logits [3, k] and labels [3].
+
+        Raises:
+            SettingError: it raises, or returns something else than [3].
+        """
+        try:
+            self.of(torch.arange(3) % k)(torch.zeros(3, k))
+        except SettingError:
+            raise
+        except Exception as error:
+            given = f"{self.path}, which raised {describe_raised(error)}"
+            raise SettingError("attack.loss", given, "a function of logits [b, k] and labels [b]") from error
+
+
+def own_loss(attack: object) -> OwnLoss | None:
+    """The loss of the user's that an attack's settings name, or None."""
+    name = getattr(attack, "loss", None)
+    return OwnLoss.find(name) if isinstance(name, str) and ":" in name else None
+
+
+def check_loss(name: str) -> None:
+    """Refuse the name of no loss.
+
+    Raises:
+        SettingError: neither one of :data:`LOSS_NAMES` nor ``package.module:function`` of a function that
+            there is.
+    """
+    if ":" in name:
+        OwnLoss.find(name)
+    elif name not in LOSS_NAMES:
+        accepted = " or ".join([*LOSS_NAMES, "package.module:function"])
+        raise SettingError("attack.loss", repr(name), accepted)
+
+
+def named(name: str | OwnLoss, target: Tensor, clean_logits: Tensor | None = None) -> AttackLoss:
     """The attack loss called ``name``.
 
     Args:
-        name: ce, margin or kl.
+        name: one of :data:`LOSS_NAMES`, or a loss of the user's.
         target: labels [b] int64, or probabilities [b, k].
-        clean_logits: [b, k], the prediction that ``kl`` measures from.
+        clean_logits: [b, k], the prediction that ``kl`` and ``match`` measure from.
 
     Raises:
         SettingError: unknown name.
     """
+    if isinstance(name, OwnLoss):
+        return name.of(target)
     if name == "ce":
         return lambda logits: cross_entropy(logits, target)
     if name == "margin":
         return lambda logits: margin(logits, target)
     if name == "kl" and clean_logits is not None:
         return kl_from(clean_logits)
-    raise SettingError("attack.loss", repr(name), "ce, margin or kl")
+    if name == "match" and clean_logits is not None:
+        return match_logits(exchanged(clean_logits, target))
+    raise SettingError("attack.loss", repr(name), " or ".join(LOSS_NAMES))

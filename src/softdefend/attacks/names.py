@@ -14,12 +14,17 @@ from softdefend.core.registry import Registry
 ATTACKS: Registry[type[Attack]] = Registry("attacks")
 COUNTS = r"(?:-(?P<steps>\d+)(?:x(?P<restarts>\d+))?)?"
 """A pattern for what may follow most names: ``-100`` steps, ``-100x5`` restarts."""
+LOSS = r"(?:-(?P<loss>ce|margin|kl|match|[^\W\d][\w.]*:[^\W\d]\w*))?"
+"""A pattern for a loss in a name: ``-margin``, or ``-package.module:function``."""
+EOT = r"(?:-eot(?P<eot>\d+))?"
+"""A pattern for ``-eot20``: gradients of twenty forwards averaged."""
 
 
 def parse_attack(name: str) -> Attack:
     """The attack with its default settings, but for what the name says.
 
-    ``fgsm``, ``pgd-20``, ``pgd-50x10`` (ten restarts), ``pgd-20-margin``; ``apgd-ce``, ``apgd-dlr``,
+    ``fgsm``, ``pgd-20``, ``pgd-50x10`` (ten restarts), ``pgd-20-margin``, ``pgd-20-my.module:loss``,
+    ``pgd-20-eot10`` (ten forwards a step); ``apgd-ce``, ``apgd-dlr``,
     ``apgd-t``, ``apgd-ce-100x5``, ``apgd-ce-eot20``; ``fab-t``, ``fab-t-50``, ``fab-100x5`` (untargeted);
     ``square``, ``square-1000`` (queries); ``cw-linf``, ``cw-linf-100``; ``cw-l2``, ``cw-l2-9x10000``
     (rounds, and steps in each); ``fmn``, ``fmn-200``, ``deepfool``, ``deepfool-100`` (steps). Steps of PGD

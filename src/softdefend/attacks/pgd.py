@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from softdefend.attacks.base import Attack, Randomness, larger, pick, value_and_gradient
-from softdefend.attacks.losses import AttackLoss, LossName, hard_label, named
-from softdefend.attacks.names import ATTACKS, COUNTS
+from softdefend.attacks.losses import FROM_CLEAN, AttackLoss, OwnLoss, check_loss, hard_label, named
+from softdefend.attacks.names import ATTACKS, COUNTS, EOT, LOSS
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.execution.context import ActiveImages, AttackContext
@@ -37,9 +37,13 @@ class PGD(Attack):
             outside [0, 1] until the first step (TE's and SGLS's per-epoch evaluation); ``gaussian`` adds
             noise of 0.001 (TRADES, MART); ``none`` starts at the image; ``auto`` is ``uniform``, and in
             training the objective's own.
-        loss: ``ce``, ``margin`` or ``kl``.
+        loss: ``ce``, ``margin``, ``kl``, ``match`` (logits like the clean ones with the true class and the
+            likeliest wrong one exchanged), or the user's ``package.module:function`` of logits [b, k] and
+            labels [b].
         keep: ``last`` returns the final iterate (what the field calls PGD-k); ``best`` the iterate of
             largest loss, at the cost of one more forward.
+        eot: forwards whose losses and gradients are averaged, >= 1, for networks that draw random numbers
+            (expectation over transformation, Athalye et al., arXiv 1802.00420).
 
     Raises:
         SettingError: a count, length or name outside these ranges.
@@ -53,14 +57,16 @@ class PGD(Attack):
     """Independent random starts, >= 1."""
     start: Start = "auto"
     """Where a search begins: auto, uniform, uniform-unclipped, gaussian or none."""
-    loss: LossName = "ce"
-    """What to climb: ce, margin or kl."""
+    loss: str = "ce"
+    """What to climb: ce, margin, kl, match, or package.module:function of logits and labels."""
     keep: Literal["last", "best"] = "last"
     """Which iterate to return: last or best."""
+    eot: int = 1
+    """Forwards whose gradients are averaged at each step, >= 1."""
     randomness: ClassVar[Randomness] = "image"
     several_batches: ClassVar[bool] = True
-    pattern: ClassVar[str] = rf"pgd(?=-\d){COUNTS}(?:-(?P<loss>ce|margin|kl))?"
-    suffix: ClassVar[str | None] = "-STEPS[xRESTARTS][-margin|-kl]"
+    pattern: ClassVar[str] = rf"pgd(?=-\d){COUNTS}{LOSS}{EOT}"
+    suffix: ClassVar[str | None] = "-STEPS[xRESTARTS][-margin|-kl|-match|-MODULE:FUNCTION][-eotFORWARDS]"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,16 +80,17 @@ class PGD(Attack):
                 raise SettingError("attack.step_size", self.step_size, "a positive length such as 2/255")
         for field, value, accepted in (
             ("start", self.start, ("auto", "uniform", "uniform-unclipped", "gaussian", "none")),
-            ("loss", self.loss, ("ce", "margin", "kl")),
             ("keep", self.keep, ("last", "best")),
         ):
             if value not in accepted:
                 raise SettingError(f"attack.{field}", repr(value), " or ".join(accepted))
+        check_loss(self.loss)
+        _check_eot(self.eot)
 
     @property
     def name(self) -> str:
-        """``pgd-20``, ``pgd-20-margin``, ``pgd-50x10`` (restarts)."""
-        suffix = "" if self.loss == "ce" else f"-{self.loss}"
+        """``pgd-20``, ``pgd-20-margin``, ``pgd-50x10`` (restarts), ``pgd-20-eot10``."""
+        suffix = ("" if self.loss == "ce" else f"-{self.loss}") + eot_suffix(self.eot)
         return f"pgd-{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "") + suffix
 
     def run(
@@ -92,10 +99,10 @@ class PGD(Attack):
         """See :meth:`Attack.run`. In an evaluation a start belongs to the image's position in the data, so a
         result depends neither on batches nor on what else is in them.
 
-        Cost per restart: ``steps`` forwards and input gradients, one forward more where the best iterate is
-        kept, and one where restarts are compared.
+        Cost per restart: ``steps`` forwards and input gradients (``eot`` times as many with ``eot``), one
+        forward more where the best iterate is kept, and one where restarts are compared.
         """
-        clean = net.clean_logits(image) if self.loss == "kl" and context.loss is None else label
+        clean = net.clean_logits(image) if self.loss in FROM_CLEAN and context.loss is None else label
         search = partial(self._search, _Given(image, label, clean), threat, context)
         return context.in_portions(image, search)
 
@@ -105,10 +112,11 @@ class PGD(Attack):
         """The image that each sample keeps of all restarts."""
         given = active.take(given)
         step = _Step(
-            context.loss or self.loss,
+            context.loss or (OwnLoss.find(self.loss) if ":" in self.loss else self.loss),
             threat,
             float(threat.eps) / 4 if self.step_size is None else float(self.step_size),
             contiguous=active.rows is not None,
+            eot=self.eot,
         )
         loss, label, kept = step.loss_of(given), hard_label(given.label), None
         for restart in range(self.restarts):
@@ -144,7 +152,7 @@ class PGD(Attack):
             return threat.project(image, active.repeat(step, _State(start), given, self.steps).x_adv)
         x_adv, loss, best, best_value = start, step.loss_of(given), None, None
         for _ in range(self.steps):
-            value, grad = value_and_gradient(active.net, loss, x_adv)
+            value, grad = mean_gradient(active.net, loss, x_adv, self.eot)
             best, best_value = _better(x_adv, value, best, best_value)
             x_adv = threat.move(image, x_adv, grad, step.step_size)
         x_adv = threat.project(image, x_adv)
@@ -182,19 +190,21 @@ class _Step:
         step_size: of the move, in pixel units.
         contiguous: bring gradients into contiguous memory, whatever order the network gives them in. Not so
             where one batch is attacked as it is: in training that would be a copy of every gradient.
+        eot: forwards whose losses and gradients are averaged.
     """
 
-    loss: LossName | AttackLoss
+    loss: str | OwnLoss | AttackLoss
     threat: ThreatModel
     step_size: float
     contiguous: bool
+    eot: int
 
     def loss_of(self, given: _Given) -> AttackLoss:
         """What these samples climb."""
         return self.loss if callable(self.loss) else named(self.loss, given.label, given.clean)
 
     def __call__(self, net: Forward, state: _State, given: _Given) -> _State:
-        _, grad = value_and_gradient(net, self.loss_of(given), state.x_adv)
+        _, grad = mean_gradient(net, self.loss_of(given), state.x_adv, self.eot)
         grad = grad.contiguous() if self.contiguous else grad
         return _State(self.threat.move(given.image, state.x_adv, grad, self.step_size))
 
@@ -219,6 +229,25 @@ def _better(
     return larger(candidate, value, best, best_value)
 
 
+def mean_gradient(net: Forward, loss: AttackLoss, image: Tensor, eot: int) -> tuple[Tensor, Tensor]:
+    """:func:`value_and_gradient`, both means of ``eot`` forwards."""
+    value, grad = value_and_gradient(net, loss, image)
+    for _ in range(eot - 1):
+        more = value_and_gradient(net, loss, image)
+        value, grad = value + more[0], grad + more[1]
+    return (value, grad) if eot == 1 else (value / eot, grad / eot)
+
+
+def eot_suffix(eot: int) -> str:
+    """What :data:`~softdefend.attacks.names.EOT` reads."""
+    return "" if eot == 1 else f"-eot{eot}"
+
+
+def _check_eot(eot: int) -> None:
+    if eot < 1:
+        raise SettingError("attack.eot", eot, "a whole number >= 1")
+
+
 def _worse(one: _Reached, other: _Reached) -> _Reached:
     """Per sample, what is worse for the network: to be wrong before a loss, of whatever size; ``other`` on a
     tie. A larger cross-entropy alone may well belong to a point that the network still gets right."""
@@ -236,26 +265,31 @@ class FGSM(Attack):
     In l2 the step is the normalized gradient. Deterministic: no random start.
     """
 
-    loss: LossName = "ce"
-    """What to climb: ce, margin or kl."""
+    loss: str = "ce"
+    """What to climb: ce, margin, kl, match, or package.module:function of logits and labels."""
+    eot: int = 1
+    """Forwards whose gradients are averaged, >= 1."""
     randomness: ClassVar[Randomness] = "none"
-    pattern: ClassVar[str] = "fgsm(?:-(?P<loss>ce|margin|kl))?"
-    suffix: ClassVar[str | None] = "[-margin|-kl]"
+    pattern: ClassVar[str] = f"fgsm{LOSS}{EOT}"
+    suffix: ClassVar[str | None] = "[-margin|-kl|-match|-MODULE:FUNCTION][-eotFORWARDS]"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss not in get_args(LossName):
-            raise SettingError("attack.loss", repr(self.loss), " or ".join(get_args(LossName)))
+        check_loss(self.loss)
+        _check_eot(self.eot)
 
     @property
     def name(self) -> str:
-        """``fgsm``, or ``fgsm-margin`` and the like."""
-        return "fgsm" if self.loss == "ce" else f"fgsm-{self.loss}"
+        """``fgsm``, or ``fgsm-margin``, ``fgsm-eot20`` and the like."""
+        return "fgsm" + ("" if self.loss == "ce" else f"-{self.loss}") + eot_suffix(self.eot)
 
     def run(
         self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
     ) -> Tensor:
-        """See :meth:`Attack.run`. Cost: one forward and one input gradient."""
-        loss = context.loss or named(self.loss, label, net.clean_logits(image) if self.loss == "kl" else None)
-        _, grad = value_and_gradient(net, loss, image)
+        """See :meth:`Attack.run`. Cost: ``eot`` forwards and input gradients."""
+        loss = context.loss
+        if loss is None:
+            clean = net.clean_logits(image) if self.loss in FROM_CLEAN else None
+            loss = named(OwnLoss.find(self.loss) if ":" in self.loss else self.loss, label, clean)
+        _, grad = mean_gradient(net, loss, image, self.eot)
         return threat.move(image, image, grad, float(threat.eps))

@@ -20,7 +20,7 @@ from softdefend.evaluation.checkpoint import Checkpoint
 from softdefend.evaluation.evaluate import Evaluator, cost_line
 from softdefend.evaluation.records import Evaluation, Rate
 from softdefend.evaluation.resume import StateFile
-from softdefend.evaluation.settings import EvaluateSettings, count_of
+from softdefend.evaluation.settings import EvaluateSettings, count_of, own_losses
 from softdefend.execution.microbatch import fitting_microbatch
 
 _log = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ def accuracy_inputs(checkpoint: Checkpoint, settings: EvaluateSettings) -> dict[
     full = len(checkpoint.source.bundle.test)
     if {count_of(settings.size, full), count_of(settings.curve_size, full)} <= {0, full}:
         del known["subset"]
+    if losses := own_losses(settings.attacks):  # the name of a function does not say what is in it
+        known["losses"] = {path: loss.digest() for path, loss in losses.items()}
     return checkpoint.inputs(known)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,11 +10,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from softdefend.attacks.losses import OwnLoss, own_loss
 from softdefend.core.errors import SettingError
 from softdefend.core.hints import check_fields
 from softdefend.core.threat import ThreatModel
 from softdefend.data import SubsetOrder
-from softdefend.evaluation.autoattack import parse
+from softdefend.evaluation.autoattack import Ensemble, parse
 from softdefend.evaluation.robustbench import check_standard, read_known
 from softdefend.execution.search_network import Precision, check_precision
 
@@ -131,8 +133,19 @@ def check_attacks(settings: EvaluateSettings, threat: ThreatModel, k: int, devic
         raise SettingError("evaluate.attacks", ", ".join(names), "attacks with different names")
     for attack in attacks:
         attack.check(threat)
+    for loss in own_losses(settings.attacks).values():
+        loss.check(max(2, k))
     if settings.compile and device.type != "cuda":
         raise SettingError("evaluate.compile", "true on a CPU", "false or null, or a CUDA device")
+
+
+def own_losses(names: Sequence[str]) -> dict[str, OwnLoss]:
+    """The losses of the user's that attacks of these names climb, by ``package.module:function``."""
+    parsed = [parse(name) for name in names]
+    members = [
+        one for attack in parsed for one in (attack.members if isinstance(attack, Ensemble) else [attack])
+    ]
+    return {loss.path: loss for member in members if (loss := own_loss(member)) is not None}
 
 
 def check_requests(settings: EvaluateSettings, requests: Requests, full: int) -> None:

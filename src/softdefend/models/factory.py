@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from softdefend.core.errors import SettingError
+from softdefend.core.functions import describe_raised, find_function
 from softdefend.models.logits import describe_error
 
 
@@ -90,52 +89,19 @@ def from_user(path: str, num_classes: int, in_channels: int) -> nn.Module:
         SettingError: no such module or function, a function that asks for other arguments, or a result that
             is not an ``nn.Module``; an error inside the user's code, with its file and line.
     """
-    factory = _find(path)
+    factory = find_function("net.name", path)
     offered = {"num_classes": num_classes, "in_channels": in_channels}
     keywords = _keywords(path, factory, offered)
     try:
         net = factory(**keywords)
     except (Exception, SystemExit) as error:
         raise SettingError(
-            "net.name", f"{path}, which raised {_describe(error)}", "a function that runs"
+            "net.name", f"{path}, which raised {describe_raised(error)}", "a function that runs"
         ) from error
     if not isinstance(net, nn.Module):
         given = f"{path}, which returned {type(net).__name__}"
         raise SettingError("net.name", given, "a function that returns a torch.nn.Module")
     return net
-
-
-def _describe(error: BaseException) -> str:
-    """What an error says, and where it was raised."""
-    text = " ".join(str(error).split())
-    if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {text}"
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {text} ({last.filename}, line {last.lineno})"
-
-
-def _find(path: str) -> Callable[..., Any]:
-    module_name, _, function_name = path.partition(":")
-    accepted = "package.module:function, importable from here"
-    if not module_name or module_name.startswith(".") or not function_name:
-        raise SettingError("net.name", path, accepted)
-    sys.path.insert(0, "")
-    try:
-        importlib.invalidate_caches()
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise SettingError("net.name", f"{path} ({error})", accepted) from error
-    except (Exception, SystemExit) as error:
-        raise SettingError(
-            "net.name", f"{path}, whose import raised {_describe(error)}", "a module that can be imported"
-        ) from error
-    finally:
-        sys.path.remove("")
-    function: Callable[..., Any] | None = getattr(module, function_name, None)
-    if not callable(function):
-        problem = "is not callable" if hasattr(module, function_name) else "does not exist"
-        raise SettingError("net.name", f"{path}: {function_name} {problem}", accepted)
-    return function
 
 
 def _keywords(path: str, factory: Callable[..., Any], offered: dict[str, int]) -> dict[str, int]:
