@@ -1,4 +1,4 @@
-# docker build --target cpu -t softdefend:cpu .      docker run --rm softdefend:cpu demo
+# docker build --target cpu --build-arg TORCH_INDEX=... -t softdefend:cpu .      docker run --rm softdefend:cpu demo
 # docker build --target cuda -t softdefend:cuda .    docker run --rm --gpus all -v "$PWD/runs:/work/runs" softdefend:cuda train ...
 ARG PYTHON=3.12
 
@@ -16,10 +16,11 @@ COPY requirements.lock requirements-torch.lock constraints.txt /locks/
 ENTRYPOINT ["softdefend"]
 CMD ["--help"]
 
-# torch for the CPU alone comes from its own index: a tenth of the size.
+# torch for the CPU alone is a tenth of the size; PyTorch's installation page names the index that it comes from.
 FROM base AS cpu
+ARG TORCH_INDEX
 RUN pip install --no-cache-dir --constraint /locks/constraints.txt torch \
-        --index-url https://download.pytorch.org/whl/cpu \
+        --index-url ${TORCH_INDEX:?the index of PyTorch's CPU builds} \
     && pip install --no-cache-dir --require-hashes --requirement /locks/requirements.lock
 RUN --mount=from=wheel,source=/wheels,target=/wheels pip install --no-cache-dir --no-deps /wheels/*.whl
 USER user

@@ -35,11 +35,13 @@ def recompute_blocks(net: nn.Module) -> int:
         How many blocks there are.
 
     Raises:
-        SettingError: none.
+        SettingError: there are none.
     """
-    found = [block for block in net.modules() if type(block) in _repeated(net) and not _holds_repeated(block)]
+    repeated = _repeated(net)
+    found = [block for block in net.modules() if type(block) in repeated and not _holds_repeated(block)]
     for block in found:
-        block.__class__ = _recomputed(type(block))
+        kind: Any = type(block)
+        block.__class__ = _recomputed(kind)
     if not found and not any(hasattr(type(block), "recomputes") for block in net.modules()):
         accepted = "false for a network without repeated blocks"
         raise SettingError("runtime.recompute", f"true with {type(net).__name__}", accepted)

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from softdefend.core.environment import VERSION
+from softdefend.core.version import VERSION
 from softdefend.data import DataBundle
 from softdefend.experiments.catalog import weight_name
 from softdefend.experiments.config import Experiment

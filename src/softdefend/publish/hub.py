@@ -8,9 +8,9 @@ from pathlib import Path
 import huggingface_hub
 from torch import nn
 
-from softdefend.core.environment import VERSION
 from softdefend.core.errors import SettingError
 from softdefend.core.hints import check_type
+from softdefend.core.version import VERSION
 from softdefend.publish.download import check_address, locate
 from softdefend.publish.folder import open_network, open_publication, write_published
 
