@@ -20,7 +20,7 @@ CMD ["--help"]
 FROM base AS cpu
 ARG TORCH_INDEX
 RUN pip install --no-cache-dir --constraint /locks/constraints.txt torch \
-        --index-url ${TORCH_INDEX:?the index of PyTorch's CPU builds} \
+        --index-url "${TORCH_INDEX:?the index of torch builds for the CPU}" \
     && pip install --no-cache-dir --require-hashes --requirement /locks/requirements.lock
 RUN --mount=from=wheel,source=/wheels,target=/wheels pip install --no-cache-dir --no-deps /wheels/*.whl
 USER user
