@@ -352,8 +352,8 @@ def test_a_network_from_outside_is_evaluated(
     assert "Learning curves" not in page
     assert "Accuracy after each attack" in page
     info = json.loads((tmp_path / "info.json").read_text())
-    assert info["clean_acc"] == 100.0
-    assert info["autoattack_acc"] == round(100 * last["attacks"]["autoattack"]["rate"], 2)
+    assert info["clean_acc"] == "100.0"
+    assert info["autoattack_acc"] == str(round(100 * last["attacks"]["autoattack"]["rate"], 2))
     assert info["architecture"] == "Sequential"
     assert "initial accuracy: 100.00%" in (tmp_path / "aa.log").read_text()
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}

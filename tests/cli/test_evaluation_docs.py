@@ -51,7 +51,7 @@ def test_the_commands_run_as_they_stand(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().err == "", command
     info = json.loads(Path("model_info.json").read_text())
     best = json.loads(Path("runs/mine/evaluation/best.json").read_text())
-    assert info["autoattack_acc"] == round(100 * best["attacks"]["autoattack"]["rate"], 2)
+    assert info["autoattack_acc"] == str(round(100 * best["attacks"]["autoattack"]["rate"], 2))
     assert info["dataset"] == "data.parquet"
     lines = Path("autoattack.log").read_text().splitlines()
     assert lines[0] == "using standard version including apgd-ce, apgd-t, fab-t, square."

@@ -45,7 +45,7 @@ def test_everything_is_done_in_order_and_found_again(bundle, tmp_path, caplog):
     assert lines[6] == transfer_text(transferred)
     assert corruption_table(damaged) in lines[7:9]
     assert lines[-2:] == [f"RobustBench model_info: {requests.robustbench}", f"log: {requests.log}"]
-    assert info["autoattack_acc"] == round(100 * result["attacks"]["autoattack"]["rate"], 2)
+    assert info["autoattack_acc"] == str(round(100 * result["attacks"]["autoattack"]["rate"], 2))
     assert info["architecture"] == "tiny"
     assert info["unreliable"] == (
         json.loads((folder / "last-audit.json").read_text())["verdict"] == "suspicious"

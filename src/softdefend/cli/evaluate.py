@@ -13,7 +13,7 @@ from softdefend.core.threat import Budget, Norm, ThreatModel
 from softdefend.data import DataSettings
 from softdefend.evaluation import EvaluateSettings, Requests
 from softdefend.evaluation.settings import Size, check_size
-from softdefend.experiments.evaluate import evaluate, evaluate_external, open_run
+from softdefend.experiments.evaluate import evaluate, evaluate_external, evaluate_robustbench, open_run
 from softdefend.experiments.pipeline import WHICH
 from softdefend.models import NetSettings
 
@@ -54,12 +54,24 @@ class EvaluateFlags:
     weights: Path | None = None
     """With --model: safetensors, or a state dict from torch.save."""
     weights_key: str = ""
-    """With --model: where in that file the weights stand, such as state_dict_ema, if several fit."""
+    """Where in that file the weights stand, such as state_dict_ema, if several fit."""
+    robustbench_model: Path | None = None
+    """A checkpoint in one of RobustBench's formats, in place of --model and --weights."""
+    architecture: str | None = None
+    """With --robustbench_model: as RobustBench's tables call it, such as WideResNet-28-10 or ResNet-18; in
+    DeepMind's layout WideResNet-70-16-SiLU."""
+    mean: tuple[float, ...] = ()
+    """With --robustbench_model: what its code subtracts from each channel, where the file does not say it."""
+    std: tuple[float, ...] = ()
+    """With --mean: what it divides by."""
     output: Path | None = None
-    """With --model: the result folder."""
+    """With --model or --robustbench_model: the result folder."""
     data: DataSettings = field(default_factory=DataSettings)
-    """With --model: the data."""
+    """With --model or --robustbench_model: the data."""
 
+
+_THEIRS = ("architecture", "mean", "std")
+"""Flags that only a checkpoint of RobustBench's needs."""
 
 FLAGS = Flags("evaluate", EvaluateFlags, EvaluateSettings, partial=(EvaluateSettings,))
 completion = FLAGS.completion
@@ -83,6 +95,11 @@ def run(words: Sequence[str]) -> None:
         settings = EvaluateSettings(**changes)
         paths = replace(flags.net, name=flags.model), flags.weights, flags.data, flags.output
         evaluate_external(*paths, key=flags.weights_key, threat=threat, settings=settings, **also)
+    if flags.robustbench_model is not None and flags.architecture is not None and flags.output is not None:
+        theirs = flags.architecture, flags.robustbench_model, flags.data, flags.output
+        also |= {"mean": flags.mean, "std": flags.std, "key": flags.weights_key}
+        threat, settings = _threat(flags, ThreatModel()), EvaluateSettings(**changes)
+        evaluate_robustbench(*theirs, threat=threat, settings=settings, **also)
     for folder in map(Path, flags.run):
         experiment = open_run(folder)
         threat = _threat(flags, experiment.recipe.threat)
@@ -101,11 +118,13 @@ def _check(flags: EvaluateFlags, given: Given) -> None:
         if which not in WHICH:
             raise SettingError("--which", repr(which), " or ".join(WHICH))
     check_size("--audit_size", flags.audit_size, 1)
-    if flags.model is None:
+    if flags.robustbench_model is not None:
+        _check_robustbench(flags, given)
+    elif flags.model is None:
         _check_runs(flags, given)
     else:
         _check_model(flags, given)
-    checkpoints = 1 if flags.model else len(flags.which) * len(flags.run)
+    checkpoints = 1 if flags.model or flags.robustbench_model else len(flags.which) * len(flags.run)
     for name in ("robustbench", "log"):
         if getattr(flags, name) and checkpoints > 1:
             accepted = "one run and one checkpoint, such as --which best"
@@ -113,17 +132,31 @@ def _check(flags: EvaluateFlags, given: Given) -> None:
 
 
 def _check_runs(flags: EvaluateFlags, given: Given) -> None:
-    for name in ("net", "weights", "weights_key", "output", "data"):
+    for name in ("net", "weights", "weights_key", "output", "data", *_THEIRS):
         if name in given.values:
-            accepted = f"--{name} only beside --model; a run brings its own"
-            raise SettingError(f"--{name}", "given without --model", accepted)
+            beside = "--robustbench_model" if name in _THEIRS else "--model"
+            accepted = f"--{name} only beside {beside}; a run brings its own"
+            raise SettingError(f"--{name}", f"given without {beside}", accepted)
     if not flags.run:
         raise SettingError("run", "nothing", "run folders, or --model; see 'softdefend evaluate --help'")
+
+
+def _check_robustbench(flags: EvaluateFlags, given: Given) -> None:
+    for name in ("run", "model", "net", "weights"):
+        if name in given.values:
+            shown = f"{name} beside --robustbench_model"
+            raise SettingError(name if name == "run" else f"--{name}", shown, "one of them")
+    for name in ("architecture", "output"):
+        if getattr(flags, name) is None:
+            raise SettingError(f"--{name}", "nothing", f"--{name} beside --robustbench_model")
 
 
 def _check_model(flags: EvaluateFlags, given: Given) -> None:
     if "name" in given.values.get("net", {}):
         raise SettingError("--net.name", flags.net.name, "--model for the network's name")
+    for name in _THEIRS:
+        if name in given.values:
+            raise SettingError(f"--{name}", "given with --model", f"--{name} beside --robustbench_model")
     if flags.run:
         raise SettingError("run", f"{flags.run[0]} with --model", "either run folders or --model")
     for name in ("weights", "output"):

@@ -107,7 +107,11 @@ class _Target:
 
 
 def find_weights(
-    path: Path, content: Mapping[str, Any], net: nn.Module, key: str = ""
+    path: Path,
+    content: Mapping[str, Any],
+    net: nn.Module,
+    key: str = "",
+    names: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The network's state in what a file holds.
 
@@ -116,6 +120,7 @@ def find_weights(
         content: of the file, perhaps nested.
         net: whose names and shapes are wanted.
         key: the :attr:`Reading.key` of the reading to take, where several fit.
+        names: what the file calls the network's tensors where their names differ, by the network's name.
 
     Returns:
         A full state of ``net``, and what was done to get it, in words.
@@ -123,8 +128,10 @@ def find_weights(
     Raises:
         SettingError: no reading fits, or several that differ.
     """
-    wanted = net.state_dict()
-    readings = list(_readings(content, net, wanted))
+    names = names or {}
+    wanted = {names.get(name, name): value for name, value in net.state_dict().items()}
+    parameters = {names.get(name, name) for name, _ in net.named_parameters(remove_duplicate=False)}
+    readings = list(_readings(content, parameters, wanted))
     fitting = _distinct([one for one in readings if one.fits])
     if key:
         fitting = [one for one in fitting if one.key == key]
@@ -136,7 +143,9 @@ def find_weights(
         raise _refusal(path, readings, len(wanted), key)
     (reading,) = fitting
     _refuse_lost_normalization(path, reading)
-    return {**{name: wanted[name] for name in reading.kept}, **reading.state}, reading.notes
+    state = {**{name: wanted[name] for name in reading.kept}, **reading.state}
+    own = {names.get(name, name): name for name in net.state_dict()}
+    return {own[name]: value for name, value in state.items()}, reading.notes
 
 
 def _refusal(path: Path, readings: list[Reading], count: int, key: str) -> SettingError:
@@ -164,8 +173,10 @@ def _refuse_lost_normalization(path: Path, reading: Reading) -> None:
             raise SettingError(str(path), given, accepted)
 
 
-def _readings(content: Mapping[str, Any], net: nn.Module, wanted: Mapping[str, Any]) -> Iterator[Reading]:
-    targets = list(_targets(net, wanted))
+def _readings(
+    content: Mapping[str, Any], parameters: set[str], wanted: Mapping[str, Any]
+) -> Iterator[Reading]:
+    targets = list(_targets(parameters, wanted))
     for keys, mapping in _mappings(content):
         for prefix, names in _groups([n for n, v in mapping.items() if _is_weight(n, v)]).items():
             under = {name.removeprefix(prefix): mapping[name] for name in names}
@@ -254,9 +265,8 @@ def _groups(names: Sequence[str]) -> dict[str, list[str]]:
     return groups
 
 
-def _targets(net: nn.Module, wanted: Mapping[str, Any]) -> Iterator[_Target]:
+def _targets(parameters: set[str], wanted: Mapping[str, Any]) -> Iterator[_Target]:
     """The network's own names; and those without a prefix outside of which nothing was trained."""
-    parameters = {name for name, _ in net.named_parameters(remove_duplicate=False)}
     trained = [name for name in wanted if name in parameters or name.endswith((*_STATISTICS, _EXTRA))]
     yield _Target({name: name for name in wanted}, [])
     for prefix in list(_groups(trained[:1]))[1:]:

@@ -42,6 +42,7 @@ class CheckpointSource:
         origin: where a network from outside comes from. None for one trained here, which its run's
             configuration builds.
         run: the run that has to have written the weights; any may have when None.
+        additional_data: whether the network has seen more images than the training set; None if not known.
         progress: show bars.
     """
 
@@ -54,6 +55,7 @@ class CheckpointSource:
     architecture: str
     origin: str | None = None
     run: RunIdentity | None = None
+    additional_data: bool | None = None
     progress: bool = False
 
     @property

@@ -20,7 +20,7 @@ from softdefend.evaluation.checkpoint import Checkpoint, CheckpointSource
 from softdefend.evaluation.corruptions import corruption_measurement
 from softdefend.evaluation.measurement import measured
 from softdefend.evaluation.pictures import renew_pictures
-from softdefend.evaluation.robustbench import model_info, read_known
+from softdefend.evaluation.robustbench import issue_text, model_info, read_known
 from softdefend.evaluation.settings import (
     EvaluateSettings,
     Requests,
@@ -117,9 +117,13 @@ def _write_model_info(
         table,
         full=len(source.bundle.test),
         architecture=source.architecture,
+        additional_data=source.additional_data,
         unreliable=None if audit is None else audit["verdict"] == "suspicious",
         transferred=None if transferred is None else transferred["worst"]["count"],
         known=read_known(path),
     )
     write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+    issue = path.with_suffix(".md")
+    write_atomic(issue, issue_text(content, result).encode())
+    _log.info(f"text of RobustBench's issue for a new model: {issue}")
     _log.info(f"RobustBench model_info: {path}")

@@ -13,6 +13,7 @@ from typing import Any
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import Budget
 from softdefend.evaluation.table import Table
+from softdefend.models.robustbench import CALLED
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 """Members of the standard ensemble (Croce and Hein, arXiv 2003.01690), in the order in which they run."""
@@ -20,22 +21,23 @@ STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 ENSEMBLE = "autoattack"
 
 FIELDS: dict[str, Any] = {
-    "link": None,
-    "name": None,
-    "authors": None,
+    "link": "",
+    "name": "",
+    "authors": "",
     "additional_data": None,
     "number_forward_passes": 1,
-    "dataset": None,
-    "venue": None,
-    "architecture": None,
-    "eps": None,
-    "clean_acc": None,
+    "dataset": "",
+    "venue": "",
+    "architecture": "",
+    "eps": "",
+    "clean_acc": "",
     "reported": None,
-    "autoattack_acc": None,
+    "autoattack_acc": "",
     "footnote": None,
 }
-"""Fields of a ``model_info`` file in their order. ``external`` and ``unreliable`` are left out where unknown:
-RobustBench takes the presence of ``external`` for a number."""
+"""Fields of a ``model_info`` file in their order. What is text in RobustBench's own files is empty where
+nobody has said it: its code splits and joins it. ``external`` and ``unreliable`` are left out where unknown:
+it takes the presence of ``external`` for a number."""
 
 _DATASETS = {"cifar-10-batches-py": "cifar10", "cifar-100-python": "cifar100"}
 
@@ -67,20 +69,21 @@ def model_info(
     *,
     full: int,
     architecture: str | None = None,
+    additional_data: bool | None = None,
     unreliable: bool | None = None,
     transferred: int | None = None,
     known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """An evaluation as RobustBench's ``model_info``, accuracies in per cent with two digits, as numbers.
+    """An evaluation as RobustBench's ``model_info``.
 
-    RobustBench's own files hold numbers as text; its code reads both. ``eps`` is text where it was written
-    as a ratio (``8/255``), as there.
+    As in its own files accuracies are text, in per cent with up to two digits, and so is eps.
 
     Args:
         result: ``evaluation/NAME.json``.
         table: ``evaluation/NAME.parquet``; needed where the members of the ensemble were run one by one.
         full: images of the test set.
         architecture: of the network.
+        additional_data: whether it was trained on more than the training set; None if that is not known.
         unreliable: whether an audit found masked gradients; None without one.
         transferred: images that stay robust under those made against other networks; None without any.
         known: what was written before: facts that no evaluation knows (authors, venue, ...) are kept.
@@ -99,20 +102,26 @@ def model_info(
     robust, n = _ensemble_count(result, table), result["n"]
     content = {**FIELDS, **(known or {})}
     content["dataset"] = _DATASETS.get(str(result["name_of_data"]), result["name_of_data"])
-    content["architecture"] = content["architecture"] or architecture
-    content["eps"] = result["eps"] if "/" in result["eps"] else float(result["eps"])
-    content["clean_acc"] = round(100 * result["clean"]["rate"], 2)
-    content["autoattack_acc"] = round(100 * robust / n, 2)
+    content["architecture"] = content["architecture"] or CALLED.get(str(architecture), architecture or "")
+    if content["additional_data"] is None:
+        content["additional_data"] = additional_data
+    content["eps"] = str(result["eps"])
+    content["clean_acc"] = _percent(result["clean"]["rate"])
+    content["autoattack_acc"] = _percent(robust / n)
     judged = ("clean_acc", "autoattack_acc", "eps")
     if known and not all(_equal(known.get(field), content[field]) for field in judged):
         for verdict in ("external", "unreliable"):
             content.pop(verdict, None)
     least = min(result["worst"]["count"], robust if transferred is None else transferred)
     if least < robust:
-        content["external"] = round(100 * least / n, 2)
+        content["external"] = _percent(least / n)
     if unreliable is not None:
         content["unreliable"] = unreliable
     return content
+
+
+def _percent(rate: float) -> str:
+    return str(round(100 * rate, 2))
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -121,6 +130,60 @@ def _equal(one: Any, other: Any) -> bool:
         return float(Budget(one)) == float(Budget(other))
     except SettingError:
         return False
+
+
+_ISSUE = """\
+# Paper Information
+
+- **Paper Title**: {name}
+- **Paper URL**: {link}
+- **Paper authors**: {authors}
+
+# Leaderboard Claim(s)
+
+## Model 1
+
+- **Architecture**: {architecture}
+- **Threat Model**: {norm}
+- **eps**: {eps}
+- **Clean accuracy**: {clean_acc}%
+- **Robust accuracy**: {robust}%
+- **Additional data**: {additional_data}
+- **Evaluation method**: {method}
+- **Checkpoint and code**:
+
+# Model Zoo:
+
+- [ ] I want to add my models to the Model Zoo (check if true)
+- [ ] I use an architecture that is included among those of RobustBench or in `timm`.
+- [ ] I agree to release my model(s) under MIT license **OR** under a custom license, located here:
+"""
+"""The form of RobustBench's issue for a new model, ``.github/ISSUE_TEMPLATE/new-model.md`` there."""
+
+_NORMS = {"linf": "Linf", "l2": "L2"}
+
+
+def issue_text(content: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """The text of RobustBench's new-model issue; what no evaluation knows is left to be filled in.
+
+    Args:
+        content: of :func:`model_info`.
+        result: ``evaluation/NAME.json``.
+    """
+    known = {True: "true", False: "false", None: ""}
+    versions = result.get("versions", {})
+    images, version = f"{result['n']:,} test images", versions.get("softdefend", "")
+    precision = result.get("precision", "exact")
+    method = f"AutoAttack (standard) on all {images}, by softdefend {version} in {precision} precision"
+    return _ISSUE.format(
+        **{key: content.get(key) or "" for key in ("name", "link", "authors", "architecture")},
+        norm=_NORMS.get(str(result["norm"]), result["norm"]),
+        eps=content["eps"],
+        clean_acc=content["clean_acc"],
+        robust=content.get("external", content["autoattack_acc"]),
+        additional_data=known.get(content["additional_data"], ""),
+        method=method,
+    )
 
 
 def read_known(path: Path) -> dict[str, Any]:

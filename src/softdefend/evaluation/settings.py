@@ -163,6 +163,9 @@ def check_requests(settings: EvaluateSettings, requests: Requests, full: int) ->
         if path is not None:
             check_writable(flag, path)
     if requests.robustbench:
+        if requests.robustbench.suffix == ".md":
+            accepted = "a name with .json; the text of the issue gets .md"
+            raise SettingError("--robustbench", requests.robustbench, accepted)
         check_standard(settings.attacks, count_of(settings.size, full), full, settings.precision)
         read_known(requests.robustbench)
 

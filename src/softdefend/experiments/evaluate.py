@@ -23,6 +23,7 @@ from softdefend.core.yaml_files import read_yaml
 from softdefend.data import DataBundle, DataSettings, channel_stats, load, split
 from softdefend.evaluation import CheckpointSource, EvaluateSettings, Requests, evaluate_checkpoint
 from softdefend.evaluation.external import load_network
+from softdefend.evaluation.robustbench_networks import load_robustbench
 from softdefend.evaluation.settings import check_requests
 from softdefend.evaluation.surrogates import surrogate_names
 from softdefend.execution.engine import resolve_device
@@ -127,6 +128,7 @@ def evaluate_run(
         threat=threat or trained,
         architecture=experiment.net.name,
         run=run_identity(experiment, bundle),
+        additional_data=None if experiment.init_from else False,
         progress=experiment.progress,
     )
     return evaluate_checkpoint(source, settings, requests, device=device)
@@ -173,6 +175,7 @@ def evaluate_network(
     requests: Requests | None = None,
     device: str = "auto",
     origin: dict[str, Any] | None = None,
+    architecture: str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluate any network; write the result files and the report page of a run without a training.
@@ -189,6 +192,7 @@ def evaluate_network(
         settings, requests: the attacks, and what else is asked.
         device: auto, cpu, cuda or cuda:N.
         origin: plain values for the configuration: where the network came from.
+        architecture: what tables call the network; the name of its class if None.
         progress: show bars.
 
     Returns:
@@ -218,7 +222,7 @@ def evaluate_network(
         "last",
         trained=threat,
         threat=threat,
-        architecture=type(net).__name__,
+        architecture=architecture or type(net).__name__,
         origin=str((origin or {}).get("model", type(net).__qualname__)),
         progress=progress,
     )
@@ -282,6 +286,53 @@ def evaluate_external(
         requests=replace(requests or Requests(), surrogates=load_surrogates(transfer, net, bundle)),
         device=device,
         origin={"model": network.name, "weights": str(weights), "done_to_names": notes},
+        progress=progress,
+    )
+
+
+def evaluate_robustbench(
+    architecture: str,
+    weights: Path,
+    data: DataSettings,
+    folder: Path,
+    *,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    key: str = "",
+    threat: ThreatModel,
+    settings: EvaluateSettings,
+    requests: Requests | None = None,
+    transfer: Sequence[str] = (),
+    device: str = "auto",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """:func:`evaluate_network` of a checkpoint of RobustBench's.
+
+    ``architecture``, ``weights``, ``mean``, ``std`` and ``key`` are those of
+    :func:`~softdefend.evaluation.robustbench_networks.load_robustbench`.
+    """
+    _refuse_run(folder)
+    bundle = load(replace(data, validation=1, train_size=None))
+    net, notes = load_robustbench(
+        architecture,
+        weights,
+        num_classes=len(bundle.classes),
+        in_channels=bundle.test.images.shape[1],
+        mean=mean,
+        std=std,
+        key=key,
+    )
+    _log.info(f"{weights}: {'; '.join(notes)}")
+    return evaluate_network(
+        net,
+        bundle,
+        folder,
+        threat=threat,
+        settings=settings,
+        requests=replace(requests or Requests(), surrogates=load_surrogates(transfer, net, bundle)),
+        device=device,
+        origin={"model": f"robustbench:{architecture}", "weights": str(weights), "done_to_names": notes},
+        architecture=architecture.removesuffix("-ReLU").removesuffix("-SiLU"),
         progress=progress,
     )
 
