@@ -8,7 +8,19 @@ from softdefend.data import DataSettings, from_tensors, load
 from softdefend.experiments.api import evaluate, train
 from softdefend.labels import ADR, KD, SAT, SGLR, Hard, Smooth
 from softdefend.models import normalize
-from softdefend.objectives import FGSMRS, MART, MLCAT, NFGSM, PGDAT, SCE, TE, TRADES, TRADESTE, Consistency
+from softdefend.objectives import (
+    FGSMRS,
+    MART,
+    MLCAT,
+    NFGSM,
+    PGDAT,
+    SCE,
+    TE,
+    TRADES,
+    TRADESTE,
+    Consistency,
+    GaussianNoise,
+)
 from softdefend.training import OptimSettings, Schedule
 from softdefend.weights import AWP, EMA, SWA, Plain
 
@@ -36,6 +48,7 @@ __all__ = [
     "Consistency",
     "DataSettings",
     "DivergenceError",
+    "GaussianNoise",
     "Hard",
     "OptimSettings",
     "Plain",

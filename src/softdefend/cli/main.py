@@ -21,6 +21,7 @@ EXIT_DONE, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0
 COMMANDS = {
     "train": "train, evaluate and report one recipe",
     "evaluate": "evaluate a run's checkpoints, or a network from elsewhere",
+    "certify": "radii in which no change of an image changes the answer (randomized smoothing)",
     "compare": "several recipes and seeds, one table, one report",
     "distill": "two teachers and the student that learns from both (KD-SWA)",
     "report": "one page from run folders",
