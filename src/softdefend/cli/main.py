@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": "PGD-AT against SGLR on 8x8 digits, in two minutes on a CPU",
     "train": "train, evaluate and report one recipe",
     "evaluate": "evaluate a run's checkpoints, or a network from elsewhere",
+    "certify": "radii in which no change of an image changes the answer (randomized smoothing)",
     "compare": "several recipes and seeds, one table, one report",
     "distill": "two teachers and the student that learns from both (KD-SWA)",
     "report": "one page from run folders",

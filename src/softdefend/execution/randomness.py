@@ -184,9 +184,8 @@ class SeededRandomness(AttackRandomness):
         return hashed(key, self.index.to(rows.device)[rows], count)
 
     def normal(self, rows: Tensor, count: int, number: int) -> Tensor:
-        """Standard normal numbers (Box and Muller), else as :meth:`uniform`."""
-        radius, angle = self.uniform(rows, 2 * count, number).chunk(2, dim=1)
-        return (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * angle)
+        """Standard normal numbers, else as :meth:`uniform`."""
+        return _normal(self.uniform(rows, 2 * count, number))
 
     def _rows(self, image: Tensor, rows: Tensor | None) -> Tensor:
         return torch.arange(len(image), device=image.device) if rows is None else rows
@@ -206,6 +205,17 @@ def hashed(key: int, index: Tensor, count: int) -> Tensor:
     place = torch.arange(1, count + 1, device=index.device) * _GAMMA
     # 24 bits are what float32 holds.
     return _shifted(_mix(start[:, None] + place), 40).to(torch.float32) * 2.0**-24
+
+
+def hashed_normal(key: int, index: Tensor, count: int) -> Tensor:
+    """Standard normal numbers as :func:`hashed` makes uniform ones; none is larger than 5.8."""
+    return _normal(hashed(key, index, 2 * count))
+
+
+def _normal(uniform: Tensor) -> Tensor:
+    """[m, 2 count] numbers in [0, 1) to [m, count] standard normal ones (Box and Muller)."""
+    radius, angle = uniform.chunk(2, dim=1)
+    return (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * angle)
 
 
 def _signed(bits: int) -> int:

@@ -46,6 +46,7 @@ PUBLISHED: dict[tuple[str, str, str], str] = {
     ("Hard", "Consistency", "Plain"): "Tack et al. 2022",
     ("Hard", "NFGSM", "Plain"): "de Jorge et al. 2022",
     ("Hard", "FGSMRS", "Plain"): "Wong et al. 2020",
+    ("Hard", "GaussianNoise", "Plain"): "Cohen et al. 2019",
     ("SGLR", "PGDAT", "Plain"): "Yu, Li et al. 2024",
     ("SGLR", "TRADES", "Plain"): "Yu, Li et al. 2024",
     ("ReBAT", "PGDAT", "EMA"): "Wang et al. 2023",

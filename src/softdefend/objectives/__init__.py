@@ -4,6 +4,7 @@ from softdefend.objectives.at import PGDAT
 from softdefend.objectives.base import OBJECTIVES, Objective
 from softdefend.objectives.consistency import Consistency
 from softdefend.objectives.dajat import DAJAT
+from softdefend.objectives.gaussian_noise import GaussianNoise
 from softdefend.objectives.mart import MART
 from softdefend.objectives.mlcat import MLCAT
 from softdefend.objectives.sce import SCE
@@ -24,5 +25,6 @@ __all__ = [
     "TRADES",
     "TRADESTE",
     "Consistency",
+    "GaussianNoise",
     "Objective",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -54,6 +55,7 @@ class Details:
     corruptions: dict[str, Any] | None = None
     transfer: dict[str, Any] | None = None
     gallery: GalleryImages | None = None
+    certificate: dict[str, Any] | None = None
 
 
 def read_details(folder: Path, which: str, evaluation: dict[str, Any]) -> Details:
@@ -70,15 +72,17 @@ def read_details(folder: Path, which: str, evaluation: dict[str, Any]) -> Detail
     audit = _read_companion(folder / f"{which}-audit.json", evaluation)
     corruptions = _read_companion(folder / f"{which}-corruptions.json", evaluation)
     transfer = _read_companion(folder / f"{which}-transfer.json", evaluation)
+    certificate = _read_companion(folder / f"{which}-certificate.json", evaluation, ("weights", "test_data"))
     for name, content, fits, accepted in (
         ("audit", audit, _is_audit, "findings, verdict and summary"),
         ("corruptions", corruptions, _is_table, "corruptions by name with mean and severities"),
         ("transfer", transfer, _is_attacks, "attacks by name, each with its rate"),
+        ("certificate", certificate, _is_certificate, "curves of radius and rate"),
     ):
         if content is not None and not fits(content):
             raise SettingError(str(folder / f"{which}-{name}.json"), "other content", accepted)
     gallery = _gallery(folder / f"{which}-gallery.safetensors", table, evaluation)
-    return Details(table, audit, corruptions, transfer, gallery)
+    return Details(table, audit, corruptions, transfer, gallery, certificate)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -86,7 +90,9 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _read_companion(path: Path, evaluation: dict[str, Any]) -> dict[str, Any] | None:
+def _read_companion(
+    path: Path, evaluation: dict[str, Any], about: Sequence[str] = ABOUT
+) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
@@ -95,7 +101,7 @@ def _read_companion(path: Path, evaluation: dict[str, Any]) -> dict[str, Any] | 
         raise SettingError(str(path), f"unreadable JSON ({error})", "the file as it was written") from error
     if not isinstance(content, dict):
         raise SettingError(str(path), f"a {type(content).__name__}", "a mapping of names to values")
-    matches = all(content.get(name) == evaluation.get(name) for name in ("epoch", *ABOUT))
+    matches = all(content.get(name) == evaluation.get(name) for name in ("epoch", *about))
     return content if matches else None
 
 
@@ -125,6 +131,23 @@ def _is_attacks(content: dict[str, Any]) -> bool:
     attacks = content.get("attacks")
     return isinstance(attacks, dict) and all(
         isinstance(rate, dict) and is_number(rate.get("rate")) for rate in attacks.values()
+    )
+
+
+def _is_certificate(content: dict[str, Any]) -> bool:
+    settings = content.get("settings")
+    return (
+        isinstance(settings, dict)
+        and all(is_number(settings.get(name)) for name in ("sigma", "samples", "alpha"))
+        and all(is_number(content.get(name)) for name in ("n", "abstained", "average_radius"))
+        and all(
+            isinstance(content.get(name), list)
+            and all(
+                isinstance(point, dict) and is_number(point.get("radius")) and is_number(point.get("rate"))
+                for point in content[name]
+            )
+            for name in ("curve", "empirical")
+        )
     )
 
 

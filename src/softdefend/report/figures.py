@@ -221,6 +221,22 @@ def steps_plot(title: str, steps: Sequence[tuple[str, int]], n: int, color: str)
     return Plot(figure, title, f"Bar chart: {title}. {heights}.")
 
 
+def share_plot(
+    title: str, lines: Mapping[str, Line], color: str, *, xlabel: str, ylabel: str, unit: str = ""
+) -> Plot:
+    """Up to four lines of one recipe, by what they are called in the legend: shares in percent."""
+    figure, axes = canvas(ylabel, xlabel)
+    dashes = dict(zip(("-", "--", ":", "-."), lines, strict=False))
+    for dash, label in dashes.items():
+        _draw(axes, lines[label], color, dash, label)
+    axes.set_ylim(0, 102)
+    add_legend(figure, _dash_handles(dashes))
+    words = " ".join(
+        _words(title, label, line, f"{unit} " if unit else "", "%") for label, line in lines.items()
+    )
+    return Plot(figure, title, f"Line chart: {title}. {words}")
+
+
 def confusion_plot(title: str, counts: NDArray[np.int64], classes: Sequence[str], color: str) -> Plot:
     """Which class is taken for which: shares of each true class, darker where there are more.
 

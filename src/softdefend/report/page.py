@@ -24,6 +24,7 @@ SECTIONS: tuple[Callable[[Comparison], Section | None], ...] = (
     robustness.masking_audits,
     robustness.transfer_attacks,
     robustness.common_corruptions,
+    robustness.certificates,
     robustness.galleries,
     sections.example_images,
     sections.run_details,
