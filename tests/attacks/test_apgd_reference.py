@@ -28,7 +28,11 @@ pytestmark = pytest.mark.skipif(
 N = 100
 SEED = 3
 NETS = ("robust", "plain", "untrained")
-THREATS = {"linf": ThreatModel("linf", Budget("0.08")), "l2": ThreatModel("l2", Budget("0.5"))}
+THREATS = {
+    "linf": ThreatModel("linf", Budget("0.08")),
+    "l2": ThreatModel("l2", Budget("0.5")),
+    "l1": ThreatModel("l1", Budget("2")),
+}
 ATTACKS = {
     "apgd-ce": APGD(),
     "apgd-dlr": APGD(loss="dlr"),
@@ -36,6 +40,11 @@ ATTACKS = {
     "apgd-dlr-40x3": APGD(steps=40, restarts=3, loss="dlr"),
     "apgd-t-20x2": TargetedAPGD(steps=20, restarts=2),
 }
+ONE_BALL = {
+    "apgd-ce-20x2 in one ball": APGD(steps=20, restarts=2, multi_eps=False),
+    "apgd-t in one ball": TargetedAPGD(targets=5, multi_eps=False),
+}
+"""In l1, where all others begin in larger balls."""
 
 
 class Residual(nn.Module):
@@ -91,20 +100,22 @@ class Reference:
             module = importlib.import_module("autoattack.autopgd_base")
         finally:
             sys.path.remove(str(CHECKOUT))
-        ours = ATTACKS[name]
+        ours = (ATTACKS | ONE_BALL)[name]
         if isinstance(ours, TargetedAPGD):
-            made, options = module.APGDAttack_targeted, {}
+            made, options = module.APGDAttack_targeted, {"n_target_classes": ours.targets}
         else:
             made, options = module.APGDAttack, {"loss": ours.loss}
         options |= {"n_iter": ours.steps, "n_restarts": ours.restarts, "eps": float(threat.eps)}
-        norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
+        options["use_largereps"] = threat.norm == "l1" and ours.multi_eps
+        norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[threat.norm]
         self.attack = made(forward, norm=norm, seed=SEED, device="cpu", **options)
         self.searches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         once = self.attack.attack_single_run
 
-        def recorded(image, label):
-            largest, _, loss, _ = found = once(image, label)
-            self.searches.append((image, largest, loss))
+        def recorded(image, label, x_init=None):
+            largest, _, loss, _ = found = once(image, label, x_init=x_init)
+            if self.attack.eps == float(threat.eps):
+                self.searches.append((image, largest, loss))
             return found
 
         self.attack.attack_single_run = recorded
@@ -142,7 +153,7 @@ class Outcome:
         mine, theirs = Counted(net), Counted(net)
         reference, best = Reference(name, theirs, threat)(image, label)
         generator = torch.Generator().manual_seed(SEED)
-        adversarial = ATTACKS[name](mine, image, label, threat, generator=generator)
+        adversarial = (ATTACKS | ONE_BALL)[name](mine, image, label, threat, generator=generator)
         self.robust, self.expected = (net(x).argmax(1) == label for x in (adversarial, reference))
         self.forwards, self.their_forwards = mine.images, theirs.images
         self.margin, self.their_margin = margin(net(adversarial), label), margin(net(best), label)
@@ -150,7 +161,9 @@ class Outcome:
 
 
 grid = pytest.mark.parametrize(
-    ("case", "name", "threat"), [(c, a, t) for c in NETS for a in ATTACKS for t in THREATS]
+    ("case", "name", "threat"),
+    [(c, a, t) for c in NETS for a in ATTACKS for t in THREATS]
+    + [(c, a, "l1") for c in NETS for a in ONE_BALL],
 )
 
 

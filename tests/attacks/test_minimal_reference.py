@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from softdefend.attacks import CWL2, FMN, PGD, DeepFool
+from softdefend.attacks import CWL2, FMN, PGD, DeepFool, SigmaZero
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import DataSettings, load
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 
 N = 100
 NETS = ("robust", "plain", "linear")
-P = {"linf": math.inf, "l2": 2}
+P = {"linf": math.inf, "l2": 2, "l1": 1}
 
 
 def module(name: str, **content: object) -> types.ModuleType:
@@ -53,11 +54,13 @@ def advlib():
     }
     for name in ("adv_lib", "adv_lib.attacks", "adv_lib.attacks.carlini_wagner", "adv_lib.utils"):
         stubs[name] = module(name, __path__=[str(Path(CHECKOUT, *name.split(".")))])
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a docstring's backslash
         for name, stub in stubs.items():
             patch.setitem(sys.modules, name, stub)
         yield types.SimpleNamespace(
             fmn=importlib.import_module("adv_lib.attacks.fast_minimum_norm").fmn,
+            sigma_zero=importlib.import_module("adv_lib.attacks.sigma_zero").sigma_zero,
             df=importlib.import_module("adv_lib.attacks.deepfool").df,
             cw=importlib.import_module("adv_lib.attacks.carlini_wagner.l2").carlini_wagner_l2,
         )
@@ -97,9 +100,9 @@ def compare(net, image, label, ours, theirs, norm):
     """Distances of both on the images that are right, infinite where the result is not wrong."""
     closest, distance = ours
     right, found = net(image).argmax(1) == label, distance.isfinite()
-    torch.testing.assert_close(distance[found], ThreatModel(norm).distance(image, closest)[found])
+    torch.testing.assert_close(distance[found], ThreatModel(norm, 1).distance(image, closest)[found])
     assert (net(closest).argmax(1) != label)[found].all()
-    their = ThreatModel(norm).distance(image, theirs)
+    their = ThreatModel(norm, 1).distance(image, theirs)
     their = torch.where(net(theirs).argmax(1) != label, their, torch.inf)
     mine, their = distance[right], their[right]
     both = mine.isfinite() & their.isfinite()
@@ -125,7 +128,8 @@ def test_deepfool_takes_the_references_steps(advlib, cases, case, norm):
     torch.testing.assert_close(mine, their, rtol=1e-6, atol=0)
 
 
-@grid
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("case", NETS)
 def test_fmn_ends_where_the_reference_does_or_closer(advlib, cases, case, norm):
     """In l2 the reference always moves a point out to its ball's surface; it then stalls next to the boundary
     and returns some images unchanged (all of them on the linear network)."""
@@ -154,3 +158,15 @@ def test_cw_ends_where_the_reference_does(advlib, cases, case):
     assert torch.equal(mine.isfinite(), their.isfinite())
     assert ratio.median() < 1.001
     assert ratio.max() < 1.05
+
+
+@pytest.mark.parametrize("case", NETS)
+def test_sigma_zero_changes_as_few_values_as_the_reference(advlib, cases, case):
+    """The reference's steps follow its cosine one step behind the paper's."""
+    nets, image, label = cases
+    theirs = advlib.sigma_zero(nets[case], image, label, num_steps=200)
+    ours = SigmaZero(steps=200).minimal(nets[case], image, label, "l0")
+    mine, their, _ = compare(nets[case], image, label, ours, theirs, "l0")
+    assert torch.equal(mine.isfinite(), their.isfinite())
+    assert mine.sum() <= 1.02 * their.sum()
+    assert ((mine - their).abs() <= 1).float().mean() > 0.95

@@ -10,7 +10,20 @@ import torch
 from torch import nn
 
 from softdefend import attacks
-from softdefend.attacks import APGD, CWL2, FAB, FGSM, FMN, PGD, CWLinf, DeepFool, Square, TargetedAPGD, names
+from softdefend.attacks import (
+    APGD,
+    CWL2,
+    FAB,
+    FGSM,
+    FMN,
+    PGD,
+    CWLinf,
+    DeepFool,
+    SigmaZero,
+    Square,
+    TargetedAPGD,
+    names,
+)
 from softdefend.attacks.names import ATTACKS, parse_attack
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
@@ -47,6 +60,8 @@ NAMES = {
     "fmn-200": FMN(steps=200),
     "deepfool": DeepFool(),
     "deepfool-100": DeepFool(steps=100),
+    "sigma-zero": SigmaZero(),
+    "sigma-zero-100": SigmaZero(steps=100),
 }
 
 
@@ -87,7 +102,7 @@ def test_the_default_may_be_said(name, same):
 def test_other_names_are_refused_and_the_answer_lists_all(name):
     with pytest.raises(SettingError) as error:
         parse_attack(name)
-    known = ("fgsm", "pgd", "apgd-t", "fab-t", "square", "cw-linf", "cw-l2", "fmn", "deepfool")
+    known = ("fgsm", "pgd", "apgd-t", "fab-t", "square", "cw-linf", "cw-l2", "fmn", "deepfool", "sigma-zero")
     assert all(word in error.value.accepted for word in known)
 
 
@@ -109,6 +124,7 @@ LARGE = {
     "cw-l2-99999999999x9": "attack.rounds",
     "fmn-1000001": "attack.steps",
     "deepfool-1000001": "attack.steps",
+    "sigma-zero-1000001": "attack.steps",
     "pgd-" + 5000 * "9": "attack.steps",  # more digits than Python reads
     "apgd-dlr-eot" + 5000 * "9": "attack.eot",
 }
@@ -144,12 +160,12 @@ PAGE = (Path(__file__).parents[2] / "docs/attacks.md").read_text(encoding="utf-8
 def test_the_page_names_every_attack_and_its_settings():
     for attack in {type(attack): attack for attack in NAMES.values()}.values():
         assert f"`{type(attack).__name__}`" in PAGE
-    for kind in (APGD, CWL2, FAB, FMN, DeepFool, Square):
+    for kind in (APGD, CWL2, FAB, FMN, DeepFool, SigmaZero, Square):
         row = next(line for line in PAGE.splitlines() if f"| `{kind.__name__}` |" in line)
         for field in dataclasses.fields(kind):
             shown = f"`{field.name}` {field.default:g}" if type(field.default) in (int, float) else ""
             assert shown in row
-    known = re.findall(r"`((?:fgsm|pgd|apgd|fab|square|cw|fmn|deepfool)(?:-[a-z0-9]+)*)`", PAGE)
+    known = re.findall(r"`((?:fgsm|pgd|apgd|fab|square|cw|fmn|deepfool|sigma-zero)(?:-[a-z0-9]+)*)`", PAGE)
     assert len(known) > 30
     for name in {name for name in known if name != "pgd"}:
         assert parse_attack(name).name
@@ -178,7 +194,13 @@ def test_the_pages_example_runs():
 
 @pytest.mark.parametrize(
     "name",
-    [*("fgsm", "pgd-20", "cw-linf", "apgd-ce", "apgd-dlr", "apgd-t", "square"), "fab-t", "fmn", "deepfool"],
+    [
+        *("fgsm", "pgd-20", "cw-linf", "apgd-ce", "apgd-dlr", "apgd-t", "square"),
+        "fab-t",
+        "fmn",
+        "deepfool",
+        "sigma-zero",
+    ],
 )
 def test_the_page_counts_what_an_image_costs_that_never_falls(name):
     net = nn.Sequential(nn.Flatten(), nn.Linear(27, 10)).requires_grad_(False)
@@ -194,7 +216,7 @@ def test_the_page_counts_what_an_image_costs_that_never_falls(name):
         return logits
 
     image = torch.rand(1, 3, 3, 3, generator=stream(0, "x"))
-    threat = ThreatModel("linf", Budget(0.01))
+    threat = ThreatModel("l0", 1) if name == "sigma-zero" else ThreatModel("linf", Budget(0.01))
     parse_attack(name)(counted, image, torch.tensor([0]), threat, generator=stream(0, "a"))
     row = next(line for line in PAGE.splitlines() if line.startswith("| ") and f"`{name}`" in line)
     assert [sum(forwards), sum(gradients)] == [int(cell) for cell in row.split("|")[5:7]]

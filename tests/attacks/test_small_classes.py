@@ -27,14 +27,14 @@ from softdefend.attacks import (
 from softdefend.attacks.names import parse_attack
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
-from softdefend.core.threat import Budget, ThreatModel
+from softdefend.core.threat import LARGEST, Budget, ThreatModel
 
 NAMES = (
     *("fgsm", "fgsm-margin", "pgd-4", "pgd-4-margin", "pgd-3x2-kl", "apgd-ce-8", "apgd-dlr-8", "apgd-t-8"),
-    *("fab-t-6", "fab-4", "square-25", "cw-linf-4", "cw-l2-3x15", "fmn-8", "deepfool-4"),
+    *("fab-t-6", "fab-4", "square-25", "cw-linf-4", "cw-l2-3x15", "fmn-8", "deepfool-4", "sigma-zero-20"),
 )
-ONE_NORM = {"cw-linf-4": "linf", "cw-l2-3x15": "l2"}
-CASES = [(name, norm) for name in NAMES for norm in ("linf", "l2") if ONE_NORM.get(name, norm) == norm]
+CASES = [(name, norm) for name in NAMES for norm in parse_attack(name).norms]
+EPS = {"linf": 0.1, "l2": 0.1, "l1": 0.3, "l0": 1}
 each = pytest.mark.parametrize(("name", "norm"), CASES)
 
 SHAPES = ((1, 5, 7), (3, 7, 5), (2, 1, 1), (1, 1, 9), (3, 6, 2))
@@ -92,8 +92,9 @@ def attack_soundly(attack, net, image, label, threat) -> torch.Tensor:
     assert (adversarial >= 0).all()
     assert (adversarial <= 1).all()
     eps = float(threat.eps)
-    # Pixels next to 1 are 6e-8 apart; in l2 such roundings add up.
-    rounding = 1e-7 if threat.norm == "linf" else 1e-6 * eps + 1e-7 * math.sqrt(image[0].numel())
+    # Pixels next to 1 are 6e-8 apart; in l2 and l1 such roundings add up.
+    sums = {"linf": 1, "l2": math.sqrt(image[0].numel()), "l1": image[0].numel(), "l0": 0}[threat.norm]
+    rounding = 1e-7 if threat.norm == "linf" else 1e-6 * eps + 1e-7 * sums
     assert (threat.distance(image, adversarial) <= eps + rounding).all()
     return adversarial
 
@@ -112,7 +113,11 @@ def test_nothing_leaves_the_threat_model(case, shape, k, n, eps, scale, seed):
     name, norm = case
     net, image = Net(shape, k, seed, scale), images(n, shape, seed)
     label = (net(image).argmax(1) + (torch.arange(n) % 3 == 2)) % k
-    threat = ThreatModel(norm, Budget(20 if norm == "l2" and eps == 1.0 else eps))
+    if norm == "l0":
+        eps = {1e-6: 1, 8 / 255: 2, 0.3: 7, 1.0: 10_000}[eps]
+    elif eps == 1.0:
+        eps = LARGEST[norm]
+    threat = ThreatModel(norm, Budget(eps))
     attack_soundly(parse_attack(name), net, image, label, threat)
 
 
@@ -122,7 +127,7 @@ def test_shape_type_and_soft_targets(name, norm, dtype):
     net, image = Net((3, 5, 7), 3).to(dtype), images(4, (3, 5, 7), 1).to(dtype)
     label = net(image).argmax(1)
     soft = 0.85 * nn.functional.one_hot(label, 3).to(dtype) + 0.05
-    attack_soundly(parse_attack(name), net, image, soft, ThreatModel(norm, Budget(0.1)))
+    attack_soundly(parse_attack(name), net, image, soft, ThreatModel(norm, EPS[norm]))
 
 
 @each
@@ -132,8 +137,9 @@ def test_a_huge_eps_breaks_everything(name, norm, k):
     find that out."""
     net, image = Net((1, 5, 7), k), images(12, (1, 5, 7), 2)
     label = net(image).argmax(1)
-    threat = ThreatModel(norm, Budget(1.0 if norm == "linf" else 6.0))
+    threat = ThreatModel(norm, Budget({"linf": 1.0, "l2": 6.0, "l1": 35, "l0": 35}[norm]))
     longer = {
+        "sigma-zero-20": "sigma-zero-100",
         "cw-l2-3x15": "cw-l2-7x100",
         "square-25": "square-300",
         "fmn-8": "fmn",
@@ -142,11 +148,12 @@ def test_a_huge_eps_breaks_everything(name, norm, k):
     attack = parse_attack(longer.get(name, name))
     adversarial = attack_soundly(attack, net, image, label, threat)
     broken = (net(adversarial).argmax(1) != label).float().mean()
-    # KL moves away from the prediction wherever it leads, a single step overshoots, and in l2 it ends early.
+    # KL moves away from the prediction wherever it leads, a single step overshoots, and in l2 and l1 it ends
+    # early.
     assert broken >= (0.4 if name.startswith("fgsm") or "kl" in name else 0.9)
 
 
-@each
+@pytest.mark.parametrize(("name", "norm"), [case for case in CASES if case[1] != "l0"])
 def test_a_tiny_eps_changes_next_to_nothing(name, norm):
     net, image = Net((1, 5, 7), 3), images(8, (1, 5, 7), 3)
     label = net(image).argmax(1)
@@ -159,15 +166,15 @@ def test_images_that_are_all_wrong_stay_wrong(name, norm):
     """Attacks that stop at the first wrong image give these back as they are."""
     net, image = Net((1, 5, 7), 3), images(5, (1, 5, 7), 4)
     label = (net(image).argmax(1) + 1) % 3
-    adversarial = attack_soundly(parse_attack(name), net, image, label, ThreatModel(norm, Budget(0.05)))
-    if name.startswith(("apgd", "fab", "square", "cw-l2", "fmn", "deepfool")):
+    adversarial = attack_soundly(parse_attack(name), net, image, label, ThreatModel(norm, EPS[norm]))
+    if name.startswith(("apgd", "fab", "square", "cw-l2", "fmn", "deepfool", "sigma")):
         assert torch.equal(adversarial, image)
 
 
 @each
 def test_an_image_alone(name, norm):
     net, image = Net((1, 5, 7), 2), images(1, (1, 5, 7), 5)
-    attack_soundly(parse_attack(name), net, image, net(image).argmax(1), ThreatModel(norm, Budget(0.1)))
+    attack_soundly(parse_attack(name), net, image, net(image).argmax(1), ThreatModel(norm, EPS[norm]))
 
 
 @each
@@ -176,9 +183,9 @@ def test_a_constant_network(name, norm, k):
     """Zero gradients: those who follow them stay where they start; nobody invents a success."""
     net = Broken(lambda logits: 0 * logits + torch.arange(logits.shape[1]).flip(0), k)
     image, label = images(4, (1, 5, 7), 6), torch.tensor([0, 0, 1, 0])
-    attack, threat = parse_attack(name), ThreatModel(norm, Budget(0.1))
+    attack, threat = parse_attack(name), ThreatModel(norm, EPS[norm])
     adversarial = attack_soundly(attack, net, image, label, threat)
-    if name.startswith(("fgsm", "fab", "cw-l2", "fmn", "deepfool")):
+    if name.startswith(("fgsm", "fab", "cw-l2", "fmn", "deepfool", "sigma")):
         assert torch.equal(adversarial, image)
     if hasattr(attack, "minimal"):
         closest, distance = attack.minimal(net, image, label, norm)
@@ -202,7 +209,7 @@ def test_a_broken_network_breaks_no_attack(name, norm, how, k):
     """A wrong argmax is a wrong answer, also among NaN; a NaN gradient counts as zero."""
     net, image = Broken(BROKEN[how], k), images(5, (1, 5, 7), 7)
     label = torch.tensor([0, 1, 0, 1, k - 1])
-    attack, threat = parse_attack(name), ThreatModel(norm, Budget(0.1))
+    attack, threat = parse_attack(name), ThreatModel(norm, EPS[norm])
     attack_soundly(attack, net, image, label, threat)
     if hasattr(attack, "minimal"):
         closest, distance = attack.minimal(net, image, label, norm)
@@ -216,7 +223,7 @@ def test_a_broken_network_breaks_no_attack(name, norm, how, k):
 def test_a_transfer_from_a_broken_network(name, norm):
     net, image = Net((1, 5, 7), 3), images(3, (1, 5, 7), 8)
     attack = Transfer(Broken(BROKEN["NaN"], 3), parse_attack(name))
-    attack_soundly(attack, net, image, net(image).argmax(1), ThreatModel(norm, Budget(0.1)))
+    attack_soundly(attack, net, image, net(image).argmax(1), ThreatModel(norm, EPS[norm]))
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, margin])
@@ -247,9 +254,9 @@ WITHOUT_GRADIENT = {
 @pytest.mark.parametrize("cut", WITHOUT_GRADIENT)
 def test_a_network_without_gradients_is_named_in_one_line(name, norm, cut):
     net, image = Net((1, 5, 7), 3), images(4, (1, 5, 7), 9)
-    if cut == "detached images" and name.startswith("cw-l2"):
+    if cut == "detached images" and name.startswith(("cw-l2", "sigma")):
         net.requires_grad_(False)  # its loss holds the distance, which always has a gradient
-    forward, label, threat = WITHOUT_GRADIENT[cut](net), net(image).argmax(1), ThreatModel(norm, Budget(0.1))
+    forward, label, threat = WITHOUT_GRADIENT[cut](net), net(image).argmax(1), ThreatModel(norm, EPS[norm])
     if name.startswith("square"):
         assert parse_attack(name)(forward, image, label, threat, generator=stream(0, "a")).isfinite().all()
         return
@@ -268,7 +275,10 @@ def test_logits_of_another_type_than_the_images(name, norm, dtype):
         logits: torch.Tensor = net(x.double()).to(other)
         return logits
 
-    label, threat = net(image.double()).argmax(1), ThreatModel(norm, Budget(0.2 if norm == "linf" else 1.0))
+    label, threat = (
+        net(image.double()).argmax(1),
+        ThreatModel(norm, Budget({"linf": 0.2, "l2": 1, "l1": 3, "l0": 5}[norm])),
+    )
     made = parse_attack(name)(forward, image, label, threat, generator=stream(0, "a"))
     assert made.dtype == dtype
     assert (threat.distance(image, made) <= float(threat.eps) + 1e-6).all()
@@ -285,7 +295,7 @@ def test_logits_of_another_type_than_the_images(name, norm, dtype):
 def test_one_class_is_refused(name, norm):
     net, image = Net((1, 5, 7), 1), images(2, (1, 5, 7), 9)
     with pytest.raises(SettingError, match=r"net: got .* shape \[2, 1\]; accepted: logits of two or more"):
-        parse_attack(name)(net, image, torch.zeros(2, dtype=torch.int64), ThreatModel(norm))
+        parse_attack(name)(net, image, torch.zeros(2, dtype=torch.int64), ThreatModel(norm, EPS[norm]))
 
 
 @pytest.mark.parametrize(("name", "norm"), [("cw-linf", "l2"), ("cw-l2", "linf")])
@@ -297,9 +307,22 @@ def test_a_threat_model_is_refused_before_any_look(name, norm):
         checked.check(ThreatModel(other))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_other_norm_is_refused_in_one_line(name):
+    attack = parse_attack(name)
+    for norm in LARGEST.keys() - set(attack.norms):
+        accepted = f"{' or '.join(attack.norms)} under {name}"
+        with pytest.raises(SettingError, match=rf"threat\.norm: got {norm}; accepted: {accepted}"):
+            attack.check(ThreatModel(norm, EPS[norm]))
+        if hasattr(attack, "minimal"):
+            net, image = Net((1, 5, 7), 3), images(2, (1, 5, 7), 9)
+            with pytest.raises(SettingError, match=r"threat\.norm"):
+                attack.minimal(net, image, net(image).argmax(1), norm)
+
+
 @each
 def test_what_an_attack_can_do_passes_its_check(name, norm):
-    parse_attack(name).check(ThreatModel(norm))
+    parse_attack(name).check(ThreatModel(norm, EPS[norm]))
 
 
 def test_losses_refuse_one_class():

@@ -23,6 +23,7 @@ pytestmark = [
 ]
 NETS = ["robust", "plain", "untrained"]
 QUERIES = 300
+NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
 class Residual(nn.Module):
@@ -68,6 +69,7 @@ def cases():
         nets = {
             ("linf", "robust"): trained(data, ThreatModel("linf", Budget(0.15))),
             ("l2", "robust"): trained(data, ThreatModel("l2", Budget(0.8))),
+            ("l1", "robust"): trained(data, ThreatModel("l1", Budget(2))),
             "plain": trained(data, None),
             "untrained": Residual().requires_grad_(False),
         }
@@ -114,14 +116,14 @@ def compare(name, net, image, label, theirs, ours):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_square(cases, reference, norm, name, dtype):
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_square(cases, reference, monkeypatch, norm, name, dtype):
     net, image, label, threat = cases(norm, name)
     net, image = net.to(dtype), image.to(dtype)
     theirs, ours = Counted(net), Counted(net)
     attack = reference[0](
         theirs,
-        norm={"linf": "Linf", "l2": "L2"}[norm],
+        norm=NORMS[norm],
         n_queries=QUERIES,
         eps=float(threat.eps),
         seed=11,
@@ -129,6 +131,8 @@ def test_square(cases, reference, norm, name, dtype):
         device="cpu",
     )
     found = Square(queries=QUERIES)(ours, image, label, threat, generator=torch.Generator().manual_seed(11))
+    # The reference's projection casts to float32.
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor.to(dtype))
     with torch.random.fork_rng():
         expected = attack.perturb(image, label)
     compare(f"square {norm} {name} {dtype}", net, image, label, expected, found)
@@ -138,14 +142,14 @@ def test_square(cases, reference, norm, name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_fab(cases, reference, monkeypatch, norm, name, dtype):
     net, image, label, threat = cases(norm, name)
     net, image, label = net.to(dtype), image[:20].to(dtype), label[:20]
     theirs, ours = Counted(net), Counted(net)
     attack = reference[1](
         theirs,
-        norm={"linf": "Linf", "l2": "L2"}[norm],
+        norm=NORMS[norm],
         eps=float(threat.eps),
         n_iter=100,
         targeted=True,

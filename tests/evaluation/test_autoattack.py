@@ -40,7 +40,11 @@ MEMBERS = (
     FAB(steps=8, targets=3),
     Square(queries=40),
 )
-THREATS = {"linf": ThreatModel("linf", Budget("0.01")), "l2": ThreatModel("l2", Budget("0.07"))}
+THREATS = {
+    "linf": ThreatModel("linf", Budget("0.01")),
+    "l2": ThreatModel("l2", Budget("0.07")),
+    "l1": ThreatModel("l1", Budget("0.3")),
+}
 norms = pytest.mark.parametrize("norm", list(THREATS))
 
 
@@ -124,7 +128,10 @@ def test_impossible_ensembles_are_refused(members):
 def test_few_classes_are_attacked_too(k, norm, version):
     """The reference stops with an IndexError there. Members of full length, on few images."""
     net = rugged((1, 4, 4), k)
-    data, threat = sample(net, 12, (1, 4, 4)), ThreatModel(norm, Budget({"linf": 0.05, "l2": 0.2}[norm]))
+    data, threat = (
+        sample(net, 12, (1, 4, 4)),
+        ThreatModel(norm, Budget({"linf": 0.05, "l2": 0.2, "l1": 0.7}[norm])),
+    )
     members = tuple(Square(queries=30) if isinstance(m, Square) else m for m in expand(version, k))
     result = evaluate(net, data, threat, [Ensemble(version, members)])
     assert 0 < result.robust(version).count < result.clean.count
@@ -223,7 +230,7 @@ def test_an_ensemble_with_nothing_left_to_attack():
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    st.sampled_from(["linf", "l2"]),
+    st.sampled_from(["linf", "l2", "l1"]),
     st.floats(1e-3, 1.0),
     st.tuples(st.integers(1, 3), st.integers(2, 7), st.integers(2, 7)),
     st.integers(2, 6),
@@ -398,7 +405,7 @@ def reference(net, data, threat, members, patch, batch=BATCH):
 
     made = AutoAttack(
         forward,
-        norm={"linf": "Linf", "l2": "L2"}[threat.norm],
+        norm={"linf": "Linf", "l2": "L2", "l1": "L1"}[threat.norm],
         eps=float(threat.eps),
         seed=SEED,
         verbose=False,
@@ -419,6 +426,7 @@ def reference(net, data, threat, members, patch, batch=BATCH):
             shares = {"n_iter_2": 0.22, "n_iter_min": 0.06, "size_decr": 0.03}
             for field, share in shares.items():
                 setattr(theirs, field, max(int(share * member.steps), 1))
+            theirs.use_largereps = threat.norm == "l1"
             name = "apgd-t" if isinstance(member, TargetedAPGD) else f"apgd-{member.loss}"
         if isinstance(member, FAB):
             name = "fab-t" if member.targeted else "fab"
@@ -516,16 +524,48 @@ def test_in_float32_flags_differ_at_most_on_the_border(trained, monkeypatch, cas
 
 
 @needs_reference
+def test_in_l1_the_standard_version_has_the_references_settings(monkeypatch):
+    monkeypatch.syspath_prepend(CHECKOUT)
+    from autoattack import AutoAttack
+
+    made = AutoAttack(lambda x: x, norm="L1", eps=12, version="standard", device="cpu", verbose=False)
+    ce, targeted, fab, square = parse("autoattack").under("l1")
+    assert (ce.restarts, ce.steps, ce.loss) == (made.apgd.n_restarts, made.apgd.n_iter, "ce")
+    assert (ce.multi_eps, targeted.multi_eps) == (made.apgd.use_largereps, made.apgd_targeted.use_largereps)
+    assert (targeted.targets, targeted.restarts) == (
+        made.apgd_targeted.n_target_classes,
+        made.apgd_targeted.n_restarts,
+    )
+    assert (fab.targets, fab.restarts, fab.steps) == (
+        made.fab.n_target_classes,
+        made.fab.n_restarts,
+        made.fab.n_iter,
+    )
+    assert square.queries == made.square.n_queries
+    assert made.attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
+
+
+@pytest.mark.parametrize("version", ["autoattack-plus", "autoattack-rand"])
+def test_versions_that_l1_does_not_have_are_refused(version):
+    with pytest.raises(SettingError, match=rf"threat\.norm: got l1; .*{version}; l1 has autoattack"):
+        parse(version).check(THREATS["l1"])
+    parse("autoattack").check(THREATS["l1"])
+    with pytest.raises(SettingError, match=r"threat\.norm: got l0"):
+        parse("autoattack").check(ThreatModel("l0", 3))
+
+
+@needs_reference
 @pytest.mark.slow
-def test_at_full_length_the_standard_version_is_the_references(trained, monkeypatch):
+@norms
+def test_at_full_length_the_standard_version_is_the_references(trained, monkeypatch, norm):
     nets, test = trained
     test = Images(test.image[:24], test.labels[:24])
-    threat = threat_of(nets["robust"], test, "linf")
+    threat = threat_of(nets["robust"], test, norm)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)
     try:
         net, data = doubled(nets["robust"], test)
-        wanted, cost = reference(net, data, threat, expand("autoattack", 10), monkeypatch)
+        wanted, cost = reference(net, data, threat, parse("autoattack").under(norm), monkeypatch)
         result = evaluate(net, data, threat, [parse("autoattack")], batch_size=BATCH, seed=SEED)
     finally:
         torch.set_default_dtype(torch.float32)

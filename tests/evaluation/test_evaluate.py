@@ -90,6 +90,8 @@ def test_the_network_is_put_back(case):
 class Cheat(Attack):
     """Returns whatever it is given to return."""
 
+    norms = ("linf", "l2", "l1")
+
     def __init__(self, make):
         object.__setattr__(self, "make", make)
 
@@ -112,7 +114,7 @@ class Cheat(Attack):
     ],
     ids=["far", "out of the box", "nan", "infinite", "float64"],
 )
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_a_cheating_attack_is_projected_and_counted_honestly(case, make, norm):
     net, data = case
     threat = ThreatModel(norm, Budget("0.1"))

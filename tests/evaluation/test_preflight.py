@@ -119,12 +119,27 @@ def test_labels(labels, word):
 
 @pytest.mark.parametrize(
     ("norm", "eps"),
-    [("linf", "1"), ("linf", "0.5"), ("linf", str(8 / 255 / 255)), ("l2", "8"), ("l2", str(0.5 / 255 / 255))],
+    [
+        ("linf", "1"),
+        ("linf", "0.5"),
+        ("linf", str(8 / 255 / 255)),
+        ("l2", "8"),
+        ("l2", str(0.5 / 255 / 255)),
+        ("l1", "24"),
+        ("l1", "0.0003"),
+    ],
 )
 def test_eps_of_another_unit(norm, eps):
     assert refused(threat=ThreatModel(norm, eps)).startswith(
         f"threat.eps: got {eps}; accepted: a value in [0.1/255"
     )
+
+
+def test_in_l0_eps_is_below_half_the_values():
+    assert refused(threat=ThreatModel("l0", 24)) == (
+        "threat.eps: got 24; accepted: a number of values below 24, half those of an image"
+    )
+    preflight(Net(), IMAGES, LABELS, ThreatModel("l0", 23))
 
 
 def test_the_largest_eps_is_where_everything_can_turn_grey():

@@ -44,7 +44,11 @@ MEMBERS = (
     FAB(steps=5, restarts=2, targets=2),
     Square(queries=25),
 )
-THREATS = [ThreatModel("linf", Budget("0.02")), ThreatModel("l2", Budget("0.08"))]
+THREATS = [
+    ThreatModel("linf", Budget("0.02")),
+    ThreatModel("l2", Budget("0.08")),
+    ThreatModel("l1", Budget("0.3")),
+]
 
 
 @pytest.fixture
@@ -95,8 +99,8 @@ def records(folder: Path):
 
 @pytest.mark.parametrize(
     ("threat", "physical", "precision"),
-    [(THREATS[0], 20, "exact"), (THREATS[1], 5, "fast")],
-    ids=["linf", "l2"],
+    [(THREATS[0], 20, "exact"), (THREATS[1], 5, "fast"), (THREATS[2], 5, "fast")],
+    ids=["linf", "l2", "l1"],
 )
 def test_killed_at_every_save_it_ends_in_the_same_records(case, monkeypatch, threat, physical, precision):
     """Each process makes one save more and dies right after it; the next one starts from the file."""

@@ -118,7 +118,7 @@ def network(image: torch.Tensor) -> torch.Tensor:
     return (3 * image.flatten(1)).sin() @ slope.T
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize(
     "attack",
     [

@@ -34,7 +34,11 @@ MEMBERS = (
     FAB(steps=12, targets=3),
     Square(queries=100),
 )
-THREATS = {"linf": ThreatModel("linf", Budget("0.02")), "l2": ThreatModel("l2", Budget("0.1"))}
+THREATS = {
+    "linf": ThreatModel("linf", Budget("0.02")),
+    "l2": ThreatModel("l2", Budget("0.1")),
+    "l1": ThreatModel("l1", 0.4),
+}
 
 
 def again(run):

@@ -19,6 +19,7 @@ from softdefend.attacks.losses import (
 )
 from softdefend.attacks.minimal import MinimalAttack
 from softdefend.attacks.pgd import FGSM, PGD
+from softdefend.attacks.sigma_zero import SigmaZero
 from softdefend.attacks.square import Square
 from softdefend.attacks.transfer import Transfer
 
@@ -36,6 +37,7 @@ __all__ = [
     "DeepFool",
     "Forward",
     "MinimalAttack",
+    "SigmaZero",
     "Square",
     "TargetedAPGD",
     "Transfer",

@@ -1,5 +1,7 @@
 """Auto-PGD (Croce & Hein, arXiv 2003.01690): projected gradient ascent that halves its step by itself.
 
+What is different in l1 is in :mod:`softdefend.attacks.apgd_l1`.
+
 From the same start, the iterates are those of the authors' implementation (github.com/fra31/auto-attack) up
 to rounding, and so is the verdict on each image.
 """
@@ -14,6 +16,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from softdefend.attacks import apgd_l1
 from softdefend.attacks.base import Attack, larger, pick
 from softdefend.attacks.losses import (
     AttackLoss,
@@ -26,7 +29,7 @@ from softdefend.attacks.losses import (
 )
 from softdefend.attacks.names import ATTACKS, COUNTS, count_suffix
 from softdefend.core.errors import SettingError
-from softdefend.core.threat import ThreatModel
+from softdefend.core.threat import Norm, ThreatModel
 from softdefend.execution.context import ActiveImages, AttackContext, steps_until_packing
 from softdefend.execution.counting import CountingModel, Forward
 
@@ -38,7 +41,7 @@ MOMENTUM = 0.75
 @ATTACKS.register("apgd-dlr")
 @dataclass(frozen=True)
 class APGD(Attack):
-    """Auto-PGD on the cross-entropy or the difference-of-logits ratio, in l-inf or l2.
+    """Auto-PGD on the cross-entropy or the difference-of-logits ratio, in l-inf, l2 or l1.
 
     A sample gets the first image that the network gets wrong, or the image of largest loss if there was
     none; one that is wrong from the outset is returned as it is. A ``loss`` given by the caller is a goal
@@ -53,6 +56,8 @@ class APGD(Attack):
         eot: forwards whose gradients are averaged at each step, >= 1, for networks that draw random numbers
             (expectation over transformation, Athalye et al., arXiv 1802.00420). As in the authors' code the
             last of them decides on loss and verdict.
+        multi_eps: in l1, spend 30% of the steps in a ball of 3 eps, and as many in one of 2 eps, before those
+            in the ball itself.
 
     Raises:
         SettingError: a count, share or name outside these ranges.
@@ -68,7 +73,10 @@ class APGD(Attack):
     """The step is halved where no more than this share of steps raised the loss, in (0, 1]."""
     eot: int = 1
     """Forwards whose gradients are averaged at each step, >= 1."""
+    multi_eps: bool = True
+    """In l1, begin in larger balls."""
     several_batches: ClassVar[bool] = True
+    norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
     pattern: ClassVar[str] = rf"apgd-(?P<loss>ce|dlr){COUNTS}(?:-eot(?P<eot>\d+))?"
     suffix: ClassVar[str | None] = "[-STEPS[xRESTARTS]][-eotFORWARDS]"
 
@@ -93,9 +101,10 @@ class APGD(Attack):
         on nothing else beside it.
 
         Cost: one forward, then per restart and sample still right ``steps`` + 1 forwards and ``steps``
-        input gradients, ``eot`` times as many of both (but for the last step) with ``eot``.
+        input gradients, ``eot`` times as many of both (but for the last step) with ``eot``. In l1 with
+        ``multi_eps`` two forwards and gradients more.
         """
-        search = _Search(net, context, threat, self.steps, self.rho, self.eot)
+        search = _Search(net, context, threat, self.steps, self.rho, self.eot, self.multi_eps)
         if context.loss is not None:
             return search.climb(context.loss, image, self.restarts)
         loss = _cross_entropy if self.loss == "ce" else _dlr
@@ -106,7 +115,7 @@ class APGD(Attack):
 @dataclass(frozen=True)
 class TargetedAPGD(Attack):
     """Auto-PGD towards each of the likeliest wrong classes in turn, on the targeted difference-of-logits
-    ratio, in l-inf or l2.
+    ratio, in l-inf, l2 or l1.
 
     The classes are ranked by the clean logits; each is tried on the samples that are still right. With k
     classes there are at most k - 1 of them, and below four classes the ratio is the bare difference of two
@@ -117,7 +126,7 @@ class TargetedAPGD(Attack):
         steps: iterations per class, >= 1.
         restarts: independent random starts per class, >= 1.
         targets: classes to try, >= 1.
-        rho: as in :class:`APGD`.
+        rho, multi_eps: as in :class:`APGD`.
 
     Raises:
         SettingError: a count or share outside these ranges.
@@ -131,7 +140,10 @@ class TargetedAPGD(Attack):
     """Wrong classes to try, likeliest first, >= 1."""
     rho: float = 0.75
     """The step is halved where no more than this share of steps raised the loss, in (0, 1]."""
+    multi_eps: bool = True
+    """In l1, begin in larger balls."""
     several_batches: ClassVar[bool] = True
+    norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
     pattern: ClassVar[str] = rf"apgd-t{COUNTS}"
     suffix: ClassVar[str | None] = "[-STEPS[xRESTARTS]]"
 
@@ -153,7 +165,7 @@ class TargetedAPGD(Attack):
         Cost: one forward, then per class, restart and sample still right ``steps`` + 1 forwards and
         ``steps`` input gradients.
         """
-        search = _Search(net, context, threat, self.steps, self.rho, eot=1)
+        search = _Search(net, context, threat, self.steps, self.rho, 1, self.multi_eps)
         if context.loss is not None:
             return search.climb(context.loss, image, self.targets * self.restarts)
         label = hard_label(label)
@@ -226,6 +238,10 @@ class _State(NamedTuple):
     """The searching network has been wrong since the last packing, [m] bool."""
     depth: Tensor
     """Loss that a wrong image must exceed to become the ``candidate``, [m]."""
+    share: Tensor
+    """In l1: of the values that a step changes, [m]."""
+    changed: Tensor
+    """In l1: values of ``best`` that differ from the clean image at the last checkpoint, [m]."""
 
 
 class _Given(NamedTuple):
@@ -244,6 +260,7 @@ class _Step:
     """A move of all samples and a look at where it led.
 
     Args:
+        radius: of the ball, in pixel units; in l1 not always that of the threat.
         fooling: a wrong prediction is what is searched for; otherwise only the loss counts.
         deepest: of several wrong images keep the one of largest loss, which is the likeliest to stand where
             successes are unverified; otherwise the first.
@@ -252,6 +269,7 @@ class _Step:
     """
 
     threat: ThreatModel
+    radius: float
     loss: _Loss
     eot: int
     fooling: bool
@@ -260,12 +278,7 @@ class _Step:
     last: bool = False
 
     def __call__(self, net: Forward, state: _State, given: _Given) -> _State:
-        direction = state.grad.sign() if self.threat.norm == "linf" else _unit(state.grad)
-        x_adv = self.threat.project(given.image, state.x_adv + state.step_size * direction)
-        if not self.first:
-            momentum = (1 - MOMENTUM) * (state.x_adv - state.previous)
-            x_adv = state.x_adv + MOMENTUM * (x_adv - state.x_adv) + momentum
-            x_adv = self.threat.project(given.image, x_adv)
+        x_adv = self.move(state, given.image)
         logits, value, grad = self.evaluate(net, given, x_adv)
         better = value > state.best_value
         state = state._replace(
@@ -279,6 +292,18 @@ class _Step:
             rises=state.rises + (value > state.value),
         )
         return self.claim(state, given, logits, value)
+
+    def move(self, state: _State, image: Tensor) -> Tensor:
+        """The next iterates, [m, c, h, w]."""
+        if self.threat.norm == "l1":
+            return apgd_l1.move(image, state.x_adv, state.grad, state.share, state.step_size, self.radius)
+        direction = state.grad.sign() if self.threat.norm == "linf" else _unit(state.grad)
+        x_adv = self.threat.project(image, state.x_adv + state.step_size * direction)
+        if self.first:
+            return x_adv
+        momentum = (1 - MOMENTUM) * (state.x_adv - state.previous)
+        x_adv = state.x_adv + MOMENTUM * (x_adv - state.x_adv) + momentum
+        return self.threat.project(image, x_adv)
 
     def claim(self, state: _State, given: _Given, logits: Tensor, value: Tensor) -> _State:
         """Keep a wrong image where the network is fooled at ``state.x_adv``."""
@@ -326,35 +351,67 @@ class _Search:
     steps: int
     rho: float
     eot: int
+    multi_eps: bool
 
     def climb(self, loss: AttackLoss, image: Tensor, starts: int) -> Tensor:
         """Each sample's image of largest loss, right or wrong."""
         best, value = image, image.new_full((len(image),), -math.inf)
         rows = torch.arange(len(image), device=image.device)
-        step = _Step(self.threat, _callers(loss), self.eot, fooling=False, deepest=False)
+        step = self._step(_callers(loss), fooling=False)
         active, given = self.context.active(), _Given(image, rows, rows)  # the loss knows its labels itself
         for _ in range(starts):
-            state = _begin(step, self.net, given, self._noise(image, rows))
-            state = self._advance(step, active, state, given, 0, self.steps)
+            search, state = self._begin(step, active, given, self._noise(image, rows))
+            state = search._advance(step, active, state, given, 0, search.steps)
             best, value = larger(state.best, state.best_value, best, value)
-        return best
+        return self.threat.project(image, best) if self.threat.norm == "l1" else best
 
     def fool(self, loss: _Loss, targets: Sequence[Tensor], image: Tensor, label: Tensor) -> Tensor:
         """One search per target ([n] or [n, k]), over the samples that are right so far."""
         best = image.clone(memory_format=torch.contiguous_format)
         value = image.new_full((len(image),), -math.inf)
         value.masked_fill_(self.net.clean_logits(image).argmax(dim=1) != label, math.inf)
-        step = _Step(self.threat, loss, self.eot, fooling=True, deepest=self.net.unverified)
+        step = self._step(loss, fooling=True)
         results = {"best": best, "value": value}
         for number, left in self.context.searches(len(targets), results, lambda: value < math.inf):
             given, noise = _Given(image, label, targets[number]), self._noise(image[left], left)
             for rows, part in zip(self.context.portions(left), self.context.portions(noise), strict=True):
                 found, reached = self._search(step, self.context.active(rows), given, part)
                 best[rows], value[rows] = larger(found, reached, best[rows], value[rows])
-        return best
+        return self.threat.project(image, best) if self.threat.norm == "l1" else best
+
+    def _step(self, loss: _Loss, *, fooling: bool) -> _Step:
+        deepest = fooling and self.net.unverified
+        return _Step(self.threat, float(self.threat.eps), loss, self.eot, fooling=fooling, deepest=deepest)
 
     def _noise(self, image: Tensor, rows: Tensor) -> Tensor:
-        return self.context.random.batch_noise(image, rows, normal=self.threat.norm == "l2")
+        normal = self.threat.norm != "linf"
+        noise = self.context.random.batch_noise(image, rows, normal=normal)
+        if self.threat.norm == "l1" and self.multi_eps:
+            # The authors' code draws at every ball, and uses the first numbers alone.
+            for _ in apgd_l1.stages(self.steps, multi_eps=True):
+                self.context.random.batch_noise(image, rows, normal=normal)
+        return noise
+
+    def _begin(
+        self, step: _Step, active: ActiveImages, given: _Given, noise: Tensor
+    ) -> tuple[_Search, _State]:
+        """The search in the ball itself, and where it begins: in l1 where searches in larger balls ended."""
+        x_adv = _start(step, given.image, noise)
+        if self.threat.norm != "l1":
+            return self, _begin(step, active.net, given, x_adv)
+        *wide, (_, steps) = apgd_l1.stages(self.steps, self.multi_eps)
+        image, last = given.image, replace(self, steps=steps)
+        if not wide:
+            x_adv = apgd_l1.project(image, x_adv, step.radius)
+            return last, _begin(step, active.net, given, x_adv, share=apgd_l1.FIRST_SHARE)
+        # Before the first search twice, as in the authors' code.
+        x_adv = apgd_l1.pull(image, x_adv, wide[0][0] * step.radius)
+        for factor, steps in wide:
+            larger_ball = replace(step, radius=factor * step.radius, fooling=False, deepest=False)
+            x_adv = apgd_l1.pull(image, x_adv, larger_ball.radius)
+            state = _begin(larger_ball, active.net, given, x_adv)
+            x_adv = replace(self, steps=steps)._advance(larger_ball, active, state, given, 0, steps).best
+        return last, _begin(step, active.net, given, apgd_l1.pull(image, x_adv, step.radius))
 
     def _search(
         self, step: _Step, active: ActiveImages, given: _Given, noise: Tensor
@@ -363,17 +420,18 @@ class _Search:
         given = active.take(given)
         found = given.image[: len(active)].clone()
         reached = found.new_full((len(found),), -math.inf)
-        state, done = _begin(step, active.net, given, active.fill(noise)), 0
+        search, state = self._begin(step, active, given, active.fill(noise))
+        done, steps = 0, search.steps
         while True:
             m, claimed, candidate = len(active), state.claimed, state.candidate
-            if done == self.steps and self.net.unverified:
+            if done == steps and self.net.unverified:
                 # Rounding hides successes too: at the end every best image is looked at.
                 claimed, candidate = torch.ones_like(claimed), pick(claimed, candidate, state.best)
             right = active.verified(claimed, candidate, given.label).logical_not()
             found[active.place] = pick(right, state.best[:m], candidate[:m])
             reached[active.place] = state.best_value[:m].masked_fill(~right, math.inf).to(reached)
             left = right.nonzero().squeeze(1)
-            if done == self.steps or len(left) == 0:
+            if done == steps or len(left) == 0:
                 return found, reached
             # What was claimed and is not so goes on being attacked from where it is.
             state = state._replace(
@@ -381,14 +439,15 @@ class _Search:
             )
             if len(left) < m:
                 active, state, given = active.keep(left, state, given)
-            until = min(done + steps_until_packing(done, 10), self.steps)
-            state, done = self._advance(step, active, state, given, done, until), until
+            until = min(done + steps_until_packing(done, 10), steps)
+            state, done = search._advance(step, active, state, given, done, until), until
 
     def _advance(
         self, step: _Step, active: ActiveImages, state: _State, given: _Given, done: int, until: int
     ) -> _State:
         """Steps ``done`` + 1 to ``until``, each checkpoint's review included."""
-        reviews = [0, *(at for at in checkpoints(self.steps) if at < self.steps)]
+        plan = apgd_l1.reviews if self.threat.norm == "l1" else checkpoints
+        reviews = [0, *(at for at in plan(self.steps) if at < self.steps)]
         while done < until:
             if done == 0 or done + 1 == self.steps:
                 ends = replace(step, first=done == 0, last=done + 1 == self.steps)
@@ -396,23 +455,38 @@ class _Search:
             else:
                 stop = min([until, self.steps - 1, *(at for at in reviews if at > done)])
                 state, done = active.repeat(step, state, given, stop - done), stop
-            if done in reviews:
+            if done in reviews and self.threat.norm == "l1":
+                state = _review_l1(state, given.image, step.radius)
+            elif done in reviews:
                 since = done - reviews[reviews.index(done) - 1]
                 state = _review(state, self.rho * since)
         return state
 
 
-def _begin(step: _Step, net: Forward, given: _Given, noise: Tensor) -> _State:
+def _start(step: _Step, image: Tensor, noise: Tensor) -> Tensor:
     """At ``noise`` (uniform in [0, 1) or normal) stretched to the ball's surface: l-inf by its largest
-    pixel, l2 by its length."""
+    pixel, l2 by its length; in l1 not stretched, and not yet in the ball."""
+    if step.threat.norm == "l1":
+        return image + noise
     if step.threat.norm == "linf":
         noise = 2 * noise - 1
         noise = noise / (noise.abs().amax(dim=(1, 2, 3), keepdim=True) + 1e-12)
     else:
         noise = _unit(noise)
-    eps = float(step.threat.eps)
-    x_adv = (given.image + eps * noise).clamp(0, 1)
+    return image + step.radius * noise
+
+
+def _begin(step: _Step, net: Forward, given: _Given, x_adv: Tensor, share: float | None = None) -> _State:
+    """At ``x_adv``; in l1 the first steps change a ``share`` of the values, or what follows from it."""
+    x_adv = x_adv.clamp(0, 1)
     logits, value, grad = step.evaluate(net, given, x_adv)
+    changed, shares = torch.zeros_like(given.label), torch.zeros_like(value)
+    if step.threat.norm == "l1":
+        changed = apgd_l1.changed(given.image, x_adv)
+        shares = apgd_l1.share_of(changed, x_adv)
+        if share is not None:
+            changed = torch.full_like(changed, x_adv[0].numel())
+            shares = torch.full_like(shares, share)
     state = _State(
         x_adv=x_adv,
         previous=x_adv,
@@ -423,13 +497,17 @@ def _begin(step: _Step, net: Forward, given: _Given, noise: Tensor) -> _State:
         best=x_adv,
         best_grad=grad,
         best_value=value,
-        step_size=x_adv.new_full((len(x_adv), 1, 1, 1), 2 * eps),
+        step_size=x_adv.new_full(
+            (len(x_adv), 1, 1, 1), step.radius if step.threat.norm == "l1" else 2 * step.radius
+        ),
         rises=torch.zeros_like(value, dtype=torch.int64),
         halved=torch.ones_like(value, dtype=torch.bool),
         checked_value=value,
         candidate=x_adv,
         claimed=torch.zeros_like(value, dtype=torch.bool),
         depth=torch.full_like(value, -math.inf),
+        share=shares,
+        changed=changed,
     )
     return step.claim(state, given, logits, value)
 
@@ -447,6 +525,20 @@ def _review(state: _State, enough: float) -> _State:
         rises=torch.zeros_like(state.rises),
         halved=halve,
         checked_value=state.best_value,
+    )
+
+
+def _review_l1(state: _State, image: Tensor, radius: float) -> _State:
+    """Makes steps as sparse as the best iterate; returns to it with long steps where it has become sparser,
+    and shortens them elsewhere (algorithm 1 of arXiv 2103.01208)."""
+    changed = apgd_l1.changed(image, state.best)
+    sparser = changed / state.changed < apgd_l1.SPARSER
+    return state._replace(
+        x_adv=pick(sparser, state.best, state.x_adv),
+        grad=pick(sparser, state.best_grad, state.grad),
+        step_size=apgd_l1.next_step_size(state.step_size, sparser, radius),
+        share=apgd_l1.share_of(changed, image),
+        changed=changed,
     )
 
 

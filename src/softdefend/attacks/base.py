@@ -13,13 +13,21 @@ from torch import Tensor
 from softdefend.attacks.losses import AttackLoss, image_gradient
 from softdefend.core.errors import SettingError
 from softdefend.core.hints import check_fields
-from softdefend.core.threat import ThreatModel
+from softdefend.core.threat import Norm, ThreatModel
 from softdefend.execution.context import AttackContext
 from softdefend.execution.counting import CountingModel
 from softdefend.execution.counting import Forward as Forward
 from softdefend.execution.randomness import CallerRandomness
 
 Randomness = Literal["none", "image", "batch"]
+
+_MADE_FOR: dict[Norm, str] = {
+    "l1": "pgd-20, apgd-ce, fab-t, square, fmn and autoattack",
+    "l0": "sigma-zero",
+    "l2": "cw-l2 and pgd-30-margin",
+    "linf": "cw-linf",
+}
+"""What a message names where another norm was asked for."""
 
 MOST = 1_000_000
 """Steps, restarts, queries and the like: more are a typing mistake that would run for years."""
@@ -46,6 +54,8 @@ class Attack(ABC):
     precision; where nothing is random, on as many images as fit."""
     minimizes_distance: ClassVar[bool] = False
     """Whether the attack looks for the closest wrong image: it then has no use for a caller's loss."""
+    norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2")
+    """The norms that the attack is made for."""
     pattern: ClassVar[str] = ""
     """A regular expression for the names of this attack, whose groups are constructor arguments:
     ``pgd-(?P<steps>\\d+)``. Without one there is a name for the default settings only."""
@@ -75,12 +85,19 @@ class Attack(ABC):
         given = {setting: value for setting, value in match.groupdict().items() if value is not None}
         return cls(**{s: _count(s, v) if v.isdecimal() else v for s, v in given.items()})
 
-    def check(self, threat: ThreatModel) -> None:  # noqa: B027 (most attacks take every threat model)
+    def check(self, threat: ThreatModel) -> None:
         """Refuse a threat model that this attack is not made for; an evaluation asks before it runs anything.
 
         Raises:
             SettingError: the attack would refuse it when called.
         """
+        self.check_norm(threat.norm)
+
+    def check_norm(self, norm: Norm) -> None:
+        """Refuse a norm that is not one of :attr:`norms`."""
+        if norm not in self.norms:
+            hint = f"; {norm} has {_MADE_FOR[norm]}" if norm in _MADE_FOR else ""
+            raise SettingError("threat.norm", norm, f"{' or '.join(self.norms)} under {self.name}{hint}")
 
     @abstractmethod
     def run(

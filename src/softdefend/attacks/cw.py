@@ -14,7 +14,7 @@ from softdefend.attacks.minimal import Closest, MinimalAttack
 from softdefend.attacks.names import ATTACKS, COUNTS, EOT, count_suffix
 from softdefend.attacks.pgd import PGD, eot_suffix
 from softdefend.core.errors import SettingError
-from softdefend.core.threat import Norm, ThreatModel
+from softdefend.core.threat import Norm
 from softdefend.execution.counting import CountingModel, Forward
 
 
@@ -34,6 +34,7 @@ class CWLinf(PGD):
     steps: int = 30
     """Gradient steps, >= 0."""
     loss: str = field(default="margin", init=False)
+    norms: ClassVar[tuple[Norm, ...]] = ("linf",)
     pattern: ClassVar[str] = rf"cw-linf{COUNTS}{EOT}"
     suffix: ClassVar[str | None] = "[-STEPS[xRESTARTS]][-eotFORWARDS]"
 
@@ -41,12 +42,6 @@ class CWLinf(PGD):
     def name(self) -> str:
         """``cw-linf``; off the defaults ``cw-linf-100``, ``cw-linf-30x5`` (restarts)."""
         return "cw-linf" + count_suffix(self.steps, self.restarts, default=30) + eot_suffix(self.eot)
-
-    def check(self, threat: ThreatModel) -> None:
-        """See :meth:`Attack.check`: l-inf alone."""
-        if threat.norm != "linf":
-            accepted = f"linf under {self.name}; l2 has cw-l2 and pgd-30-margin"
-            raise SettingError("threat.norm", threat.norm, accepted)
 
 
 @ATTACKS.register("cw-l2")
@@ -76,6 +71,7 @@ class CWL2(MinimalAttack):
     """Learning rate of Adam, > 0."""
     first_c: float = 1e-3
     """The first c, > 0."""
+    norms: ClassVar[tuple[Norm, ...]] = ("l2",)
     pattern: ClassVar[str] = r"cw-l2(?:-(?P<rounds>\d+)x(?P<steps>\d+))?"
     suffix: ClassVar[str | None] = "[-ROUNDSxSTEPS]"
 
@@ -95,14 +91,6 @@ class CWL2(MinimalAttack):
         """``cw-l2``, or ``cw-l2-5x100`` where rounds and steps are not 9 and 1000."""
         return "cw-l2" if (self.rounds, self.steps) == (9, 1000) else f"cw-l2-{self.rounds}x{self.steps}"
 
-    def check(self, threat: ThreatModel) -> None:
-        """See :meth:`Attack.check`: l2 alone."""
-        self._check_norm(threat.norm)
-
-    def _check_norm(self, norm: Norm) -> None:
-        if norm != "l2":
-            raise SettingError("threat.norm", norm, f"l2 under {self.name}; linf has cw-linf")
-
     def search(
         self, net: CountingModel, image: Tensor, label: Tensor, norm: Norm, enough: float
     ) -> tuple[Tensor, Tensor]:
@@ -110,10 +98,9 @@ class CWL2(MinimalAttack):
         image gradients of each image that is right.
 
         Raises:
-            SettingError: a norm other than l2; a network with fewer than two classes, or without gradients
+            SettingError: a network with fewer than two classes, or without gradients
                 in the image.
         """
-        self._check_norm(norm)
         closest, logits = Closest(image, norm), net(image)
         check_classes(logits)
         everyone = torch.arange(len(image), device=image.device)

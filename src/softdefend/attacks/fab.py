@@ -29,7 +29,7 @@ from softdefend.execution.randomness import CallerRandomness
 @ATTACKS.register("fab-t")
 @dataclass(frozen=True)
 class FAB(Attack):
-    """FAB in l-inf or l2.
+    """FAB in l-inf, l2 or l1.
 
     Linearises the boundary to another class, steps beyond it, leaning back to the image, and goes part of
     the way home from each wrong point. Targeted, it does so against each of the runner-up classes of the
@@ -66,6 +66,7 @@ class FAB(Attack):
     """Towards one class after the other, or always towards the closest."""
     several_batches: ClassVar[bool] = True
     minimizes_distance: ClassVar[bool] = True
+    norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
     pattern: ClassVar[str] = rf"fab(?:-t)?{COUNTS}"
     suffix: ClassVar[str | None] = "[-STEPS[xRESTARTS]]"
 
@@ -130,7 +131,11 @@ class FAB(Attack):
         Returns:
             Images [b, c, h, w] and their distances [b]: the image itself at 0 where the network is wrong
             from the start, and at infinity where no wrong image was found.
+
+        Raises:
+            SettingError: l0.
         """
+        self.check_norm(norm)
         model = CountingModel(net, len(image))
         context = AttackContext(model, CallerRandomness(generator, len(image)))
         return self._closest(model, image, hard_label(label), norm, enough, context)
@@ -158,7 +163,7 @@ class FAB(Attack):
             target, restart = plan[number]
             start = image[left]
             if restart > 0:
-                noise = context.random.batch_noise(start, left, normal=norm == "l2")
+                noise = context.random.batch_noise(start, left, normal=norm != "linf")
                 start = _away(start, noise, 0.5 * enough, norm)
             for rows, part in zip(context.portions(left), context.portions(start), strict=True):
                 active = context.active(rows, many_gradients=not self.targeted)
@@ -267,7 +272,10 @@ class _Step:
         for other in range(k):
             with torch.enable_grad():
                 grad = image_gradient(columns[other], x_adv, keep_graph=other < k - 1).nan_to_num(0, 0, 0)
-            dual = _length(grad.flatten(1), "l2") if self.norm == "l2" else grad.abs().sum(dim=(1, 2, 3))
+            if self.norm == "linf":
+                dual = grad.abs().sum(dim=(1, 2, 3))
+            else:
+                dual = _length(grad.flatten(1), "l2" if self.norm == "l2" else "linf")
             away = gaps[:, other].abs() / (1e-12 + dual)
             nearer = (away < nearest) & (label != other)
             gap = torch.where(nearer, gaps[:, other], gap)
@@ -304,7 +312,11 @@ def _away(image: Tensor, noise: Tensor, radius: float, norm: Norm) -> Tensor:
 
 def _length(delta: Tensor, norm: Norm) -> Tensor:
     """Length over the last axis."""
-    length: Tensor = delta.abs().amax(dim=-1) if norm == "linf" else torch.linalg.vector_norm(delta, dim=-1)
+    if norm == "linf":
+        return delta.abs().amax(dim=-1)
+    if norm == "l1":
+        return delta.abs().sum(dim=-1)
+    length: Tensor = torch.linalg.vector_norm(delta, dim=-1)
     return length
 
 
@@ -313,7 +325,8 @@ def to_hyperplane(point: Tensor, slope: Tensor, gap: Tensor, norm: Norm) -> Tens
 
     A shift of "height" t moves each pixel against the slope by t (l-inf) or t * |slope| (l2) until it meets
     the box, so both norms ask for the t at which a sum of capped lines reaches ``gap``: sort the caps, add
-    up. Where the box holds no zero, the corner next to it.
+    up. In l1 the pixels of steepest slope go as far as the box lets them, one after the other. Where the box
+    holds no zero, the corner next to it.
 
     Args:
         point: [..., d] in [0, 1].
@@ -328,6 +341,8 @@ def to_hyperplane(point: Tensor, slope: Tensor, gap: Tensor, norm: Norm) -> Tens
     scale = slope.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
     slope = slope / scale * torch.where(gap >= 0, 1, -1).unsqueeze(-1)
     drop = gap.abs().unsqueeze(-1) / scale
+    if norm == "l1":
+        return _steepest_first(point, slope, drop)
     speed = slope.sign() if norm == "linf" else slope
     room = torch.where(slope > 0, point, 1 - point)
     cap = torch.where(slope == 0, 0, room / speed.abs()).clamp_max(1e12)
@@ -340,3 +355,14 @@ def to_hyperplane(point: Tensor, slope: Tensor, gap: Tensor, norm: Norm) -> Tens
     rest, stopped, highest = (x.gather(-1, last) for x in (rest, stopped, caps))
     height = ((drop - stopped) / rest.clamp_min(torch.finfo(rest.dtype).tiny)).clamp_min(0)
     return -speed * torch.minimum(torch.minimum(height, highest), cap)
+
+
+def _steepest_first(point: Tensor, slope: Tensor, drop: Tensor) -> Tensor:
+    """The shortest shift in l1, [..., d], that lowers a linear function by ``drop`` [..., 1]."""
+    room = torch.where(slope > 0, point, 1 - point)
+    size, order = slope.abs().sort(dim=-1, descending=True)
+    gain = size * room.gather(-1, order)
+    missing = (drop - (gain.cumsum(dim=-1) - gain)).clamp_min(0)
+    part = torch.where(size > 0, missing / size, 0)
+    shift = torch.zeros_like(slope).scatter(-1, order, part)
+    return -slope.sign() * torch.minimum(shift, room)

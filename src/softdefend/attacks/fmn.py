@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from softdefend.attacks.minimal import Closest, MinimalAttack, length, margin_and_slope, reach, steepest
+from softdefend.attacks.minimal import Closest, MinimalAttack, margin_and_slope, reach, steepest
 from softdefend.attacks.names import ATTACKS
 from softdefend.core.errors import SettingError
-from softdefend.core.threat import Norm
+from softdefend.core.projections import l1_correction
+from softdefend.core.threat import Norm, length
 from softdefend.execution.counting import CountingModel
 
 LEAST_GROWTH = 0.001
@@ -23,7 +24,7 @@ that just touches the boundary could stay right for good, by rounding. Also the 
 @ATTACKS.register("fmn")
 @dataclass(frozen=True)
 class FMN(MinimalAttack):
-    """Gradient steps on the margin inside a ball of each image's own, in l-inf or l2; the ball shrinks
+    """Gradient steps on the margin inside a ball of each image's own, in l-inf, l2 or l1; the ball shrinks
     while the point is wrong and grows while it is right. Starts at the image.
 
     Args:
@@ -41,6 +42,7 @@ class FMN(MinimalAttack):
     """Euclidean length of the first step in pixel units, > 0."""
     gamma: float = 0.05
     """Share by which a ball first grows or shrinks, in (0, 1)."""
+    norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
     pattern: ClassVar[str] = r"fmn(?:-(?P<steps>\d+))?"
     suffix: ClassVar[str | None] = "[-STEPS]"
 
@@ -102,7 +104,9 @@ def _falling(first: float, last: float, share: float) -> float:
 
 
 def _into_ball(image: Tensor, x_adv: Tensor, radius: Tensor, norm: Norm) -> Tensor:
-    """The nearest points [m, c, h, w] at most ``radius`` [m] from the images."""
+    """The nearest points [m, c, h, w] at most ``radius`` [m] from the images; in l1 those in the box too."""
+    if norm == "l1":
+        return image + ((x_adv - image) + l1_correction(image, x_adv - image, radius))
     delta, radius = x_adv - image, radius.view(-1, 1, 1, 1)
     if norm == "linf":
         return image + torch.minimum(torch.maximum(delta, -radius), radius)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softdefend.attacks.base import Attack, Randomness
 from softdefend.attacks.losses import hard_label, image_gradient, margin
-from softdefend.core.threat import Norm, ThreatModel
+from softdefend.core.threat import Norm, ThreatModel, length
 from softdefend.execution.context import AttackContext
 from softdefend.execution.counting import CountingModel, Forward
 
@@ -48,8 +48,10 @@ class MinimalAttack(Attack):
             is wrong from the start, and at infinity where no wrong image was found.
 
         Raises:
-            SettingError: a network with fewer than two classes, or without gradients in the image.
+            SettingError: a norm that the attack is not made for; a network with fewer than two classes, or
+                without gradients in the image.
         """
+        self.check_norm(norm)
         model = net if isinstance(net, CountingModel) else CountingModel(net, len(image))
         return self.search(model, image, hard_label(label), norm, enough)
 
@@ -106,21 +108,17 @@ def margin_and_slope(net: Forward, image: Tensor, label: Tensor) -> tuple[Tensor
     return logits.argmax(dim=1) != label, gap.detach().to(slope).nan_to_num(0, 0, 0), slope
 
 
-def length(delta: Tensor, norm: Norm) -> Tensor:
-    """Length of each sample of [b, ...], [b], in pixel units."""
-    delta = delta.flatten(1)
-    size: Tensor = delta.abs().amax(dim=1) if norm == "linf" else torch.linalg.vector_norm(delta, dim=1)
-    return size
-
-
 def steepest(slope: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """The shift of length one along which a linear function of this slope [m, c, h, w] grows fastest, and
-    its growth [m]: the slope's dual norm. Both are zero where the slope is."""
+    its growth [m]: the slope's dual norm. Both are zero where the slope is. Of l-inf, l2 or l1."""
     # Squares of small gradients would underflow.
     scale = slope.abs().amax(dim=(1, 2, 3), keepdim=True)
     slope = slope / scale.clamp_min(torch.finfo(slope.dtype).tiny)
     if norm == "linf":
         return slope.sign(), scale.flatten() * slope.abs().sum(dim=(1, 2, 3))
+    if norm == "l1":
+        largest = slope.abs() >= 1  # several where they are equal
+        return slope.sign() * largest / largest.sum(dim=(1, 2, 3), keepdim=True).clamp_min(1), scale.flatten()
     size = torch.linalg.vector_norm(slope, dim=(1, 2, 3), keepdim=True)
     return slope / size.clamp_min(1), (scale * size).flatten()
 

@@ -27,8 +27,8 @@ def parse_attack(name: str) -> Attack:
     ``pgd-20-eot10`` (ten forwards a step); ``apgd-ce``, ``apgd-dlr``,
     ``apgd-t``, ``apgd-ce-100x5``, ``apgd-ce-eot20``; ``fab-t``, ``fab-t-50``, ``fab-100x5`` (untargeted);
     ``square``, ``square-1000`` (queries); ``cw-linf``, ``cw-linf-100``; ``cw-l2``, ``cw-l2-9x10000``
-    (rounds, and steps in each); ``fmn``, ``fmn-200``, ``deepfool``, ``deepfool-100`` (steps). Steps of PGD
-    are a quarter of eps long.
+    (rounds, and steps in each); ``fmn``, ``fmn-200``, ``deepfool``, ``deepfool-100``, ``sigma-zero``,
+    ``sigma-zero-100`` (steps). Steps of PGD are a quarter of eps long.
 
     >>> parse_attack("pgd-50x10-margin").name
     'pgd-50x10-margin'

@@ -13,7 +13,7 @@ from softdefend.attacks.base import Attack, Randomness, larger, pick, value_and_
 from softdefend.attacks.losses import FROM_CLEAN, AttackLoss, OwnLoss, check_loss, hard_label, named
 from softdefend.attacks.names import ATTACKS, COUNTS, EOT, LOSS
 from softdefend.core.errors import SettingError
-from softdefend.core.threat import Budget, ThreatModel
+from softdefend.core.threat import Budget, Norm, ThreatModel
 from softdefend.execution.context import ActiveImages, AttackContext
 from softdefend.execution.counting import CountingModel, Forward
 
@@ -26,7 +26,7 @@ GAUSSIAN_START_STD = 0.001
 @ATTACKS.register("pgd")
 @dataclass(frozen=True)
 class PGD(Attack):
-    """Projected gradient descent in l-inf or l2.
+    """Projected gradient descent in l-inf, l2 or l1.
 
     Args:
         steps: gradient steps, >= 0 (0 returns the start).
@@ -64,6 +64,7 @@ class PGD(Attack):
     eot: int = 1
     """Forwards whose gradients are averaged at each step, >= 1."""
     randomness: ClassVar[Randomness] = "image"
+    norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
     several_batches: ClassVar[bool] = True
     pattern: ClassVar[str] = rf"pgd(?=-\d){COUNTS}{LOSS}{EOT}"
     suffix: ClassVar[str | None] = "-STEPS[xRESTARTS][-margin|-kl|-match|-MODULE:FUNCTION][-eotFORWARDS]"
@@ -262,7 +263,8 @@ def _worse(one: _Reached, other: _Reached) -> _Reached:
 class FGSM(Attack):
     """One signed-gradient step of length ``eps`` from the image (Goodfellow et al., arXiv 1412.6572).
 
-    In l2 the step is the normalized gradient. Deterministic: no random start.
+    In l2 the step is the normalized gradient, in l1 as ``ThreatModel.ascend`` has it.
+    Deterministic: no random start.
     """
 
     loss: str = "ce"
@@ -270,6 +272,7 @@ class FGSM(Attack):
     eot: int = 1
     """Forwards whose gradients are averaged, >= 1."""
     randomness: ClassVar[Randomness] = "none"
+    norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
     pattern: ClassVar[str] = f"fgsm{LOSS}{EOT}"
     suffix: ClassVar[str | None] = "[-margin|-kl|-match|-MODULE:FUNCTION][-eotFORWARDS]"
 

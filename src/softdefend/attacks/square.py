@@ -22,7 +22,8 @@ from softdefend.attacks.base import Attack
 from softdefend.attacks.losses import AttackLoss, hard_label, margin
 from softdefend.attacks.names import ATTACKS
 from softdefend.core.errors import SettingError
-from softdefend.core.threat import ThreatModel
+from softdefend.core.projections import l1_correction
+from softdefend.core.threat import Norm, ThreatModel
 from softdefend.execution.context import ActiveImages, AttackContext, steps_until_packing
 from softdefend.execution.counting import CountingModel, Forward
 from softdefend.execution.step_graphs import fill_up
@@ -34,7 +35,7 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 @ATTACKS.register("square")
 @dataclass(frozen=True)
 class Square(Attack):
-    """Square attack in l-inf or l2 on the margin loss.
+    """Square attack in l-inf, l2 or l1 on the margin loss.
 
     A query changes one square window of every image, at one place and of one size for the whole batch, and
     keeps the change where it worsens the margin. An image that is wrong is left alone from then on, unless
@@ -55,6 +56,7 @@ class Square(Attack):
     p_init: float = 0.8
     """Share of the pixels that the first windows cover, in (0, 1]."""
     several_batches: ClassVar[bool] = True
+    norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
     pattern: ClassVar[str] = r"square(?:-(?P<queries>\d+))?"
     suffix: ClassVar[str | None] = "[-QUERIES]"
 
@@ -71,7 +73,7 @@ class Square(Attack):
         return "square" if self.queries == 5000 else f"square-{self.queries}"
 
     def side(self, query: int, height: int, width: int, norm: str = "linf") -> int:
-        """Side of the window of a query (from 0), in pixels; in l2 odd and at least 3 where that fits."""
+        """Side of a query's window (from 0), in pixels; in l2 and l1 odd and at least 3 where that fits."""
         share: float = self.p_init / 2 ** bisect_left(HALVINGS, query)
         side = max(round(math.sqrt(share * height * width)), 1 if norm == "linf" else 3)
         return min(side if norm == "linf" else side | 1, height, width)
@@ -90,11 +92,11 @@ class Square(Attack):
             device.
         Every batch reads the same sequence of random numbers: the stripes of its images that are searched,
         then the queries. In l-inf places and colors are therefore shared by all batches with equally many of
-        these; in l2 signs are drawn for the images that are still right, so a verdict depends on its batch
-        and on nothing else beside it.
+        these; in l2 and l1 signs are drawn for the images that are still right, so a verdict depends on its
+        batch and on nothing else beside it.
         """
         clean, label, device = net.clean_logits(image), hard_label(label), image.device
-        proposals: _Proposals = (_LinfProposals if threat.norm == "linf" else _L2Proposals)(float(threat.eps))
+        proposals = _PROPOSALS[threat.norm](float(threat.eps))
         query = _Query(proposals, None if context.loss is None else partial(_of_rows, context.loss, clean))
         saved = context.progress.load()
         if saved:
@@ -411,7 +413,7 @@ class _L2Proposals(_Proposals):
             tile = turned * _signs(numbers, stream, everyone, channels)
             part = delta[:, :, start + i * side : start + (i + 1) * side, start + j * side :][..., :side]
             part += tile[:, :, : part.shape[2], : part.shape[3]]
-        return self._on_sphere(image, delta), stream
+        return self._inside(image, delta), stream
 
     def window(self, side: int, device: torch.device) -> Tensor:
         """The pattern of a window, [side, side]."""
@@ -430,20 +432,53 @@ class _L2Proposals(_Proposals):
         into = *images, *(along[given.stream] for along in _window(drawn, side, size))
         source = *images, *(along[given.stream] for along in _window(drawn[:, 2:], side, size))
         delta = state.x_adv - given.image
-        free = (self.eps**2 - _length(delta, (1, 2, 3)) ** 2).clamp_min(0) / channels
         both = torch.zeros_like(delta)
         # A number of the host would be copied to the device, which a graph cannot hold.
         zero, one = delta.new_zeros(()), delta.new_ones(())
         both.index_put_(into, one).index_put_(source, one)
-        length = (free + _length(delta * both, (2, 3)) ** 2).sqrt()
+        length = self._available(delta, delta * both)
         old = delta[into]
-        fresh = fresh + old / (1e-12 + _length(old, (2, 3)))
+        fresh = fresh + old / (1e-12 + self._length(old, (2, 3)))
         delta.index_put_(source, zero)
-        delta[into] = fresh / (1e-12 + _length(fresh, (2, 3))) * length
-        return self._on_sphere(given.image, delta)
+        delta[into] = fresh / (1e-12 + self._length(fresh, (2, 3))) * length
+        return self._inside(given.image, delta)
 
-    def _on_sphere(self, image: Tensor, delta: Tensor) -> Tensor:
-        return (image + delta / (_length(delta, (1, 2, 3)) + 1e-12) * self.eps).clamp(0, 1)
+    def _length(self, delta: Tensor, over: tuple[int, ...]) -> Tensor:
+        """Length over these axes, which stay with size one."""
+        return delta.square().sum(dim=over, keepdim=True).sqrt()
+
+    def _available(self, delta: Tensor, windows: Tensor) -> Tensor:
+        """The length that each channel of a new window gets, [m, c, 1, 1]: what both windows have, and its
+        share of what the change leaves of eps."""
+        free = (self.eps**2 - self._length(delta, (1, 2, 3)) ** 2).clamp_min(0) / delta.shape[1]
+        return (free + self._length(windows, (2, 3)) ** 2).sqrt()
+
+    def _inside(self, image: Tensor, delta: Tensor) -> Tensor:
+        """On the sphere, cut to the box."""
+        return (image + delta / (self._length(delta, (1, 2, 3)) + 1e-12) * self.eps).clamp(0, 1)
+
+
+class _L1Proposals(_L2Proposals):
+    """As in l2 with steeper pyramids and lengths in l1, projected onto ball and box (Croce & Hein, arXiv
+    2103.01208, section 4.3)."""
+
+    def window(self, side: int, device: torch.device) -> Tensor:
+        return _eta(side, fall=4, order=1).to(device)
+
+    def _length(self, delta: Tensor, over: tuple[int, ...]) -> Tensor:
+        return delta.abs().sum(dim=over, keepdim=True)
+
+    def _available(self, delta: Tensor, windows: Tensor) -> Tensor:
+        channels = delta.shape[1]
+        free = (self.eps - self._length(delta, (1, 2, 3))).clamp_min(0) / channels
+        return (free + self._length(windows, (2, 3))) * channels
+
+    def _inside(self, image: Tensor, delta: Tensor) -> Tensor:
+        # Just inside, as in the authors' code: rounding must not leave the ball.
+        return (image + delta + l1_correction(image, delta, self.eps * (1 - 1e-6))).clamp(0, 1)
+
+
+_PROPOSALS: dict[str, type[_Proposals]] = {"linf": _LinfProposals, "l2": _L2Proposals, "l1": _L1Proposals}
 
 
 def _window(place: Tensor, side: int, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -464,26 +499,25 @@ def _turned(eta: Tensor, turn: Tensor, stream: Tensor) -> Tensor:
     return torch.where(turn[stream, :, None, None] > 0.5, eta.T, eta)
 
 
-def _eta(side: int) -> Tensor:
-    """Two neighboring pyramids of opposite sign, [side, side], of Euclidean length one (the paper's eta)."""
-    eta = torch.cat([_pyramid(side // 2, side), -_pyramid(side - side // 2, side)])
-    return eta / eta.square().sum().sqrt()
+def _eta(side: int, fall: int = 2, order: int = 2) -> Tensor:
+    """Two neighboring pyramids of opposite sign, [side, side], of length one in l1 or l2 (eta)."""
+    eta = torch.cat([_pyramid(side // 2, side, fall, order), -_pyramid(side - side // 2, side, fall, order)])
+    return eta / _size(eta, order)
 
 
-def _pyramid(height: int, width: int) -> Tensor:
-    """Falls from the center by 1/k^2 in rings, [height, width], of Euclidean length one."""
+def _pyramid(height: int, width: int, fall: int, order: int) -> Tensor:
+    """Falls from the center by 1/k^fall in rings, [height, width], of length one in l1 or l2."""
     row, column = torch.arange(height).view(-1, 1), torch.arange(width)
     ring = torch.maximum((row - height // 2).abs(), (column - width // 2).abs())
     pyramid = torch.zeros(height, width)
     for k in range(max(height, width) // 2 + 1):
-        pyramid += torch.where(ring <= k, 1 / torch.tensor(k + 1.0) ** 2, 0)
-    return pyramid / pyramid.square().sum().sqrt()
+        pyramid += torch.where(ring <= k, 1 / torch.tensor(k + 1.0) ** fall, 0)
+    return pyramid / _size(pyramid, order)
+
+
+def _size(delta: Tensor, order: int) -> Tensor:
+    return delta.square().sum().sqrt() if order == 2 else delta.abs().sum()
 
 
 def _sign(uniform: Tensor) -> Tensor:
     return (2 * uniform - 1).sign()
-
-
-def _length(delta: Tensor, over: tuple[int, ...]) -> Tensor:
-    """Euclidean length over these axes, which stay with size one."""
-    return delta.square().sum(dim=over, keepdim=True).sqrt()

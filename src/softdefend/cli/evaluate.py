@@ -30,7 +30,7 @@ class EvaluateFlags:
     which: tuple[str, ...] = WHICH
     """best, last or both."""
     norm: str | None = None
-    """linf or l2; as trained if not given."""
+    """linf, l2, l1 or l0; as trained if not given."""
     eps: Budget | None = None
     """Radius in pixel units, such as 8/255; as trained if not given."""
     device: str = "auto"

@@ -177,7 +177,7 @@ def eps_curve(evaluator: Evaluator, index: Tensor, evaluation: Evaluation) -> li
     It starts from clean accuracy at zero and ends at the largest eps that a threat model takes.
     """
     index, threat = index[torch.isin(index, evaluation.index)], evaluation.threat
-    if not len(index):
+    if not len(index) or threat.norm == "l0":  # which PGD does not know
         return []
     right = (evaluation.clean_prediction == evaluation.label)[torch.isin(evaluation.index, index)]
     clean = Rate.of(right)

@@ -1,20 +1,21 @@
 """AutoAttack (Croce & Hein, arXiv 2003.01690): fixed ensembles of attacks without settings to tune.
 
 Members, order, steps, restarts and targets are those of the authors' code (github.com/fra31/auto-attack at
-a392200, ``set_version``, norms l-inf and l2). Each member sees only the images that all before it left right.
+a392200, ``set_version``). Each member sees only the images that all before it left right. In l1 the authors'
+code has the standard ensemble alone, with more restarts and fewer targets.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from softdefend.attacks import APGD, FAB, Attack, Square, TargetedAPGD
 from softdefend.attacks.names import ATTACKS, parse_attack
 from softdefend.core.errors import SettingError, did_you_mean
 from softdefend.core.registry import Registry
-from softdefend.core.threat import ThreatModel
+from softdefend.core.threat import Norm, ThreatModel
 
 ENSEMBLES: Registry[tuple[Attack, ...]] = Registry("ensembles")
 """Members in order by the ensemble's name; packages of others add theirs by entry points of the group
@@ -32,6 +33,14 @@ ENSEMBLES.register("autoattack-plus")(
 )
 ENSEMBLES.register("autoattack-rand")((APGD(eot=20), APGD(loss="dlr", eot=20)))
 
+IN_L1: dict[str, tuple[Attack, ...]] = {
+    "autoattack": (APGD(restarts=5), TargetedAPGD(targets=5), FAB(), Square()),
+    "autoattack-plus": (),
+    "autoattack-rand": (),
+}
+"""What stands for an ensemble in l1; nothing where the authors' code has no such version. Those that are not
+here have the same members in every norm."""
+
 
 @dataclass(frozen=True)
 class Ensemble:
@@ -40,6 +49,7 @@ class Ensemble:
     Args:
         name: for tables and files.
         members: attacks of different names, at least one.
+        in_l1: the members in l1, none where the ensemble is not made for it; ``members`` when None.
 
     Raises:
         SettingError: no members, or two of one name.
@@ -47,6 +57,7 @@ class Ensemble:
 
     name: str
     members: tuple[Attack, ...]
+    in_l1: tuple[Attack, ...] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         names = [member.name for member in self.members]
@@ -57,8 +68,15 @@ class Ensemble:
 
     def check(self, threat: ThreatModel) -> None:
         """Refuse a threat model that a member is not made for; see :meth:`Attack.check`."""
-        for member in self.members:
+        members = self.under(threat.norm)
+        if not members:
+            raise SettingError("threat.norm", threat.norm, f"linf or l2 under {self.name}; l1 has autoattack")
+        for member in members:
             member.check(threat)
+
+    def under(self, norm: Norm) -> tuple[Attack, ...]:
+        """The members in a norm."""
+        return self.members if norm != "l1" or self.in_l1 is None else self.in_l1
 
 
 def averages_draws(names: Sequence[str]) -> bool:
@@ -83,12 +101,16 @@ def expand(name: str, k: int) -> list[Attack]:
         raise SettingError(
             "attacks", f"{name} on a network with {k} class", "a network with at least 2 classes"
         )
-    return [
+    return list(_for_classes(ENSEMBLES[name], k))
+
+
+def _for_classes(members: Sequence[Attack], k: int) -> tuple[Attack, ...]:
+    return tuple(
         replace(member, targets=min(member.targets, k - 1))
         if isinstance(member, TargetedAPGD | FAB)
         else member
-        for member in ENSEMBLES[name]
-    ]
+        for member in members
+    )
 
 
 def parse(name: str, k: int = 10) -> Attack | Ensemble:
@@ -98,7 +120,8 @@ def parse(name: str, k: int = 10) -> Attack | Ensemble:
         SettingError: unknown name; fewer than two classes.
     """
     if name in ENSEMBLES:
-        return Ensemble(name, tuple(expand(name, k)))
+        members, in_l1 = tuple(expand(name, k)), IN_L1.get(name)
+        return Ensemble(name, members, None if in_l1 is None else _for_classes(in_l1, k))
     try:
         return parse_attack(name)
     except SettingError as error:

@@ -11,7 +11,7 @@ from typing import Any
 from softdefend.evaluation.robustbench import ENSEMBLE, STANDARD
 from softdefend.evaluation.table import Table, after_each
 
-_NORMS = {"linf": "Linf", "l2": "L2"}
+_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1", "l0": "L0"}
 _VERSIONS = {ENSEMBLE: "standard", f"{ENSEMBLE}-plus": "plus", f"{ENSEMBLE}-rand": "rand"}
 
 

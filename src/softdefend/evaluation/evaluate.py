@@ -205,7 +205,8 @@ class Evaluator:
         label, clean, ensemble = result.label, result.clean_prediction, isinstance(attack, Ensemble)
         left = clean == label if ensemble else torch.ones_like(label, dtype=torch.bool)
         trials: dict[str, Trial] = {}
-        for place, member in enumerate(attack.members if isinstance(attack, Ensemble) else [attack]):
+        norm = self.threat.norm
+        for place, member in enumerate(attack.under(norm) if isinstance(attack, Ensemble) else [attack]):
             trial = trials[member.name] = self._trial(
                 member, f"{key}.{place}", result.index, left, logits, run, progress
             )

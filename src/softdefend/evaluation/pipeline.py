@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softdefend.core.errors import SettingError
 from softdefend.core.files import write_atomic
 from softdefend.data import describe_subset, subset
 from softdefend.evaluation.accuracy import evaluate_attacks, summary_line
@@ -101,6 +102,8 @@ def _check(
     check_requests(settings, requests, len(source.bundle.test))
     check_writable("evaluation", source.folder / "evaluation" / f"{source.name}.json")
     check_attacks(settings, source.threat, len(source.bundle.classes), device)
+    if source.threat.norm == "l0" and (requests.audit or requests.surrogates):
+        raise SettingError("threat.norm", "l0", "linf, l2 or l1 with --audit or --transfer")
 
 
 def _write_model_info(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from softdefend.core import rng
 from softdefend.core.errors import SettingError
-from softdefend.core.threat import ThreatModel
+from softdefend.core.threat import EXAMPLES, ThreatModel, diameter
 from softdefend.execution.network_mode import frozen, tf32
 from softdefend.models.logits import check_values, describe_error, logits_of
 
@@ -171,7 +171,8 @@ def _check_labels(labels: Tensor, images: Tensor) -> None:
 
 
 def check_eps(threat: ThreatModel, values: int) -> None:
-    """Between a tenth of a gray level and where every image can be made the same gray one.
+    """Between a tenth of a gray level and where every image can be made the same gray one; in l0 below half
+    the values, with which many an image can be made another.
 
     Args:
         threat: the perturbations.
@@ -180,10 +181,11 @@ def check_eps(threat: ThreatModel, values: int) -> None:
     Raises:
         SettingError: outside.
     """
-    side = 1.0 if threat.norm == "linf" else values**0.5
-    example = "8/255" if threat.norm == "linf" else "128/255"
-    if not SMALLEST_EPS <= threat.eps < side / 2:
-        accepted = f"a value in [0.1/255, {side / 2:.4g}) in pixel units of [0, 1], such as {example}"
+    half, example = diameter(threat.norm, values) / 2, EXAMPLES[threat.norm]
+    if not SMALLEST_EPS <= threat.eps < half:
+        accepted = f"a value in [0.1/255, {half:.4g}) in pixel units of [0, 1], such as {example}"
+        if threat.norm == "l0":
+            accepted = f"a number of values below {half:.4g}, half those of an image"
         raise SettingError("threat.eps", threat.eps, accepted)
 
 

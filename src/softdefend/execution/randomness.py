@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from softdefend.core import rng
+from softdefend.core.projections import uniform_in_l1
 from softdefend.core.threat import ThreatModel
 
 
@@ -164,6 +165,9 @@ class SeededRandomness(AttackRandomness):
         if threat.norm == "linf":
             noise = self.uniform(rows, pixels, 2 * number).view(image.shape).to(image)
             return image + (2 * noise - 1) * float(threat.eps)
+        if threat.norm == "l1":
+            noise = self.uniform(rows, pixels + 1, 2 * number).to(image)
+            return image + float(threat.eps) * uniform_in_l1(noise).view_as(image)
         noise = self.normal_like(image, rows, number)
         # The volume inside radius r grows as r^d, so uniform in the ball means r = eps * u^(1/d).
         radius = self.uniform(rows, 1, 2 * number + 1).to(image).pow(1 / pixels) * float(threat.eps)

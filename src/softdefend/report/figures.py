@@ -37,7 +37,7 @@ from softdefend.report.runs import CHECKPOINTS, OUTSIDE, Group, setting
 # that vanish on a light or a dark page
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6bb1")
 
-_NORMS = {"linf": "ℓ∞", "l2": "ℓ₂"}
+_NORMS = {"linf": "ℓ∞", "l2": "ℓ₂", "l1": "ℓ₁", "l0": "ℓ₀"}
 
 DASHES: dict[str, str] = {"first": "-", "second": "--"}
 

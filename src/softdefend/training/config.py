@@ -74,6 +74,7 @@ class Recipe:
             raise SettingError("attack.loss", repr(self.attack.loss), accepted)
         if not 0 <= self.eps_ramp <= 1:
             raise SettingError("eps_ramp", self.eps_ramp, "a share of the epochs, in [0, 1]")
+        self.attack.check(self.threat)
         step = float(self.attack.step_size or 0)
         if self.threat.norm == "linf" and step > 1:
             accepted = "at most 1: pixel values lie in [0, 1], so 2 levels of 255 are 2/255"

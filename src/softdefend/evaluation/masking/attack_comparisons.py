@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from softdefend.attacks import APGD, FGSM, PGD, AttackLoss, Square, cross_entropy, margin
 from softdefend.attacks.base import larger
-from softdefend.core.threat import LARGEST, Budget, ThreatModel
+from softdefend.core.threat import LARGEST, Budget, ThreatModel, diameter
 from softdefend.evaluation.masking.boundary import BOUNDARY, walk_boundary
 from softdefend.evaluation.masking.finding import Check, Finding
 from softdefend.evaluation.masking.probe import Probe, random_signs
@@ -247,13 +247,12 @@ def _within(probe: Probe, eps: float) -> Probe:
 
 
 def _huge(probe: Probe) -> Finding:
-    """Survivors in a ball of half the diameter of the image space (l2: at most 20).
+    """Survivors in a ball of half the diameter of the image space (l2: at most 20, l1: at most 1000).
 
     Only among images for which it is known that something in the ball fools the network: uniform gray is in
     it and gets another class.
     """
-    side = 1.0 if probe.threat.norm == "linf" else probe.images[0].numel() ** 0.5
-    huge = _within(probe, side / 2)
+    huge = _within(probe, diameter(probe.threat.norm, probe.images[0].numel()) / 2)
     gray = torch.full_like(probe.images, 0.5)
     inside = huge.threat.distance(probe.images, gray) <= float(huge.threat.eps)
     doomed = huge.only(inside & huge.fooled(gray))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softdefend.attacks import AttackLoss
 from softdefend.core import rng
-from softdefend.core.threat import ThreatModel
+from softdefend.core.threat import ThreatModel, diameter
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Maps logits [b, k] and labels [b] to a loss [b]."""
@@ -71,8 +71,7 @@ class Probe:
     @property
     def reach(self) -> float:
         """How far each pixel moves where all move equally far to the surface of the ball."""
-        eps = float(self.threat.eps)
-        return eps if self.threat.norm == "linf" else eps / self.images[0].numel() ** 0.5
+        return float(self.threat.eps) / diameter(self.threat.norm, self.images[0].numel())
 
     def only(self, which: Tensor) -> Probe:
         """With only these images, by a mask [n] or positions."""

@@ -56,10 +56,12 @@ def audit(
         One finding for each check, and the verdict over all of them.
 
     Raises:
-        SettingError: no image, as many labels as images not given, a batch size below one.
+        SettingError: no image, as many labels as images not given, a batch size below one, an l0 threat.
     """
     if batch_size < 1:
         raise SettingError("audit.batch_size", batch_size, "a whole number >= 1")
+    if threat.norm == "l0":
+        raise SettingError("threat.norm", threat.norm, "linf, l2 or l1 for an audit")
     if images.ndim != 4 or len(images) == 0 or labels.shape != images.shape[:1]:
         given = f"images {list(images.shape)} and labels {list(labels.shape)}"
         raise SettingError("audit.images", given, "images [n, c, h, w] and labels [n], n >= 1")
