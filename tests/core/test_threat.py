@@ -30,7 +30,7 @@ def test_a_budget_prints_as_it_was_written(text):
     assert str(Budget(text)) == str(Budget(Budget(text))) == text
 
 
-@pytest.mark.parametrize("text", ["eight", "8/0", "-1/255", "1/2/3", "nan", "inf", ""])
+@pytest.mark.parametrize("text", ["eight", "8/0", "-1/255", "1/2/3", "nan", "inf", "", True])
 def test_a_budget_that_is_no_length_is_refused(text):
     with pytest.raises(SettingError, match="budget: got"):
         Budget(text)

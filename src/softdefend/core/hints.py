@@ -184,6 +184,34 @@ def check_fields(settings: Any, section: str, most: int = WHOLE - 1) -> None:
             object.__setattr__(settings, name, checked)
 
 
+def with_checked_arguments(init: Callable[..., None], section: str) -> Callable[..., None]:
+    """A constructor that checks the values it is given by :func:`check_type` first.
+
+    Choices among words are left to the class, as in :func:`check_fields`; a call that Python refuses, to Python.
+
+    Args:
+        init: the constructor. What has no type hint is not checked.
+        section: what its settings are called together, such as ``label``.
+    """
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def checked(*args: Any, **keywords: Any) -> None:
+        try:
+            given = signature.bind(*args, **keywords)
+        except TypeError:
+            return init(*args, **keywords)
+        hints = _hints_of(init)
+        for name, value in given.arguments.items():
+            kind, hint = signature.parameters[name].kind, hints.get(name, Any)
+            collects = kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+            if not collects and not (get_origin(hint) is Literal and isinstance(value, str)):
+                given.arguments[name] = check_type(f"{section}.{name}", value, hint)
+        return init(*given.args, **given.kwargs)
+
+    return checked
+
+
 @functools.cache
 def _hints_of_fields(kind: Any) -> dict[str, Any]:
     try:

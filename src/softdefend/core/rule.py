@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from softdefend.core.hints import with_checked_arguments
+
 
 @dataclass(frozen=True)
 class RunInfo:
@@ -44,12 +46,21 @@ class Rule:
     changes over epochs is either the ``phase`` or a tensor on the device that :meth:`advance` writes.
     """
 
+    setting: ClassVar[str] = "rule"
+    """The setting that chooses a rule of this kind, which messages begin with."""
+
     source: ClassVar[str] = ""
     """Where the rule was published, such as ``Zhang et al., ICML 2019, arXiv 1901.08573``."""
 
     mixes: ClassVar[bool] = True
     """Whether the rule can train on images that CutMix has mixed. It cannot if it remembers single images, or
     treats an image by its one label."""
+
+    def __init_subclass__(cls) -> None:
+        """Let the class's constructor refuse values of other types than its hints."""
+        super().__init_subclass__()
+        if "__init__" in vars(cls):
+            cls.__init__ = with_checked_arguments(cls.__init__, cls.setting)  # type: ignore[misc]
 
     def setup(self, run: RunInfo) -> None:
         """Called once before training, and before :meth:`load_state_dict` on a resume."""

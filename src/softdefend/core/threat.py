@@ -35,7 +35,7 @@ class Budget(float):
                 above, below = value.split("/")
                 number = float(above) / float(below)
             else:
-                number = float(value)
+                number = math.nan if isinstance(value, bool) else float(value)
         except (ValueError, ZeroDivisionError, TypeError):
             number = math.nan
         if not math.isfinite(number) or number < 0:

@@ -95,6 +95,8 @@ class LabelRule(Rule, ABC):
     Where an objective trains on several views of each image, a rule sees the first.
     """
 
+    setting: ClassVar[str] = "label"
+
     clean_bn: BNMode = "train"
     """Batch normalization in a clean forward that only this rule needs."""
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class Objective(Rule, ABC):
     """One training objective."""
 
+    setting: ClassVar[str] = "objective"
     start: ClassVar[Start] = "uniform"
     """Where the reference code starts its attack; used where ``attack.start`` is ``auto``."""
     views: int = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ class WeightRule(Rule):
     """Chooses the weights at which the gradient is taken, and those that predict. In this base both are the
     trained weights."""
 
+    setting: ClassVar[str] = "weight"
     passes: int = 1
     """How often a step makes the forwards and gradients of an update: twice where weights are perturbed."""
     net: nn.Module
