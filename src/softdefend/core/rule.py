@@ -60,7 +60,7 @@ class Rule:
         """Let the class's constructor refuse values of other types than its hints."""
         super().__init_subclass__()
         if "__init__" in vars(cls):
-            cls.__init__ = with_checked_arguments(cls.__init__, cls.setting)  # type: ignore[misc]
+            cls.__init__ = with_checked_arguments(cls.__init__, cls.setting)  # type: ignore[method-assign]
 
     def setup(self, run: RunInfo) -> None:
         """Called once before training, and before :meth:`load_state_dict` on a resume."""
