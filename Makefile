@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+DOCS := $(VENV)/docs
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format dist lock install clean
+.PHONY: demo test lint format docs linkcheck dist lock install clean
 
 install: $(STAMP)
 
@@ -27,6 +28,20 @@ lint: install
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --cov --cov-report=term --cov-fail-under=90
 
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[docs,analysis]'
+	touch $@
+
+# The site, in build/site. Its tutorials are run, for some minutes; their results are kept in build/notebooks.
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/sphinx-build --fail-on-warning --keep-going docs build/site
+
+# Links to pages of others; those between our own are checked by the build.
+linkcheck: $(DOCS)/.installed
+	$(DOCS)/bin/sphinx-build --builder linkcheck -D nb_execution_mode=off docs build/links
+
 dist: install
 	rm -rf dist
 	$(BIN)/python -m build
@@ -47,4 +62,4 @@ format: install
 	$(BIN)/ruff format src tests benchmarks
 
 clean:
-	rm -rf $(VENV) demo dist .coverage .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build demo dist .coverage .mypy_cache .ruff_cache .pytest_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,3 +118,9 @@ def test_rules_that_remember_single_images_are_refused_where_images_are_mixed(me
 def test_the_table_in_the_docs_is_the_generated_one(methods):
     made = table(methods, markdown=True) + "\n"
     assert made == DOC.read_text(), "run: softdefend methods --markdown true > docs/methods.md"
+
+
+def test_every_row_of_a_markdown_table_has_as_many_cells_as_its_head(methods):
+    for block in table(methods, markdown=True).split("\n\n"):
+        if block.startswith("|"):
+            assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1

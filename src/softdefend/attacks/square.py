@@ -89,7 +89,8 @@ class Square(Attack):
         largest loss, right or wrong.
 
         A generator may live on the CPU wherever the images are: its numbers are then the same for every
-            device.
+        device.
+
         Every batch reads the same sequence of random numbers: the stripes of its images that are searched,
         then the queries. In l-inf places and colors are therefore shared by all batches with equally many of
         these; in l2 and l1 signs are drawn for the images that are still right, so a verdict depends on its

@@ -245,7 +245,8 @@ def _grid(markdown: bool) -> str:
 
 def _lines(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> str:
     if markdown:
-        lines = [header, ["---"] * len(header), *rows]
+        escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        lines = [header, ["---"] * len(header), *escaped]
         return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     return "\n".join(
