@@ -53,7 +53,9 @@ def test_augmentations_share_their_draws_and_leave_out_the_rest() -> None:
 
 def test_an_unknown_augmentation_is_refused() -> None:
     with pytest.raises(
-        SettingError, match=r"augment\.kind: got rotate; accepted: none or flip or crop or crop-flip"
+        SettingError,
+        match=r"augment\.kind: got rotate; accepted: none or flip or crop or crop-flip or "
+        "resized-crop or resized-crop-flip",
     ):
         plan(augment="rotate")
 
@@ -61,7 +63,11 @@ def test_an_unknown_augmentation_is_refused() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"kind": "rotate"}, "augment.kind: got rotate; accepted: none or flip or crop or crop-flip"),
+        (
+            {"kind": "rotate"},
+            "augment.kind: got rotate; accepted: none or flip or crop or crop-flip or "
+            "resized-crop or resized-crop-flip",
+        ),
         ({"pad": -1}, "augment.pad: got -1; accepted: 0 or more pixels"),
         ({"pad_mode": "wrap"}, "augment.pad_mode: got wrap; accepted: zero or reflect"),
         (

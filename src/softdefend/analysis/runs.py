@@ -345,7 +345,7 @@ def source_positions(run: AnalyzedRun) -> Tensor:
     at = pool[complement(held_out, len(pool))]
     if settings.train_size is not None:
         at = at[draw_by_class(labels[at], settings.train_size, stream(seed, "subset"))]
-    if len(at) != len(train) or not torch.equal(raw.train.images[at], train.images):
+    if len(at) != len(train) or not torch.equal(raw.train.subset(at).identity, train.identity):
         raise SettingError(
             "data.source", f"{settings.source}, not what the run had", "the source as it was in training"
         )

@@ -14,6 +14,10 @@ _GROUPS = (
 """Where a container says what it may use, what it uses, and how much of that are copies of files."""
 
 
+class TooLargeError(SettingError):
+    """What does not fit into memory."""
+
+
 def available_memory() -> int | None:
     """Bytes that this process can still get; None where the system does not say."""
     known = [_of_machine(), *(_of_group(*names) for names in _GROUPS)]
@@ -34,7 +38,7 @@ def check_memory(needed: int, setting: str, what: str) -> None:
     available = available_memory()
     if available is not None and needed > available:
         given = f"{what} that take {in_words(needed)} of memory"
-        raise SettingError(setting, given, f"at most the {in_words(available)} that are free")
+        raise TooLargeError(setting, given, f"at most the {in_words(available)} that are free")
 
 
 def in_words(count: int) -> str:

@@ -13,22 +13,24 @@ from softdefend.core.errors import SettingError
 from softdefend.core.hints import check_fields
 from softdefend.core.rng import stream
 
-Augment = Literal["none", "flip", "crop", "crop-flip"]
+Augment = Literal["none", "flip", "crop", "crop-flip", "resized-crop", "resized-crop-flip"]
 PadMode = Literal["zero", "reflect"]
 Policy = Literal["none", "randaugment", "autoaugment", "color", "shape"]
+_PADDED = ("crop", "crop-flip")
 
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """Random changes to training images, in this order: crop or CropShift, flip, policy, cutout, erasing,
-    CutMix.
+    """Random changes to training images, in this order: crop or CropShift, flip, jitter, policy, cutout,
+    erasing, CutMix.
 
     Raises:
         SettingError: an unknown choice, or a number outside its range.
     """
 
     kind: Augment = "crop-flip"
-    """none, flip (left-right), crop (a random crop of the padded image) or crop-flip."""
+    """none, flip (left-right), crop (a random crop of the padded image), crop-flip, or, of streamed images,
+    resized-crop (a random part, brought to data.image_size) and resized-crop-flip."""
     pad: int = 4
     """Pixels of padding on each side before the random crop."""
     pad_mode: PadMode = "zero"
@@ -36,6 +38,13 @@ class AugmentSettings:
     crop_shift: float = 0
     """CropShift in place of the crop: rows and columns together, at most, that are cut away before the rest
     is put at a random place on black. Pixels, or below 1 a share of the image's shorter side; 0 for none."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """resized-crop: least and largest share of the image's area, in (0, 1]."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """resized-crop: least and largest width divided by height, > 0."""
+    jitter: float = 0.0
+    """Brightness, contrast and saturation change by factors from 1 - jitter to 1 + jitter, in [0, 1]; 0 for
+    none."""
     policy: Policy = "none"
     """Operations on colors and geometry: none, randaugment, autoaugment (its CIFAR-10 policy), or one of
     ColorShape's mixtures, color (for CIFAR-10) and shape (for SVHN)."""
@@ -66,7 +75,12 @@ class AugmentSettings:
     @property
     def margin(self) -> int:
         """Pixels of padding that are used: none without a crop."""
-        return self.pad if "crop" in self.kind else 0
+        return self.pad if self.kind in _PADDED else 0
+
+    @property
+    def resizes(self) -> bool:
+        """Whether random parts of images are brought to one size."""
+        return self.kind.startswith("resized-crop")
 
     def pixels(self, name: str, h: int, w: int) -> int:
         """``cutout`` or ``crop_shift`` in pixels of an image of h x w."""
@@ -75,12 +89,17 @@ class AugmentSettings:
 
     def __post_init__(self) -> None:
         check_fields(self, "augment")
+        for name in ("scale", "ratio"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, kind in (("kind", Augment), ("pad_mode", PadMode), ("policy", Policy)):
             if getattr(self, name) not in get_args(kind):
                 raise SettingError(f"augment.{name}", getattr(self, name), " or ".join(get_args(kind)))
         lengths = "0 or more pixels, or a share below 1"
         for name, good, accepted in (
             ("pad", self.pad >= 0, "0 or more pixels"),
+            ("scale", 0 < self.scale[0] <= self.scale[1] <= 1, "two shares in (0, 1], the least first"),
+            ("ratio", 0 < self.ratio[0] <= self.ratio[1] < math.inf, "two positive numbers, the least first"),
+            ("jitter", 0 <= self.jitter <= 1, "a number in [0, 1]"),
             ("randaugment_n", 1 <= self.randaugment_n <= 100, "a whole number from 1 to 100"),
             ("randaugment_m", 0 <= self.randaugment_m <= 30, "a whole number from 0 to 30"),
             ("crop_shift", _is_length(self.crop_shift), lengths),
@@ -129,7 +148,7 @@ def epoch_plan(
     Args:
         n: number of images.
         seed, epoch: position in the run (see :mod:`softdefend.core.rng`).
-        augment: ``none``, ``flip``, ``crop`` or ``crop-flip``.
+        augment: as ``augment.kind``. The columns of a resized crop are not among these.
         pad: padding in pixels, >= 0; must be the one that the :class:`Resident` split was made with.
         device: where the plan is used.
         views: independent augmentations of each image, >= 1; the first is the same for any number.
@@ -142,7 +161,7 @@ def epoch_plan(
         draws = stream(seed, f"augment/{view}" if view else "augment", epoch)
         flip = torch.randint(0, 2, (n, 1), generator=draws)
         offsets = torch.randint(0, 2 * pad + 1, (n, 2), generator=draws)
-        if "crop" not in augment:
+        if augment not in _PADDED:
             offsets.fill_(pad)
         if "flip" not in augment:
             flip.zero_()

@@ -12,6 +12,8 @@ from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.data.augment import AugmentSettings, epoch_plan
 from softdefend.data.base import Batch, Split
+from softdefend.data.encoded import RandomCrop
+from softdefend.data.jitter import draw_jitter, jitter
 from softdefend.data.policies import (
     COLOR_SHAPE,
     augment,
@@ -30,7 +32,7 @@ from softdefend.data.regions import (
     keep,
     own_share,
 )
-from softdefend.data.resident import Resident
+from softdefend.data.resident import SEEDS, Resident
 
 _BOX = 4
 
@@ -71,20 +73,34 @@ class Augmented(Resident):
                 raise SettingError(f"augment.{name}", getattr(settings, name), accepted)
         self._margin = self._shift or settings.margin
         super().__init__(
-            split, device, pad=self._margin, pad_mode=settings.pad_mode, channels_last=channels_last
+            split,
+            device,
+            pad=self._margin,
+            pad_mode=settings.pad_mode,
+            channels_last=channels_last,
+            crop=RandomCrop(settings.scale, settings.ratio) if settings.resizes else None,
         )
-        self.settings, self._device = settings, device
+        self.settings = settings
         layers = {"none": 0, "randaugment": settings.randaugment_n, "autoaugment": 2}
         self._layers = layers.get(settings.policy, 1)
         self.mixes = settings.cutmix > 0
+        self._sizes = [
+            _BOX * (self._shift > 0),
+            2 * self._layers,
+            2 * (self._cutout > 0),
+            _BOX * (settings.erasing > 0),
+            3 * (settings.jitter > 0),
+            int(settings.resizes),
+        ]
+        """Columns of the plan for what is drawn for a view, kind by kind."""
 
     def plan(self, *, seed: int, epoch: int, views: int = 1, strong: bool = True) -> Tensor:
         """Draw the order and every augmentation of one epoch.
 
         The plan is [n, columns] int64: the columns of :func:`epoch_plan`; then for each view the box that a
-        shift leaves, the policy's operations and levels, the cutout's center (y, x) and the box that is
-        erased; then the CutMix box of the first view. Boxes are (top, bottom, left, right). What is switched
-        off has no columns.
+        shift leaves, the policy's operations and levels, the cutout's center (y, x), the box that is erased,
+        the jitter's three draws and the seed of the resized crop; then the CutMix box of the first view.
+        Boxes are (top, bottom, left, right). What is switched off has no columns.
 
         Each kind of draw has a stream of its own, so that switching one on changes no other.
 
@@ -111,6 +127,10 @@ class Augmented(Resident):
                 parts.append(torch.where(flipped, _mirrored(box, w), box))
             applied = strong and not (settings.plain_first and views > 1 and view == 0)
             parts += self._strong_columns(draws, applied)
+            if settings.jitter:
+                parts.append(draw_jitter(self.n, draws("jitter")))
+            if self.crop is not None:
+                parts.append(torch.randint(0, SEEDS, (self.n, 1), generator=draws("resized-crop")))
         if self.mixes:
             boxes = stream(seed, "cutmix", epoch)
             parts.append(draw_boxes(self.n, h, w, settings.cutmix, settings.cutmix_alpha, boxes))
@@ -144,19 +164,12 @@ class Augmented(Resident):
         ``label`` is the image's own, also where CutMix gave it pixels of another.
         """
         batch = super().batch(plan_rows, view)
-        image = batch.image
-        sizes = [
-            _BOX * (self._shift > 0),
-            2 * self._layers,
-            2 * (self._cutout > 0),
-            _BOX * (self.settings.erasing > 0),
-        ]
-        box, drawn = _BOX * self.mixes, sum(sizes)
-        views = (plan_rows.shape[1] - 1 - box) // (3 + drawn)
-        columns = plan_rows[:, 1 + 3 * views + drawn * view :][:, :drawn]
-        kept, operations, center, erased = torch.split(columns, sizes, dim=1)
+        image, columns = batch.image, self._drawn_for(plan_rows, view)
+        kept, operations, center, erased, jittered, _ = torch.split(columns, self._sizes, dim=1)
         if self._shift:
             image = keep(image, kept)
+        if self.settings.jitter:
+            image = jitter(image, jittered, self.settings.jitter)
         if self._layers:
             image = augment(image, operations.reshape(-1, self._layers, 2))
         if self._cutout:
@@ -169,6 +182,21 @@ class Augmented(Resident):
 
     def share(self, plan_rows: Tensor) -> Tensor | None:
         return own_share(plan_rows[:, -_BOX:], *self.image_shape[1:]) if self.mixes else None
+
+    def _views(self, plan_rows: Tensor) -> int:
+        return (plan_rows.shape[1] - 1 - _BOX * self.mixes) // (3 + sum(self._sizes))
+
+    def _drawn_for(self, plan_rows: Tensor, view: int) -> Tensor:
+        """The columns of a view that are not those of :func:`epoch_plan`."""
+        drawn = sum(self._sizes)
+        first = 1 + 3 * self._views(plan_rows) + drawn * view
+        return plan_rows[:, first : first + drawn]
+
+    def _draws(self, plan_rows: Tensor) -> Tensor:
+        if self.crop is None:
+            return super()._draws(plan_rows)
+        views = range(self._views(plan_rows))
+        return torch.stack([self._drawn_for(plan_rows, view)[:, -1] for view in views])
 
 
 def _mirrored(box: Tensor, w: int) -> Tensor:

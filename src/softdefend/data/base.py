@@ -11,6 +11,8 @@ from torch import Tensor
 from softdefend.core.digest import checksum
 from softdefend.core.errors import SettingError
 from softdefend.core.tensors import unusual_form
+from softdefend.data.encoded import EncodedImages
+from softdefend.data.settings import Residence
 
 # The float error of k/255 in float32 is 3e-8; anything further off did not come from 8 bits.
 _EIGHT_BIT_TOLERANCE = 1e-6
@@ -37,17 +39,20 @@ class Split:
     """Images and labels in host memory. Use :func:`split` for tensors from outside: it checks the values.
 
     Attributes:
-        images: [n, c, h, w], uint8, or float32 in [0, 1] for images that are not multiples of 1/255.
+        images: [n, c, h, w], uint8, or float32 in [0, 1] for images that are not multiples of 1/255; or
+            encoded ones, which are decoded when they are taken.
         labels: [n] int64, what training sees.
         clean_labels: [n] int64, the labels before label noise, for measurement only; None without noise.
+        residence: where tensors are kept for a run: device, host, or auto.
 
     Raises:
         SettingError: a wrong shape or dtype, or no images at all.
     """
 
-    images: Tensor
+    images: Tensor | EncodedImages
     labels: Tensor
     clean_labels: Tensor | None = None
+    residence: Residence = "auto"
 
     def __post_init__(self) -> None:
         _check_images(self.images)
@@ -61,7 +66,13 @@ class Split:
     def subset(self, index: Tensor) -> Split:
         """The images at ``index`` [m] int64, in that order."""
         clean = None if self.clean_labels is None else self.clean_labels[index]
-        return Split(self.images[index], self.labels[index], clean)
+        images = self.images.subset(index) if isinstance(self.images, EncodedImages) else self.images[index]
+        return Split(images, self.labels[index], clean, self.residence)
+
+    @property
+    def identity(self) -> Tensor:
+        """What tells the images from others: themselves, or digests of encoded ones."""
+        return self.images.identity if isinstance(self.images, EncodedImages) else self.images
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,11 +141,13 @@ def _check_plain(name: str, value: object) -> None:
         raise SettingError(name, form, "a plain tensor")
 
 
-def _check_images(images: Tensor, name: str = "images", *, stored: bool = True) -> None:
+def _check_images(images: Tensor | EncodedImages, name: str = "images", *, stored: bool = True) -> None:
+    if isinstance(images, EncodedImages) and len(images):
+        return
     _check_plain(name, images)
     good = isinstance(images, Tensor) and images.ndim == 4 and images.numel() > 0
-    if good and images.dtype != torch.uint8:
-        good = images.dtype == torch.float32 if stored else images.is_floating_point()
+    if isinstance(images, Tensor) and images.dtype != torch.uint8:
+        good &= images.dtype == torch.float32 if stored else images.is_floating_point()
     if not good:
         raise SettingError(
             name, _kind(images), "at least one image, [n, c, h, w], uint8 or floating point in [0, 1]"
@@ -172,4 +185,4 @@ def _eight_bit(images: Tensor) -> Tensor:
 
 def fingerprint(split: Split) -> str:
     """sha256 (hex) of the images and labels of a split."""
-    return checksum([("images", split.images), ("labels", split.labels)])
+    return checksum([("images", split.identity), ("labels", split.labels)])

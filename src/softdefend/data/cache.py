@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from softdefend.core.digest import checksum
 from softdefend.core.files import parse_json
@@ -76,8 +77,10 @@ def _read(path: Path) -> RawData | None:
 
 
 def _write(path: Path, raw: RawData) -> None:
+    assert isinstance(raw.train.images, Tensor)
     tensors = {"train.images": raw.train.images, "train.labels": raw.train.labels}
     if raw.test is not None:
+        assert isinstance(raw.test.images, Tensor)
         tensors |= {"test.images": raw.test.images, "test.labels": raw.test.labels}
     header = {
         "checksum": checksum(sorted(tensors.items())),

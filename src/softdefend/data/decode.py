@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
 from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softdefend.core.errors import SettingError
-from softdefend.core.memory import available_memory, in_words
+from softdefend.core.memory import TooLargeError, available_memory, in_words
 from softdefend.data.settings import DataSettings
 
+LARGEST = 2**28
+"""Bytes of one encoded image."""
 _CHUNK = 256
 _COPIES = 2
 """How often the images are in memory while they are split."""
@@ -50,7 +53,8 @@ def decode(
     """Decode ``count`` images of one size to [n, c, h, w] uint8, in parallel where that pays.
 
     All images are turned upright as their EXIF orientation says, and brought to one mode: gray (c = 1) or RGB
-    (c = 3; transparency is dropped). Sizes are those of the upright images.
+    (c = 3; transparency is dropped). Sizes are those of the upright images. With ``how.image_size`` the
+    middle of each is cut out, see :func:`centered`.
 
     Args:
         count: number of images, >= 1.
@@ -58,7 +62,8 @@ def decode(
             damage of the image.
         name: how messages call image i.
         what: what the progress bar calls the images. It is only shown on a terminal.
-        how: has ``channels``, ``sixteen_bit`` and ``skip_damaged``; all as they are by default when None.
+        how: has the settings of :data:`~softdefend.data.sources.base.DECODING`; all as they are by default
+            when None.
         skipped: takes the numbers of the damaged images that are left out; n is the number of the others.
         remarks: takes a sentence about images that were left out or changed their mode.
 
@@ -86,7 +91,7 @@ def decode(
                 raise SettingError(
                     "data.source",
                     f"{name(i)} of {_size(image)} pixels",
-                    f"images of one size ({_size(first)}, as {images.first_name})",
+                    f"images of one size ({_size(first)}, as {images.first_name}), or data.image_size",
                 )
             changed += was_gray != (images.mode == "L")
             pixels = np.frombuffer(image.tobytes(), np.uint8)
@@ -105,7 +110,7 @@ def decode(
             pool.shutdown(cancel_futures=True)
             raise
     if damaged and not (images.how.skip_damaged and skipped is not None):
-        raise _all_damaged(list(damaged.values()))
+        raise all_damaged(list(damaged.values()))
     if skipped is not None:
         skipped.extend(damaged)
     out = _without(out, damaged)
@@ -125,7 +130,66 @@ def check_size(count: int, data: bytes, how: DataSettings) -> None:
     except Exception:  # it is damaged, as will be said
         return
     gray = how.channels == "gray" or (how.channels == "first" and _is_gray(image))
-    _check_fits((count, 1 if gray else 3, image.height, image.width))
+    side = how.image_size
+    _check_fits((count, 1 if gray else 3, side or image.height, side or image.width))
+
+
+class Look(NamedTuple):
+    """What an encoded image says of itself."""
+
+    width: int
+    """Of the upright image."""
+    height: int
+    gray: bool
+    digest: int
+    """64 bits of a hash of its bytes."""
+
+
+def look(data: bytes, name: str, how: DataSettings) -> Look | SettingError:
+    """Look at an encoded image, or say why it cannot be read.
+
+    Args:
+        data: encoded.
+        name: how messages call it.
+        how: has ``sixteen_bit``, and ``skip_damaged``, with which the image is decoded too.
+
+    Raises:
+        SettingError: more bits than are allowed.
+    """
+    images = _Images(lambda _: data, lambda _: name, how)
+    try:
+        image = images.opened(0)
+        gray, turned = _is_gray(image), _orientation(image) >= 5
+        if how.skip_damaged:
+            images.decoded(image, 0, "L" if gray else "RGB")
+    except _DamagedError as error:
+        return error.reason
+    width, height = image.size[::-1] if turned else image.size
+    digest = hashlib.blake2b(data, digest_size=8).digest()
+    return Look(width, height, gray, int.from_bytes(digest, "little", signed=True))
+
+
+def picture(data: bytes, name: str, mode: str, how: DataSettings) -> Image.Image:
+    """An encoded image, upright and of a mode (L or RGB).
+
+    Raises:
+        SettingError: it cannot be decoded.
+    """
+    images = _Images(lambda _: data, lambda _: name, how)
+    try:
+        return images.decoded(images.opened(0), 0, mode)
+    except _DamagedError as error:
+        raise error.reason from None
+
+
+def centered(image: Image.Image, how: DataSettings) -> Image.Image:
+    """The square in the middle of an image whose side is ``how.center_share`` of the shorter one, brought to
+    ``how.image_size`` pixels by bilinear filtering; the image as it is where no size is given."""
+    if how.image_size is None:
+        return image
+    side, size = how.center_share * min(image.size), (how.image_size, how.image_size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize(size, Image.Resampling.BILINEAR, (left, top, left + side, top + side))
 
 
 class _DamagedError(Exception):
@@ -150,25 +214,26 @@ class _Images:
         damaged = []
         for i in range(count):
             try:
-                image = self._opened(i)
+                image = self.opened(i)
                 mode = self.mode or ("L" if _is_gray(image) else "RGB")
-                image = self._decoded(image, i, mode)
+                image = centered(self.decoded(image, i, mode), self.how)
             except _DamagedError as error:
                 damaged.append(error.reason)
                 continue
             self.mode, self.first_name = mode, self._name(i)
             return image
-        raise _all_damaged(damaged)
+        raise all_damaged(damaged)
 
     def image(self, i: int, first: Image.Image) -> tuple[Image.Image, bool]:
         """Image i, and whether it was gray; unread where its size cannot be that of the first."""
-        image = self._opened(i)
+        image = self.opened(i)
         was_gray = _is_gray(image)
-        if sorted(image.size) == sorted(first.size):
-            image = self._decoded(image, i, self.mode)
+        if self.how.image_size is not None or sorted(image.size) == sorted(first.size):
+            image = centered(self.decoded(image, i, self.mode), self.how)
         return image, was_gray
 
-    def _opened(self, i: int) -> Image.Image:
+    def opened(self, i: int) -> Image.Image:
+        """Image i, unread."""
         try:
             data = self._read(i)
         except SettingError as error:
@@ -184,7 +249,8 @@ class _Images:
             raise SettingError("data.source", f"{self._name(i)} of {kind}", accepted)
         return image
 
-    def _decoded(self, image: Image.Image, i: int, mode: str) -> Image.Image:
+    def decoded(self, image: Image.Image, i: int, mode: str) -> Image.Image:
+        """Image i of :meth:`opened`, upright and of a mode."""
         try:
             image.load()
             if image.mode.startswith(
@@ -236,14 +302,14 @@ def _check_fits(shape: tuple[int, int, int, int]) -> None:
         raise _too_large(shape, available)
 
 
-def _too_large(shape: tuple[int, int, int, int], available: int) -> SettingError:
+def _too_large(shape: tuple[int, int, int, int], available: int) -> TooLargeError:
     count, channels, height, width = shape
     given = (
         f"{count} images of {width}x{height} pixels and {channels} channel{'s' * (channels > 1)}, which take "
         f"{in_words(math.prod(shape))} of memory, and as much again when they are split"
     )
     accepted = f"images that fit into the {in_words(available)} that are free: fewer or smaller ones"
-    return SettingError("data.source", given, accepted)
+    return TooLargeError("data.source", given, accepted)
 
 
 def _without(out: np.ndarray[Any, Any], damaged: Container[int]) -> np.ndarray[Any, Any]:
@@ -256,7 +322,7 @@ def _without(out: np.ndarray[Any, Any], damaged: Container[int]) -> np.ndarray[A
     return out[: len(kept)]
 
 
-def _all_damaged(errors: list[SettingError]) -> SettingError:
+def all_damaged(errors: list[SettingError]) -> SettingError:
     """One error for all damaged images."""
     if len(errors) == 1:
         return errors[0]
@@ -276,7 +342,7 @@ def _remarks(images: _Images, damaged: list[str], count: int, converted: int) ->
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF tag of a loaded image; 1, upright, where there is none."""
+    """The EXIF tag of an image; 1, upright, where there is none."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged tags fail in any way, and say nothing about the pixels

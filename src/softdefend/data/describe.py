@@ -6,16 +6,21 @@ import torch
 
 from softdefend.core.errors import printable
 from softdefend.data.base import DataBundle, Split
+from softdefend.data.encoded import EncodedImages
+from softdefend.data.subsets import subset
 
-_CHUNK = 1000
+_CHUNK, _SHOWN = 1000, 2000
 
 
 def channel_stats(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel over all pixels, in [0, 1] units, for normalization.
+    """Mean and standard deviation of each channel over all pixels, in [0, 1] units, for normalization. Of
+    encoded images, which would all have to be decoded, a stratified part of 2,000 stands for all.
 
     The deviation is the population's (divided by the number of pixels). A constant channel, which nothing
     can be learned from, gets 1 so that normalizing it does not divide by zero.
     """
+    if isinstance(split.images, EncodedImages) and len(split) > _SHOWN:
+        split = split.subset(subset(split.labels, _SHOWN))
     channels = split.images.shape[1]
     total, squares = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
     # Chunks: the whole of CIFAR-10 in float64 would take 1.2 GB.
@@ -23,7 +28,7 @@ def channel_stats(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
         pixels = split.images[start : start + _CHUNK].double()
         total += pixels.sum(dim=(0, 2, 3))
         squares += pixels.square().sum(dim=(0, 2, 3))
-    pixels_per_channel = split.images.numel() / channels
+    pixels_per_channel = split.images.shape.numel() / channels
     mean = total / pixels_per_channel
     std = (squares / pixels_per_channel - mean.square()).clamp(min=0).sqrt()
     scale = 255.0 if split.images.dtype == torch.uint8 else 1.0

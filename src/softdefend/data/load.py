@@ -36,6 +36,10 @@ def load(settings: DataSettings) -> DataBundle:
         SettingError: a source, label file or number that cannot be used.
     """
     raw = read(settings)
+    if settings.residence != "auto":
+        train, test = (one and replace(one, residence=settings.residence) for one in (raw.train, raw.test))
+        assert train is not None
+        raw = replace(raw, train=train, test=test)
     if settings.name is not None:
         raw = replace(raw, name=settings.name)
     return _bundle(raw, settings, {"source": settings.source})
@@ -159,7 +163,7 @@ def _with_noise(part: Split, at: Tensor, raw: RawData, settings: DataSettings, n
         noisy = noise.symmetric(clean, len(raw.classes), settings.noise_rate, generator)
     else:
         noisy = noise.asymmetric(clean, raw.classes, settings.noise_rate, generator)
-    return Split(part.images, noisy, clean)
+    return Split(part.images, noisy, clean, part.residence)
 
 
 def _noise(part: Split) -> float:
@@ -172,5 +176,5 @@ def _fingerprint(train: Split, validation: Split) -> str:
     return checksum(
         item
         for name, part in parts
-        for item in ((f"{name}.images", part.images), (f"{name}.labels", part.labels))
+        for item in ((f"{name}.images", part.identity), (f"{name}.labels", part.labels))
     )

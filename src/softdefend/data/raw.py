@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from softdefend.core.errors import SettingError, printable
 from softdefend.data.base import Split
@@ -71,8 +73,14 @@ class RawData:
             )
 
 
+class Labels(NamedTuple):
+    """Labels [n] int64 of a split whose images have not been looked at."""
+
+    labels: Tensor
+
+
 def number_classes(
-    train: Split, test: Split | None, labels_name: str = "data.label_column", first: int = 0
+    train: Split | Labels, test: Split | Labels | None, labels_name: str = "data.label_column", first: int = 0
 ) -> tuple[str, ...]:
     """Class names "0", "1", ... up to the largest label, for data that come without names.
 
@@ -86,7 +94,7 @@ def number_classes(
             no training image has.
     """
     largest = max(int(split.labels.max()) for split in (train, test) if split is not None)
-    n = sum(len(split) for split in (train, test) if split is not None)
+    n = sum(len(split.labels) for split in (train, test) if split is not None)
     if largest >= n:
         raise SettingError(
             "data.label_column", f"label {first + largest} among {n} images", "classes numbered from 0"

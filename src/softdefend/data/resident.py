@@ -1,19 +1,32 @@
-"""A split as one tensor on the device; a single gather crops and mirrors a batch."""
+"""A split on the device, or its batches brought there; a single gather crops and mirrors a batch."""
 
 from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from softdefend.core.errors import SettingError
 from softdefend.data.base import Batch, Split
+from softdefend.data.encoded import EncodedImages, RandomCrop
+from softdefend.data.loader import Loader
+from softdefend.data.settings import Residence
+
+_SHARE = 0.5
+"""Of a GPU's free memory that images take at most where ``data.residence`` is auto."""
+SEEDS = 2**62
+"""Of the random parts of images: below this."""
 
 
 class Resident:
-    """A split that lives on the device as it is stored (uint8: CIFAR-10's training set takes 150 MB).
+    """A split that lives on the device as it is stored (uint8: CIFAR-10's training set takes 150 MB), or
+    whose batches are brought there from main memory or from encoded files: :meth:`load` does that for a step,
+    which then finds the same pixels as if all were there.
 
-    No padded copy is kept: the padding exists only in the index arithmetic. Neither method reads the device
-    from the host, branches on data or changes shapes, so both can be captured in a CUDA graph.
+    No padded copy is kept: the padding exists only in the index arithmetic. :meth:`batch` does not read the
+    device from the host, branch on data or change shapes, so it can be captured in a CUDA graph.
 
     Args:
         split: the images and labels.
@@ -21,9 +34,11 @@ class Resident:
         pad: padding in pixels that the crop offsets of :meth:`batch` refer to.
         pad_mode: ``zero`` (black) or ``reflect`` (mirrored at the border, which is not repeated).
         channels_last: give images in ``torch.channels_last`` memory format.
+        crop: train on random parts of the images.
 
     Raises:
-        SettingError: an unknown ``pad_mode``, or padding that the image is too small for.
+        SettingError: an unknown ``pad_mode``, random parts of images that are not streamed, or padding that
+            the image is too small for.
     """
 
     mixes: bool = False
@@ -37,6 +52,7 @@ class Resident:
         pad: int = 0,
         pad_mode: str = "zero",
         channels_last: bool = False,
+        crop: RandomCrop | None = None,
     ) -> None:
         n, c, h, w = split.images.shape
         if pad_mode not in ("zero", "reflect"):
@@ -49,9 +65,17 @@ class Resident:
         self.clean_labels = None if split.clean_labels is None else split.clean_labels.to(device)
         self._pad, self._masked = pad, pad > 0 and pad_mode == "zero"
         self._channels_last = channels_last
-        # Stored in the order in which batches are written, so that the gather reads runs of neighbors.
-        images = split.images.permute(0, 2, 3, 1) if channels_last else split.images
-        self._pixels = images.to(device).contiguous().view(-1)
+        self._device, self.crop = torch.device(device), crop
+        self._images: Tensor | EncodedImages | None = split.images
+        self._pixels: Tensor | None = None
+        if isinstance(split.images, Tensor) and self._has_room(split.images, split.residence):
+            self._images, self._pixels = None, self._arranged(split.images)
+        if crop is not None and not isinstance(split.images, EncodedImages):
+            given = "a resized crop of images that are not streamed"
+            raise SettingError("augment.kind", given, "crop or crop-flip, or data.residence stream")
+        self._loader: Loader | None = None
+        self._buffers: dict[int, Tensor] = {}
+        self._copied: deque[torch.cuda.Event] = deque()
         self._rows = torch.arange(h, device=device)
         self._columns = torch.arange(w, device=device)
         self._channels = torch.arange(c, device=device)
@@ -68,7 +92,8 @@ class Resident:
         # Reflecting gives a valid address for outside pixels in either mode; zero mode masks them later.
         y = (h - 1) - ((h - 1) - y.abs()).abs()
         x = (w - 1) - ((w - 1) - x.abs()).abs()
-        image = self._gather(index, y, x)
+        pixels, place = self._pixels_of(index, view)
+        image = self._gather(pixels, place, y, x)
         if self._masked:
             image = image * (inside_y[:, None, :, None] & inside_x[:, None, None, :])
         return Batch(index, image, self.labels[index])
@@ -83,20 +108,92 @@ class Resident:
     def take(self, index: Tensor) -> Batch:
         """Make the batch of images at ``index`` [b] int64, without augmentation."""
         y, x = self._rows.expand(len(index), -1), self._columns.expand(len(index), -1)
-        return Batch(index, self._gather(index, y, x), self.labels[index])
+        pixels, place = self._pixels, index
+        if pixels is None:
+            assert self._images is not None
+            pixels, place = (
+                self._arranged(self._images[index.cpu()]),
+                torch.arange(len(index), device=index.device),
+            )
+        return Batch(index, self._gather(pixels, place, y, x), self.labels[index])
+
+    def expect(self, batches: Sequence[Tensor]) -> None:
+        """Say which rows of the plan come next, batch by batch, so that streamed images are decoded ahead."""
+        if not isinstance(self._images, EncodedImages):
+            return
+        if self._loader is None:
+            pin = self._device.type == "cuda"
+            self._loader = Loader(self._images, self.crop, pin=pin)
+        rows = [batch.cpu() for batch in batches]
+        self._loader.expect([(own[:, 0], self._draws(own)) for own in rows])
+
+    def load(self, plan_rows: Tensor) -> None:
+        """Bring the pixels of a step's batch to the device, if they are not there; :meth:`batch` reads them.
+        Streamed batches come in the order in which they are expected. The host is two steps ahead at most.
+        """
+        if self._images is None:
+            return
+        size = len(plan_rows)
+        if self._loader is None:
+            assert isinstance(self._images, Tensor)
+            pixels = self._images[plan_rows[:, 0].cpu()][None]
+            pixels = pixels.pin_memory() if self._device.type == "cuda" else pixels
+        else:
+            pixels = self._loader.next(size)
+        if size not in self._buffers:
+            self._buffers[size] = torch.empty(pixels.shape, dtype=pixels.dtype, device=self._device)
+        self._buffers[size].copy_(pixels, non_blocking=True)
+        if self._device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._copied.append(event)
+            if len(self._copied) > 2:
+                self._copied.popleft().synchronize()
+
+    @property
+    def waited(self) -> float | None:
+        """Seconds for which streamed batches were not ready in time since :meth:`expect`; None where none are
+        streamed."""
+        return None if self._loader is None else self._loader.waited
+
+    def _draws(self, plan_rows: Tensor) -> Tensor:
+        """Seeds of the random parts [views, b] in rows of a plan; [0, b] where there are none."""
+        return plan_rows.new_empty(0, len(plan_rows))
+
+    def _has_room(self, images: Tensor, residence: Residence) -> bool:
+        """Whether all images are to lie on the device."""
+        if residence != "auto" or self._device.type != "cuda":
+            return residence != "host"
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return images.numel() * images.element_size() <= _SHARE * free
+
+    def _pixels_of(self, index: Tensor, view: int) -> tuple[Tensor, Tensor]:
+        """Pixels on the device in one row, and the place of each image of a batch among them."""
+        if self._pixels is not None:
+            return self._pixels, index
+        pixels = self._buffers[len(index)]
+        own = pixels[view if self.crop is not None else 0]
+        return self._arranged(own), torch.arange(len(index), device=index.device)
+
+    def _arranged(self, images: Tensor) -> Tensor:
+        """Images in one row on the device, in the order in which batches are written, so that a gather reads
+        runs of neighbors."""
+        images = images.permute(0, 2, 3, 1) if self._channels_last else images
+        return images.to(self._device).contiguous().view(-1)
 
     def to_layout(self, image: Tensor) -> Tensor:
         """``image`` in the memory format of batches."""
         order = torch.channels_last if self._channels_last else torch.contiguous_format
         return image.contiguous(memory_format=order)
 
-    def _gather(self, index: Tensor, y: Tensor, x: Tensor) -> Tensor:
-        """Pixel (y, x) of image ``index``: [b], [b, h], [b, w] to [b, c, h, w] float32 in [0, 1]."""
+    def _gather(self, pixels: Tensor, index: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        """Pixel (y, x) of image ``index`` among ``pixels``: [b], [b, h], [b, w] to [b, c, h, w] float32 in
+        [0, 1]."""
         c, h, w = self.image_shape
         if self._channels_last:
             at = (index[:, None] * h + y)[:, :, None] * w + x[:, None, :]  # [b, h, w]
-            image = self._pixels.take(at[..., None] * c + self._channels).permute(0, 3, 1, 2)
+            image = pixels.take(at[..., None] * c + self._channels).permute(0, 3, 1, 2)
         else:
             at = (index[:, None] * c + self._channels)[:, :, None] * h + y[:, None, :]  # [b, c, h]
-            image = self._pixels.take(at[..., None] * w + x[:, None, None, :])
+            image = pixels.take(at[..., None] * w + x[:, None, None, :])
         return image.to(torch.float32).div(255) if image.dtype == torch.uint8 else image

@@ -12,6 +12,7 @@ from softdefend.core.hints import check_fields
 Noise = Literal["none", "symmetric", "asymmetric", "file"]
 Channels = Literal["first", "gray", "rgb"]
 SixteenBit = Literal["refuse", "scale"]
+Residence = Literal["auto", "device", "host", "stream"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,22 @@ class DataSettings:
     skip_damaged: bool = False
     """Whether to leave out encoded images that cannot be decoded, and say how many, rather than to refuse the
     source."""
+
+    image_size: int | None = None
+    """Encoded images: side in pixels of the square that is cut out of the middle of each, at least 1. Images
+    may then have different sizes. As they are, and of one size, if not given."""
+
+    center_share: float = 0.875
+    """Side of that square as a share of the image's shorter side, in (0, 1]."""
+
+    residence: Residence = "auto"
+    """Where images are kept: device, decoded; host, decoded in main memory, from which each batch is copied;
+    stream, encoded on disk, decoded when they are needed (Parquet files and folders of images); auto, the
+    first of these that has room for them."""
+
+    workers: int | None = None
+    """Processes that decode streamed images for training, >= 0; one for each core but one, at most 16, if not
+    given."""
 
     train_size: int | None = None
     """Train on only this many images, drawn by class with split_seed after the validation split is held out;
@@ -84,7 +101,12 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
-        for name, kind in (("noise", Noise), ("channels", Channels), ("sixteen_bit", SixteenBit)):
+        for name, kind in (
+            ("noise", Noise),
+            ("channels", Channels),
+            ("sixteen_bit", SixteenBit),
+            ("residence", Residence),
+        ):
             if getattr(self, name) not in get_args(kind):
                 raise SettingError(f"data.{name}", getattr(self, name), " or ".join(get_args(kind)))
         if not self.source:
@@ -93,6 +115,12 @@ class DataSettings:
             )
         if self.validation < 1:
             raise SettingError("data.validation", self.validation, "at least 1 image")
+        if self.image_size is not None and self.image_size < 1:
+            raise SettingError("data.image_size", self.image_size, "at least 1 pixel")
+        if not 0 < self.center_share <= 1:
+            raise SettingError("data.center_share", self.center_share, "a share in (0, 1]")
+        if self.workers is not None and not 0 <= self.workers <= 1024:
+            raise SettingError("data.workers", self.workers, "0 to 1024 processes")
         if self.train_size is not None and self.train_size < 1:
             raise SettingError("data.train_size", self.train_size, "at least 1 image")
         if not 0 < self.test_fraction < 1:

@@ -78,7 +78,8 @@ def check_trainable(net: nn.Module, bundle: DataBundle, config: TrainConfig) -> 
     check_logits(net, tuple(bundle.train.images.shape[1:]), k, device)
     if config.evaluate is not None:
         check_attacks(config.evaluate, threat, k, device)
-    check_pixels(bundle.train.images)
+    images = bundle.train.images
+    check_pixels(images if isinstance(images, Tensor) else images[:LOOK])
     shown = _some(bundle.test, min(LOOK, max(config.optim.batch_size, 8)), device)
     steady = config.evaluate is not None and not averages_draws(config.evaluate.attacks)
     preflight_training(

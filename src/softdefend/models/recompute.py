@@ -6,7 +6,6 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from softdefend.core.errors import SettingError
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_MADE: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def recompute_blocks(net: nn.Module) -> int:
@@ -68,7 +68,6 @@ def _holds_repeated(block: nn.Module) -> bool:
     return bool(_repeated(block))
 
 
-@cache
 def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
     """A class that is ``kind`` but for what it keeps."""
 
@@ -79,8 +78,10 @@ def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
         contexts = lambda: (nullcontext(), _statistics_kept(self))  # noqa: E731
         return checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, **keywords)
 
-    content = {"forward": forward, "recomputes": True, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (kind,), content)
+    if kind not in _MADE:
+        about = {"recomputes": True, "__module__": kind.__module__, "__doc__": kind.__doc__}
+        _MADE[kind] = type(kind.__name__, (kind,), {"forward": forward, **about})
+    return _MADE[kind]
 
 
 @contextlib.contextmanager

@@ -130,6 +130,7 @@ class TrainStep:
             phase: of the three rules.
             key: seed of every random draw in this step.
         """
+        self.data.load(plan)
         self.generator.manual_seed(key)
         torch.manual_seed(_dropout(key))
         if not self.engine.settings.capture:

@@ -157,8 +157,7 @@ class Trainer:
                 while self.state.epoch < self.optim.epochs:
                     started = time.perf_counter()
                     row = self._train_epoch()
-                    seconds = time.perf_counter() - started
-                    self.folder.append("timing.jsonl", {"epoch": self.state.epoch, "seconds": seconds})
+                    self.folder.append("timing.jsonl", self._timing(time.perf_counter() - started))
                     if on_epoch is not None:
                         on_epoch(row)
             self._release("last", {"epoch": self.state.epoch})
@@ -196,10 +195,14 @@ class Trainer:
         state, views = self.state, self.recipe.objective.views
         strong = self.config.augment.is_strong(state.epoch, self.optim.epochs)
         plan = self.train_data.plan(seed=self.config.seed, epoch=state.epoch, views=views, strong=strong)
+        coming = torch.split(plan[state.done * self.batch_size :], self.batch_size)
+        self.train_data.expect(coming[: self.steps_per_epoch - state.done])
         with tqdm(
             total=self.steps_per_epoch,
             initial=state.done,
             desc=f"epoch {state.epoch + 1}/{self.optim.epochs}",
+            unit="img",
+            unit_scale=self.batch_size,
             leave=False,
             disable=None if self.progress else True,  # None: only on a terminal
         ) as bar:
@@ -229,6 +232,12 @@ class Trainer:
         """The learning rate of a step of the current epoch."""
         fraction = step / self.steps_per_epoch
         return self.optim.lr * self.optim.schedule.factor(self.state.epoch, fraction, self.optim.epochs)
+
+    def _timing(self, seconds: float) -> dict[str, Any]:
+        """What an epoch took, its validation included."""
+        images = min(self.steps_per_epoch * self.batch_size, self.train_data.n)
+        row = {"epoch": self.state.epoch, "seconds": seconds, "images_per_second": images / seconds}
+        return row if self.train_data.waited is None else {**row, "waited": self.train_data.waited}
 
     def _training_images(self) -> Iterator[Tensor]:
         """One pass over the training images as they are. Sizes of batches differ by one image at most: a

@@ -266,7 +266,7 @@ def test_files_are_read_to_a_bound(
     else:
         with (root / "b" / "2.png").open("ab") as file:
             file.truncate(10**6)
-        monkeypatch.setattr("softdefend.data.sources.folder._LARGEST", 10**6 - 1)
+        monkeypatch.setattr("softdefend.data.sources.folder.LARGEST", 10**6 - 1)
         with pytest.raises(SettingError, match=r"2\.png \(1000000 bytes, where 999999 are the most\)"):
             raw(root)
 

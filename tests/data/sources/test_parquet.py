@@ -498,4 +498,4 @@ def test_rows_beyond_memory_are_refused_before_they_are_read(
     assert (tmp_path / "x.parquet").stat().st_size < 10**5
     monkeypatch.setattr("softdefend.data.decode.available_memory", lambda: 16 * 10**9)
     with pytest.raises(SettingError, match=r"got 100000 images of 500x500 pixels .* take 75 GB"):
-        raw(tmp_path / "x.parquet")
+        raw(tmp_path / "x.parquet", residence="device")

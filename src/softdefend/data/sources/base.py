@@ -24,6 +24,8 @@ class Source(ABC):
     """The settings of :data:`COLUMNS` that it uses. The others are refused with it."""
     decodes: ClassVar[bool] = False
     """Whether it reads encoded images, for which there are the settings of :data:`DECODING`."""
+    streams: ClassVar[bool] = False
+    """Whether it has :meth:`read_encoded`."""
     priority: ClassVar[int] = 0
     """Sources of higher priority are asked first, equal ones in the order of their names. 1 is for addresses
     that are no path, -1 for a source that takes every folder."""
@@ -54,12 +56,19 @@ class Source(ABC):
             OSError: as for :meth:`recognizes`.
         """
 
+    def read_encoded(self, settings: DataSettings, path: Path, cache: Path) -> RawData:
+        """As :meth:`read`, with images that stay encoded on disk. Their table is in ``cache``."""
+        raise NotImplementedError
+
 
 COLUMNS = ("image_column", "label_column")
 """Settings of the data that name a column."""
 
-DECODING = ("channels", "sixteen_bit", "skip_damaged")
+DECODING = ("channels", "sixteen_bit", "skip_damaged", "image_size", "center_share")
 """Settings of the data that say how images are decoded."""
+
+LOOKING = ("sixteen_bit", "skip_damaged")
+"""Those that say which images there are."""
 
 SOURCES: Registry[type[Source]] = Registry("data")
 """Data sources by name; other packages add theirs by entry points of the group ``softdefend.data``."""

@@ -14,12 +14,14 @@ from softdefend.core.errors import SettingError
 from softdefend.core.files import read_bytes
 from softdefend.data.base import Split, split
 from softdefend.data.cache import read_or_build, source_key
-from softdefend.data.decode import decode
+from softdefend.data.decode import LARGEST, decode
 from softdefend.data.holdout import complement
 from softdefend.data.raw import RawData
 from softdefend.data.settings import DataSettings
-from softdefend.data.sources.base import DECODING, SOURCES, Source
+from softdefend.data.sources import encoded as listed
+from softdefend.data.sources.base import DECODING, LOOKING, SOURCES, Source
 from softdefend.data.sources.walk import list_folder, walk_files
+from softdefend.data.table import Row
 
 _log = logging.getLogger(__name__)
 _SUFFIXES = {
@@ -27,8 +29,6 @@ _SUFFIXES = {
     *(".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
 }
 _OUTSIDE = "images outside of the folders of classes"
-_LARGEST = 2**28
-"""Bytes of one encoded image."""
 _TEST_FOLDERS = ("test", "validation", "valid", "val")
 
 
@@ -38,6 +38,7 @@ class ImageFolder(Source):
 
     address = "a folder of images (class/name.png)"
     decodes = True
+    streams = True
     priority = -1
 
     def recognizes(self, address: str, path: Path) -> bool:
@@ -46,8 +47,13 @@ class ImageFolder(Source):
     def read(self, settings: DataSettings, path: Path, cache: Path) -> RawData:
         return read_folder(path, cache, settings)
 
+    def read_encoded(self, settings: DataSettings, path: Path, cache: Path) -> RawData:
+        return read_folder(path, cache, settings, encoded=True)
 
-def read_folder(root: Path, cache: Path, settings: DataSettings | None = None) -> RawData:
+
+def read_folder(
+    root: Path, cache: Path, settings: DataSettings | None = None, *, encoded: bool = False
+) -> RawData:
     """Read images by folder.
 
     Classes and files are taken in the order of their names; files may lie deeper. If ``root`` has a ``train``
@@ -59,6 +65,7 @@ def read_folder(root: Path, cache: Path, settings: DataSettings | None = None) -
         root: the folder.
         cache: folder of decoded images.
         settings: say how images are decoded; as they are by default when None.
+        encoded: leave the images encoded, and their pixels on the disk.
 
     Raises:
         SettingError: no images, a folder that cannot be read, a folder that may be a split or a class, a test
@@ -98,9 +105,15 @@ def read_folder(root: Path, cache: Path, settings: DataSettings | None = None) -
         notes = {"images": "; ".join(remarks)} if remarks else {}
         return RawData(root.resolve().name, train, test, classes, notes)
 
-    options = {name: getattr(how, name) for name in DECODING}
-    key = source_key(files, reader="folder", root=str(root.absolute()), **options)
-    raw = read_or_build(cache, key, build)
+    def describe() -> tuple[listed.Source, dict[str, listed.Listing]]:
+        groups = {"train": train_files} | ({"test": test_files} if test_files else {})
+        listings = {part: _listing(by_class, classes, root) for part, by_class in groups.items()}
+        return listed.Source(root.resolve().name, classes, 0, {}), listings
+
+    options = {name: getattr(how, name) for name in (LOOKING if encoded else DECODING)}
+    reader = "encoded folder" if encoded else "folder"
+    key = source_key(files, reader=reader, root=str(root.absolute()), **options)
+    raw = listed.read_or_list(cache, key, how, describe) if encoded else read_or_build(cache, key, build)
     counts = _in_words(Counter(map(_suffix, files)))
     if left_out := _in_words(+other):
         _log.info("%s: files that are not read: %s", raw.name, left_out)
@@ -169,6 +182,17 @@ def _by_class(root: Path, other: Counter[str]) -> dict[str, list[Path]]:
     return {name: images for name, images in found.items() if images}
 
 
+def _listing(by_class: dict[str, list[Path]], classes: tuple[str, ...], root: Path) -> listed.Listing:
+    """The images of a split as they are listed: without their bytes."""
+
+    def rows() -> Iterator[Row]:
+        for name, paths in by_class.items():
+            for path in paths:
+                yield Row(str(path.relative_to(root)), classes.index(name), None)
+
+    return listed.Listing(rows, sum(map(len, by_class.values())), root)
+
+
 def _read_split(
     by_class: dict[str, list[Path]],
     classes: tuple[str, ...],
@@ -181,7 +205,7 @@ def _read_split(
 
     def content(i: int) -> bytes:
         try:
-            return read_bytes(files[i], _LARGEST)
+            return read_bytes(files[i], LARGEST)
         except OSError as error:
             raise SettingError("data.source", f"{files[i]} ({error.strerror})", "readable images") from None
 

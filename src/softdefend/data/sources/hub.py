@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -45,23 +46,31 @@ class Hub(Source):
     address = "hf:owner/name"
     columns = COLUMNS
     decodes = True
+    streams = True
     priority = 1
 
     def recognizes(self, address: str, path: Path) -> bool:
         return address.startswith("hf:")
 
     def read(self, settings: DataSettings, path: Path, cache: Path) -> RawData:
-        root = download(settings.source)
-        try:
-            return _read(root, settings, cache)
-        except SettingError:
-            if not (damaged := hub_files.damaged_files(root)):
-                raise
-        hub_files.discard(damaged)
-        return _read(download(settings.source), settings, cache)
+        return _checked(settings, cache, parquet.read_files)
+
+    def read_encoded(self, settings: DataSettings, path: Path, cache: Path) -> RawData:
+        return _checked(settings, cache, parquet.read_encoded)
 
 
-def _read(root: Path, settings: DataSettings, cache: Path) -> RawData:
-    """Downloaded files, checked before they are decoded."""
+def _checked(settings: DataSettings, cache: Path, read: Callable[..., RawData]) -> RawData:
+    """Downloaded files, checked before they are read; damaged ones are downloaded again."""
+    root = download(settings.source)
+    try:
+        return _read(root, settings, cache, read)
+    except SettingError:
+        if not (damaged := hub_files.damaged_files(root)):
+            raise
+    hub_files.discard(damaged)
+    return _read(download(settings.source), settings, cache, read)
+
+
+def _read(root: Path, settings: DataSettings, cache: Path, read: Callable[..., RawData]) -> RawData:
     check = partial(hub_files.check_hashes, root, settings.source, "data.source")
-    return parquet.read_files(root, settings, cache, settings.source, check=check)
+    return read(root, settings, cache, settings.source, check=check)

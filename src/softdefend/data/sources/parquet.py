@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
 from softdefend.core.errors import SettingError
 from softdefend.core.files import check_regular, parse_json
@@ -22,17 +23,21 @@ from softdefend.data.base import Split, split
 from softdefend.data.cache import read_or_build, source_key
 from softdefend.data.decode import check_size, decode
 from softdefend.data.holdout import complement
-from softdefend.data.raw import RawData, number_classes
+from softdefend.data.raw import Labels, RawData, number_classes
 from softdefend.data.settings import DataSettings
-from softdefend.data.sources.base import COLUMNS, DECODING, SOURCES, Source
+from softdefend.data.sources import encoded as listed
+from softdefend.data.sources.base import COLUMNS, DECODING, LOOKING, SOURCES, Source
 from softdefend.data.sources.folder import class_folders
 from softdefend.data.sources.walk import list_folder, walk_files
+from softdefend.data.table import Row
 
 _SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation"} | {
     "val": "validation",
     "dev": "validation",
 }
 _SPLIT_WORD = re.compile(rf"(?:^|[^a-z0-9])({'|'.join(_SPLITS)})(?=$|[^a-z0-9])")
+_FEW = 64
+"""Rows of a file that are in memory at once where images stay encoded."""
 _LABEL_NAMES = ("label", "labels", "fine_label", "fine_labels")
 
 
@@ -43,6 +48,7 @@ class Parquet(Source):
     address = "a Parquet file or a folder of them"
     columns = COLUMNS
     decodes = True
+    streams = True
 
     def recognizes(self, address: str, path: Path) -> bool:
         if path.is_file():
@@ -53,6 +59,11 @@ class Parquet(Source):
         if path.is_dir():
             _refuse_images(path)
         return read_files(path, settings, cache, path.resolve().name)
+
+    def read_encoded(self, settings: DataSettings, path: Path, cache: Path) -> RawData:
+        if path.is_dir():
+            _refuse_images(path)
+        return read_encoded(path, settings, cache, path.resolve().name)
 
 
 def read_files(
@@ -87,36 +98,94 @@ def read_files(
         SettingError: files that are not Parquet, columns or labels that cannot be used, files whose classes
             have other names or another order, undecodable images.
     """
-    shards = {"train": [path]} if path.is_file() else _shards(path)
-    notes: dict[str, object] = {}
-    if "test" not in shards and "validation" in shards:
-        shards["test"] = shards["validation"]
-        notes["test_split"] = "the source's validation split"
-    train, test = shards["train"], shards.get("test")
-    image_column, label_column = settings.image_column, settings.label_column
-    options = {option: getattr(settings, option) for option in DECODING}
-    columns = [image_column, label_column]
-    key = source_key([*train, *(test or ())], reader="parquet", columns=columns, name=name, **options)
+    train, test, notes = _splits(path)
+    key = _key("parquet", train, test, settings, name, DECODING)
 
     def build() -> RawData:
         check()
-        schema = _schema(train[0])
-        columns = _image_column(schema, image_column, train[0]), _label_column(schema, label_column, train[0])
-        names = _class_names([*train, *(test or ())], columns[1])
-        rows = [_Rows(files, *columns, settings) for files in (train, test) if files is not None]
-        if rows[0].named:
-            names = _number_names(rows)
+        rows, names = _rows(train, test, settings)
         remarks: list[str] = []
         parts = [part.decode(remarks) for part in rows]
-        first = 0
-        if names is None and min(int(part.labels.min()) for part in parts) == 1:
-            first = 1  # MATLAB and others count from one; no class 0 is to be learned
-            parts = [Split(part.images, part.labels - first) for part in parts]
+        first = _first_label(names, parts)
+        parts = [Split(part.images, part.labels - first) for part in parts]
         both = parts[0], parts[1] if len(parts) > 1 else None
         known = {**notes, "images": "; ".join(remarks)} if remarks else notes
         return RawData(name, *both, names or number_classes(*both, first=first), known, first)
 
     return read_or_build(cache, key, build)
+
+
+def read_encoded(
+    path: Path,
+    settings: DataSettings,
+    cache: Path,
+    name: str,
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> RawData:
+    """As :func:`read_files`, with images that stay encoded; their bytes are copied into a file in ``cache``
+    from which single ones can be read."""
+    train, test, notes = _splits(path)
+
+    def describe() -> tuple[listed.Source, dict[str, listed.Listing]]:
+        check()
+        rows, names = _rows(train, test, settings, images=False)
+        parts = [Labels(torch.tensor(part.labels)) for part in rows]
+        first = _first_label(names, parts)
+        parts = [Labels(part.labels - first) for part in parts]
+        classes = names or number_classes(parts[0], parts[1] if len(parts) > 1 else None, first=first)
+        splits = zip(("train", "test"), rows, parts, strict=False)
+        listings = {kind: _listing(part, own.labels) for kind, part, own in splits}
+        return listed.Source(name, classes, first, dict(notes)), listings
+
+    key = _key("encoded parquet", train, test, settings, name, LOOKING)
+    return listed.read_or_list(cache, key, settings, describe)
+
+
+def _splits(path: Path) -> tuple[list[Path], list[Path] | None, dict[str, object]]:
+    """Files of training and test data, and what to note of them."""
+    shards = {"train": [path]} if path.is_file() else _shards(path)
+    if "test" not in shards and "validation" in shards:
+        return shards["train"], shards["validation"], {"test_split": "the source's validation split"}
+    return shards["train"], shards.get("test"), {}
+
+
+def _key(
+    reader: str,
+    train: list[Path],
+    test: list[Path] | None,
+    settings: DataSettings,
+    name: str,
+    options: tuple[str, ...],
+) -> str:
+    columns = [settings.image_column, settings.label_column]
+    values = {option: getattr(settings, option) for option in options}
+    return source_key([*train, *(test or ())], reader=reader, columns=columns, name=name, **values)
+
+
+def _rows(
+    train: list[Path], test: list[Path] | None, settings: DataSettings, *, images: bool = True
+) -> tuple[list[_Rows], tuple[str, ...] | None]:
+    """The rows of each split, and the names of the classes where there are some."""
+    schema = _schema(train[0])
+    image_column = _image_column(schema, settings.image_column, train[0])
+    columns = image_column, _label_column(schema, settings.label_column, train[0])
+    names = _class_names([*train, *(test or ())], columns[1])
+    rows = [_Rows(files, *columns, settings, images=images) for files in (train, test) if files is not None]
+    return rows, _number_names(rows) if rows[0].named else names
+
+
+def _first_label(names: tuple[str, ...] | None, parts: Sequence[Split | Labels]) -> int:
+    """What the source has for class 0: MATLAB and others count from one; no class 0 is to be learned."""
+    return int(names is None and min(int(part.labels.min()) for part in parts) == 1)
+
+
+def _listing(rows: _Rows, labels: Tensor) -> listed.Listing:
+    def give() -> Iterator[Row]:
+        numbers = enumerate(zip(labels.tolist(), rows.encoded(), strict=True))
+        return (Row(rows.name(i), label, data) for i, (label, data) in numbers)
+
+    return listed.Listing(give, len(labels), None)
 
 
 def holds_files(root: Path) -> bool:
@@ -304,20 +373,33 @@ def _choose(setting: str, wanted: str | None, usable: list[str], marked: list[st
     return candidates[0]
 
 
+def _bytes(column: Any) -> Any:
+    return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+
+
 class _Rows:
     """The rows of one split: encoded images and labels, from one file after the other."""
 
-    def __init__(self, files: list[Path], image_column: str, label_column: str, how: DataSettings) -> None:
+    def __init__(
+        self,
+        files: list[Path],
+        image_column: str,
+        label_column: str,
+        how: DataSettings,
+        *,
+        images: bool = True,
+    ) -> None:
         self.labels: list[Any] = []
+        self._column, self._reads_images = image_column, images
         self._encoded: list[bytes | None] = []
         self._files, self._starts, self._how = files, list[int](), how
         self.named = False
         """Whether the labels are names rather than numbers."""
         for path in files:
-            self._starts.append(len(self._encoded))
+            self._starts.append(len(self.labels))
             with _opened(path) as file:
                 self._read(file, image_column, label_column, path)
-        if not self._encoded:
+        if not self.labels:
             raise SettingError("data.source", f"{files[0]} without rows", "at least one image")
         if None in self.labels:
             row = self.labels.index(None)
@@ -333,17 +415,25 @@ class _Rows:
             given = f"{path} with labels of another type than {self._files[0].name}"
             raise SettingError("data.label_column", given, "numbers in all files, or names in all")
         self.named = named
+        if self._reads_images:
+            self._read_images(file, image_column, path)
+        labels = file.read(columns=[label_column]).column(label_column)
+        self.labels += labels.cast(pa.string() if named else pa.int64()).to_pylist()
+
+    def _read_images(self, file: pq.ParquetFile, image_column: str, path: Path) -> None:
         if path == self._files[0]:
             self._check_size(file, image_column)
         groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
         size = sum(group.total_byte_size for group in groups)
         check_memory(size, "data.source", f"the rows of {path.name}")
-        table = file.read(columns=[image_column, label_column])
-        images = table.column(image_column)
-        if pa.types.is_struct(images.type):
-            images = pc.struct_field(images, "bytes")
-        self._encoded += images.to_pylist()
-        self.labels += table.column(label_column).cast(pa.string() if named else pa.int64()).to_pylist()
+        self._encoded += _bytes(file.read(columns=[image_column]).column(image_column)).to_pylist()
+
+    def encoded(self) -> Iterator[bytes | None]:
+        """The encoded images, read a few at a time."""
+        for path in self._files:
+            with _opened(path) as file:
+                for batch in file.iter_batches(_FEW, columns=[self._column]):
+                    yield from _bytes(batch.column(0)).to_pylist()
 
     def _check_size(self, file: pq.ParquetFile, image_column: str) -> None:
         """Refuse more images than fit into memory, from the first image and the number of rows."""

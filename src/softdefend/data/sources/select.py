@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from softdefend.core.errors import SettingError
+from softdefend.core.memory import TooLargeError
 from softdefend.data.cache import default_folder
 from softdefend.data.raw import RawData
 from softdefend.data.settings import DataSettings
@@ -25,7 +26,7 @@ def read(settings: DataSettings) -> RawData:
     try:
         source = _find(settings.source, path)
         _refuse_unused(settings, source)
-        raw = source.read(settings, path, cache)
+        raw = _read(source, settings, path, cache)
     except OSError as error:  # of any look at the files: a name too long, a folder that may not be entered
         name = error.filename or settings.source
         raise SettingError(
@@ -34,6 +35,22 @@ def read(settings: DataSettings) -> RawData:
     if "images" in raw.notes:
         _log.info("%s: %s", raw.name, raw.notes["images"])
     return raw
+
+
+def _read(source: Source, settings: DataSettings, path: Path, cache: Path) -> RawData:
+    """The data where ``data.residence`` has them, or where they fit."""
+    if settings.residence == "stream" and not source.streams:
+        accepted = f"auto, device or host for the source {settings.source}, which has no encoded images"
+        raise SettingError("data.residence", "stream", accepted)
+    if settings.residence == "stream":
+        return source.read_encoded(settings, path, cache)
+    try:
+        return source.read(settings, path, cache)
+    except TooLargeError as error:
+        if settings.residence != "auto" or not source.streams:
+            raise
+        _log.info("the images stay on disk (data.residence stream): %s; %s", error.given, error.accepted)
+        return source.read_encoded(settings, path, cache)
 
 
 def _find(address: str, path: Path) -> Source:
