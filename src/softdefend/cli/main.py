@@ -30,6 +30,7 @@ COMMANDS = {
     "reproduce": "the paper's experiments: table1, noise, ablation",
     "bench": "how fast training steps are on this machine",
     "push": "publish a checkpoint on the Hugging Face hub, with a model card",
+    "export": "a checkpoint as ONNX, TorchScript or torch.export, checked and attacked",
     "methods": "every rule and preset: cost, source, what goes together",
     "data": "prepare or describe a data set",
 }

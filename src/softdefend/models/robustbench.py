@@ -106,15 +106,15 @@ def _layouts(architecture: str) -> list[Layout]:
 
 
 def names_there(net: nn.Module) -> dict[str, str]:
-    """What RobustBench calls the weights of a network, by this package's name; those that differ.
+    """What RobustBench calls the weights of a network, by this package's name; empty where it has no other.
 
     Args:
         net: a network of this package, bare or behind its normalization.
     """
     if isinstance(net, nn.Sequential) and len(net) == 2 and isinstance(net[0], Normalize):
-        own, inner = names_there(net[1]), f"{list(dict(net.named_children()))[1]}."
-        weights = {inner + name: own.get(name, name) for name in net[1].state_dict()}
-        return {"normalize.mean": "mu", "normalize.std": "sigma", **weights}
+        own, (first, inner) = names_there(net[1]), dict(net.named_children())
+        weights = {f"{inner}.{name}": there for name, there in own.items()}
+        return {f"{first}.mean": "mu", f"{first}.std": "sigma", **weights} if own else {}
     rules: dict[type[nn.Module], list[tuple[str, str]]] = {
         WideResNet: [(r"stem\.", "conv1."), (r"bn\.", "bn1."), (r"linear\.", "fc.")],
         ResNet18: [(r"stem\.0\.", "conv1."), (r"stem\.1\.", "bn1.")],
