@@ -27,7 +27,7 @@ def test_of_several_wrong_images_the_deepest_is_kept_where_successes_are_unverif
     step = _Step(ThreatModel(), lambda logits, label, target: logits[:, 1], 1, fooling=True, deepest=deepest)
     zero, none = torch.zeros(1, 1, 1, 1), torch.zeros(1)
     state = _State(zero, zero, zero, none, zero, zero, none, zero, none.long(), none.bool(), none, zero,
-                   none.bool(), torch.full((1,), -torch.inf))  # fmt: skip
+                   none.bool(), torch.full((1,), -torch.inf), none, none.long())  # fmt: skip
     given = _Given(zero, torch.zeros(1).long(), torch.zeros(1).long())
     for value in (0.3, 0.7, 0.5):
         x_adv = torch.full((1, 1, 1, 1), value)

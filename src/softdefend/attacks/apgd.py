@@ -260,22 +260,27 @@ class _Step:
     """A move of all samples and a look at where it led.
 
     Args:
-        radius: of the ball, in pixel units; in l1 not always that of the threat.
         fooling: a wrong prediction is what is searched for; otherwise only the loss counts.
         deepest: of several wrong images keep the one of largest loss, which is the likeliest to stand where
             successes are unverified; otherwise the first.
         first: the step ``first`` has no move to repeat.
         last: the step ``last`` needs no gradient.
+        factor: of eps, the radius of the ball in which l1 is searched.
     """
 
     threat: ThreatModel
-    radius: float
     loss: _Loss
     eot: int
     fooling: bool
     deepest: bool
     first: bool = False
     last: bool = False
+    factor: int = 1
+
+    @property
+    def radius(self) -> float:
+        """Of the ball, in pixel units."""
+        return self.factor * float(self.threat.eps)
 
     def __call__(self, net: Forward, state: _State, given: _Given) -> _State:
         x_adv = self.move(state, given.image)
@@ -381,7 +386,7 @@ class _Search:
 
     def _step(self, loss: _Loss, *, fooling: bool) -> _Step:
         deepest = fooling and self.net.unverified
-        return _Step(self.threat, float(self.threat.eps), loss, self.eot, fooling=fooling, deepest=deepest)
+        return _Step(self.threat, loss, self.eot, fooling=fooling, deepest=deepest)
 
     def _noise(self, image: Tensor, rows: Tensor) -> Tensor:
         normal = self.threat.norm != "linf"
@@ -407,7 +412,7 @@ class _Search:
         # Before the first search twice, as in the authors' code.
         x_adv = apgd_l1.pull(image, x_adv, wide[0][0] * step.radius)
         for factor, steps in wide:
-            larger_ball = replace(step, radius=factor * step.radius, fooling=False, deepest=False)
+            larger_ball = replace(step, factor=factor, fooling=False, deepest=False)
             x_adv = apgd_l1.pull(image, x_adv, larger_ball.radius)
             state = _begin(larger_ball, active.net, given, x_adv)
             x_adv = replace(self, steps=steps)._advance(larger_ball, active, state, given, 0, steps).best
