@@ -19,6 +19,7 @@ from softdefend.evaluation.autoattack_log import log_lines
 from softdefend.evaluation.checkpoint import Checkpoint, CheckpointSource
 from softdefend.evaluation.corruptions import corruption_measurement
 from softdefend.evaluation.measurement import measured
+from softdefend.evaluation.optimality import check_optimality, optimality_measurement
 from softdefend.evaluation.pictures import renew_pictures
 from softdefend.evaluation.robustbench import model_info, read_known
 from softdefend.evaluation.settings import (
@@ -72,6 +73,9 @@ def evaluate_checkpoint(
             _log.info(warning)
     if requests.corruptions:
         measured(checkpoint, corruption_measurement(checkpoint, settings))
+    if requests.optimality:
+        compared = optimality_measurement(checkpoint, settings, requests.optimality, requests.optimality_size)
+        measured(checkpoint, compared)
     if requests.robustbench:
         _write_model_info(requests.robustbench, source, result, table, audit, transferred)
     if requests.log:
@@ -101,6 +105,7 @@ def _check(
     check_requests(settings, requests, len(source.bundle.test))
     check_writable("evaluation", source.folder / "evaluation" / f"{source.name}.json")
     check_attacks(settings, source.threat, len(source.bundle.classes), device)
+    check_optimality(requests.optimality, source.threat, len(source.bundle.classes))
 
 
 def _write_model_info(
