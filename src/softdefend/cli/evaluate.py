@@ -43,6 +43,10 @@ class EvaluateFlags:
     """Measure accuracy under common corruptions."""
     transfer: tuple[str, ...] = ()
     """Run folders, or weights of the same network: surrogates for transfer attacks."""
+    optimality: tuple[str, ...] = ()
+    """Attacks whose closest wrong images are compared, such as fmn fab-t deepfool."""
+    optimality_size: Size = 200
+    """Test images that they are compared on; subset says which."""
     robustbench: Path | None = None
     """RobustBench's model_info JSON, to write."""
     log: Path | None = None
@@ -87,6 +91,8 @@ def run(words: Sequence[str]) -> None:
         corruptions=flags.corruptions,
         robustbench=flags.robustbench,
         log=flags.log,
+        optimality=flags.optimality,
+        optimality_size=flags.optimality_size,
     )
     also: dict[str, Any] = {"requests": requests, "transfer": flags.transfer, "device": flags.device}
     changes = given.changes(EvaluateSettings)
@@ -118,6 +124,7 @@ def _check(flags: EvaluateFlags, given: Given) -> None:
         if which not in WHICH:
             raise SettingError("--which", repr(which), " or ".join(WHICH))
     check_size("--audit_size", flags.audit_size, 1)
+    check_size("--optimality_size", flags.optimality_size, 1)
     if flags.robustbench_model is not None:
         _check_robustbench(flags, given)
     elif flags.model is None:

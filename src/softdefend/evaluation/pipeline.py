@@ -20,6 +20,7 @@ from softdefend.evaluation.autoattack_log import log_lines
 from softdefend.evaluation.checkpoint import Checkpoint, CheckpointSource
 from softdefend.evaluation.corruptions import corruption_measurement
 from softdefend.evaluation.measurement import measured
+from softdefend.evaluation.optimality import check_optimality, optimality_measurement
 from softdefend.evaluation.pictures import renew_pictures
 from softdefend.evaluation.robustbench import issue_text, model_info, read_known
 from softdefend.evaluation.settings import (
@@ -73,6 +74,9 @@ def evaluate_checkpoint(
             _log.info(warning)
     if requests.corruptions:
         measured(checkpoint, corruption_measurement(checkpoint, settings))
+    if requests.optimality:
+        compared = optimality_measurement(checkpoint, settings, requests.optimality, requests.optimality_size)
+        measured(checkpoint, compared)
     if requests.robustbench:
         _write_model_info(requests.robustbench, source, result, table, audit, transferred)
     if requests.log:
@@ -104,6 +108,7 @@ def _check(
     check_attacks(settings, source.threat, len(source.bundle.classes), device)
     if source.threat.norm == "l0" and (requests.audit or requests.surrogates):
         raise SettingError("threat.norm", "l0", "linf, l2 or l1 with --audit or --transfer")
+    check_optimality(requests.optimality, source.threat, len(source.bundle.classes))
 
 
 def _write_model_info(

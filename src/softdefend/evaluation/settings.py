@@ -105,6 +105,8 @@ class Requests:
         surrogates: networks by name. Adversarial images made on them are tried on the evaluated network.
         robustbench: file for RobustBench's ``model_info`` JSON.
         log: file for AutoAttack's log lines.
+        optimality: names of attacks whose closest wrong images are compared.
+        optimality_size: images that they are compared on.
     """
 
     audit: Size = 0
@@ -112,6 +114,8 @@ class Requests:
     surrogates: dict[str, nn.Module] = field(default_factory=dict)
     robustbench: Path | None = None
     log: Path | None = None
+    optimality: tuple[str, ...] = ()
+    optimality_size: Size = 200
 
 
 def check_attacks(settings: EvaluateSettings, threat: ThreatModel, k: int, device: torch.device) -> None:

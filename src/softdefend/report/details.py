@@ -56,6 +56,7 @@ class Details:
     transfer: dict[str, Any] | None = None
     gallery: GalleryImages | None = None
     certificate: dict[str, Any] | None = None
+    optimality: dict[str, Any] | None = None
 
 
 def read_details(folder: Path, which: str, evaluation: dict[str, Any]) -> Details:
@@ -73,16 +74,18 @@ def read_details(folder: Path, which: str, evaluation: dict[str, Any]) -> Detail
     corruptions = _read_companion(folder / f"{which}-corruptions.json", evaluation)
     transfer = _read_companion(folder / f"{which}-transfer.json", evaluation)
     certificate = _read_companion(folder / f"{which}-certificate.json", evaluation, ("weights", "test_data"))
+    optimality = _read_companion(folder / f"{which}-optimality.json", evaluation)
     for name, content, fits, accepted in (
         ("audit", audit, _is_audit, "findings, verdict and summary"),
         ("corruptions", corruptions, _is_table, "corruptions by name with mean and severities"),
         ("transfer", transfer, _is_attacks, "attacks by name, each with its rate"),
         ("certificate", certificate, _is_certificate, "curves of radius and rate"),
+        ("optimality", optimality, _is_optimality, "attacks by name, and curves over a grid"),
     ):
         if content is not None and not fits(content):
             raise SettingError(str(folder / f"{which}-{name}.json"), "other content", accepted)
     gallery = _gallery(folder / f"{which}-gallery.safetensors", table, evaluation)
-    return Details(table, audit, corruptions, transfer, gallery, certificate)
+    return Details(table, audit, corruptions, transfer, gallery, certificate, optimality)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -147,6 +150,25 @@ def _is_certificate(content: dict[str, Any]) -> bool:
                 for point in content[name]
             )
             for name in ("curve", "empirical")
+        )
+    )
+
+
+def _is_optimality(content: dict[str, Any]) -> bool:
+    attacks, grid, curves = (content.get(name) for name in ("attacks", "grid", "curves"))
+    return (
+        isinstance(attacks, dict)
+        and all(
+            isinstance(row, dict)
+            and all(is_number(row.get(name)) for name in ("optimality", "found", "closest"))
+            for row in attacks.values()
+        )
+        and isinstance(grid, list)
+        and all(is_number(eps) for eps in grid)
+        and isinstance(curves, dict)
+        and all(
+            isinstance(curve, list) and len(curve) == len(grid) and all(is_number(rate) for rate in curve)
+            for curve in curves.values()
         )
     )
 

@@ -237,6 +237,27 @@ def share_plot(
     return Plot(figure, title, f"Line chart: {title}. {words}")
 
 
+def distance_plot(
+    title: str, grid: Sequence[float], curves: Mapping[str, Sequence[float]], *, xlabel: str
+) -> Plot:
+    """Robust accuracy over eps, a color for each attack; the first curve is the reference and dotted.
+
+    Args:
+        grid: the values of eps.
+        curves: percent at each of them, by name.
+    """
+    figure, axes = canvas("robust accuracy (%)", xlabel)
+    first, *others = curves
+    for name, color in zip(others, shades(len(others)), strict=True):
+        axes.plot(grid, curves[name], "-", color=color, lw=1.7, label=name)
+    axes.plot(grid, curves[first], ":", color=INK, lw=2.2, label=first)
+    axes.set_ylim(bottom=0)
+    handles, _ = axes.get_legend_handles_labels()
+    add_legend(figure, handles)
+    words = [f"{name} falls from {curve[0]:.1f}% to {curve[-1]:.1f}%" for name, curve in curves.items()]
+    return Plot(figure, title, f"Line chart: {title}. {', '.join(words)}.")
+
+
 def confusion_plot(title: str, counts: NDArray[np.int64], classes: Sequence[str], color: str) -> Plot:
     """Which class is taken for which: shares of each true class, darker where there are more.
 

@@ -24,6 +24,7 @@ SECTIONS: tuple[Callable[[Comparison], Section | None], ...] = (
     robustness.masking_audits,
     robustness.transfer_attacks,
     robustness.common_corruptions,
+    robustness.attack_quality,
     robustness.certificates,
     robustness.galleries,
     sections.example_images,

@@ -31,7 +31,14 @@ from softdefend.report.content import (
 )
 from softdefend.report.curves import Line
 from softdefend.report.details import Details, GalleryImages, is_number
-from softdefend.report.figures import MOST_CLASSES, confusion_plot, share_plot, steps_plot
+from softdefend.report.figures import (
+    MOST_CLASSES,
+    confusion_plot,
+    distance_plot,
+    norm_label,
+    share_plot,
+    steps_plot,
+)
 from softdefend.report.runs import CHECKPOINTS, RunRecord
 from softdefend.report.tables import ABSENT, attack_label, number_text
 
@@ -201,6 +208,42 @@ def transfer_attacks(comparison: Comparison) -> Section | None:
         "the network itself, those are too weak."
     )
     return Section("Transfer attacks", [Table("Transfer attacks", head, body), Paragraph(note)])
+
+
+def attack_quality(comparison: Comparison) -> Section | None:
+    """How near attacks come to the closest wrong image that is known: a curve and a row for each attack."""
+    plots = []
+    body: list[list[str | Cell]] = []
+    for one in _checkpoints(comparison, lambda details: details.optimality):
+        result = one.details.optimality or {}
+        curves = {name: [100 * rate for rate in curve] for name, curve in result["curves"].items()}
+        norm = norm_label(result.get("norm"))
+        plots.append(distance_plot(one.title, result["grid"], curves, xlabel=f"ε of the attack, {norm}"))
+        ranked = sorted(result["attacks"].items(), key=lambda item: -item[1]["optimality"])
+        body += [
+            [
+                comparison.name_cell(one.recipe),
+                attack_label(name),
+                f"{row['optimality']:.3f}",
+                *(
+                    f"{value:.4g}" if is_number(value := row.get(key)) else ABSENT
+                    for key in ("median_distance", "median_ratio")
+                ),
+                number_text(row["found"]),
+                number_text(row["closest"]),
+            ]
+            for name, row in ranked
+        ]
+    if not plots:
+        return None
+    head = ["attack", "local optimality", "median distance", "over the best", "found", "closest of all"]
+    note = (
+        "Best known: for each image the closest wrong image of all these attacks. Local optimality "
+        "(AttackBench, arXiv 2404.19460): 1 where no attack found a closer one, 0 for an attack that finds "
+        "nothing. Attacks that do not look for the closest image were run at several ε."
+    )
+    table = Table("Closest wrong images", ["recipe", *head], body)
+    return Section("How good are the attacks?", [*figures(*plots), table, Paragraph(note)])
 
 
 def certificates(comparison: Comparison) -> Section | None:
