@@ -8,7 +8,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-from nbclient import NotebookClient
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parent.parent
@@ -31,8 +30,7 @@ nb_execution_cache_path = str(ROOT / "build" / "notebooks")
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
-# IPython hands on what a program prints in pieces of 100 bytes: put them together again.
-NotebookClient.coalesce_streams.default_value = True
+nb_merge_streams = True  # a program's output in one block
 programs = Path(sys.executable).parent  # softdefend itself, for cells that call it
 os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PATH=f"{programs}:{os.environ['PATH']}")
 

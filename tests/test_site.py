@@ -22,14 +22,22 @@ def cells(page: Path) -> list[str]:
     return re.findall(r"^```\{code-cell\}\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
+def python(page: Path) -> ast.Module:
+    """The Python of a tutorial's cells, without command lines."""
+    code = "\n".join(cell for cell in cells(page) if not cell.startswith("%%"))
+    return ast.parse(re.sub(r"^!.*$", "", code, flags=re.MULTILINE))
+
+
 def commands(page: Path) -> Iterator[list[str]]:
-    """Words of the command lines in a tutorial's cells."""
+    """Words of the command lines in a tutorial's cells, with the texts that they name."""
+    texts = {
+        node.targets[0].id: node.value.value
+        for node in python(page).body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    }
     for cell in cells(page):
-        if cell.startswith("%%bash\n"):
-            for line in cell.replace("\\\n", " ").splitlines()[1:]:
-                words = shlex.split(re.sub(r" 2?> \S+$", "", line))
-                assert words[0] == "softdefend"
-                yield words[1:]
+        for line in re.findall(r"^!softdefend (.*)$", cell, flags=re.MULTILINE):
+            yield shlex.split(re.sub(r" 2?> \S+$", "", line.format(**texts)))
 
 
 def test_every_page_stands_in_the_sites_contents():
@@ -48,8 +56,7 @@ def test_there_are_five_tutorials():
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
 def test_a_tutorials_imports_and_commands_are_real(page):
-    code = "\n".join(cell for cell in cells(page) if not cell.startswith("%%"))
-    for node in ast.walk(ast.parse(code)):
+    for node in ast.walk(python(page)):
         if isinstance(node, ast.ImportFrom):
             exec(compile(ast.Module([node], type_ignores=[]), page.name, "exec"), {})
     for words in commands(page):
