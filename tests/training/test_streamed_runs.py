@@ -42,7 +42,7 @@ def data(photos, tmp_path):
 
 @pytest.fixture
 def start(make_trainer):
-    def make(bundle: DataBundle, folder: str, kind: str = "crop-flip"):
+    def make(bundle: DataBundle, folder: str, kind: str = "crop-flip", parts: int = 1):
         return make_trainer(
             SGLR(start=0),
             PGDAT(),
@@ -50,16 +50,17 @@ def start(make_trainer):
             folder,
             net=tiny_net(),
             data=bundle,
-            optim=OptimSettings(epochs=2, batch_size=16, lr=0.1, drop_last=False),
+            optim=OptimSettings(epochs=2, batch_size=16, lr=0.1, drop_last=False, accumulate=parts),
             augment=AugmentSettings(kind, pad=1, scale=(0.4, 1.0), jitter=0.2),
         )
 
     return make
 
 
-@pytest.mark.parametrize("residence", ["host", "stream"])
-def test_a_run_has_the_numbers_of_images_on_the_device(data, start, residence):
-    runs = [start(data(where), where) for where in ("device", residence)]
+@pytest.mark.parametrize(("residence", "parts"), [("host", 1), ("stream", 1), ("stream", 3)])
+def test_a_run_has_the_numbers_of_images_on_the_device(data, start, residence, parts):
+    """Also where its batches are computed in parts."""
+    runs = [start(data(where), where, parts=parts) for where in ("device", residence)]
     for run in runs:
         run.fit()
     one, other = (run.net.state_dict() for run in runs)

@@ -74,7 +74,8 @@ class Resident:
             given = "a resized crop of images that are not streamed"
             raise SettingError("augment.kind", given, "crop or crop-flip, or data.residence stream")
         self._loader: Loader | None = None
-        self._buffers: dict[int, Tensor] = {}
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._loaded: tuple[Tensor, Tensor] | None = None
         self._copied: deque[torch.cuda.Event] = deque()
         self._rows = torch.arange(h, device=device)
         self._columns = torch.arange(w, device=device)
@@ -128,9 +129,9 @@ class Resident:
         self._loader.expect([(own[:, 0], self._draws(own)) for own in rows])
 
     def load(self, plan_rows: Tensor) -> None:
-        """Bring the pixels of a step's batch to the device, if they are not there; :meth:`batch` reads them.
-        Streamed batches come in the order in which they are expected. The host is two steps ahead at most.
-        """
+        """Bring the pixels of a step's batch to the device, if they are not there; :meth:`batch` takes rows
+        of it. Streamed batches come in the order in which they are expected. The host is two steps ahead of
+        the device at most."""
         if self._images is None:
             return
         size = len(plan_rows)
@@ -141,8 +142,11 @@ class Resident:
         else:
             pixels = self._loader.next(size)
         if size not in self._buffers:
-            self._buffers[size] = torch.empty(pixels.shape, dtype=pixels.dtype, device=self._device)
-        self._buffers[size].copy_(pixels, non_blocking=True)
+            room = torch.empty(pixels.shape, dtype=pixels.dtype, device=self._device)
+            self._buffers[size] = plan_rows[:, 0].clone(), room
+        self._loaded = self._buffers[size]
+        for buffer, content in zip(self._loaded, (plan_rows[:, 0], pixels), strict=True):
+            buffer.copy_(content, non_blocking=True)
         if self._device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
@@ -171,9 +175,10 @@ class Resident:
         """Pixels on the device in one row, and the place of each image of a batch among them."""
         if self._pixels is not None:
             return self._pixels, index
-        pixels = self._buffers[len(index)]
-        own = pixels[view if self.crop is not None else 0]
-        return self._arranged(own), torch.arange(len(index), device=index.device)
+        assert self._loaded is not None
+        loaded, pixels = self._loaded
+        place = (index[:, None] == loaded).int().argmax(dim=1)
+        return self._arranged(pixels[view if self.crop is not None else 0]), place
 
     def _arranged(self, images: Tensor) -> Tensor:
         """Images in one row on the device, in the order in which batches are written, so that a gather reads
