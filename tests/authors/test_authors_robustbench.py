@@ -23,6 +23,7 @@ from softdefend.evaluation.robustbench_networks import load_robustbench
 from softdefend.models import NetSettings, build
 from softdefend.models.robustbench import choose_layout, names_there
 from softdefend.models.wide_resnet import WideResNet
+from softdefend.publish.export import write_network
 
 REPOSITORY = "robustbench"
 pytestmark = needs(REPOSITORY)
@@ -183,7 +184,7 @@ def utilities(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_its_loader_takes_a_network_of_ours(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By names of :func:`names_there`, into its own classes, with its own functions."""
+    """What ``softdefend export --format robustbench`` writes, into its own classes by its own functions."""
     resnets = theirs("resnet", monkeypatch)
     rivals = {
         "resnet18": lambda: normalizing(resnets.ResNet)(resnets.BasicBlock, [2, 2, 2, 2]),
@@ -197,8 +198,7 @@ def test_its_loader_takes_a_network_of_ours(
         statistics = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
         mine = build(NetSettings(name), num_classes=10, in_channels=3, **statistics)
     shaken(mine)
-    names = names_there(mine)
-    torch.save({names.get(key, key): value for key, value in mine.state_dict().items()}, tmp_path / "m.pt")
+    write_network(mine, IMAGES, tmp_path / "m.pt", "robustbench")
     utils = utilities(monkeypatch)
     state = utils["rm_substr_from_state_dict"](torch.load(tmp_path / "m.pt", weights_only=True), "module.")
     dataset = utils["BenchmarkDataset"].cifar_10

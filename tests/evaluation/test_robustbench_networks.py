@@ -29,18 +29,19 @@ def norm(x: Tensor, state: State, name: str) -> Tensor:
     return F.batch_norm(x, *values)
 
 
-def wide(state: State, x: Tensor, depth: int) -> Tensor:
+def wide(state: State, x: Tensor, depth: int, act: Callable[[Tensor], Tensor] = F.relu) -> Tensor:
     """TRADES' wide ResNet."""
     x = F.conv2d(x, state["conv1.weight"], padding=1)
     for stage in (1, 2, 3):
         for place in range((depth - 4) // 6):
             name, stride = f"block{stage}.layer.{place}", 2 if stage > 1 and place == 0 else 1
-            active = norm(x, state, f"{name}.bn1").relu()
+            active = act(norm(x, state, f"{name}.bn1"))
             out = F.conv2d(active, state[f"{name}.conv1.weight"], stride=stride, padding=1)
-            out = F.conv2d(norm(out, state, f"{name}.bn2").relu(), state[f"{name}.conv2.weight"], padding=1)
+            out = act(norm(out, state, f"{name}.bn2"))
+            out = F.conv2d(out, state[f"{name}.conv2.weight"], padding=1)
             shortcut = state.get(f"{name}.convShortcut.weight")
             x = out + (x if shortcut is None else F.conv2d(active, shortcut, stride=stride))
-    return F.linear(norm(x, state, "bn1").relu().mean((2, 3)), state["fc.weight"], state["fc.bias"])
+    return F.linear(act(norm(x, state, "bn1")).mean((2, 3)), state["fc.weight"], state["fc.bias"])
 
 
 def before(x: Tensor, stride: int) -> Tensor:
@@ -115,6 +116,7 @@ CIFAR10 = torch.tensor([[0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616]]).vie
 
 CASES: dict[str, tuple[str, str, Callable[[State, Tensor], Tensor]]] = {
     "wide": ("WideResNet-16-2", "block1", lambda s, x: wide(s, x, 16)),
+    "wide, SiLU": ("WideResNet-10-2-SiLU", "block1", lambda s, x: wide(s, x, 10, F.silu)),
     "wide, activation named": ("WideResNet-10-1-ReLU", "block1", lambda s, x: wide(s, x, 10)),
     "DeepMind's wide, SiLU": (
         "WideResNet-16-1-SiLU",
@@ -259,7 +261,7 @@ def test_one_of_several_sets_is_chosen_by_its_key(states: dict[str, State], tmp_
             "do not say their activation; accepted: WideResNet-16-1-SiLU (as all on RobustBench)",
         ),
         ("PreActResNet-18", "DeepMind's PreActResNet-18", "accepted: PreActResNet-18-SiLU"),
-        ("WideResNet-16-2-SiLU", "wide", "weights that do not fit"),
+        ("ResNet-18", "DeepMind's PreActResNet-18", "weights that do not fit"),
     ],
 )
 def test_an_architecture_that_does_not_fit_is_one_line(

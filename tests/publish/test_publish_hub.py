@@ -125,6 +125,7 @@ def test_another_file_of_weights_is_refused(published: Path, evaluated: Path) ->
         ({"net": {"name": "timm:hf-hub:me/x"}}, "net.name: got timm:hf-hub:me/x"),
         ({"net": {"name": "small_cnn", "depth": 3}}, "net.depth: got an unknown setting"),
         ({"net": "small_cnn"}, "net: got small_cnn"),
+        ({"net": {"name": "resnet18", "pretrained": "/etc/passwd"}}, "weights that do not fit"),
         ({"num_classes": None}, "num_classes: got None"),
         ({"num_classes": 10**9}, "num_classes: got 1000000000"),
         ({"in_channels": "many"}, "in_channels: got 'many'"),

@@ -31,6 +31,7 @@ COMMANDS = {
     "bench": "how fast training steps are on this machine",
     "push": "publish a checkpoint on the Hugging Face hub, with a model card",
     "export": "a checkpoint as ONNX, TorchScript or torch.export, checked and attacked",
+    "zoo": "published models with their figures; verify evaluates one again",
     "methods": "every rule and preset: cost, source, what goes together",
     "data": "prepare or describe a data set",
 }

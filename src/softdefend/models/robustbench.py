@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from softdefend.core.errors import SettingError
 from softdefend.models.deepmind import STATISTICS, Activation, DeepMindPreActResNet18, DeepMindWideResNet
+from softdefend.models.layers import Activation as ActivationName
 from softdefend.models.layers import conv, global_average
 from softdefend.models.normalization import Normalize
 from softdefend.models.preact_resnet import PreActResNet18
@@ -23,8 +24,8 @@ from softdefend.models.resnet import ResNet18
 from softdefend.models.wide_resnet import WideResNet
 
 ACCEPTED = (
-    "WideResNet-DEPTH-WIDTH such as WideResNet-28-10, ResNet-18 or PreActResNet-18; with -SiLU or -ReLU "
-    "behind it where the weights are in DeepMind's layout"
+    "WideResNet-DEPTH-WIDTH such as WideResNet-28-10, ResNet-18 or PreActResNet-18; with -SiLU behind it for "
+    "that activation, in DeepMind's layout -SiLU or -ReLU"
 )
 
 CALLED = {
@@ -41,8 +42,8 @@ STATISTICS_NAMES = {"mu": "sigma", "mean": "std"}
 UNUSED = ("sub_block1",)
 """Parts that some of its networks have and no forward uses (``WideResNet(sub_block1=True)``)."""
 
-_WIDE = re.compile(r"WideResNet-(\d+)-(\d+)(?:-(ReLU|SiLU))?")
-_ACTIVATIONS: dict[str, Activation] = {"ReLU": F.relu, "SiLU": F.silu}
+_NAMED = re.compile(r"(WideResNet-(\d+)-(\d+)|ResNet-18|PreActResNet-18)(?:-(ReLU|SiLU))?")
+_ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "silu": F.silu}
 _MOST = 256
 """Depth and width: more is no network that anybody has trained."""
 
@@ -75,34 +76,35 @@ def choose_layout(architecture: str, names: Iterable[str]) -> Layout:
     """
     parts = {part for name in names for part in name.split(".")}
     known = _layouts(architecture)
-    if parts & {"init_conv", "conv_2d"} and all(layout.part not in parts for layout in known):
+    theirs = "conv_2d" if architecture.startswith("PreAct") else "init_conv"
+    if theirs in parts and all(layout.part != theirs for layout in known):
         given = f"{architecture} for weights in DeepMind's layout, which do not say their activation"
-        bare = architecture.removesuffix("-ReLU")
-        raise SettingError("--architecture", given, f"{bare}-SiLU (as all on RobustBench) or {bare}-ReLU")
+        accepted = f"{architecture}-SiLU (as all on RobustBench) or {architecture}-ReLU"
+        raise SettingError("--architecture", given, accepted)
     return next((layout for layout in known if layout.part in parts), known[-1])
 
 
 def _layouts(architecture: str) -> list[Layout]:
     """Those that an architecture is saved in; without a sign of another, the last."""
-    if match := _WIDE.fullmatch(architecture):
-        depth, widen = int(match[1]), int(match[2])
-        if depth % 6 != 4 or not 10 <= depth <= _MOST or not 1 <= widen <= _MOST:
-            raise SettingError("--architecture", architecture, "a depth of 6 n + 4, such as 28, 34 or 70")
-        usual = Layout(partial(WideResNet, depth=depth, widen=widen), "block1")
-        if match[3] is None:
-            return [usual]
-        wide = partial(DeepMindWideResNet, depth=depth, widen=widen, activation=_ACTIVATIONS[match[3]])
-        deepmind = Layout(wide, "init_conv", STATISTICS)
-        return [deepmind] if match[3] == "SiLU" else [deepmind, usual]
-    if architecture == "ResNet-18":
-        return [Layout(ResNet18, "layer4")]
-    if architecture == "PreActResNet-18":
-        return [Layout(PreActResNet18, "bn"), Layout(BarePreActResNet18, "layer4")]
-    name, _, activation = architecture.rpartition("-")
-    if name == "PreActResNet-18" and activation in _ACTIVATIONS:
-        preact = partial(DeepMindPreActResNet18, activation=_ACTIVATIONS[activation])
-        return [Layout(preact, "conv_2d", STATISTICS)]
-    raise SettingError("--architecture", repr(architecture), ACCEPTED)
+    match = _NAMED.fullmatch(architecture)
+    if not match:
+        raise SettingError("--architecture", repr(architecture), ACCEPTED)
+    base, named = match[1], match[4]
+    activation: ActivationName = "silu" if named == "SiLU" else "relu"
+    theirs = _ACTIVATIONS[activation]
+    if base == "ResNet-18":
+        return [Layout(partial(ResNet18, activation=activation), "layer4")]
+    if base == "PreActResNet-18":
+        preact = Layout(partial(DeepMindPreActResNet18, activation=theirs), "conv_2d", STATISTICS)
+        own = Layout(partial(PreActResNet18, activation=activation), "bn")
+        bare = Layout(BarePreActResNet18, "layer4")
+        return [*([preact] if named else []), own, *([] if named == "SiLU" else [bare])]
+    depth, widen = int(match[2]), int(match[3])
+    if depth % 6 != 4 or not 10 <= depth <= _MOST or not 1 <= widen <= _MOST:
+        raise SettingError("--architecture", architecture, "a depth of 6 n + 4, such as 28, 34 or 70")
+    wide = partial(DeepMindWideResNet, depth=depth, widen=widen, activation=theirs)
+    usual = partial(WideResNet, depth=depth, widen=widen, activation=activation)
+    return [*([Layout(wide, "init_conv", STATISTICS)] if named else []), Layout(usual, "block1")]
 
 
 def names_there(net: nn.Module) -> dict[str, str]:

@@ -133,7 +133,7 @@ def configuration(made: Publication) -> dict[str, Any]:
     threat = made.experiment.recipe.threat
     return {
         "library_name": "softdefend",
-        "net": asdict(made.experiment.net),
+        "net": {**asdict(made.experiment.net), "pretrained": None},
         "num_classes": len(made.bundle.classes),
         "in_channels": shape[0],
         "image_size": shape[1:],

@@ -107,7 +107,7 @@ def _settings(net: Mapping[str, Any]) -> NetSettings:
         if key not in known:
             accepted = ", ".join(known) + did_you_mean(key, known)
             raise SettingError(f"net.{key}", "an unknown setting", accepted)
-    settings = NetSettings(**net)
+    settings = NetSettings(**{**net, "pretrained": None})
     timm = settings.name.removeprefix("timm:")
     if settings.name not in NAMES and (timm == settings.name or timm.startswith(_FETCHES)):
         accepted = f"{', '.join(NAMES)} or timm:NAME; for any other network give from_pretrained net=NETWORK"
