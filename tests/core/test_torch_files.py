@@ -44,6 +44,7 @@ PICKLES = {
     "a key of doubled tuples": b"\x80\x02}" + DOUBLED + b"K\x01s.",
     "a set of doubled tuples": b"\x80\x02c__builtin__\nset\n]" + DOUBLED + b"a\x85R.",
     "a size of doubled tuples": b"\x80\x02ctorch\nSize\n" + DOUBLED + b"\x85R.",
+    "lists of doubled lists": b"\x80\x02]q\x00" + b"](h\x00h\x00eq\x00" * 60 + b".",
     "many operations": b"\x80\x02" + b"K\x010" * 1_100_000 + b"N.",
     "a memo of 2**30 entries": b"\x80\x02Nr\x00\x00\x00\x40.",
     "memory for nothing": b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",

@@ -160,6 +160,24 @@ def test_normalization_in_the_network_may_stay_and_in_the_file_may_not_be_lost(t
         load_weights_file(net, path)
 
 
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [("mu", "sigma"), ("normalizer.new_mean", "normalizer.new_std"), ("attacker._mean", "attacker._std")],
+)
+def test_a_normalization_of_any_name_in_the_file_may_not_be_lost(mean, std, tmp_path):
+    """Names in the files of RobustBench's networks and of the library robustness."""
+    theirs, net, path = make_net(1), make_net(2), tmp_path / "weights.pt"
+    beside = {mean: torch.full((1, 1, 1), 0.1), std: torch.full((1, 1, 1), 0.3)}
+    torch.save({**renamed(theirs.state_dict(), "model."), **beside}, path)
+    with pytest.raises(SettingError, match=rf"trained behind {mean} and {std}, which the network lacks;"):
+        load_weights_file(net, path)
+    with pytest.raises(SettingError, match=r"where the network has normalize\.mean and normalize\.std;"):
+        load_weights_file(normalize(net, [0.1], [0.25]), path)
+    behind = normalize(net, [0.1], [0.3])
+    assert load_weights_file(behind, path)[-1] == "kept the network's own normalize.mean, normalize.std"
+    assert equal(behind.net, theirs)
+
+
 @pytest.mark.parametrize("value", [torch.zeros(3, dtype=torch.complex64), torch.zeros(3).to_sparse()])
 def test_weights_of_another_kind_do_not_fit(value, tmp_path):
     torch.save({**make_net().state_dict(), "3.bias": value}, tmp_path / "weights.pt")

@@ -77,6 +77,16 @@ def test_any_file_of_weights_with_the_settings_of_its_network(tmp_path: Path):
     assert_same(load_teacher(Teacher(str(tmp_path / "bare.pt"), NET), 4, 1).net, net.get_submodule("net"))
 
 
+def test_a_file_that_holds_itself_and_the_same_again_and_again_is_read_once(tmp_path: Path):
+    held: dict[str, object] = {"state_dict": make().state_dict()}
+    for _ in range(40):
+        held = {"one": held, "other": held}
+    content = {"state_dict": make().state_dict(), "beside": held}
+    content["itself"] = content
+    torch.save(content, tmp_path / "weights.pt")
+    assert_same(load_teacher(Teacher(str(tmp_path / "weights.pt"), NET), 4, 1).net, make())
+
+
 def test_a_module_is_copied_and_left_alone():
     net = make().train()
     loaded = load_teacher(net, 4, 1)

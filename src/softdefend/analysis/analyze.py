@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -28,6 +29,7 @@ from softdefend.core.digest import file_digest, value_digest
 from softdefend.core.errors import SettingError
 from softdefend.core.files import write_atomic
 from softdefend.core.store import ResultStore, plain
+from softdefend.evaluation.settings import check_writable
 from softdefend.report.render import render_page
 from softdefend.report.runs import RunRecord
 from softdefend.training.checkpoint import CheckpointError
@@ -97,13 +99,14 @@ def analyze_runs(
 
 
 def check_output(output: Path, folders: Sequence[str]) -> None:
-    """Refuse an output folder inside a run: run folders stay as they are.
+    """Refuse an output folder inside a run, for run folders stay as they are, and one that cannot be.
 
     Raises:
-        SettingError: it is inside one.
+        SettingError: it is inside one, below a file, or has a name that the system cannot have.
     """
+    check_writable("--output", output / "analysis.json")
     for folder in folders:
-        if output.resolve().is_relative_to(Path(folder).resolve()):
+        if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(folder)):
             raise SettingError("--output", f"{output}, inside the run {folder}", "a folder outside the runs")
 
 

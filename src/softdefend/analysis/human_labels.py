@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def check_exists(flag: str, path: str | None) -> None:
     Raises:
         SettingError: it names the flag.
     """
-    if path is not None and not Path(path).is_file():
+    if path is not None and not os.path.isfile(path):
         raise SettingError(flag, path, "an existing .npz file")
 
 

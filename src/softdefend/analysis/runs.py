@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -172,8 +173,10 @@ def open_runs(folders: Sequence[str], device: torch.device) -> list[AnalyzedRun]
 
 def unique_names(records: Sequence[RunRecord]) -> list[str]:
     """Give each run a name of its own: the recipe, with the seed and the folder where they are needed."""
-    recipe = {run.folder.resolve(): group.label for group in group_runs(records) for run in group.runs}
-    short = [recipe[record.folder.resolve()] for record in records]
+    recipe = {
+        os.path.realpath(run.folder): group.label for group in group_runs(records) for run in group.runs
+    }
+    short = [recipe[os.path.realpath(record.folder)] for record in records]
     seeded = [f"{name}, seed {record.seed}" for name, record in zip(short, records, strict=True)]
     placed = [f"{name} ({record.folder})" for name, record in zip(seeded, records, strict=True)]
     first = [b if short.count(a) > 1 else a for a, b in zip(short, seeded, strict=True)]

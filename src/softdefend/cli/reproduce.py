@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def _study(flags: ReproduceFlags) -> studies.Study:
         raise SettingError("study", repr(flags.study), ", ".join(STUDIES))
     if flags.human is not None and flags.study != "noise":
         raise SettingError("--human", f"{flags.human} with {flags.study}", "it with noise only")
-    if flags.human is not None and not flags.human.is_file():
+    if flags.human is not None and not os.path.isfile(flags.human):
         raise SettingError("--human", flags.human, "an .npz file of labels")
     plans = {"table1": studies.table1, "ablation": studies.ablation}
     study = studies.noise(flags.human) if flags.study == "noise" else plans[flags.study]()

@@ -112,6 +112,8 @@ def sweep(folder: Path, name: str = "*") -> None:
         folder: which may be missing.
         name: of the files to be; all where it is ``*``.
     """
+    if not os.path.isdir(folder):
+        return
     for left in folder.glob(f".{name if name == '*' else glob.escape(name)}.*.tmp"):
         if _TEMPORARY.fullmatch(left.name) and left.is_file():
             with contextlib.suppress(OSError), open(left, "rb+") as file:

@@ -187,7 +187,7 @@ def check_fields(settings: Any, section: str, most: int = WHOLE - 1) -> None:
 def with_checked_arguments(init: Callable[..., None], section: str) -> Callable[..., None]:
     """A constructor that checks the values it is given by :func:`check_type` first.
 
-    Choices among words are left to the class, as in :func:`check_fields`; calls that Python refuses, to it.
+    Choices among words are left to the class, as in :func:`check_fields`, and a wrong call to Python.
 
     Args:
         init: the constructor. What has no type hint is not checked.

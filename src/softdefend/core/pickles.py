@@ -190,11 +190,12 @@ def _check_depth(value: object) -> None:
     level: list[Any] = [value]
     seen = set[int]()
     for _ in range(_MOST_DEEP):
-        level = [item for item in level if isinstance(item, tuple | list | dict) and id(item) not in seen]
-        if not level:
+        held = {id(item): item for item in level if isinstance(item, tuple | list | dict)}
+        fresh = [item for key, item in held.items() if key not in seen]
+        if not fresh:
             return
-        seen.update(map(id, level))
-        level = [one for item in level for one in (item.values() if isinstance(item, dict) else item)]
+        seen.update(held)
+        level = [one for item in fresh for one in (item.values() if isinstance(item, dict) else item)]
     raise BoundsError(f"values nested more than {_MOST_DEEP} deep")
 
 

@@ -6,6 +6,7 @@ Nothing in a weights file is executed: it is safetensors, or a torch file read w
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import warnings
@@ -204,5 +205,5 @@ def save_weights(net: nn.Module, path: Path, metadata: Mapping[str, Any]) -> Non
     # a copy of each: tied weights share memory, which safetensors does not store
     tensors = {name: value.detach().cpu().clone() for name, value in net.state_dict().items()}
     content = to_bytes(tensors, metadata)
-    if not path.is_file() or path.read_bytes() != content:
+    if not os.path.isfile(path) or path.read_bytes() != content:
         write_atomic(path, content)

@@ -26,6 +26,8 @@ _MOST_NAMED = 4
 _EXTRA = "_extra_state"
 _COUNTER = "num_batches_tracked"
 """Of batch normalization; no forward in eval mode uses it, and codes before torch 0.4.1 saved none."""
+_MEAN_AND_STD = (("mean", "std"), ("mu", "sigma"), ("mean", "sigma"))
+"""Endings of the names of an image normalization's buffers, such as ``normalizer.new_mean``."""
 _STATISTICS = ("running_mean", "running_var", _COUNTER)
 
 
@@ -142,7 +144,7 @@ def find_weights(
     if not fitting:
         raise _refusal(path, readings, len(wanted), key)
     (reading,) = fitting
-    _refuse_lost_normalization(path, reading)
+    _refuse_lost_normalization(path, reading, wanted)
     state = {**{name: wanted[name] for name in reading.kept}, **reading.state}
     own = {names.get(name, name): name for name in net.state_dict()}
     return {own[name]: value for name, value in state.items()}, reading.notes
@@ -163,21 +165,42 @@ def _refusal(path: Path, readings: list[Reading], count: int, key: str) -> Setti
     return SettingError(str(path), given, f"the network's {count} weights by name")
 
 
-def _refuse_lost_normalization(path: Path, reading: Reading) -> None:
-    """Weights that were trained behind a normalization are others without it."""
-    for name in reading.left_out:
-        std = name.removesuffix("mean") + "std"
-        if name.rpartition(".")[2] == "mean" and std in reading.left_out:
-            given = f"weights trained behind {name} and {std}, which the network lacks"
-            accepted = "a network that normalizes its input so: softdefend.normalize(net, mean, std)"
-            raise SettingError(str(path), given, accepted)
+def _refuse_lost_normalization(path: Path, reading: Reading, wanted: Mapping[str, Any]) -> None:
+    """Weights that were trained behind a normalization are others without it, and behind another one."""
+    own = list(_normalizations(reading.kept))
+    for mean, std in _normalizations(reading.left_out):
+        given = [reading.beside[mean], reading.beside[std]]
+        if not any(_same_numbers(given, [wanted[name] for name in pair]) for pair in own):
+            lacking = f"where the network has {' and '.join(own[0])}" if own else "which the network lacks"
+            raise SettingError(
+                str(path),
+                f"weights trained behind {mean} and {std}, {lacking}",
+                "a network that normalizes its input so: softdefend.normalize(net, mean, std)",
+            )
+
+
+def _normalizations(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of names that say by which mean and standard deviation images are normalized."""
+    for name in names:
+        for mean, std in _MEAN_AND_STD:
+            other = name.removesuffix(mean) + std
+            if name.endswith(mean) and other in names:
+                yield name, other
+
+
+def _same_numbers(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether tensors hold the same numbers up to float32's rounding, in whatever shape."""
+    if not all(isinstance(value, Tensor) for value in [*one, *other]):
+        return False
+    here, there = (torch.cat([value.flatten().double() for value in values]) for values in (one, other))
+    return here.shape == there.shape and torch.allclose(here, there, rtol=1e-5, atol=1e-6)
 
 
 def _readings(
     content: Mapping[str, Any], parameters: set[str], wanted: Mapping[str, Any]
 ) -> Iterator[Reading]:
     targets = list(_targets(parameters, wanted))
-    for keys, mapping in _mappings(content):
+    for keys, mapping in mappings(content):
         for prefix, names in _groups([n for n, v in mapping.items() if _is_weight(n, v)]).items():
             under = {name.removeprefix(prefix): mapping[name] for name in names}
             bare = _unwrap(under)
@@ -228,8 +251,8 @@ def _form(value: Any) -> Any:
     return f"{list(value.shape)}{kind}"
 
 
-def _mappings(content: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    """All mappings by name, from the file itself inwards, each once; their keys."""
+def mappings(content: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """All mappings by name, from what a file holds inwards, each once, to a bounded depth; their keys."""
     seen = {id(content)}
     level: list[tuple[tuple[str, ...], Mapping[str, Any]]] = [((), content)]
     for _ in range(_DEPTH):

@@ -6,6 +6,7 @@ Written from the files of RobustBench/robustbench (commit 78fcc9e, ``model_info/
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,7 @@ def read_known(path: Path) -> dict[str, Any]:
     Raises:
         SettingError: a file that is no JSON object.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

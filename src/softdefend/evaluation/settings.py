@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,10 +183,16 @@ def check_writable(setting: str, path: Path) -> None:
         path: of the file.
 
     Raises:
-        SettingError: a directory, or a path below a file.
+        SettingError: a directory, a path below a file, or one that the system cannot have.
     """
-    if path.is_dir():
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name too long, a link to itself
+        raise SettingError(setting, f"{path} ({error.strerror})", "a file to write") from error
+    if os.path.isdir(path):
         raise SettingError(setting, f"{path}, a directory", "a file to write")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir():
+    above = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    if not os.path.isdir(above):
         raise SettingError(setting, f"{path}, below the file {above}", "a file to write, in a directory")

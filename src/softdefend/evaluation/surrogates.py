@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -23,7 +23,7 @@ def surrogate_names(paths: Sequence[str]) -> list[str]:
     Raises:
         SettingError: two have one name.
     """
-    names = [Path(path).resolve().name.removesuffix(".safetensors") for path in paths]
+    names = [os.path.basename(os.path.realpath(path)).removesuffix(".safetensors") for path in paths]
     if len(set(names)) < len(names):
         raise SettingError("--transfer", ", ".join(paths), "surrogates with different names")
     return names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -81,7 +82,7 @@ class BenchSettings:
         for preset in self.presets:
             if isinstance(resolve(["--preset", preset]).recipe.label, KD):
                 raise SettingError("bench.presets", preset, "recipes without trained teachers")
-        if self.reference is not None and not (Path(self.reference) / "losses" / "loss.py").is_file():
+        if self.reference is not None and not os.path.isfile(Path(self.reference) / "losses" / "loss.py"):
             raise SettingError("bench.reference", self.reference, "a checkout of devicerxx/SGLS")
 
 

@@ -8,6 +8,7 @@ form can stand in their place.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -58,7 +59,7 @@ def find(kind: str, name: str) -> Path:
     shipped = packaged(kind)
     if name in shipped:
         return shipped[name]
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return Path(name)
     accepted = f"the path of a YAML file, or one of {', '.join(shipped)}{did_you_mean(name, shipped)}"
     raise SettingError(f"--{kind}", repr(name), accepted)

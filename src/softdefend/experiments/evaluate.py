@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,7 @@ def open_run(folder: Path) -> Experiment:
         SettingError: no such run, or one trained from Python with a network of its own.
     """
     path = folder / "config.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise SettingError("run", folder, "a run folder (it holds a config.yaml)")
     config = read_yaml(path)
     if OUTSIDE in config:
@@ -151,7 +152,7 @@ def load_surrogates(paths: Sequence[str], net: nn.Module, bundle: DataBundle) ->
 
 def _load_surrogate(path: Path, net: nn.Module, bundle: DataBundle) -> nn.Module:
     try:
-        if path.is_dir():
+        if os.path.isdir(path):
             made = make_net(open_run(path), bundle)
             load_weights(made, path / "best.safetensors")
             check_place(path / "best.safetensors")
@@ -340,7 +341,7 @@ def evaluate_robustbench(
 def _refuse_run(folder: Path) -> None:
     """An evaluation never takes the place of a training run."""
     path = folder / "config.yaml"
-    if path.is_file() and OUTSIDE not in read_yaml(path):
+    if os.path.isfile(path) and OUTSIDE not in read_yaml(path):
         raise SettingError(
             "--output", f"{folder}, a training run", "a new folder, or one written by --output"
         )

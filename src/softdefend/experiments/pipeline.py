@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ def make_trainer(experiment: Experiment, bundle: DataBundle) -> Trainer:
     others = has_checkpoints(experiment.folder) or experiment.init_from is not None
     net = make_net(experiment, bundle, pretrained=not others)
     check_trainable(net, bundle, experiment)
-    if experiment.folder.is_dir():
+    if os.path.isdir(experiment.folder):
         check_writable("evaluation", experiment.folder / "evaluation" / "best.json")
     return Trainer(net, bundle, experiment, experiment.folder, progress=experiment.progress)
 

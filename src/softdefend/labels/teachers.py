@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +16,7 @@ from softdefend.core.errors import SettingError
 from softdefend.core.identity import check_place
 from softdefend.core.safetensors_files import open_safetensors
 from softdefend.core.weight_files import load_weights_file, read_weights
+from softdefend.core.weight_names import mappings
 from softdefend.core.yaml_files import read_yaml
 from softdefend.execution.network_mode import frozen_copy
 from softdefend.models import NetSettings, build
@@ -52,9 +52,9 @@ def check_teacher_path(given: str, setting: str) -> None:
         SettingError: there is nothing, or a run folder without weights.
     """
     path = Path(given).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):
         raise SettingError(setting, f"{path}, no such file or folder", _ACCEPTED)
-    if path.is_dir() and not (path / "best.safetensors").is_file():
+    if os.path.isdir(path) and not (path / "best.safetensors").is_file():
         raise SettingError(setting, f"{path}, without best.safetensors", _ACCEPTED)
 
 
@@ -75,16 +75,16 @@ def load_teacher(given: object, k: int, channels: int) -> LoadedTeacher:
         raise SettingError("teacher", f"a {type(given).__name__}", "a path, a Teacher or a torch.nn.Module")
     teacher = given if isinstance(given, Teacher) else Teacher(str(given))
     path = Path(teacher.weights).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):
         raise SettingError(str(path), "no such file or folder", _ACCEPTED)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / "best.safetensors"
     config = path.parent / "config.yaml"
     settings = teacher.net or _trained_net(config)
     if path.suffix == ".safetensors":
         check_place(path)
     content = read_weights(path)
-    normalizes = any(name.endswith("normalize.mean") for name in _names(content))
+    normalizes = any(name.endswith("normalize.mean") for _, held in mappings(content) for name in held)
     shape = _trained_shape(path.parent) if config.is_file() else None
     with torch.random.fork_rng(devices=[]):  # the network is drawn on the CPU
         net = build(
@@ -140,8 +140,3 @@ def _trained_shape(folder: Path) -> tuple[int, ...] | None:
         with contextlib.suppress(OSError, SafetensorError), open_safetensors(path) as file:
             return tuple(file.get_slice("image").get_shape()[1:])
     return None
-
-
-def _names(content: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in content.items():
-        yield from _names(value) if isinstance(value, Mapping) else (name,)

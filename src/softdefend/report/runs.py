@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +114,7 @@ def read_run(folder: Path) -> RunRecord:
     """
     folder = Path(folder)
     config_path = folder / "config.yaml"
-    if not config_path.is_file():
+    if not os.path.isfile(config_path):
         accepted = "a run folder written by training (it holds config.yaml)"
         raise SettingError("run folder", folder, accepted)
     config = read_yaml(config_path)
@@ -158,7 +159,7 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     Runs of one name that differ in :data:`GROUP_SECTIONS` are different recipes; what differs then becomes
     part of the label. A folder given twice counts once.
     """
-    unique = {run.folder.resolve(): run for run in runs}.values()
+    unique = {os.path.realpath(run.folder): run for run in runs}.values()
     groups: dict[_Key, list[RunRecord]] = {}
     for run in unique:
         groups.setdefault(_key(run), []).append(run)

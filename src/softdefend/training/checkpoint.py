@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,8 @@ class CheckpointFolder:
         return self._paths()
 
     def _paths(self) -> list[Path]:
-        return sorted(filter(_is_named, self.folder.glob("step-*.ckpt")), key=step_of)
+        found = self.folder.glob("step-*.ckpt") if os.path.isdir(self.folder) else ()
+        return sorted(filter(_is_named, found), key=step_of)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write the state after ``step`` updates, then delete the oldest checkpoints.
@@ -181,7 +183,7 @@ class CheckpointFolder:
             return load(path, device)
         except CheckpointError as damaged:
             error = damaged
-            if chosen is not None and not chosen.is_file():
+            if chosen is not None and not os.path.isfile(chosen):
                 given = f"{chosen} ({damaged.given})"
                 error = CheckpointError("resume", given, "a checkpoint file of this run")
             for other in reversed([p for p in paths if p != path]):

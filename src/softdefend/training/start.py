@@ -93,7 +93,7 @@ def check_resume(chosen: Path, folder: Path) -> None:
     assert state is not None
     accepted = f"a checkpoint of the run in the folder; --init_from {chosen} starts a new run from it"
     config = folder / "config.yaml"
-    if not config.is_file():
+    if not os.path.isfile(config):
         raise CheckpointError("resume", f"{chosen}, and no run in {folder}", accepted)
     if state.get("settings") != settings_digest(read_yaml(config)):
         raise CheckpointError("resume", f"{chosen}, of another run than that in {folder}", accepted)
@@ -121,7 +121,7 @@ def _find(given: str) -> Path:
         SettingError: there is none, or weights of another run than that in whose folder they lie.
     """
     path = Path(given).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / "best.safetensors"
     try:
         check_regular(path)
@@ -135,9 +135,12 @@ def _digest(path: Path, wanted: str | None) -> str:
     """sha256 (hex) of the file.
 
     Raises:
-        SettingError: it is another one than is wanted.
+        SettingError: it cannot be read, or is another one than is wanted.
     """
-    found = file_digest(path)
+    try:
+        found = file_digest(path)
+    except OSError as error:
+        raise SettingError("init_from", f"{path} ({error.strerror})", _ACCEPTED) from error
     if wanted not in (None, found):
         raise SettingError("init_from", f"{path} of sha256 {found}", f"the file of sha256 {wanted}")
     return found

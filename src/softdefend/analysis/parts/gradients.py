@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,8 +77,8 @@ class Gradients(NetworkPart):
         folder = self.request.reference
         if folder is None:
             return
-        opened = {run.folder.resolve(): run for run in runs}
-        run = opened.get(Path(folder).resolve()) or open_runs([folder], runs[0].device)[0]
+        opened = {os.path.realpath(run.folder): run for run in runs}
+        run = opened.get(os.path.realpath(folder)) or open_runs([folder], runs[0].device)[0]
         weights = find_weights(run.folder, ["best"])
         if not weights:
             raise SettingError("--reference", folder, "a run with a best checkpoint")
