@@ -13,6 +13,7 @@ from softdefend.attacks.base import Attack, Randomness, larger, pick, value_and_
 from softdefend.attacks.losses import FROM_CLEAN, AttackLoss, OwnLoss, check_loss, hard_label, named
 from softdefend.attacks.names import ATTACKS, COUNTS, EOT, LOSS
 from softdefend.core.errors import SettingError
+from softdefend.core.goals import fooled
 from softdefend.core.threat import Budget, Norm, ThreatModel
 from softdefend.execution.context import ActiveImages, AttackContext
 from softdefend.execution.counting import CountingModel, Forward
@@ -64,6 +65,7 @@ class PGD(Attack):
     eot: int = 1
     """Forwards whose gradients are averaged at each step, >= 1."""
     randomness: ClassVar[Randomness] = "image"
+    takes_target: ClassVar[bool] = True
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
     several_batches: ClassVar[bool] = True
     pattern: ClassVar[str] = rf"pgd(?=-\d){COUNTS}{LOSS}{EOT}"
@@ -93,6 +95,12 @@ class PGD(Attack):
         """``pgd-20``, ``pgd-20-margin``, ``pgd-50x10`` (restarts), ``pgd-20-eot10``."""
         suffix = ("" if self.loss == "ce" else f"-{self.loss}") + eot_suffix(self.eot)
         return f"pgd-{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "") + suffix
+
+    def check_target(self) -> None:
+        """See :meth:`Attack.check_target`: the losses ``ce`` and ``margin`` alone know targets."""
+        super().check_target()
+        if self.loss not in ("ce", "margin"):
+            raise SettingError("attack.loss", repr(self.loss), "ce or margin for a target")
 
     def run(
         self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
@@ -127,7 +135,7 @@ class PGD(Attack):
                 return x_adv
             with torch.no_grad():
                 logits = active.net(x_adv)
-                wrong = logits.argmax(1) != label
+                wrong = fooled(logits, label)
                 if context.loss is not None:  # which may have another goal than a wrong class
                     wrong = torch.zeros_like(wrong)
                 reached = _Reached(x_adv, wrong, loss(logits))
@@ -272,6 +280,7 @@ class FGSM(Attack):
     eot: int = 1
     """Forwards whose gradients are averaged, >= 1."""
     randomness: ClassVar[Randomness] = "none"
+    takes_target: ClassVar[bool] = True
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
     pattern: ClassVar[str] = f"fgsm{LOSS}{EOT}"
     suffix: ClassVar[str | None] = "[-margin|-kl|-match|-MODULE:FUNCTION][-eotFORWARDS]"
@@ -285,6 +294,12 @@ class FGSM(Attack):
     def name(self) -> str:
         """``fgsm``, or ``fgsm-margin``, ``fgsm-eot20`` and the like."""
         return "fgsm" + ("" if self.loss == "ce" else f"-{self.loss}") + eot_suffix(self.eot)
+
+    def check_target(self) -> None:
+        """See :meth:`Attack.check_target`: the losses ``ce`` and ``margin`` alone know targets."""
+        super().check_target()
+        if self.loss not in ("ce", "margin"):
+            raise SettingError("attack.loss", repr(self.loss), "ce or margin for a target")
 
     def run(
         self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext

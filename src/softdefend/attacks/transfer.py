@@ -49,6 +49,7 @@ class Transfer(Attack):
     source: str = ""
     """What the surrogates are called, for the name."""
     suffix: ClassVar[str | None] = None
+    takes_target: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +71,10 @@ class Transfer(Attack):
     def check(self, threat: ThreatModel) -> None:
         """See :meth:`Attack.check`: whatever the inner attack takes."""
         self.attack.check(threat)
+
+    def check_target(self) -> None:
+        """See :meth:`Attack.check_target`: what the inner attack refuses."""
+        self.attack.check_target()
 
     @classmethod
     def from_name(cls, name: str) -> Self | None:

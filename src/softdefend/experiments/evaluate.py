@@ -128,6 +128,7 @@ def evaluate_run(
         architecture=experiment.net.name,
         run=run_identity(experiment, bundle),
         progress=experiment.progress,
+        targeted=settings.targeted,
     )
     return evaluate_checkpoint(source, settings, requests, device=device)
 
@@ -221,6 +222,7 @@ def evaluate_network(
         architecture=type(net).__name__,
         origin=str((origin or {}).get("model", type(net).__qualname__)),
         progress=progress,
+        targeted=settings.targeted,
     )
     _write_folder(source, origin or {})
     result = evaluate_checkpoint(source, settings, requests, device=chosen)
