@@ -88,7 +88,7 @@ def test_seeds_that_no_generator_takes_are_refused(seed: int, run_folder: Path, 
 LAST = ["--which", "last", "--size", "12", "--curve_size", "0", "--attacks", "fgsm"]
 
 
-# --- classes to reach, other norms ---------------------------------------------------------------------------
+# --- classes to reach, other norms ------------------------------------------------------------------------
 
 
 def test_a_targeted_result_lies_beside_the_runs_own(
