@@ -85,9 +85,51 @@ def test_seeds_that_no_generator_takes_are_refused(seed: int, run_folder: Path, 
     assert EvaluateSettings(seed=2**63 - 1).seed == 2**63 - 1
 
 
-# --- what is there already ----------------------------------------------------------------------------------
-
 LAST = ["--which", "last", "--size", "12", "--curve_size", "0", "--attacks", "fgsm"]
+
+
+# --- classes to reach, other norms ------------------------------------------------------------------------
+
+
+def test_a_targeted_result_lies_beside_the_runs_own(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = (run_folder / "evaluation" / "last.json").read_bytes()
+    words = ["evaluate", str(run_folder), *LAST, "--attacks", "pgd-3", "--targeted", "3", "--eps", "0.4"]
+    done(words, capsys)
+    found = result(run_folder, "last-linf-0.4-targeted-3")
+    assert (found["targeted"], found["n"] + found["left_out"]) == ("3", 12)
+    assert found["left_out"] > 0
+    assert found["attacks"]["pgd-3"]["reached"]["n"] == found["n"]
+    assert (run_folder / "evaluation" / "last.json").read_bytes() == own
+    assert not attacked_again(words, capsys, monkeypatch)
+    assert attacked_again([*words, "--targeted", "random"], capsys, monkeypatch)
+
+
+def test_targets_that_cannot_be_are_refused(run_folder: Path, refused: Refused) -> None:
+    words = ["evaluate", str(run_folder), *LAST]
+    refused([*words, "--targeted", "nearest"], "evaluate.targeted", "nearest", "next, random, least-likely")
+    refused([*words, "--targeted", "10"], "evaluate.targeted", "10", "from 0 to 9")
+    refused([*words, "--targeted", "next", "--audit"], "evaluate.targeted", "next", "--audit")
+    refused([*words, "--targeted", "next", "--attacks", "pgd-3-kl"], "attack.loss", "kl", "ce or margin")
+
+
+def test_a_run_is_attacked_in_other_norms(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", str(run_folder), *LAST]
+    done([*words, "--norm", "l1", "--eps", "2", "--attacks", "pgd-3", "apgd-ce-5", "fmn-5"], capsys)
+    assert set(result(run_folder, "last-l1-2")["attacks"]) == {"pgd-3", "apgd-ce-5", "fmn-5"}
+    done([*words, "--norm", "l0", "--eps", "5", "--attacks", "sigma-zero-20"], capsys)
+    found = result(run_folder, "last-l0-5")
+    assert found["attacks"]["sigma-zero-20"]["count"] <= found["clean"]["count"]
+
+
+def test_what_l0_does_not_have_is_refused(run_folder: Path, refused: Refused) -> None:
+    words = ["evaluate", str(run_folder), *LAST, "--norm", "l0", "--eps", "5", "--attacks"]
+    refused([*words, "pgd-3"], "threat.norm", "l0", "l0 has sigma-zero")
+    refused([*words, "sigma-zero", "--audit"], "threat.norm", "l0", "--audit")
+
+
+# --- what is there already ----------------------------------------------------------------------------------
 
 
 def attacked_again(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch) -> bool:

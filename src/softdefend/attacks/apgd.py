@@ -29,6 +29,7 @@ from softdefend.attacks.losses import (
 )
 from softdefend.attacks.names import ATTACKS, COUNTS, count_suffix
 from softdefend.core.errors import SettingError
+from softdefend.core.goals import classes_of, fooled, reaches
 from softdefend.core.threat import Norm, ThreatModel
 from softdefend.execution.context import ActiveImages, AttackContext, steps_until_packing
 from softdefend.execution.counting import CountingModel, Forward
@@ -76,6 +77,7 @@ class APGD(Attack):
     multi_eps: bool = True
     """In l1, begin in larger balls."""
     several_batches: ClassVar[bool] = True
+    takes_target: ClassVar[bool] = True
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
     pattern: ClassVar[str] = rf"apgd-(?P<loss>ce|dlr){COUNTS}(?:-eot(?P<eot>\d+))?"
     suffix: ClassVar[str | None] = "[-STEPS[xRESTARTS]][-eotFORWARDS]"
@@ -107,7 +109,7 @@ class APGD(Attack):
         search = _Search(net, context, threat, self.steps, self.rho, self.eot, self.multi_eps)
         if context.loss is not None:
             return search.climb(context.loss, image, self.restarts)
-        loss = _cross_entropy if self.loss == "ce" else _dlr
+        loss = _cross_entropy if self.loss == "ce" else _towards if reaches(label) else _dlr
         return search.fool(loss, [label] * self.restarts, image, hard_label(label))
 
 
@@ -119,8 +121,8 @@ class TargetedAPGD(Attack):
 
     The classes are ranked by the clean logits; each is tried on the samples that are still right. With k
     classes there are at most k - 1 of them, and below four classes the ratio is the bare difference of two
-    logits. Which image a sample gets: as in :class:`APGD`. A ``loss`` given by the caller has no class to
-    reach, so each class is one more random start.
+    logits. A target of the caller takes the place of all. Which image a sample gets: as in :class:`APGD`. A
+    ``loss`` given by the caller has no class to reach, so each class is one more random start.
 
     Args:
         steps: iterations per class, >= 1.
@@ -143,6 +145,7 @@ class TargetedAPGD(Attack):
     multi_eps: bool = True
     """In l1, begin in larger balls."""
     several_batches: ClassVar[bool] = True
+    takes_target: ClassVar[bool] = True
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
     pattern: ClassVar[str] = rf"apgd-t{COUNTS}"
     suffix: ClassVar[str | None] = "[-STEPS[xRESTARTS]]"
@@ -169,6 +172,8 @@ class TargetedAPGD(Attack):
         if context.loss is not None:
             return search.climb(context.loss, image, self.targets * self.restarts)
         label = hard_label(label)
+        if reaches(label):
+            return search.fool(_towards, [label] * self.restarts, image, label)
         classes = _likeliest_wrong(net.clean_logits(image), label, self.targets)
         targets = [target for target in classes for _ in range(self.restarts)]
         return search.fool(targeted_dlr, targets, image, label)
@@ -203,6 +208,13 @@ def _cross_entropy(logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
 
 def _dlr(logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
     return dlr(logits, target)
+
+
+def _towards(logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
+    """The targeted ratio of a goal, against the best other class in the place of the true one."""
+    reached = classes_of(target)
+    other = logits.detach().scatter(1, reached[:, None], -math.inf).argmax(dim=1)
+    return targeted_dlr(logits, other, reached)
 
 
 def _callers(loss: AttackLoss) -> _Loss:
@@ -314,7 +326,7 @@ class _Step:
         """Keep a wrong image where the network is fooled at ``state.x_adv``."""
         if not self.fooling:
             return state
-        wrong = logits.argmax(dim=1) != given.label
+        wrong = fooled(logits, given.label)
         fresh = wrong & (~state.claimed | (value > state.depth))
         return state._replace(
             candidate=pick(fresh, state.x_adv, state.candidate),
@@ -374,7 +386,7 @@ class _Search:
         """One search per target ([n] or [n, k]), over the samples that are right so far."""
         best = image.clone(memory_format=torch.contiguous_format)
         value = image.new_full((len(image),), -math.inf)
-        value.masked_fill_(self.net.clean_logits(image).argmax(dim=1) != label, math.inf)
+        value.masked_fill_(fooled(self.net.clean_logits(image), label), math.inf)
         step = self._step(loss, fooling=True)
         results = {"best": best, "value": value}
         for number, left in self.context.searches(len(targets), results, lambda: value < math.inf):
@@ -485,7 +497,7 @@ def _begin(step: _Step, net: Forward, given: _Given, x_adv: Tensor, share: float
     """At ``x_adv``; in l1 the first steps change a ``share`` of the values, or what follows from it."""
     x_adv = x_adv.clamp(0, 1)
     logits, value, grad = step.evaluate(net, given, x_adv)
-    changed, shares = torch.zeros_like(given.label), torch.zeros_like(value)
+    changed, shares = torch.zeros_like(value, dtype=torch.int64), torch.zeros_like(value)
     if step.threat.norm == "l1":
         changed = apgd_l1.changed(given.image, x_adv)
         shares = apgd_l1.share_of(changed, x_adv)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from softdefend.attacks.losses import AttackLoss, image_gradient
 from softdefend.core.errors import SettingError
+from softdefend.core.goals import reaches, to_reach
 from softdefend.core.hints import check_fields
 from softdefend.core.threat import Norm, ThreatModel
 from softdefend.execution.context import AttackContext
@@ -54,6 +55,10 @@ class Attack(ABC):
     precision; where nothing is random, on as many images as fit."""
     minimizes_distance: ClassVar[bool] = False
     """Whether the attack looks for the closest wrong image: it then has no use for a caller's loss."""
+    takes_target: ClassVar[bool] = False
+    """Whether ``label`` may be a goal to reach (:mod:`softdefend.core.goals`): the attack then asks
+    ``fooled(logits, label)`` where it would compare an answer with the label, and climbs losses that know
+    goals, as those of :mod:`softdefend.attacks.losses` do."""
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2")
     """The norms that the attack is made for."""
     pattern: ClassVar[str] = ""
@@ -99,6 +104,15 @@ class Attack(ABC):
             hint = f"; {norm} has {_MADE_FOR[norm]}" if norm in _MADE_FOR else ""
             raise SettingError("threat.norm", norm, f"{' or '.join(self.norms)} under {self.name}{hint}")
 
+    def check_target(self) -> None:
+        """Refuse a class to be reached where the attack knows only labels.
+
+        Raises:
+            SettingError: it does.
+        """
+        if not self.takes_target:
+            raise SettingError("attack.target", "classes to reach", f"none: {self.name} has no targeted form")
+
     @abstractmethod
     def run(
         self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
@@ -109,7 +123,7 @@ class Attack(ABC):
             net: images [b, c, h, w] to logits [b, k].
             image: [b, c, h, w] float32 in [0, 1].
             label: [b] int64; or probabilities [b, k], from a caller who trains (see
-                :func:`~softdefend.attacks.losses.hard_label`).
+                :func:`~softdefend.attacks.losses.hard_label`); or, with :attr:`takes_target`, a goal.
             threat: the set the result stays in.
             context: the caller's loss if there is one (``context.loss``), and the source of every random
                 draw: ``context.generator``, or for an attack of several batches ``context.random``.
@@ -123,6 +137,7 @@ class Attack(ABC):
         label: Tensor,
         threat: ThreatModel,
         *,
+        target: Tensor | None = None,
         loss: AttackLoss | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -134,18 +149,41 @@ class Attack(ABC):
             image: [b, c, h, w] float32 in [0, 1].
             label: [b] int64, or probabilities [b, k].
             threat: the set the result stays in.
+            target: classes to be reached, [b] integers; the label then does not matter, and only the target
+                is a success.
             loss: what to climb, in place of the attack's own loss.
             generator: source of every random draw, on the device of ``image``; torch's own when None.
 
         Raises:
-            SettingError: what :meth:`check` refuses; a ``loss`` for an attack that minimises the distance.
+            SettingError: what :meth:`check` refuses; a ``loss`` for an attack that minimises the distance; a
+                ``target`` of another shape or type, beside a ``loss``, or for an attack without a targeted
+                form.
         """
+        if target is not None:
+            if loss is not None:
+                raise SettingError("attack.target", "a target and a loss", "one of both")
+            label = self.goal(target, len(image))
         if loss is not None and self.minimizes_distance:
             raise SettingError("attack.loss", "a loss", f"none: {self.name} minimises the distance")
         self.check(threat)
         model = CountingModel(net, len(image))
         context = AttackContext(model, CallerRandomness(generator, len(image)), loss=loss)
         return self.run(model, image, label, threat, context)
+
+    @final
+    def goal(self, target: Tensor, n: int) -> Tensor:
+        """The goal to reach these classes, in the place of the labels.
+
+        Raises:
+            SettingError: not n integers, one below zero, or an attack without a targeted form.
+        """
+        self.check_target()
+        if target.shape != (n,) or target.is_floating_point() or target.dtype == torch.bool:
+            given = f"{target.dtype} {list(target.shape)}".removeprefix("torch.")
+            raise SettingError("attack.target", given, f"class numbers [{n}] int64")
+        if n and int(target.amin()) < 0:
+            raise SettingError("attack.target", int(target.amin()), "class numbers from 0")
+        return to_reach(target)
 
     @final
     def run_batches(
@@ -156,7 +194,7 @@ class Attack(ABC):
         Args:
             net: the network for all n images.
             image: [n, c, h, w] float32 in [0, 1].
-            label: [n] int64.
+            label: [n] int64, or a goal to reach.
             threat: the set the result stays in.
             context: of all n images.
 
@@ -164,6 +202,8 @@ class Attack(ABC):
             Adversarial images [n, c, h, w].
         """
         self.check(threat)
+        if reaches(label):
+            self.check_target()
         if self.several_batches:
             return self.run(net, image, label, threat, context)
         batches = context.random.batches(image.device)

@@ -14,6 +14,7 @@ from softdefend.attacks.minimal import Closest, MinimalAttack
 from softdefend.attacks.names import ATTACKS, COUNTS, EOT, count_suffix
 from softdefend.attacks.pgd import PGD, eot_suffix
 from softdefend.core.errors import SettingError
+from softdefend.core.goals import fooled
 from softdefend.core.threat import Norm
 from softdefend.execution.counting import CountingModel, Forward
 
@@ -71,6 +72,7 @@ class CWL2(MinimalAttack):
     """Learning rate of Adam, > 0."""
     first_c: float = 1e-3
     """The first c, > 0."""
+    takes_target: ClassVar[bool] = True
     norms: ClassVar[tuple[Norm, ...]] = ("l2",)
     pattern: ClassVar[str] = r"cw-l2(?:-(?P<rounds>\d+)x(?P<steps>\d+))?"
     suffix: ClassVar[str | None] = "[-ROUNDSxSTEPS]"
@@ -104,16 +106,16 @@ class CWL2(MinimalAttack):
         closest, logits = Closest(image, norm), net(image)
         check_classes(logits)
         everyone = torch.arange(len(image), device=image.device)
-        closest.update(everyone, image, logits.argmax(dim=1) != label)
+        closest.update(everyone, image, fooled(logits, label))
         c = image.new_full((len(image),), self.first_c)
         low, high = torch.zeros_like(c), torch.full_like(c, math.inf)
         for _ in range(self.rounds):
             rows = (closest.distance > enough).nonzero().flatten()
             if not len(rows):
                 break
-            fooled = self._round(net, closest, rows, label[rows], c[rows], enough)
-            high[rows] = torch.where(fooled, c[rows], high[rows])
-            low[rows] = torch.where(fooled, low[rows], c[rows])
+            found = self._round(net, closest, rows, label[rows], c[rows], enough)
+            high[rows] = torch.where(found, c[rows], high[rows])
+            low[rows] = torch.where(found, low[rows], c[rows])
             c = torch.where(high.isfinite(), (low + high) / 2, 10 * low)
         return closest.image, closest.distance
 
@@ -121,7 +123,7 @@ class CWL2(MinimalAttack):
         self, net: Forward, closest: Closest, rows: Tensor, label: Tensor, c: Tensor, enough: float
     ) -> Tensor:
         """Adam from the images at one c each; whether a wrong point was met, [m]."""
-        fooled = torch.zeros_like(label, dtype=torch.bool)
+        met = torch.zeros_like(label, dtype=torch.bool)
         image = closest.clean[rows]
         # The authors' factor: keeps the argument of pixels at 0 and 1 finite.
         argument = ((2 * image - 1) * (1 - 1e-6)).atanh()
@@ -131,7 +133,7 @@ class CWL2(MinimalAttack):
         for step in range(self.steps):
             x_adv, wrong, loss, grad = _descend(net, argument, image, label, c)
             closest.update(rows, x_adv, wrong)
-            fooled[place] |= wrong
+            met[place] |= wrong
             mean, square = torch.lerp(grad, mean, 0.9), torch.lerp(grad.square(), square, 0.999)
             scale = (square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
             argument = argument - self.lr / (1 - 0.9 ** (step + 1)) * mean / scale
@@ -146,7 +148,7 @@ class CWL2(MinimalAttack):
                 )
             if not len(left):
                 break
-        return fooled
+        return met
 
 
 def _descend(
@@ -162,4 +164,4 @@ def _descend(
         right_by = (-margin(logits, label)).clamp_min(0)
         loss = (x_adv - image).square().sum(dim=(1, 2, 3)) + c * right_by
         (grad,) = torch.autograd.grad(loss.sum(), argument)
-    return x_adv.detach(), logits.argmax(dim=1) != label, loss.detach(), grad.nan_to_num(0, 0, 0)
+    return x_adv.detach(), fooled(logits, label), loss.detach(), grad.nan_to_num(0, 0, 0)

@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from softdefend.attacks.losses import check_classes, check_differentiable, image_gradient
+from softdefend.attacks.losses import check_classes, check_differentiable, image_gradient, margin
 from softdefend.attacks.minimal import Closest, MinimalAttack, reach, steepest
 from softdefend.attacks.names import ATTACKS
 from softdefend.core.errors import SettingError
+from softdefend.core.goals import classes_of, fooled, reaches
 from softdefend.core.threat import Norm
 from softdefend.execution.counting import CountingModel
 
@@ -43,6 +44,7 @@ class DeepFool(MinimalAttack):
     """Runner-up classes looked at, >= 1."""
     overshoot: float = 0.02
     """Share by which a step goes beyond the boundary, >= 0."""
+    takes_target: ClassVar[bool] = True
     pattern: ClassVar[str] = r"deepfool(?:-(?P<steps>\d+))?"
     suffix: ClassVar[str | None] = "[-STEPS]"
 
@@ -77,10 +79,14 @@ class DeepFool(MinimalAttack):
                 logits = net(x_adv)
             check_classes(logits)
             check_differentiable(logits)
-            wrong = logits.argmax(dim=1) != label
+            wrong = fooled(logits, label)
             closest.update(rows, x_adv.detach(), wrong)
             if targets is None:
-                targets = _runners_up(logits.detach(), label, self.targets)
+                targets = (
+                    classes_of(label)[:, None]
+                    if reaches(label)
+                    else _runners_up(logits.detach(), label, self.targets)
+                )
             left = (~wrong).nonzero().flatten()
             if not len(left):
                 break
@@ -91,7 +97,7 @@ class DeepFool(MinimalAttack):
             if len(left) < len(rows):
                 rows, label, targets, x_adv = (x[left] for x in (rows, label, targets, x_adv))
         else:
-            closest.update(rows, x_adv, net(x_adv).argmax(dim=1) != label)
+            closest.update(rows, x_adv, fooled(net(x_adv), label))
         return closest.image, closest.distance
 
     def _shift(self, logits: Tensor, x_adv: Tensor, label: Tensor, targets: Tensor, norm: Norm) -> Tensor:
@@ -102,9 +108,7 @@ class DeepFool(MinimalAttack):
         shift, nearest = torch.zeros_like(x_adv), x_adv.new_full((len(x_adv),), math.inf)
         for column in range(targets.shape[1]):
             with torch.enable_grad():
-                gap = (
-                    logits.gather(1, targets[:, column, None]) - logits.gather(1, label[:, None])
-                ).flatten()
+                gap = _gap(logits, label, targets[:, column])
                 slope = image_gradient(gap, x_adv, keep_graph=column + 1 < targets.shape[1])
             way, growth = steepest(slope.nan_to_num(0, 0, 0), norm)
             distance = reach(gap.detach().to(growth), growth)
@@ -112,6 +116,13 @@ class DeepFool(MinimalAttack):
             shift = torch.where(closer.view(-1, 1, 1, 1), step.view(-1, 1, 1, 1) * way, shift)
             nearest = torch.where(closer, distance, nearest)
         return shift
+
+
+def _gap(logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
+    """The target's logit minus the label's, or the best other one where it is to be reached, [m]."""
+    if reaches(label):
+        return margin(logits, label)
+    return (logits.gather(1, target[:, None]) - logits.gather(1, label[:, None])).flatten()
 
 
 def _runners_up(logits: Tensor, label: Tensor, most: int) -> Tensor:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from softdefend.attacks.base import Attack, value_and_gradient
-from softdefend.attacks.losses import check_classes, hard_label, image_gradient
+from softdefend.attacks.losses import check_classes, hard_label, image_gradient, margin
 from softdefend.attacks.names import ATTACKS, COUNTS, count_suffix
 from softdefend.core.errors import SettingError
+from softdefend.core.goals import fooled, reaches
 from softdefend.core.threat import Norm, ThreatModel
 from softdefend.execution.context import ActiveImages, AttackContext, steps_until_packing
 from softdefend.execution.counting import CountingModel, Forward, RowsModel
@@ -66,6 +67,7 @@ class FAB(Attack):
     """Towards one class after the other, or always towards the closest."""
     several_batches: ClassVar[bool] = True
     minimizes_distance: ClassVar[bool] = True
+    takes_target: ClassVar[bool] = True
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
     pattern: ClassVar[str] = rf"fab(?:-t)?{COUNTS}"
     suffix: ClassVar[str | None] = "[-STEPS[xRESTARTS]]"
@@ -116,13 +118,14 @@ class FAB(Attack):
         label: Tensor,
         norm: Norm,
         *,
+        target: Tensor | None = None,
         enough: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The closest wrong image found, at any distance.
 
         Args:
-            net, image, label: see :meth:`Attack.__call__`.
+            net, image, label, target: see :meth:`Attack.__call__`.
             norm: of the distance.
             enough: a distance in pixel units at which the search for a sample stops. Restarts begin half of
                 it away from the image.
@@ -138,7 +141,8 @@ class FAB(Attack):
         self.check_norm(norm)
         model = CountingModel(net, len(image))
         context = AttackContext(model, CallerRandomness(generator, len(image)))
-        return self._closest(model, image, hard_label(label), norm, enough, context)
+        goal = hard_label(label) if target is None else self.goal(target, len(image))
+        return self._closest(model, image, goal, norm, enough, context)
 
     @torch.no_grad()
     def _closest(
@@ -156,7 +160,7 @@ class FAB(Attack):
         plan = [
             (target, restart) for target in self._targets(logits, label) for restart in range(self.restarts)
         ]
-        right = logits.argmax(dim=1) == label
+        right = ~fooled(logits, label)
         closest, distance = image.clone(), image.new_zeros(len(image)).masked_fill(right, math.inf)
         results = {"closest": closest, "distance": distance}
         for number, left in context.searches(len(plan), results, lambda: distance > enough):
@@ -166,7 +170,7 @@ class FAB(Attack):
                 noise = context.random.batch_noise(start, left, normal=norm != "linf")
                 start = _away(start, noise, 0.5 * enough, norm)
             for rows, part in zip(context.portions(left), context.portions(start), strict=True):
-                active = context.active(rows, many_gradients=not self.targeted)
+                active = context.active(rows, many_gradients=not (self.targeted or reaches(label)))
                 found, length = self._search(active, _Given(image, label, target), part, norm, enough)
                 closer = length < distance[rows]
                 closest[rows] = torch.where(closer.view(-1, 1, 1, 1), found, closest[rows])
@@ -174,9 +178,9 @@ class FAB(Attack):
         return closest, distance
 
     def _targets(self, logits: Tensor, label: Tensor) -> list[Tensor]:
-        """The class that each search is to reach, [n] each, from the clean logits; untargeted, one search
-        whose class is not looked at."""
-        if not self.targeted:
+        """The class that each search is to reach, [n] each, from the clean logits. Untargeted, and
+        where the caller has a class to reach, one search whose class is not looked at."""
+        if not self.targeted or reaches(label):
             return [label]
         ranked = logits.scatter(1, label.view(-1, 1), math.inf).argsort(dim=1).flip(1)[:, 1:]
         return list(ranked.T[: self.targets])
@@ -243,7 +247,7 @@ class _Step:
         x_adv = self._move(given.image, state.x_adv, gap.to(slope), slope.contiguous())
         # The next linearisation could share this forward only where x_adv is right: one in fourteen
         # on robust networks, and keeping a graph for it cost more gradients than it saved forwards.
-        wrong = net(x_adv).argmax(dim=1) != given.label
+        wrong = fooled(net(x_adv), given.label)
         length = _length((x_adv - given.image).flatten(1), self.norm)
         closer = wrong & (length < state.distance)
         home = given.image + (x_adv - given.image) * self.beta
@@ -255,8 +259,10 @@ class _Step:
 
     def _boundary(self, net: RowsModel, x_adv: Tensor, given: _Given) -> tuple[Tensor, Tensor]:
         """The target's logit minus the true one [m], and its slope [m, c, h, w]; untargeted, of the class
-        whose linearised boundary is closest."""
+        whose linearised boundary is closest; of a class to be reached, minus the best other one."""
         label = given.label
+        if reaches(label):
+            return value_and_gradient(net, partial(margin, target=label), x_adv)
         if self.targeted:
             return value_and_gradient(net, partial(_gap, label=label, target=given.target), x_adv)
         x_adv = x_adv.detach().requires_grad_(True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from softdefend.attacks.minimal import Closest, MinimalAttack, margin_and_slope, reach, steepest
 from softdefend.attacks.names import ATTACKS
 from softdefend.core.errors import SettingError
+from softdefend.core.goals import fooled
 from softdefend.core.projections import l1_correction
 from softdefend.core.threat import Norm, length
 from softdefend.execution.counting import CountingModel
@@ -42,6 +43,7 @@ class FMN(MinimalAttack):
     """Euclidean length of the first step in pixel units, > 0."""
     gamma: float = 0.05
     """Share by which a ball first grows or shrinks, in (0, 1)."""
+    takes_target: ClassVar[bool] = True
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
     pattern: ClassVar[str] = r"fmn(?:-(?P<steps>\d+))?"
     suffix: ClassVar[str | None] = "[-STEPS]"
@@ -94,7 +96,7 @@ class FMN(MinimalAttack):
             x_adv = x_adv + step_size * steepest(slope, "l2")[0]
             x_adv = _into_ball(image, x_adv, radius, norm).clamp(0, 1)
         else:
-            closest.update(rows, x_adv, net(x_adv).argmax(dim=1) != label)
+            closest.update(rows, x_adv, fooled(net(x_adv), label))
         return closest.image, closest.distance
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from softdefend.core.digest import file_digest
 from softdefend.core.errors import SettingError
 from softdefend.core.functions import describe_raised, find_function
+from softdefend.core.goals import classes_of, reaches
 
 AttackLoss = Callable[[Tensor], Tensor]
 """Maps logits [b, k] to a loss [b]."""
@@ -27,7 +28,8 @@ _NO_GAP = 1e-12
 
 
 def hard_label(target: Tensor) -> Tensor:
-    """Labels [b] int64, from labels or from probabilities [b, k], of which the largest names the class."""
+    """Labels [b] int64, from labels or from probabilities [b, k], of which the largest names the class. A
+    goal to reach (:mod:`softdefend.core.goals`) stays what it is."""
     return target if target.ndim == 1 else target.argmax(dim=1)
 
 
@@ -81,31 +83,36 @@ def _no_gradient() -> SettingError:
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy of each sample, [b].
+    """Cross-entropy of each sample, [b]; of a class to be reached its negative.
 
     Args:
         logits: [b, k], k >= 2.
-        target: labels [b] int64, or probabilities [b, k].
+        target: labels [b] int64, probabilities [b, k], or a goal (:mod:`softdefend.core.goals`).
 
     Raises:
         SettingError: k < 2.
     """
     check_classes(logits)
+    if reaches(target):
+        return -F.cross_entropy(logits, classes_of(target), reduction="none")
     return F.cross_entropy(logits, target, reduction="none")
 
 
 def margin(logits: Tensor, target: Tensor) -> Tensor:
     """Best wrong logit minus the true one, [b]: positive where the network is wrong (Carlini & Wagner,
-    arXiv 1608.04644, f6 without its clamp).
+    arXiv 1608.04644, f6 without its clamp); of a class to be reached its logit minus the best other one.
 
     Args:
         logits: [b, k], k >= 2.
-        target: labels [b] int64, or probabilities [b, k], of which the largest names the class.
+        target: labels [b] int64, or probabilities [b, k], of which the largest names the class; or a goal
+            (:mod:`softdefend.core.goals`).
 
     Raises:
         SettingError: k < 2.
     """
     check_classes(logits)
+    if reaches(target):
+        return -margin(logits, classes_of(target))
     label = hard_label(target)
     true = F.one_hot(label, logits.shape[1]).bool()
     return logits.masked_fill(true, -torch.inf).amax(dim=1) - logits.masked_fill(~true, 0).sum(dim=1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from softdefend.attacks.base import Attack, Randomness
 from softdefend.attacks.losses import hard_label, image_gradient, margin
+from softdefend.core.goals import fooled
 from softdefend.core.threat import Norm, ThreatModel, length
 from softdefend.execution.context import AttackContext
 from softdefend.execution.counting import CountingModel, Forward
@@ -29,17 +30,24 @@ class MinimalAttack(Attack):
     def search(
         self, net: CountingModel, image: Tensor, label: Tensor, norm: Norm, enough: float
     ) -> tuple[Tensor, Tensor]:
-        """The closest wrong image found; see :meth:`minimal`. ``label`` is [b] int64."""
+        """The closest wrong image found; see :meth:`minimal`. ``label`` is [b] int64, or a goal to reach."""
 
     @final
     @torch.no_grad()
     def minimal(
-        self, net: Forward, image: Tensor, label: Tensor, norm: Norm, *, enough: float = 0.0
+        self,
+        net: Forward,
+        image: Tensor,
+        label: Tensor,
+        norm: Norm,
+        *,
+        target: Tensor | None = None,
+        enough: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """The closest wrong image found, at any distance; nothing is random, and no image feels its batch.
 
         Args:
-            net, image, label: see :meth:`Attack.__call__`.
+            net, image, label, target: see :meth:`Attack.__call__`.
             norm: of the distance.
             enough: a distance in pixel units at which the search for a sample stops.
 
@@ -53,7 +61,8 @@ class MinimalAttack(Attack):
         """
         self.check_norm(norm)
         model = net if isinstance(net, CountingModel) else CountingModel(net, len(image))
-        return self.search(model, image, hard_label(label), norm, enough)
+        goal = hard_label(label) if target is None else self.goal(target, len(image))
+        return self.search(model, image, goal, norm, enough)
 
     def run(
         self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
@@ -105,7 +114,7 @@ def margin_and_slope(net: Forward, image: Tensor, label: Tensor) -> tuple[Tensor
         gap = margin(logits, label)
         slope = image_gradient(gap, image).nan_to_num(0, 0, 0)
     # Logits may be wider than the images; the rest of a search is not.
-    return logits.argmax(dim=1) != label, gap.detach().to(slope).nan_to_num(0, 0, 0), slope
+    return fooled(logits, label), gap.detach().to(slope).nan_to_num(0, 0, 0), slope
 
 
 def steepest(slope: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple
@@ -13,6 +14,7 @@ from softdefend.attacks.base import Attack, Randomness, larger, pick, value_and_
 from softdefend.attacks.losses import FROM_CLEAN, AttackLoss, OwnLoss, check_loss, hard_label, named
 from softdefend.attacks.names import ATTACKS, COUNTS, EOT, LOSS
 from softdefend.core.errors import SettingError
+from softdefend.core.goals import fooled
 from softdefend.core.threat import Budget, Norm, ThreatModel
 from softdefend.execution.context import ActiveImages, AttackContext
 from softdefend.execution.counting import CountingModel, Forward
@@ -45,6 +47,10 @@ class PGD(Attack):
         eot: forwards whose losses and gradients are averaged, >= 1, for networks that draw random numbers
             (expectation over transformation, Athalye et al., arXiv 1802.00420).
 
+        momentum: weight of the sum of the gradients before, each brought to l1 length one, in that which a
+            step climbs, >= 0: MI-FGSM (Dong et al., arXiv 1710.06081) with steps of eps / ``steps`` from the
+            image and 1.
+
     Raises:
         SettingError: a count, length or name outside these ranges.
     """
@@ -63,7 +69,10 @@ class PGD(Attack):
     """Which iterate to return: last or best."""
     eot: int = 1
     """Forwards whose gradients are averaged at each step, >= 1."""
+    momentum: float = 0.0
+    """Weight of the gradients before (MI-FGSM), >= 0."""
     randomness: ClassVar[Randomness] = "image"
+    takes_target: ClassVar[bool] = True
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
     several_batches: ClassVar[bool] = True
     pattern: ClassVar[str] = rf"pgd(?=-\d){COUNTS}{LOSS}{EOT}"
@@ -87,12 +96,20 @@ class PGD(Attack):
                 raise SettingError(f"attack.{field}", repr(value), " or ".join(accepted))
         check_loss(self.loss)
         _check_eot(self.eot)
+        if not 0 <= self.momentum < math.inf:
+            raise SettingError("attack.momentum", self.momentum, "a weight >= 0")
 
     @property
     def name(self) -> str:
         """``pgd-20``, ``pgd-20-margin``, ``pgd-50x10`` (restarts), ``pgd-20-eot10``."""
         suffix = ("" if self.loss == "ce" else f"-{self.loss}") + eot_suffix(self.eot)
         return f"pgd-{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "") + suffix
+
+    def check_target(self) -> None:
+        """See :meth:`Attack.check_target`: the losses ``ce`` and ``margin`` alone know targets."""
+        super().check_target()
+        if self.loss not in ("ce", "margin"):
+            raise SettingError("attack.loss", repr(self.loss), "ce or margin for a target")
 
     def run(
         self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
@@ -127,7 +144,7 @@ class PGD(Attack):
                 return x_adv
             with torch.no_grad():
                 logits = active.net(x_adv)
-                wrong = logits.argmax(1) != label
+                wrong = fooled(logits, label)
                 if context.loss is not None:  # which may have another goal than a wrong class
                     wrong = torch.zeros_like(wrong)
                 reached = _Reached(x_adv, wrong, loss(logits))
@@ -149,13 +166,19 @@ class PGD(Attack):
     def _ascend(self, active: ActiveImages, step: _Step, given: _Given, start: Tensor) -> Tensor:
         """Where the steps from one start lead."""
         threat, image = step.threat, given.image
+        if self.keep == "last" and self.momentum:
+            moving = _Moving(start, torch.zeros_like(start))
+            moving = active.repeat(_MomentumStep(step, self.momentum), moving, given, self.steps)
+            return threat.project(image, moving.x_adv)
         if self.keep == "last":
             return threat.project(image, active.repeat(step, _State(start), given, self.steps).x_adv)
         x_adv, loss, best, best_value = start, step.loss_of(given), None, None
+        direction = torch.zeros_like(start)
         for _ in range(self.steps):
             value, grad = mean_gradient(active.net, loss, x_adv, self.eot)
             best, best_value = _better(x_adv, value, best, best_value)
-            x_adv = threat.move(image, x_adv, grad, step.step_size)
+            direction = _accumulated(direction, grad, self.momentum) if self.momentum else grad
+            x_adv = threat.move(image, x_adv, direction, step.step_size)
         x_adv = threat.project(image, x_adv)
         with torch.no_grad():
             value = loss(active.net(x_adv))
@@ -208,6 +231,35 @@ class _Step:
         _, grad = mean_gradient(net, self.loss_of(given), state.x_adv, self.eot)
         grad = grad.contiguous() if self.contiguous else grad
         return _State(self.threat.move(given.image, state.x_adv, grad, self.step_size))
+
+
+class _Moving(NamedTuple):
+    """Where a search with momentum stands."""
+
+    x_adv: Tensor
+    """Iterate, [m, c, h, w]."""
+    direction: Tensor
+    """Sum of the gradients so far, [m, c, h, w]."""
+
+
+@dataclass(frozen=True)
+class _MomentumStep:
+    """A move along the sum of the gradients so far, each counting ``decay`` times less at every step."""
+
+    step: _Step
+    decay: float
+
+    def __call__(self, net: Forward, state: _Moving, given: _Given) -> _Moving:
+        _, grad = mean_gradient(net, self.step.loss_of(given), state.x_adv, self.step.eot)
+        direction = _accumulated(state.direction, grad, self.decay)
+        return _Moving(
+            self.step.threat.move(given.image, state.x_adv, direction, self.step.step_size), direction
+        )
+
+
+def _accumulated(direction: Tensor, grad: Tensor, decay: float) -> Tensor:
+    """The paper's equation 6."""
+    return decay * direction + grad / grad.abs().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
 
 
 class _Reached(NamedTuple):
@@ -272,6 +324,7 @@ class FGSM(Attack):
     eot: int = 1
     """Forwards whose gradients are averaged, >= 1."""
     randomness: ClassVar[Randomness] = "none"
+    takes_target: ClassVar[bool] = True
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
     pattern: ClassVar[str] = f"fgsm{LOSS}{EOT}"
     suffix: ClassVar[str | None] = "[-margin|-kl|-match|-MODULE:FUNCTION][-eotFORWARDS]"
@@ -285,6 +338,12 @@ class FGSM(Attack):
     def name(self) -> str:
         """``fgsm``, or ``fgsm-margin``, ``fgsm-eot20`` and the like."""
         return "fgsm" + ("" if self.loss == "ce" else f"-{self.loss}") + eot_suffix(self.eot)
+
+    def check_target(self) -> None:
+        """See :meth:`Attack.check_target`: the losses ``ce`` and ``margin`` alone know targets."""
+        super().check_target()
+        if self.loss not in ("ce", "margin"):
+            raise SettingError("attack.loss", repr(self.loss), "ce or margin for a target")
 
     def run(
         self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext

@@ -13,6 +13,7 @@ from softdefend.attacks.losses import check_differentiable, margin
 from softdefend.attacks.minimal import Closest, MinimalAttack
 from softdefend.attacks.names import ATTACKS
 from softdefend.core.errors import SettingError
+from softdefend.core.goals import fooled
 from softdefend.core.threat import Norm
 from softdefend.execution.counting import CountingModel, Forward
 
@@ -52,6 +53,7 @@ class SigmaZero(MinimalAttack):
     """Below it a change is dropped, at the start, in [0, 1]."""
     threshold_step: float = 0.01
     """Share of the step size by which the threshold moves, >= 0."""
+    takes_target: ClassVar[bool] = True
     norms: ClassVar[tuple[Norm, ...]] = ("l0",)
     pattern: ClassVar[str] = r"sigma-zero(?:-(?P<steps>\d+))?"
     suffix: ClassVar[str | None] = "[-STEPS]"
@@ -113,7 +115,7 @@ class SigmaZero(MinimalAttack):
             (grad,) = torch.autograd.grad((right_by + count).sum(), delta)
         grad = grad.nan_to_num(0, 0, 0)
         largest = grad.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
-        return logits.argmax(dim=1) != label, grad / largest
+        return fooled(logits, label), grad / largest
 
     def _step_size(self, step: int) -> float:
         share = (1 + math.cos(math.pi * step / self.steps)) / 2

@@ -22,6 +22,7 @@ from softdefend.attacks.base import Attack
 from softdefend.attacks.losses import AttackLoss, hard_label, margin
 from softdefend.attacks.names import ATTACKS
 from softdefend.core.errors import SettingError
+from softdefend.core.goals import fooled
 from softdefend.core.projections import l1_correction
 from softdefend.core.threat import Norm, ThreatModel
 from softdefend.execution.context import ActiveImages, AttackContext, steps_until_packing
@@ -56,6 +57,7 @@ class Square(Attack):
     p_init: float = 0.8
     """Share of the pixels that the first windows cover, in (0, 1]."""
     several_batches: ClassVar[bool] = True
+    takes_target: ClassVar[bool] = True
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
     pattern: ClassVar[str] = r"square(?:-(?P<queries>\d+))?"
     suffix: ClassVar[str | None] = "[-QUERIES]"
@@ -106,7 +108,7 @@ class Square(Attack):
             numbers = _Numbers.resumed(context.random.sequence(), saved["numbers"], device)
         else:
             x_adv, done = image.clone(), 0
-            searched = clean.argmax(dim=1) == label if context.loss is None else torch.ones_like(label).bool()
+            searched = ~fooled(clean, label) if context.loss is None else torch.ones_like(label).bool()
             rows = searched.nonzero().flatten()
             if not len(rows):
                 return x_adv
@@ -212,7 +214,7 @@ class _Query:
         if self.loss is not None:
             return torch.zeros_like(label, dtype=torch.bool), self.loss(logits, rows)
         # By argmax, as the verdict is: at a tie the true class may still be the answer.
-        return logits.argmax(1) != label, margin(logits, label)
+        return fooled(logits, label), margin(logits, label)
 
 
 class _Remaining(NamedTuple):

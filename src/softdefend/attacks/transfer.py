@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Self
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from softdefend.attacks.base import Attack, larger
 from softdefend.attacks.losses import hard_label, margin
 from softdefend.attacks.names import ATTACKS
+from softdefend.attacks.transferable import diverse, smooth_gradient
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import ThreatModel
 from softdefend.execution.context import AttackContext
@@ -37,6 +39,12 @@ class Transfer(Attack):
         attack: what is run on each of them.
         source: what the surrogates are called, for the name; two transfers with the same inner attack need
             different names in one evaluation.
+        fused: attack the mean of all surrogates' logits instead of one after the other (Dong et al., arXiv
+            1710.06081, equation 11).
+        diversity: probability that a surrogate sees the image shrunk by up to a tenth and padded with black
+            at a random place, in [0, 1] (Xie et al., arXiv 1803.06978).
+        smoothing: side of the Gaussian window that the surrogates' gradients are smoothed with, odd, >= 1; 1
+            leaves them as they are (Dong et al., arXiv 1904.02884).
 
     Raises:
         SettingError: no surrogate, or something that is no network.
@@ -48,7 +56,14 @@ class Transfer(Attack):
     """What is run on each of them."""
     source: str = ""
     """What the surrogates are called, for the name."""
+    fused: bool = False
+    """Attack the mean of the surrogates' logits."""
+    diversity: float = 0.0
+    """Probability that a surrogate sees a shrunken image, in [0, 1]."""
+    smoothing: int = 1
+    """Side of the window that smooths the surrogates' gradients, odd, >= 1."""
     suffix: ClassVar[str | None] = None
+    takes_target: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +71,10 @@ class Transfer(Attack):
         if not nets or not all(isinstance(net, nn.Module) for net in nets):
             given = ", ".join(type(net).__name__ for net in nets) or "none"
             raise SettingError("attack.surrogate", given, "an nn.Module or a tuple of them")
+        if not 0 <= self.diversity <= 1:
+            raise SettingError("attack.diversity", self.diversity, "a probability in [0, 1]")
+        if self.smoothing < 1 or self.smoothing % 2 == 0:
+            raise SettingError("attack.smoothing", self.smoothing, "an odd number of pixels >= 1")
 
     @property
     def surrogates(self) -> tuple[nn.Module, ...]:
@@ -70,6 +89,10 @@ class Transfer(Attack):
     def check(self, threat: ThreatModel) -> None:
         """See :meth:`Attack.check`: whatever the inner attack takes."""
         self.attack.check(threat)
+
+    def check_target(self) -> None:
+        """See :meth:`Attack.check_target`: what the inner attack refuses."""
+        self.attack.check_target()
 
     @classmethod
     def from_name(cls, name: str) -> Self | None:
@@ -98,10 +121,13 @@ class Transfer(Attack):
             logits = net(image)
         worse = context.loss or partial(margin, target=true)
         best, value = image, torch.full_like(worse(logits), -torch.inf)
-        for surrogate in self.surrogates:
-            with frozen(surrogate, "eval"):
+        parties = [self.surrogates] if self.fused else [(one,) for one in self.surrogates]
+        for party in parties:
+            with ExitStack() as stack:
+                for surrogate in party:
+                    stack.enter_context(frozen(surrogate, "eval"))
                 x_adv = self.attack(
-                    _same_classes(surrogate, logits.shape[1]),
+                    self._seen_by(party, logits.shape[1], context.generator),
                     image,
                     label,
                     threat,
@@ -112,6 +138,21 @@ class Transfer(Attack):
                 reached = worse(net(x_adv))
             best, value = larger(x_adv, reached, best, value)
         return best
+
+    def _seen_by(
+        self, surrogates: tuple[nn.Module, ...], k: int, generator: torch.Generator | None
+    ) -> Forward:
+        """The mean logits of surrogates, and what their gradients are to be."""
+        nets = [_same_classes(net, k) for net in surrogates]
+
+        def forward(image: Tensor) -> Tensor:
+            if self.smoothing > 1:
+                image = smooth_gradient(image, self.smoothing)
+            seen = [diverse(image, self.diversity, generator) if self.diversity else image for _ in nets]
+            logits = [net(one) for net, one in zip(nets, seen, strict=True)]
+            return logits[0] if len(logits) == 1 else torch.stack(logits).mean(dim=0)
+
+        return forward
 
 
 def _same_classes(net: nn.Module, k: int) -> Forward:

@@ -40,6 +40,8 @@ def accuracy_inputs(checkpoint: Checkpoint, settings: EvaluateSettings) -> dict[
     full = len(checkpoint.source.bundle.test)
     if {count_of(settings.size, full), count_of(settings.curve_size, full)} <= {0, full}:
         del known["subset"]
+    if settings.targeted is None:
+        del known["targeted"]
     if losses := own_losses(settings.attacks):  # the name of a function does not say what is in it
         known["losses"] = {path: loss.digest() for path, loss in losses.items()}
     return checkpoint.inputs(known)
@@ -73,12 +75,13 @@ def find_accuracies(checkpoint: Checkpoint, settings: EvaluateSettings) -> dict[
     open_settings = ("attacks", "size", "subset", "curve_size")
     same = all(known.get(name) == value for name, value in asked.items() if name not in open_settings)
     full = len(checkpoint.source.bundle.test)
+    n = result["n"] + result.get("left_out", 0)
     curve, wanted = count_of(known["curve_size"], full), count_of(settings.curve_size, full)
     # Where all images were measured it does not matter in which order a part would be taken.
-    whole = result["n"] == full and (wanted == 0 or curve == full)
+    whole = n == full and (wanted == 0 or curve == full)
     enough = (
         set(asked["attacks"]) <= set(result["attacks"])
-        and result["n"] >= count_of(settings.size, full)
+        and n >= count_of(settings.size, full)
         and curve >= wanted
     )
     return result if same and enough and (whole or known.get("subset") == settings.subset) else None
@@ -155,6 +158,7 @@ def make_evaluator(checkpoint: Checkpoint, settings: EvaluateSettings) -> Evalua
         microbatch=microbatch,
         precision=settings.precision,
         compile=settings.compile,
+        targeted=settings.targeted,
     )
 
 
@@ -174,10 +178,11 @@ def per_class(evaluation: Evaluation, classes: tuple[str, ...]) -> list[dict[str
 def eps_curve(evaluator: Evaluator, index: Tensor, evaluation: Evaluation) -> list[dict[str, Any]]:
     """Robust accuracy under PGD-20 at multiples of eps, of the images at ``index`` that were evaluated.
 
-    It starts from clean accuracy at zero and ends at the largest eps that a threat model takes.
+    It starts from clean accuracy at zero and ends at the largest eps that a threat model takes. There is none
+    in l0, which PGD does not know, and of a targeted evaluation.
     """
     index, threat = index[torch.isin(index, evaluation.index)], evaluation.threat
-    if not len(index) or threat.norm == "l0":  # which PGD does not know
+    if not len(index) or threat.norm == "l0" or evaluation.target is not None:
         return []
     right = (evaluation.clean_prediction == evaluation.label)[torch.isin(evaluation.index, index)]
     clean = Rate.of(right)

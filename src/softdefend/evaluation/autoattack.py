@@ -74,6 +74,12 @@ class Ensemble:
         for member in members:
             member.check(threat)
 
+    def check_target(self) -> None:
+        """Refuse classes to be reached where a member has no targeted form; see
+        :meth:`Attack.check_target`."""
+        for member in self.members:
+            member.check_target()
+
     def under(self, norm: Norm) -> tuple[Attack, ...]:
         """The members in a norm."""
         return self.members if norm != "l1" or self.in_l1 is None else self.in_l1

@@ -44,6 +44,7 @@ class CheckpointSource:
         run: the run that has to have written the weights; any may have when None.
         additional_data: whether the network has seen more images than the training set; None if not known.
         progress: show bars.
+        targeted: classes to be reached, whose results have names of their own.
     """
 
     net: nn.Module
@@ -57,18 +58,25 @@ class CheckpointSource:
     run: RunIdentity | None = None
     additional_data: bool | None = None
     progress: bool = False
+    targeted: str | None = None
 
     @property
     def under_trained_threat(self) -> bool:
-        """Whether the network is attacked under the threat that it was trained with."""
+        """Whether the network is attacked under the threat that it was trained with, towards any class."""
+        return self.targeted is None and self._trained_threat
+
+    @property
+    def _trained_threat(self) -> bool:
         return (self.threat.norm, float(self.threat.eps)) == (self.trained.norm, float(self.trained.eps))
 
     @property
     def name(self) -> str:
-        """Of the result files: under another threat than the trained one they lie beside the run's own."""
-        if self.under_trained_threat:
-            return self.which
-        return f"{self.which}-{self.threat.norm}-{re.sub(r'[^0-9.e]+', '_', str(self.threat.eps))}"
+        """Of the result files: under another threat than the trained one, or towards chosen classes, they lie
+        beside the run's own."""
+        end = "" if self.targeted is None else f"-targeted-{self.targeted}"
+        if self._trained_threat:
+            return self.which + end
+        return f"{self.which}-{self.threat.norm}-{re.sub(r'[^0-9.e]+', '_', str(self.threat.eps))}{end}"
 
 
 class Checkpoint:

@@ -17,14 +17,16 @@ from tqdm import tqdm
 from softdefend.attacks import Attack
 from softdefend.core.environment import versions
 from softdefend.core.errors import SettingError
+from softdefend.core.goals import to_reach
 from softdefend.core.threat import ThreatModel
 from softdefend.data import Resident
 from softdefend.evaluation.autoattack import Ensemble
 from softdefend.evaluation.records import AttackRecord as AttackRecord
 from softdefend.evaluation.records import Evaluation as Evaluation
 from softdefend.evaluation.records import Rate as Rate
-from softdefend.evaluation.records import Trial
+from softdefend.evaluation.records import Trial, hits
 from softdefend.evaluation.resume import Saved, StateFile
+from softdefend.evaluation.targets import check_targeted, choose_targets
 from softdefend.execution.context import AttackContext, SavedProgress
 from softdefend.execution.counting import CountingModel, Counts
 from softdefend.execution.randomness import SeededRandomness
@@ -62,6 +64,8 @@ class Evaluator:
             GPU. ``fast`` is bf16. In both a success counts once an fp32 forward without TF32 has confirmed
             it, before that the search goes on. ``strict`` is fp32 without TF32; on a CPU ``exact`` is the
             same. Clean predictions, the final count and all other attacks' forwards are strict in each.
+        targeted: classes to reach, see :func:`~softdefend.evaluation.targets.choose_targets`: an image counts
+            as robust unless it is taken for its target. Images of a class that all are to reach are left out.
         compile: compile the searching network and capture the steps of searches, on a GPU; from
             256 images on when None. Changes rounding, nothing else. A compiled copy follows changes of the
             network's weights, not of its structure.
@@ -81,7 +85,10 @@ class Evaluator:
         microbatch: int | None = None,
         precision: Precision = "exact",
         compile: bool | None = False,
+        targeted: str | None = None,
     ) -> None:
+        if targeted is not None:
+            check_targeted(targeted)
         microbatch = batch_size if microbatch is None else microbatch
         for name, size in (("batch_size", batch_size), ("physical_batch", microbatch)):
             if size < 1:
@@ -90,7 +97,7 @@ class Evaluator:
         if compile and data.labels.device.type != "cuda":
             raise SettingError("evaluate.compile", "true on a CPU", "false or null, or a CUDA device")
         self.data, self.threat, self.batch_size, self.seed = data, threat, batch_size, seed
-        self.microbatch, self.compile = microbatch, compile
+        self.microbatch, self.compile, self.targeted = microbatch, compile, targeted
 
     def __call__(
         self,
@@ -122,9 +129,13 @@ class Evaluator:
         with self.search_network.search_mode():
             self._prepare(index, run)
             logits, label = self._clean_logits(index, run), self.data.labels.cpu()[index]
-            result = Evaluation(self.threat, label, answers(logits, label), index)
+            asked = len(index)
+            index, logits, label, target = self._targets(index, logits, label)
+            result = Evaluation(self.threat, label, answers(logits, label), index, target=target)
             for number, attack in enumerate(attacks):
                 self._measure(attack, str(number), logits, result, run, progress, log_costs)
+        if self.targeted is not None:
+            result.how.update(targeted=self.targeted, left_out=asked - len(index))
         result.how.update(
             precision=self.search_network.precision,
             compiled=self.search_network.step_graphs is not None,
@@ -147,7 +158,7 @@ class Evaluator:
             clean = self._forward(index, self.microbatch)
             net = self.search_network.counting_model(len(index), clean, self.microbatch)
             context = AttackContext(net, SeededRandomness([index.cpu()], self.seed, attack.name))
-            adversarial, image = self._perturb(attack, index, context)
+            adversarial, image = self._perturb(attack, index, context, self.data.labels[index])
             with torch.no_grad():
                 return image, adversarial, clean.softmax(1), net.exact()(adversarial).softmax(1)
 
@@ -161,6 +172,8 @@ class Evaluator:
             raise SettingError("evaluate.attacks", ", ".join(names), "attacks with different names")
         for attack in attacks:
             attack.check(self.threat)
+            if self.targeted is not None:
+                attack.check_target()
 
     def _prepare(self, index: Tensor, run: _Run) -> None:
         """Compile the searching network, or fuse its kernels, where an evaluation of so many images does."""
@@ -185,6 +198,19 @@ class Evaluator:
             run.save()
         return logits
 
+    def _targets(
+        self, index: Tensor, logits: Tensor, label: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The images that have a class to reach, and which; everything on the CPU."""
+        if self.targeted is None:
+            return index, logits, label, None
+        target = choose_targets(self.targeted, label, logits, index, self.seed)
+        has = target != label
+        if not bool(has.any()):
+            given = f"{self.targeted}, the class of every image"
+            raise SettingError("evaluate.targeted", given, "a class that some images do not have")
+        return index[has], logits[has], label[has], target[has]
+
     @torch.no_grad()
     def _forward(self, index: Tensor, microbatch: int) -> Tensor:
         """Clean logits of some samples, [m, k]."""
@@ -203,17 +229,20 @@ class Evaluator:
     ) -> None:
         """One attack, or the members of an ensemble one after the other, into ``result``."""
         label, clean, ensemble = result.label, result.clean_prediction, isinstance(attack, Ensemble)
+        goal = label if result.target is None else to_reach(result.target)
         left = clean == label if ensemble else torch.ones_like(label, dtype=torch.bool)
+        if ensemble and result.target is not None:
+            left = left & (clean != result.target)
         trials: dict[str, Trial] = {}
         norm = self.threat.norm
         for place, member in enumerate(attack.under(norm) if isinstance(attack, Ensemble) else [attack]):
             trial = trials[member.name] = self._trial(
-                member, f"{key}.{place}", result.index, left, logits, run, progress
+                member, f"{key}.{place}", result.index, left, (logits, goal), run, progress
             )
-            result.attacks[attack.name] = AttackRecord.of(trials, label, clean, ensemble)
+            result.attacks[attack.name] = AttackRecord.of(trials, label, clean, ensemble, result.target)
             if log_costs:
                 _log.info(cost_line(result.members(attack.name)[-1]))
-            left = left & (trial.prediction == label)
+            left = left & ~hits(trial.prediction, label, result.target)
 
     def _trial(
         self,
@@ -221,7 +250,7 @@ class Evaluator:
         key: str,
         index: Tensor,
         left: Tensor,
-        logits: Tensor,
+        known: tuple[Tensor, Tensor],
         run: _Run,
         progress: bool,
     ) -> Trial:
@@ -238,7 +267,7 @@ class Evaluator:
                 rows = torch.cat(group)
                 attacked = [index[batch] for batch in group]
                 found = run.within_memory(
-                    partial(self._attack_group, attack, attacked, done, logits[rows], run)
+                    partial(self._attack_group, attack, attacked, done, [each[rows] for each in known], run)
                 )
                 run.exclude(self.search_network.seconds - preparing)
                 done += len(group)
@@ -254,27 +283,33 @@ class Evaluator:
         attack: Attack,
         batches: Sequence[Tensor],
         first: int,
-        logits: Tensor,
+        known: Sequence[Tensor],
         run: _Run,
         microbatch: int,
     ) -> _Found:
-        """Attack several batches at once: positions in the data, and the clean ``logits`` [m, k] there."""
+        """Attack several batches at once: positions in the data, and the clean logits [m, k] and the goals
+        [m] there."""
+        logits, goal = known
         index = torch.cat(list(batches))
         net = self.search_network.counting_model(len(index), logits.to(self._device), microbatch)
         random = SeededRandomness(batches, self.seed, attack.name, first)
         context = AttackContext(net, random, progress=_AttackProgress(run, net, self._device))
-        adversarial, image = self._perturb(attack, index, context)
+        adversarial, image = self._perturb(attack, index, context, goal)
         # Before the network sees them, which may write into what it is given.
         distance = self.threat.distance(image, adversarial)
         with torch.no_grad():
             prediction = answers(net.exact()(adversarial), self.data.labels[index.to(self._device)])
         return _Found(prediction.cpu(), distance.cpu().to(torch.float32), net.counts())
 
-    def _perturb(self, attack: Attack, index: Tensor, context: AttackContext) -> tuple[Tensor, Tensor]:
+    def _perturb(
+        self, attack: Attack, index: Tensor, context: AttackContext, goal: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Adversarial and clean images of some samples; an attack's NaN counts as no change."""
         batch = self.data.take(index.to(self._device))
         image = batch.image.clone()  # the attack's own: it may write into what it is given
-        adversarial = attack.run_batches(context.net, image, batch.label, self.threat, context).detach()
+        adversarial = attack.run_batches(
+            context.net, image, goal.to(image.device), self.threat, context
+        ).detach()
         adversarial = torch.where(adversarial.isfinite(), adversarial.to(batch.image.dtype), batch.image)
         return self.threat.project(batch.image, adversarial), batch.image
 

@@ -80,7 +80,7 @@ class AttackRecord:
     distance: Tensor
     """Distance from the clean image in the threat's norm, float32."""
     robust: Tensor
-    """Right on the clean image and on the adversarial one, bool."""
+    """Right on the clean image, and on the adversarial one right, or not taken for the target, bool."""
     forwards: int
     """Images passed forward, all samples together."""
     backwards: int
@@ -91,7 +91,14 @@ class AttackRecord:
     ensemble: bool = False
 
     @classmethod
-    def of(cls, trials: Mapping[str, Trial], label: Tensor, clean: Tensor, ensemble: bool) -> AttackRecord:
+    def of(
+        cls,
+        trials: Mapping[str, Trial],
+        label: Tensor,
+        clean: Tensor,
+        ensemble: bool,
+        target: Tensor | None = None,
+    ) -> AttackRecord:
         """From trials in order. A sample's image is that of the last trial that attacked it, which is the one
         that fooled the network where one did. A sample that was never attacked keeps its clean prediction."""
         prediction, distance = clean.clone(), torch.zeros(len(label), dtype=torch.float32)
@@ -101,7 +108,7 @@ class AttackRecord:
         return cls(
             prediction,
             distance,
-            (clean == label) & (prediction == label),
+            (clean == label) & ~hits(prediction, label, target),
             sum(trial.total_forwards for trial in trials.values()),
             sum(trial.total_backwards for trial in trials.values()),
             sum(trial.seconds for trial in trials.values()),
@@ -120,6 +127,8 @@ class Evaluation:
     index: Tensor
     """Positions of the samples in the data, [n] int64."""
     attacks: dict[str, AttackRecord] = field(default_factory=dict)
+    target: Tensor | None = None
+    """Classes to be reached, [n] int64; None where any wrong class is a success."""
     how: dict[str, Any] = field(default_factory=dict)
     """Precision, batch sizes, seed and versions, as they go into the JSON."""
 
@@ -145,7 +154,7 @@ class Evaluation:
         (``count`` of ``n``, with its interval), the samples it attacked and fooled, and what it cost."""
         rows, robust = [], self.clean_prediction == self.label
         for name, trial in self.attacks[attack].trials.items():
-            fooled = trial.attacked & (trial.prediction != self.label)
+            fooled = trial.attacked & hits(trial.prediction, self.label, self.target)
             robust = robust & ~fooled
             rows.append(
                 {
@@ -170,6 +179,8 @@ class Evaluation:
                 "backwards": record.backwards,
                 "seconds": record.seconds,
             }
+            if self.target is not None:
+                attacks[name]["reached"] = asdict(Rate.of(record.prediction == self.target))
             if record.ensemble:
                 attacks[name]["members"] = self.members(name)
         return {
@@ -184,7 +195,8 @@ class Evaluation:
         }
 
     def to_parquet(self) -> bytes:
-        """One row a sample: ``index`` (its position in the data), ``label``, ``clean_prediction``, and for
+        """One row a sample: ``index`` (its position in the data), ``label``, ``clean_prediction``, ``target``
+        where there is one, and for
         each attack A ``A/prediction``, ``A/distance``, ``A/robust``, ``A/forwards`` and ``A/backwards`` (null
         where the attack does not say for which samples). For each member M of an ensemble also
         ``A/M/fooled``, ``A/M/forwards`` and ``A/M/backwards``, null where it was not given the sample."""
@@ -193,6 +205,8 @@ class Evaluation:
             "label": self.label.numpy(),
             "clean_prediction": self.clean_prediction.numpy(),
         }
+        if self.target is not None:
+            columns["target"] = self.target.numpy()
         for name, record in self.attacks.items():
             columns[f"{name}/prediction"] = record.prediction.numpy()
             columns[f"{name}/distance"] = record.distance.numpy()
@@ -206,7 +220,7 @@ class Evaluation:
                         columns[f"{name}/{member}/{what}"] = _nullable(counts, counts >= 0)
             if record.ensemble:
                 for member, trial in record.trials.items():
-                    fooled = trial.prediction != self.label
+                    fooled = hits(trial.prediction, self.label, self.target)
                     columns[f"{name}/{member}/fooled"] = _nullable(fooled, trial.attacked)
         buffer = io.BytesIO()
         pq.write_table(pa.table(columns), buffer)
@@ -224,6 +238,11 @@ class Evaluation:
         lines = [f"{name:<{width}} {_percent(rate)}" for name, rate in rows]
         where = f"{self.threat.norm}, eps {self.threat.eps}, {len(self.label)} images, 95% Wilson intervals"
         return "\n".join([*lines, f"({where})"])
+
+
+def hits(prediction: Tensor, label: Tensor, target: Tensor | None) -> Tensor:
+    """Where a prediction [n] is an attack's success: wrong, or the target [n] where there is one."""
+    return prediction != label if target is None else prediction == target
 
 
 def _known(record: AttackRecord, what: str) -> Tensor:

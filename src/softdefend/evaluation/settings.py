@@ -18,6 +18,7 @@ from softdefend.core.threat import ThreatModel
 from softdefend.data import SubsetOrder
 from softdefend.evaluation.autoattack import Ensemble, parse
 from softdefend.evaluation.robustbench import check_standard, read_known
+from softdefend.evaluation.targets import check_targeted
 from softdefend.execution.search_network import Precision, check_precision
 
 Size = int | Literal["all"]
@@ -67,6 +68,10 @@ class EvaluateSettings:
     """Compile the network and capture the attacks' steps; null: on a GPU from 256 images on."""
     seed: int = 0
     """Of the attacks' random numbers."""
+    targeted: str | None = None
+    """The class that each image is to be taken for, and nothing less counts as success: next (after the
+    label), random (each image's own draw), least-likely (on the clean image) or a class number, whose images
+    are then left out. Any wrong class when null."""
 
     def __post_init__(self) -> None:
         check_fields(self, "evaluate")
@@ -76,6 +81,8 @@ class EvaluateSettings:
         for name in self.attacks:
             parse(name)
         check_precision(self.precision)
+        if self.targeted is not None:
+            check_targeted(self.targeted)
         if self.subset not in get_args(SubsetOrder):
             raise SettingError("evaluate.subset", repr(self.subset), " or ".join(get_args(SubsetOrder)))
         check_size("evaluate.size", self.size, 1)
@@ -138,6 +145,10 @@ def check_attacks(settings: EvaluateSettings, threat: ThreatModel, k: int, devic
         raise SettingError("evaluate.attacks", ", ".join(names), "attacks with different names")
     for attack in attacks:
         attack.check(threat)
+        if settings.targeted is not None:
+            attack.check_target()
+    if settings.targeted is not None:
+        check_targeted(settings.targeted, k)
     for loss in own_losses(settings.attacks).values():
         loss.check(max(2, k))
     if settings.compile and device.type != "cuda":
@@ -167,6 +178,9 @@ def check_requests(settings: EvaluateSettings, requests: Requests, full: int) ->
     for flag, path in (("--robustbench", requests.robustbench), ("--log", requests.log)):
         if path is not None:
             check_writable(flag, path)
+    if settings.targeted is not None and (requests.robustbench or requests.log or requests.audit):
+        accepted = "null with --robustbench, --log or --audit, which are about any wrong class"
+        raise SettingError("evaluate.targeted", settings.targeted, accepted)
     if requests.robustbench:
         if requests.robustbench.suffix == ".md":
             accepted = "a name with .json; the text of the issue gets .md"

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from softdefend.core.goals import fooled
 from softdefend.execution.step_graphs import Fields, G, S, StepGraphs
 
 Forward = Callable[[Tensor], Tensor]
@@ -180,7 +181,7 @@ class CountingModel:
 
     @torch.no_grad()
     def verified(self, claimed: Tensor, x_adv: Tensor, label: Tensor, rows: Tensor) -> Tensor:
-        """Which of the claims [m] that the network gets ``x_adv`` [m, c, h, w] wrong hold in full precision,
+        """Which of the claims [m] that ``x_adv`` [m, c, h, w] fools the network hold in full precision,
         [m]. Costs a forward of those claimed and a read of the device, or nothing where successes need no
         verification. What was filled up behind the m rows is ignored.
         """
@@ -190,8 +191,8 @@ class CountingModel:
         which = claimed.nonzero().squeeze(1)
         if not len(which):
             return claimed
-        wrong = self.exact(rows[which])(x_adv[which]).argmax(dim=1) != label[which]
-        return claimed.index_copy(0, which, wrong)
+        held = fooled(self.exact(rows[which])(x_adv[which]), label[which])
+        return claimed.index_copy(0, which, held)
 
     def counts(self) -> Counts:
         """What the batch has cost so far."""

@@ -132,6 +132,7 @@ def evaluate(
     precision: Precision = "exact",
     compile: bool | None = None,
     seed: int = 0,
+    targeted: str | None = None,
     device: str | torch.device = "auto",
     progress: bool = False,
 ) -> Evaluation:
@@ -150,7 +151,7 @@ def evaluate(
         attacks: attacks, or names of them (docs/attacks.md) such as ``autoattack``; all different. A network
             that draws random numbers is refused unless one of them averages over its draws (``-eot``,
             ``autoattack-rand``).
-        batch_size, precision, compile, seed: as :class:`softdefend.evaluation.Evaluator` has them.
+        batch_size, precision, compile, seed, targeted: as :class:`softdefend.evaluation.Evaluator` has them.
         physical_batch: images computed at once; on a GPU found from its free memory when None.
 
     Raises:
@@ -193,6 +194,7 @@ def evaluate(
         microbatch=physical_batch,
         precision=precision,
         compile=compile,
+        targeted=check_type("targeted", targeted, str | None),
     )
     return evaluator(made, progress=progress)
 

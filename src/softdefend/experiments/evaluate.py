@@ -131,6 +131,7 @@ def evaluate_run(
         run=run_identity(experiment, bundle),
         additional_data=None if experiment.init_from else False,
         progress=experiment.progress,
+        targeted=settings.targeted,
     )
     return evaluate_checkpoint(source, settings, requests, device=device)
 
@@ -226,6 +227,7 @@ def evaluate_network(
         architecture=architecture or type(net).__name__,
         origin=str((origin or {}).get("model", type(net).__qualname__)),
         progress=progress,
+        targeted=settings.targeted,
     )
     _write_folder(source, origin or {})
     result = evaluate_checkpoint(source, settings, requests, device=chosen)
