@@ -19,8 +19,10 @@ from softdefend.attacks import (
     PGD,
     CWLinf,
     DeepFool,
+    HopSkipJump,
     SigmaZero,
     Square,
+    SurFree,
     TargetedAPGD,
     names,
 )
@@ -62,6 +64,14 @@ NAMES = {
     "deepfool-100": DeepFool(steps=100),
     "sigma-zero": SigmaZero(),
     "sigma-zero-100": SigmaZero(steps=100),
+    "hop-skip-jump": HopSkipJump(),
+    "hop-skip-jump-300": HopSkipJump(queries=300),
+    "surfree": SurFree(),
+    "surfree-1000": SurFree(queries=1000),
+    "pgd-20-match": PGD(steps=20, loss="match"),
+    "pgd-20-margin-eot5": PGD(steps=20, loss="margin", eot=5),
+    "fgsm-eot20": FGSM(eot=20),
+    "cw-linf-100x2-eot3": CWLinf(steps=100, restarts=2, eot=3),
 }
 
 
@@ -125,6 +135,8 @@ LARGE = {
     "fmn-1000001": "attack.steps",
     "deepfool-1000001": "attack.steps",
     "sigma-zero-1000001": "attack.steps",
+    "surfree-1000001": "attack.queries",
+    "pgd-20-eot1000001": "attack.eot",
     "pgd-" + 5000 * "9": "attack.steps",  # more digits than Python reads
     "apgd-dlr-eot" + 5000 * "9": "attack.eot",
 }
@@ -160,12 +172,13 @@ PAGE = (Path(__file__).parents[2] / "docs/attacks.md").read_text(encoding="utf-8
 def test_the_page_names_every_attack_and_its_settings():
     for attack in {type(attack): attack for attack in NAMES.values()}.values():
         assert f"`{type(attack).__name__}`" in PAGE
-    for kind in (APGD, CWL2, FAB, FMN, DeepFool, SigmaZero, Square):
+    for kind in (APGD, CWL2, FAB, FMN, DeepFool, HopSkipJump, SigmaZero, Square, SurFree):
         row = next(line for line in PAGE.splitlines() if f"| `{kind.__name__}` |" in line)
         for field in dataclasses.fields(kind):
             shown = f"`{field.name}` {field.default:g}" if type(field.default) in (int, float) else ""
             assert shown in row
-    known = re.findall(r"`((?:fgsm|pgd|apgd|fab|square|cw|fmn|deepfool|sigma-zero)(?:-[a-z0-9]+)*)`", PAGE)
+    kinds = "fgsm|pgd|apgd|fab|square|cw|fmn|deepfool|sigma-zero|hop-skip-jump|surfree"
+    known = re.findall(rf"`((?:{kinds})(?:-[a-z0-9]+)*)`", PAGE)
     assert len(known) > 30
     for name in {name for name in known if name != "pgd"}:
         assert parse_attack(name).name

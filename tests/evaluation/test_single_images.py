@@ -26,6 +26,8 @@ NAMES = (
     "fmn-5",
     "deepfool-5",
     "cw-l2-2x5",
+    "hop-skip-jump-60",
+    "surfree-60",
 )
 
 

@@ -4,9 +4,11 @@ from softdefend.attacks.adapt import Adapted, adapt
 from softdefend.attacks.apgd import APGD, TargetedAPGD
 from softdefend.attacks.base import Attack, Forward, value_and_gradient
 from softdefend.attacks.cw import CWL2, CWLinf
+from softdefend.attacks.decision import DecisionAttack
 from softdefend.attacks.deepfool import DeepFool
 from softdefend.attacks.fab import FAB
 from softdefend.attacks.fmn import FMN
+from softdefend.attacks.hop_skip_jump import HopSkipJump
 from softdefend.attacks.losses import (
     AttackLoss,
     cross_entropy,
@@ -21,6 +23,7 @@ from softdefend.attacks.minimal import MinimalAttack
 from softdefend.attacks.pgd import FGSM, PGD
 from softdefend.attacks.sigma_zero import SigmaZero
 from softdefend.attacks.square import Square
+from softdefend.attacks.surfree import SurFree
 from softdefend.attacks.transfer import Transfer
 
 __all__ = [
@@ -34,11 +37,14 @@ __all__ = [
     "Attack",
     "AttackLoss",
     "CWLinf",
+    "DecisionAttack",
     "DeepFool",
     "Forward",
+    "HopSkipJump",
     "MinimalAttack",
     "SigmaZero",
     "Square",
+    "SurFree",
     "TargetedAPGD",
     "Transfer",
     "adapt",

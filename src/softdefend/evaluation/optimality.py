@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from softdefend.attacks import FAB, Attack, MinimalAttack
+from softdefend.attacks import FAB, Attack, DecisionAttack, MinimalAttack
 from softdefend.core.errors import SettingError
 from softdefend.core.files import write_atomic
 from softdefend.core.threat import LARGEST, ThreatModel
@@ -113,7 +113,7 @@ def find_distances(evaluator: Evaluator, attack: Attack | Ensemble, index: Tenso
     An attack that looks for the closest image is asked for it; any other is run at the eps of
     :data:`LADDER` on the images that are left. No distance is believed before the network was asked again.
     """
-    if isinstance(attack, MinimalAttack | FAB):
+    if isinstance(attack, MinimalAttack | DecisionAttack | FAB):
         return _minimal(evaluator, attack, index)
     distance = torch.full((len(index),), math.inf, dtype=torch.float64)
     left = torch.arange(len(index))
@@ -131,7 +131,7 @@ def find_distances(evaluator: Evaluator, attack: Attack | Ensemble, index: Tenso
     return distance
 
 
-def _minimal(evaluator: Evaluator, attack: MinimalAttack | FAB, index: Tensor) -> Tensor:
+def _minimal(evaluator: Evaluator, attack: MinimalAttack | DecisionAttack | FAB, index: Tensor) -> Tensor:
     network, threat, parts = evaluator.search_network, evaluator.threat, []
     device = evaluator.data.labels.device
     with network.search_mode():
@@ -182,7 +182,7 @@ def _kept(
     checkpoint: Checkpoint, evaluator: Evaluator, name: str, index: Tensor, settings: dict[str, Any]
 ) -> Tensor:
     """Distances from their file where they were found before."""
-    file = f"{checkpoint.source.name}-distances-{name}"
+    file = f"distances/{checkpoint.source.name}-{name}"
     inputs = checkpoint.inputs({**settings, "attack": name})
     kept = checkpoint.store.find_tensors(file, inputs)
     if kept is not None:

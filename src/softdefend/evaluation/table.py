@@ -24,12 +24,14 @@ class AttackColumns:
         distance: from the clean image, in the threat's norm.
         robust: right on the clean image and on the adversarial one.
         fooled: by member where the attack is an ensemble: whether this member fooled the network.
+        forwards: of each sample; None where they are not known of all samples.
     """
 
     prediction: NDArray[np.int64]
     distance: NDArray[np.float32]
     robust: NDArray[np.bool_]
     fooled: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+    forwards: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def read_table(path: Path) -> Table | None:
         with path.open("rb") as file:  # pyarrow takes names in UTF-8 only
             content = pq.read_table(file)
         column = {name: _filled(content.column(name)) for name in content.column_names}
+        counted = {name for name in content.column_names if not content.column(name).null_count}
         names = [name.removesuffix("/robust") for name in column if name.endswith("/robust")]
         attacks = {}
         for name in names:
@@ -115,6 +118,7 @@ def read_table(path: Path) -> Table | None:
                 distance=column[f"{name}/distance"],
                 robust=column[f"{name}/robust"],
                 fooled={key.split("/")[1]: column[key] for key in members},
+                forwards=column[f"{name}/forwards"] if f"{name}/forwards" in counted else None,
             )
         return Table(column["index"], column["label"], column["clean_prediction"], attacks)
     except (pa.ArrowException, OSError, KeyError) as error:

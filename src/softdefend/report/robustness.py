@@ -44,6 +44,7 @@ from softdefend.report.tables import ABSENT, attack_label, number_text
 
 _MOST_PAIRS = 20
 _MOST_PICTURES = 48
+_MOST_LINES = 4
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,52 @@ def accuracy_after_each_attack(comparison: Comparison) -> Section | None:
         return None
     note = "Images that are still right after each attack and all before it; hatched: what this attack took."
     return Section("Accuracy after each attack", [*figures(*plots), Paragraph(note)])
+
+
+def queries_to_success(comparison: Comparison) -> Section | None:
+    """Success against queries, of attacks that take no gradients."""
+    plots = []
+    for one in _checkpoints(comparison, lambda details: details.table and details.table.attacks):
+        assert one.details.table is not None
+        lines = {
+            attack_label(name): line
+            for name, row in one.evaluation["attacks"].items()
+            if row.get("backwards") == 0 and (line := success_by_queries(one.details.table, name)) is not None
+        }
+        if lines:
+            drawn = dict(list(lines.items())[:_MOST_LINES])
+            plots.append(
+                share_plot(
+                    one.title,
+                    drawn,
+                    comparison.color[one.recipe],
+                    xlabel="forwards of an image",
+                    ylabel="images fooled (%)",
+                )
+            )
+    if not plots:
+        return None
+    note = (
+        "Attacks without gradients. Of the images that are right without an attack, those that are fooled "
+        "within so many forwards."
+    )
+    return Section("Success against queries", [*figures(*plots), Paragraph(note)])
+
+
+def success_by_queries(table: PredictionTable, attack: str) -> Line | None:
+    """The share of the images right without an attack that it fools within a number of forwards, in percent;
+    None where forwards are not known, or no image is right."""
+    columns, right = table.attacks.get(attack), table.right
+    if columns is None or columns.forwards is None or columns.fooled or not right.any():
+        return None
+    asked = columns.forwards[right]
+    needed = np.sort(asked[~columns.robust[right]])
+    at, counts = np.unique(needed, return_counts=True)
+    share = 100 * np.cumsum(counts) / right.sum()
+    x, y = [0, *at.tolist()], [0.0, *share.tolist()]
+    if (last := int(asked.max())) > x[-1]:
+        x, y = [*x, last], [*y, y[-1]]
+    return Line(tuple(x), tuple(y), tuple(y), tuple(y))
 
 
 def confusions(comparison: Comparison) -> Section | None:
