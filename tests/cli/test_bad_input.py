@@ -148,8 +148,13 @@ def test_train_refuses(case: tuple[str, ...], refused: Refused, tmp_path: Path) 
 
 
 OTHER = {
-    "no command": ("", "command", "nothing", "train, evaluate, compare, distill, report"),
-    "unknown command": ("dance", "command", "'dance'", "train, evaluate, compare, distill, report"),
+    "no command": ("", "command", "nothing", "demo, train, evaluate, certify, compare, distill, report"),
+    "unknown command": (
+        "dance",
+        "command",
+        "'dance'",
+        "demo, train, evaluate, certify, compare, distill, report",
+    ),
     "unknown option": ("--foo", "foo", "unknown", "--help"),
     "abbreviated option": ("--vers", "vers", "unknown", "--help"),
     "evaluate nothing": ("evaluate", "run", "nothing", "softdefend evaluate --help"),

@@ -216,7 +216,8 @@ def test_an_argument_that_a_rule_does_not_keep_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
     assert plain(Computed(2.0))["init_args"] == {"strength": 2.0}
     averaged = plain(sd.AWP(average=sd.EMA(0.5)))["init_args"]["average"]
-    assert averaged == {"class_path": "softdefend.EMA", "init_args": {"decay": 0.5}}
+    settings = {"decay": 0.5, "start": 0.0, "warmup": True, "bn": "copy"}
+    assert averaged == {"class_path": "softdefend.EMA", "init_args": settings}
 
 
 def test_networks_among_a_rules_arguments_are_left_to_its_state(tmp_path):

@@ -167,4 +167,4 @@ def test_any_name_can_be_drawn_as_it_is(make_run, name: str) -> None:
 
 
 def test_norms() -> None:
-    assert [norm_label(norm) for norm in ("linf", "l2", "l0")] == ["ℓ∞", "ℓ₂", "l0"]
+    assert [norm_label(norm) for norm in ("linf", "l2", "l1", "l0", "lp")] == ["ℓ∞", "ℓ₂", "ℓ₁", "ℓ₀", "lp"]
