@@ -541,3 +541,61 @@ def test_torchscript_is_trained_as_the_network_it_was_made_from(tmp_path):
     ours, theirs = (net.state_dict() for net in nets)
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+
+
+OUTSIDE = {
+    "folder that is a number": ({"folder": 3}, "folder"),
+    "folder with a NUL": ({"folder": "a\0b"}, "folder"),
+    "data that are one tensor": ({"data": IMAGES}, "data"),
+    "data without labels": ({"data": (IMAGES,)}, "data"),
+    "threat by its name": ({"threat": "linf"}, "threat"),
+    "class of threats": ({"threat": sd.ThreatModel}, "threat"),
+    "settings by name": ({"settings": "pgd-20"}, "settings"),
+    "requests that are a number": ({"requests": 3}, "requests"),
+    "origin that is text": ({"origin": "a"}, "origin"),
+    "origin that is no plain value": ({"origin": {"model": torch.zeros(2)}}, "origin"),
+}
+
+
+@pytest.mark.parametrize(("given", "setting"), OUTSIDE.values(), ids=OUTSIDE.keys())
+def test_an_evaluation_with_a_folder_checks_its_arguments(given, setting, tmp_path):
+    arguments = {"folder": tmp_path / "r", "data": (IMAGES, LABELS), **given}
+    data, folder = arguments.pop("data"), arguments.pop("folder")
+    with pytest.raises(sd.SettingError, match=rf"\A{setting}: got [^\n]*; accepted: "):
+        evaluate_network(network(), data, folder, device="cpu", **arguments)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("audit", "x"),
+        ("audit", 1.5),
+        ("audit", -1),
+        ("corruptions", 1),
+        ("robustbench", 3),
+        ("log", b"l"),
+        ("surrogates", [network()]),
+    ],
+    ids=["audit-text", "audit-float", "audit-negative", "corruptions", "robustbench", "log", "surrogates"],
+)
+def test_requests_check_their_types(name, value):
+    with pytest.raises(sd.SettingError, match=rf"\Arequests\.{name}: got [^\n]*; accepted: "):
+        Requests(**{name: value})
+    assert Requests(log="l").log == Path("l")
+
+
+@pytest.mark.parametrize("value", [0.5, None, "a", ["a"], [None]], ids=str)
+def test_statistics_that_are_no_numbers_are_one_line(value):
+    with pytest.raises(
+        sd.SettingError, match=r"\Anormalization mean: got a \w+, no list of numbers; accepted"
+    ):
+        sd.normalize(network(), value, [0.5])
+
+
+def test_statistics_may_be_tensors_and_a_network_must_be_one():
+    mean, std = [0.25, 0.5], [0.5, 0.125]
+    behind = sd.normalize(network(), torch.tensor(mean), np.array(std))
+    assert torch.equal(behind(IMAGES[:2]), sd.normalize(network(), mean, std)(IMAGES[:2]))
+    with pytest.raises(sd.SettingError, match=r"\Anet: got None; accepted: an object of Module"):
+        sd.normalize(None, mean, std)

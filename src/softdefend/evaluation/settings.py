@@ -13,7 +13,7 @@ from torch import nn
 
 from softdefend.attacks.losses import OwnLoss, own_loss
 from softdefend.core.errors import SettingError
-from softdefend.core.hints import check_fields
+from softdefend.core.hints import check_fields, check_type
 from softdefend.core.threat import ThreatModel
 from softdefend.data import SubsetOrder
 from softdefend.evaluation.autoattack import Ensemble, parse
@@ -124,6 +124,16 @@ class Requests:
     log: Path | None = None
     optimality: tuple[str, ...] = ()
     optimality_size: Size = 200
+
+    def __post_init__(self) -> None:
+        check_fields(self, "requests")
+        check_size("requests.audit", self.audit, 0)
+        for name in ("robustbench", "log"):
+            if isinstance(path := getattr(self, name), str):
+                object.__setattr__(self, name, Path(path))
+        check_type("requests.surrogates", self.surrogates, dict)
+        for name, net in self.surrogates.items():
+            check_type(f"surrogates.{name}", net, nn.Module)
 
 
 def check_attacks(settings: EvaluateSettings, threat: ThreatModel, k: int, device: torch.device) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from softdefend.execution.engine import resolve_device
 from softdefend.execution.microbatch import fitting_microbatch
 from softdefend.execution.network_mode import frozen
 from softdefend.execution.search_network import Precision
-from softdefend.experiments.network import check_surrogate, check_trainable
+from softdefend.experiments.network import check_data, check_folder, check_surrogate, check_trainable
 from softdefend.models import check_logits
 from softdefend.models.network import as_network, check_parameters
 from softdefend.report import RunRecord, read_run
@@ -63,10 +62,9 @@ def train(
     """
     _refuse_inference_mode("train")
     check_type("net", net, nn.Module)
-    place = _folder(folder)
+    place = check_folder(folder)
     config = _config(settings)
-    if not (isinstance(data, DataBundle) or (isinstance(data, (tuple, list)) and len(data) == 2)):
-        raise SettingError("data", f"a {type(data).__name__}", "a DataBundle, or a pair (images, labels)")
+    check_data(data)
     bundle = data if isinstance(data, DataBundle) else from_tensors(*data)
     with torch.enable_grad():
         check_trainable(net, bundle, config)
@@ -83,25 +81,6 @@ def _refuse_inference_mode(function: str) -> None:
     if torch.is_inference_mode_enabled():
         given = "a call in torch.inference_mode()"
         raise SettingError(f"softdefend.{function}", given, "a call outside of it")
-
-
-def _folder(folder: object) -> Path:
-    """The path of a run folder.
-
-    Raises:
-        SettingError: something else, or a path that no system has.
-    """
-    path = os.fspath(folder) if isinstance(folder, os.PathLike) else folder
-    if not isinstance(path, str):
-        given = "None" if folder is None else f"a {type(folder).__name__}"
-        raise SettingError("folder", given, "the path of a run folder")
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError:
-        path = ""
-    if not path or "\0" in path:
-        raise SettingError("folder", repr(folder), "the path of a run folder")
-    return Path(path)
 
 
 def _config(settings: Mapping[str, Any]) -> TrainConfig:

@@ -29,7 +29,7 @@ from softdefend.evaluation.settings import check_requests
 from softdefend.evaluation.surrogates import surrogate_names
 from softdefend.execution.engine import resolve_device
 from softdefend.experiments.config import Experiment, resolve
-from softdefend.experiments.network import check_surrogate, make_net
+from softdefend.experiments.network import check_data, check_folder, check_surrogate, make_net
 from softdefend.models import NetSettings, check_logits
 from softdefend.models.network import check_parameters, check_state
 from softdefend.report import read_run, write_report
@@ -203,8 +203,12 @@ def evaluate_network(
     Raises:
         SettingError: a folder that holds a training run, or a network, images or labels that do not fit.
     """
-    folder, threat = Path(folder), threat or ThreatModel()
-    settings, requests = settings or EvaluateSettings(), requests or Requests()
+    folder = check_folder(folder)
+    threat = check_type("threat", threat, ThreatModel | None) or ThreatModel()
+    settings = check_type("settings", settings, EvaluateSettings | None) or EvaluateSettings()
+    requests = check_type("requests", requests, Requests | None) or Requests()
+    _check_plain("origin", check_type("origin", origin, dict | None))
+    check_data(data)
     _refuse_run(folder)
     chosen = resolve_device(device)
     check_type("net", net, nn.Module)
@@ -233,6 +237,14 @@ def evaluate_network(
     result = evaluate_checkpoint(source, settings, requests, device=chosen)
     _log.info(f"report: {write_report([read_run(folder)], folder / 'report.html', 'Robustness report')}")
     return result
+
+
+def _check_plain(setting: str, value: Any) -> None:
+    """Refuse what a configuration cannot hold."""
+    try:
+        yaml.safe_dump(value)
+    except yaml.YAMLError as error:
+        raise SettingError(setting, error.args[0], "plain values by name") from error
 
 
 def _write_folder(source: CheckpointSource, origin: dict[str, Any]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +100,35 @@ def check_trainable(net: nn.Module, bundle: DataBundle, config: TrainConfig) -> 
                 check_determinism(net, shown.image)
         except SettingError as error:
             _log.warning("an evaluation will refuse this network: %s", error)
+
+
+def check_folder(folder: object) -> Path:
+    """The path of a run folder that somebody gives from Python.
+
+    Raises:
+        SettingError: something else, or a path that no system has.
+    """
+    path = os.fspath(folder) if isinstance(folder, os.PathLike) else folder
+    if not isinstance(path, str):
+        given = "None" if folder is None else f"a {type(folder).__name__}"
+        raise SettingError("folder", given, "the path of a run folder")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        path = ""
+    if not path or "\0" in path:
+        raise SettingError("folder", repr(folder), "the path of a run folder")
+    return Path(path)
+
+
+def check_data(data: object) -> None:
+    """Refuse what is neither a bundle nor a pair of images and labels.
+
+    Raises:
+        SettingError: something else.
+    """
+    if not (isinstance(data, DataBundle) or (isinstance(data, (tuple, list)) and len(data) == 2)):
+        raise SettingError("data", f"a {type(data).__name__}", "a DataBundle, or a pair (images, labels)")
 
 
 def check_surrogate(setting: str, net: nn.Module, shape: Sequence[int], k: int, device: torch.device) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from softdefend.core.errors import SettingError
+from softdefend.core.hints import check_type
 from softdefend.models.logits import in_eval_mode
 
 _SAME = 0.01
@@ -38,14 +39,15 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
+        mean, std = _numbers("mean", mean), _numbers("std", std)
         if not mean or len(mean) != len(std):
             given = f"{len(mean)} means and {len(std)} standard deviations"
             raise SettingError("normalization", given, "one mean and one standard deviation per channel")
         if not all(math.isfinite(value) for value in mean):
-            raise SettingError("normalization mean", list(mean), "finite numbers")
+            raise SettingError("normalization mean", mean, "finite numbers")
         if not all(math.isfinite(value) and value > 0 for value in std):
             accepted = "positive finite numbers (a channel that never varies has std 0: use 1 for it)"
-            raise SettingError("normalization std", list(std), accepted)
+            raise SettingError("normalization std", std, accepted)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
@@ -55,6 +57,14 @@ class Normalize(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
+
+
+def _numbers(name: str, values: Iterable[float]) -> list[float]:
+    try:
+        return [float(value) for value in values]
+    except (TypeError, ValueError, OverflowError) as error:
+        given = f"a {type(values).__name__}, no list of numbers"
+        raise SettingError(f"normalization {name}", given, "one number per channel, as [0.5]") from error
 
 
 def normalize(net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Sequential:
@@ -68,8 +78,9 @@ def normalize(net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn
         A network that takes pixels in [0, 1].
 
     Raises:
-        SettingError: statistics that :class:`Normalize` refuses.
+        SettingError: no network, or statistics that :class:`Normalize` refuses.
     """
+    check_type("net", net, nn.Module)
     return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), net=net))
 
 
