@@ -59,14 +59,14 @@ def _as_it_is(made: Any) -> Any:
 class _Coming(Sampler[Chunk]):
     """The chunks of the batches that come."""
 
-    def __init__(self) -> None:
-        self.batches: Sequence[Chunk] = ()
+    def __init__(self, images: EncodedImages) -> None:
+        self.images = images
+        self.batches: Sequence[tuple[Tensor, Tensor]] = ()
 
     def __iter__(self) -> Iterator[Chunk]:
-        for rows, draws in self.batches:
-            for start in range(0, len(rows), CHUNK):
-                part = slice(start, start + CHUNK)
-                yield Chunk(rows[part], [view[part] for view in draws])
+        for index, draws in self.batches:
+            parts = zip(torch.split(index, CHUNK), torch.split(draws, CHUNK, dim=1), strict=True)
+            yield from (Chunk(self.images.rows[one].tolist(), two.tolist()) for one, two in parts)
 
 
 class Loader:
@@ -85,7 +85,7 @@ class Loader:
         self.images, self.pin = images, pin
         self.waited = 0.0
         """Seconds for which batches were not ready when they were asked for, since :meth:`expect`."""
-        self._coming, workers = _Coming(), images.workers
+        self._coming, workers = _Coming(images), images.workers
         self._chunks = DataLoader(
             _Chunks(images.decoder, crop),
             batch_size=None,
@@ -107,9 +107,7 @@ class Loader:
     def expect(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Begin with the batches that come: positions [b] among the images, and draws [views, b]."""
         self._ready, self.waited = iter(()), 0.0
-        self._coming.batches = [
-            Chunk(self.images.rows[index].tolist(), draws.tolist()) for index, draws in batches
-        ]
+        self._coming.batches = batches
         self._ready = iter(self._chunks)
 
     def next(self, size: int) -> Tensor:
