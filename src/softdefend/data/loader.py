@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +54,14 @@ class _Chunks(Dataset[Any]):
         return pixels
 
 
+def _start_method() -> BaseContext:
+    """Processes are copies of one that has nothing but this module: copies of one that has threads, or a GPU,
+    may hang."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def _as_it_is(made: Any) -> Any:
     return made
 
@@ -94,8 +104,7 @@ class Loader:
             num_workers=workers,
             prefetch_factor=_AHEAD if workers else None,
             persistent_workers=workers > 0,
-            # Forked copies of a process that has threads, or a GPU, may hang.
-            multiprocessing_context="forkserver" if workers else None,
+            multiprocessing_context=_start_method() if workers else None,
         )
         self._ready: Iterator[Any] = iter(())
 
@@ -122,7 +131,7 @@ class Loader:
                 part = next(self._ready)
             except RuntimeError as error:  # of torch, about a process
                 reason = " ".join(str(error).split())[:160]
-                accepted = "fewer processes, and the memory that they need"
+                accepted = "fewer processes, memory for them, and __name__ == '__main__' in your own script"
                 raise SettingError("data.workers", f"{self.images.workers} ({reason})", accepted) from error
             if isinstance(part, tuple):
                 raise SettingError(*part)
