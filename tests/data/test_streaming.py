@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,11 @@ from softdefend.core.errors import SettingError
 from softdefend.core.memory import TooLargeError
 from softdefend.core.rng import stream
 from softdefend.data import Augmented, AugmentSettings, DataSettings, load
+from softdefend.data.cache import default_folder
 from softdefend.data.describe import channel_stats, describe
 from softdefend.data.encoded import RandomCrop
 from softdefend.data.jitter import STEPS, draw_jitter, jitter
-from softdefend.data.sources import read
+from softdefend.data.sources import encoded, read
 
 
 @pytest.fixture(params=["folder", "parquet"])
@@ -257,6 +260,27 @@ def test_what_cannot_be_streamed_is_refused():
 def test_impossible_settings_are_refused(wrong, name):
     with pytest.raises(SettingError, match=name.replace(".", r"\.")):
         DataSettings("photos", **wrong)
+
+
+def test_processes_that_start_together_list_the_images_once(source, monkeypatch):
+    """And once more where a list was deleted."""
+    made = []
+    write = encoded.write_table
+
+    def counted(path, *arguments):
+        made.append(path.name)
+        time.sleep(0.05)
+        return write(path, *arguments)
+
+    monkeypatch.setattr(encoded, "write_table", counted)
+    with ThreadPoolExecutor(3) as pool:
+        bundles = list(pool.map(lambda _: load(settings(source)), range(3)))
+    assert len({bundle.fingerprint for bundle in bundles}) == 1
+    assert len(made) == 2  # training and test images
+    (made_test,) = (name for name in made if ".test." in name)
+    next(default_folder().glob(made_test)).unlink()
+    assert load(settings(source)).fingerprint == bundles[0].fingerprint
+    assert len(made) == 4
 
 
 def test_a_disk_without_space_is_one_line(source, tmp_path, monkeypatch):

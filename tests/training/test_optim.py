@@ -70,7 +70,7 @@ def test_steps_follow_the_papers_formula(rule, decay_all):
 def test_the_first_step_finds_its_state_made(name):
     """A captured step cannot make it; and a checkpoint holds the same tensors at any time."""
     net = small_net()
-    optimizer = make_optimizer(net, OptimSettings(name=name, lr=0.1), CPU)
+    optimizer = make_optimizer(net, OptimSettings(name=name, lr=0.01), CPU)
     before = state_tensors(optimizer)
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -197,10 +197,11 @@ def test_averages_of_another_optimizer_begin_anew(make_trainer, caplog):
     ("settings", "said"),
     [
         ({"name": "adam"}, "optim.name: got adam; accepted: sgd or adamw or lion"),
-        ({"name": "lion", "nesterov": True}, "optim.nesterov"),
+        ({"name": "adamw"}, "optim.lr: got 0.1; accepted: below 0.1 with optim.name adamw"),
+        ({"name": "lion", "lr": 1e-3, "nesterov": True}, "optim.nesterov"),
         ({"betas": (0.9, 0.99)}, "optim.betas"),
-        ({"name": "lion", "betas": (0.9, 1.0)}, "optim.betas"),
-        ({"name": "adamw", "adam_eps": 0.0}, "optim.adam_eps"),
+        ({"name": "lion", "lr": 1e-3, "betas": (0.9, 1.0)}, "optim.betas"),
+        ({"name": "adamw", "lr": 1e-3, "adam_eps": 0.0}, "optim.adam_eps"),
         ({"accumulate": 0}, "optim.accumulate"),
         ({"accumulate": 200}, "optim.accumulate"),
         ({"clip": 0.0}, "optim.clip"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +54,14 @@ class _Chunks(Dataset[Any]):
         return pixels
 
 
+def _start_method() -> BaseContext:
+    """Processes are copies of one that has nothing but this module: copies of one that has threads, or a GPU,
+    may hang."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def _as_it_is(made: Any) -> Any:
     return made
 
@@ -59,14 +69,14 @@ def _as_it_is(made: Any) -> Any:
 class _Coming(Sampler[Chunk]):
     """The chunks of the batches that come."""
 
-    def __init__(self) -> None:
-        self.batches: Sequence[Chunk] = ()
+    def __init__(self, images: EncodedImages) -> None:
+        self.images = images
+        self.batches: Sequence[tuple[Tensor, Tensor]] = ()
 
     def __iter__(self) -> Iterator[Chunk]:
-        for rows, draws in self.batches:
-            for start in range(0, len(rows), CHUNK):
-                part = slice(start, start + CHUNK)
-                yield Chunk(rows[part], [view[part] for view in draws])
+        for index, draws in self.batches:
+            parts = zip(torch.split(index, CHUNK), torch.split(draws, CHUNK, dim=1), strict=True)
+            yield from (Chunk(self.images.rows[one].tolist(), two.tolist()) for one, two in parts)
 
 
 class Loader:
@@ -85,7 +95,7 @@ class Loader:
         self.images, self.pin = images, pin
         self.waited = 0.0
         """Seconds for which batches were not ready when they were asked for, since :meth:`expect`."""
-        self._coming, workers = _Coming(), images.workers
+        self._coming, workers = _Coming(images), images.workers
         self._chunks = DataLoader(
             _Chunks(images.decoder, crop),
             batch_size=None,
@@ -94,8 +104,7 @@ class Loader:
             num_workers=workers,
             prefetch_factor=_AHEAD if workers else None,
             persistent_workers=workers > 0,
-            # Forked copies of a process that has threads, or a GPU, may hang.
-            multiprocessing_context="forkserver" if workers else None,
+            multiprocessing_context=_start_method() if workers else None,
         )
         self._ready: Iterator[Any] = iter(())
 
@@ -107,9 +116,7 @@ class Loader:
     def expect(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Begin with the batches that come: positions [b] among the images, and draws [views, b]."""
         self._ready, self.waited = iter(()), 0.0
-        self._coming.batches = [
-            Chunk(self.images.rows[index].tolist(), draws.tolist()) for index, draws in batches
-        ]
+        self._coming.batches = batches
         self._ready = iter(self._chunks)
 
     def next(self, size: int) -> Tensor:
@@ -124,7 +131,7 @@ class Loader:
                 part = next(self._ready)
             except RuntimeError as error:  # of torch, about a process
                 reason = " ".join(str(error).split())[:160]
-                accepted = "fewer processes, and the memory that they need"
+                accepted = "fewer processes, memory for them, and __name__ == '__main__' in your own script"
                 raise SettingError("data.workers", f"{self.images.workers} ({reason})", accepted) from error
             if isinstance(part, tuple):
                 raise SettingError(*part)

@@ -125,7 +125,7 @@ class Resident:
         if self._loader is None:
             pin = self._device.type == "cuda"
             self._loader = Loader(self._images, self.crop, pin=pin)
-        rows = [batch.cpu() for batch in batches]
+        rows = torch.split(torch.cat([*batches]).cpu(), [len(batch) for batch in batches]) if batches else ()
         self._loader.expect([(own[:, 0], self._draws(own)) for own in rows])
 
     def load(self, plan_rows: Tensor) -> None:

@@ -36,7 +36,7 @@ class OptimSettings:
     name: Name = "sgd"
     """sgd, adamw (Loshchilov and Hutter, arXiv 1711.05101) or lion (Chen et al., arXiv 2302.06675)."""
     lr: float = 0.1
-    """Base learning rate, > 0. For adamw and lion choose one: some thousandths at most."""
+    """Base learning rate, > 0; below 0.1 for adamw and lion, which need one far below sgd's."""
     momentum: float = 0.9
     """sgd: in [0, 1)."""
     nesterov: bool = False
@@ -73,6 +73,7 @@ class OptimSettings:
             ("batch_size", self.batch_size >= 1, "a whole number >= 1"),
             ("name", self.name in get_args(Name), " or ".join(get_args(Name))),
             ("lr", 0 < self.lr < inf, "a positive number"),
+            ("lr", sgd or self.lr < 0.1, f"below 0.1 with optim.name {self.name}; 0.001 is usual"),
             ("momentum", 0 <= self.momentum < 1, "a number in [0, 1)"),
             ("weight_decay", 0 <= self.weight_decay < inf, "a number >= 0"),
             ("nesterov", not self.nesterov or self.momentum > 0, "true only with momentum > 0"),

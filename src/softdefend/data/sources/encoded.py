@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,14 +61,42 @@ def read_or_list(
         SettingError: images that cannot be read, or of different sizes without ``data.image_size``.
     """
     about = cache / f"{key}.json"
-    if not about.is_file():
-        _list(about, settings, describe)
+    with _alone(about):
+        if not _is_whole(about):
+            _list(about, settings, describe)
     known = json.loads(about.read_bytes())
     tables = {part: Table(about.with_suffix(f".{part}.arrow")) for part in known["parts"]}
     mode = _mode(tables["train"], settings)
     splits = {part: _split(table, mode, settings) for part, table in tables.items()}
     notes, classes, first = known["notes"], tuple(known["classes"]), known["first_label"]
     return RawData(known["name"], splits["train"], splits.get("test"), classes, notes, first)
+
+
+@contextlib.contextmanager
+def _alone(about: Path) -> Iterator[None]:
+    """Let one process at a time make the tables; the others then find them.
+
+    Raises:
+        SettingError: the cache cannot be written.
+    """
+    try:
+        about.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(about.with_suffix(".lock"), "w")  # noqa: SIM115 (held below)
+    except OSError as error:
+        given = f"{about.parent} ({error.strerror})"
+        raise SettingError("data.cache", given, "a folder that can be written") from None
+    with lock:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _is_whole(about: Path) -> bool:
+    """Whether the tables are there."""
+    if not about.is_file():
+        return False
+    parts = json.loads(about.read_bytes())["parts"]
+    return all(about.with_suffix(f".{part}.arrow").is_file() for part in parts)
 
 
 def _list(

@@ -187,8 +187,8 @@ def _listing(by_class: dict[str, list[Path]], classes: tuple[str, ...], root: Pa
 
     def rows() -> Iterator[Row]:
         for name, paths in by_class.items():
-            for path in paths:
-                yield Row(str(path.relative_to(root)), classes.index(name), None)
+            label = classes.index(name)
+            yield from (Row(str(path.relative_to(root)), label, None) for path in paths)
 
     return listed.Listing(rows, sum(map(len, by_class.values())), root)
 
