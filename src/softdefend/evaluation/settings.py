@@ -112,10 +112,12 @@ class Requests:
         surrogates: networks by name. Adversarial images made on them are tried on the evaluated network.
         robustbench: file for RobustBench's ``model_info`` JSON.
         log: file for AutoAttack's log lines.
+        adversarial: whether the adversarial images of every attack are saved.
     """
 
     audit: Size = 0
     corruptions: bool = False
+    adversarial: bool = False
     surrogates: dict[str, nn.Module] = field(default_factory=dict)
     robustbench: Path | None = None
     log: Path | None = None
