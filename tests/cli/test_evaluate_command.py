@@ -123,6 +123,35 @@ def test_a_run_is_attacked_in_other_norms(run_folder: Path, capsys: pytest.Captu
     assert found["attacks"]["sigma-zero-20"]["count"] <= found["clean"]["count"]
 
 
+def test_adversarial_images_are_saved_as_they_were_judged(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["evaluate", str(run_folder), *LAST, "--attacks", "pgd-3", "fgsm", "--eps", "0.2"]
+    done(words, capsys)
+    assert not attacked_again(words, capsys, monkeypatch)
+    words.append("--save_adversarial")
+    assert attacked_again(words, capsys, monkeypatch)
+    assert not attacked_again(words, capsys, monkeypatch)
+    test = load(DataSettings(**yaml.safe_load((run_folder / "config.yaml").read_text())["data"])).test
+    for attack in ("pgd-3", "fgsm"):
+        path = run_folder / "evaluation" / f"last-linf-0.2-adversarial-{attack}.safetensors"
+        saved = load_file(path)
+        assert len(saved["adversarial"]) == 12
+        clean = test.images[saved["index"]].float() / 255
+        away = (saved["adversarial"] - clean).abs().flatten(1).amax(1)
+        torch.testing.assert_close(away, saved["distance"])
+        assert (away <= 0.2 + 1e-6).all()
+        assert away.max() > 0.1
+        assert torch.equal(saved["label"], test.labels[saved["index"]])
+        robust = (
+            (saved["prediction"] == saved["label"]) & (saved["clean_prediction"] == saved["label"])
+        ).sum()
+        assert robust == result(run_folder, "last-linf-0.2")["attacks"][attack]["count"]
+    path.unlink()
+    assert attacked_again(words, capsys, monkeypatch)
+    assert path.is_file()
+
+
 def test_what_l0_does_not_have_is_refused(run_folder: Path, refused: Refused) -> None:
     words = ["evaluate", str(run_folder), *LAST, "--norm", "l0", "--eps", "5", "--attacks"]
     refused([*words, "pgd-3"], "threat.norm", "l0", "l0 has sigma-zero")

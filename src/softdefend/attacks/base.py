@@ -16,7 +16,7 @@ from softdefend.core.goals import reaches, to_reach
 from softdefend.core.hints import check_fields
 from softdefend.core.threat import Norm, ThreatModel
 from softdefend.execution.context import AttackContext
-from softdefend.execution.counting import CountingModel
+from softdefend.execution.counting import CountingModel, Mask
 from softdefend.execution.counting import Forward as Forward
 from softdefend.execution.randomness import CallerRandomness
 
@@ -138,6 +138,7 @@ class Attack(ABC):
         threat: ThreatModel,
         *,
         target: Tensor | None = None,
+        mask: Tensor | None = None,
         loss: AttackLoss | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -151,13 +152,15 @@ class Attack(ABC):
             threat: the set the result stays in.
             target: classes to be reached, [b] integers; the label then does not matter, and only the target
                 is a success.
+            mask: the values that may change, bool, [h, w], [c, h, w] or [b, c, h, w]; all when None. What an
+                attack spends on others, such as a random start in l2, is lost.
             loss: what to climb, in place of the attack's own loss.
             generator: source of every random draw, on the device of ``image``; torch's own when None.
 
         Raises:
             SettingError: what :meth:`check` refuses; a ``loss`` for an attack that minimises the distance; a
                 ``target`` of another shape or type, beside a ``loss``, or for an attack without a targeted
-                form.
+                form; a ``mask`` of another shape or type.
         """
         if target is not None:
             if loss is not None:
@@ -166,9 +169,11 @@ class Attack(ABC):
         if loss is not None and self.minimizes_distance:
             raise SettingError("attack.loss", "a loss", f"none: {self.name} minimises the distance")
         self.check(threat)
-        model = CountingModel(net, len(image))
+        masked = None if mask is None else Mask(_free(mask, image), image)
+        model = CountingModel(net, len(image), mask=masked)
         context = AttackContext(model, CallerRandomness(generator, len(image)), loss=loss)
-        return self.run(model, image, label, threat, context)
+        x_adv = self.run(model, image, label, threat, context)
+        return x_adv if masked is None else masked(x_adv, None)
 
     @final
     def goal(self, target: Tensor, n: int) -> Tensor:
@@ -216,6 +221,21 @@ class Attack(ABC):
             x_adv = self.run(part, image[rows], label[rows], threat, AttackContext(part, random))
             found.append(x_adv.detach())
         return torch.cat(found)
+
+
+def _free(mask: Tensor, image: Tensor) -> Tensor:
+    """A mask for each image, [b, c, h, w] bool.
+
+    Raises:
+        SettingError: another type, or a shape that does not fit.
+    """
+    fits = mask.ndim in (2, 3, 4) and all(
+        m in (1, i) for m, i in zip(mask.shape[::-1], image.shape[::-1], strict=False)
+    )
+    if mask.dtype != torch.bool or not fits:
+        given = f"{mask.dtype} {list(mask.shape)}".removeprefix("torch.")
+        raise SettingError("attack.mask", given, f"bool [h, w], [c, h, w] or {list(image.shape)}")
+    return mask.expand(image.shape)
 
 
 def _count(setting: str, digits: str) -> int:

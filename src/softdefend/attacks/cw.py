@@ -120,7 +120,7 @@ class CWL2(MinimalAttack):
         return closest.image, closest.distance
 
     def _round(
-        self, net: Forward, closest: Closest, rows: Tensor, label: Tensor, c: Tensor, enough: float
+        self, net: CountingModel, closest: Closest, rows: Tensor, label: Tensor, c: Tensor, enough: float
     ) -> Tensor:
         """Adam from the images at one c each; whether a wrong point was met, [m]."""
         met = torch.zeros_like(label, dtype=torch.bool)
@@ -131,7 +131,7 @@ class CWL2(MinimalAttack):
         before = torch.full_like(c, math.inf)
         place = torch.arange(len(rows), device=rows.device)
         for step in range(self.steps):
-            x_adv, wrong, loss, grad = _descend(net, argument, image, label, c)
+            x_adv, wrong, loss, grad = _descend(net.at(rows), argument, image, label, c)
             closest.update(rows, x_adv, wrong)
             met[place] |= wrong
             mean, square = torch.lerp(grad, mean, 0.9), torch.lerp(grad.square(), square, 0.999)

@@ -76,7 +76,7 @@ class DeepFool(MinimalAttack):
         for _ in range(self.steps):
             x_adv = x_adv.detach().requires_grad_(True)
             with torch.enable_grad():
-                logits = net(x_adv)
+                logits = net.at(rows)(x_adv)
             check_classes(logits)
             check_differentiable(logits)
             wrong = fooled(logits, label)
@@ -97,7 +97,7 @@ class DeepFool(MinimalAttack):
             if len(left) < len(rows):
                 rows, label, targets, x_adv = (x[left] for x in (rows, label, targets, x_adv))
         else:
-            closest.update(rows, x_adv, fooled(net(x_adv), label))
+            closest.update(rows, x_adv, fooled(net.at(rows)(x_adv), label))
         return closest.image, closest.distance
 
     def _shift(self, logits: Tensor, x_adv: Tensor, label: Tensor, targets: Tensor, norm: Norm) -> Tensor:

@@ -73,7 +73,7 @@ class FMN(MinimalAttack):
         x_adv, radius = image, image.new_zeros(len(image))
         found = torch.zeros(len(image), dtype=torch.bool, device=image.device)
         for step in range(self.steps):
-            wrong, gap, slope = margin_and_slope(net, x_adv, label)
+            wrong, gap, slope = margin_and_slope(net.at(rows), x_adv, label)
             closest.update(rows, x_adv, wrong)
             left = (closest.distance[rows] > enough).nonzero().flatten()
             if not len(left):
@@ -96,7 +96,7 @@ class FMN(MinimalAttack):
             x_adv = x_adv + step_size * steepest(slope, "l2")[0]
             x_adv = _into_ball(image, x_adv, radius, norm).clamp(0, 1)
         else:
-            closest.update(rows, x_adv, fooled(net(x_adv), label))
+            closest.update(rows, x_adv, fooled(net.at(rows)(x_adv), label))
         return closest.image, closest.distance
 
 

@@ -131,6 +131,7 @@ class Transfer(Attack):
                     image,
                     label,
                     threat,
+                    mask=None if net.mask is None else net.mask.free,
                     loss=context.loss,
                     generator=context.generator,
                 )

@@ -39,6 +39,8 @@ class EvaluateFlags:
     """Look for signs of gradient masking."""
     audit_size: Size = 250
     """Test images that the audit looks at; subset says which."""
+    save_adversarial: bool = switch()
+    """Write what each attack made of each image, evaluation/NAME-adversarial-ATTACK.safetensors."""
     corruptions: bool = switch()
     """Measure accuracy under common corruptions."""
     transfer: tuple[str, ...] = ()
@@ -89,6 +91,7 @@ def run(words: Sequence[str]) -> None:
     requests = Requests(
         audit=flags.audit_size if flags.audit else 0,
         corruptions=flags.corruptions,
+        adversarial=flags.save_adversarial,
         robustbench=flags.robustbench,
         log=flags.log,
         optimality=flags.optimality,

@@ -15,6 +15,7 @@ from softdefend.core.environment import versions
 from softdefend.core.files import write_atomic
 from softdefend.core.store import plain
 from softdefend.core.threat import LARGEST, Budget, ThreatModel
+from softdefend.evaluation.adversarial import save_adversarial, saved_images
 from softdefend.evaluation.autoattack import averages_draws, parse
 from softdefend.evaluation.checkpoint import Checkpoint
 from softdefend.evaluation.evaluate import Evaluator, cost_line
@@ -47,17 +48,20 @@ def accuracy_inputs(checkpoint: Checkpoint, settings: EvaluateSettings) -> dict[
     return checkpoint.inputs(known)
 
 
-def evaluate_attacks(checkpoint: Checkpoint, settings: EvaluateSettings) -> dict[str, Any]:
+def evaluate_attacks(
+    checkpoint: Checkpoint, settings: EvaluateSettings, *, save_images: bool = False
+) -> dict[str, Any]:
     """Clean accuracy and accuracy under each attack, from the file where it is there already.
 
-    A file that holds more than is asked for, further attacks or more images, will do.
+    A file that holds more than is asked for, further attacks or more images, will do; with ``save_images``
+    only where the adversarial images lie beside it.
 
     Returns:
         What stands in ``evaluation/NAME.json``.
     """
     result = find_accuracies(checkpoint, settings)
-    if result is None:
-        return measure_accuracies(checkpoint, settings)
+    if result is None or (save_images and not saved_images(checkpoint, result)):
+        return measure_accuracies(checkpoint, settings, save_images=save_images)
     name = checkpoint.source.name
     _log.info(f"{name}: as evaluated before, on {result['n']} images; nothing is attacked anew")
     for line in cost_lines(result):
@@ -87,7 +91,9 @@ def find_accuracies(checkpoint: Checkpoint, settings: EvaluateSettings) -> dict[
     return result if same and enough and (whole or known.get("subset") == settings.subset) else None
 
 
-def measure_accuracies(checkpoint: Checkpoint, settings: EvaluateSettings) -> dict[str, Any]:
+def measure_accuracies(
+    checkpoint: Checkpoint, settings: EvaluateSettings, *, save_images: bool = False
+) -> dict[str, Any]:
     """Attack the test images, and write the result and one row an image in ``evaluation/NAME.parquet``.
 
     Killed at any moment, the same call continues from ``evaluation/NAME.state``, which is removed at the
@@ -100,10 +106,9 @@ def measure_accuracies(checkpoint: Checkpoint, settings: EvaluateSettings) -> di
     if not averages_draws(settings.attacks):
         checkpoint.require_determinism()
     inputs, name, store = accuracy_inputs(checkpoint, settings), checkpoint.source.name, checkpoint.store
-    state = StateFile(
-        store.path(name, ".state"), {**inputs, "versions": versions(checkpoint.device)}, every=SAVE_EVERY
-    )
-    evaluation, report = _attack(checkpoint, settings, state)
+    identity = {**inputs, "versions": versions(checkpoint.device)} | ({"images": True} if save_images else {})
+    state = StateFile(store.path(name, ".state"), identity, every=SAVE_EVERY)
+    evaluation, report = _attack(checkpoint, settings, state, save_images)
     if store.find(name, inputs, ignoring=("settings",)) is not None:
         kept = store.set_aside(name, store.path(name, ".parquet"))
         if kept is not None:
@@ -112,6 +117,10 @@ def measure_accuracies(checkpoint: Checkpoint, settings: EvaluateSettings) -> di
     pictures = f"{name}-gallery", f"{name}-examples"
     for stale in (store.path(name), *(store.path(picture, ".safetensors") for picture in pictures)):
         stale.unlink(missing_ok=True)
+    for stale in store.folder.glob(f"{name}-adversarial-*.safetensors"):
+        stale.unlink()
+    if save_images:
+        save_adversarial(checkpoint, inputs, evaluation)
     write_atomic(store.path(name, ".parquet"), evaluation.to_parquet())
     result = store.write(name, inputs, report)
     state.remove()
@@ -119,16 +128,18 @@ def measure_accuracies(checkpoint: Checkpoint, settings: EvaluateSettings) -> di
 
 
 def _attack(
-    checkpoint: Checkpoint, settings: EvaluateSettings, state: StateFile
+    checkpoint: Checkpoint, settings: EvaluateSettings, state: StateFile, save_images: bool
 ) -> tuple[Evaluation, dict[str, Any]]:
     """The attacks on the test images, and the content of the JSON file."""
     source = checkpoint.source
     evaluator = make_evaluator(checkpoint, settings)
+    evaluator.keep_images = save_images
     attacks = [parse(attack, len(source.bundle.classes)) for attack in settings.attacks]
     index, of_curve = (
         checkpoint.subset(size, settings.subset) for size in (settings.size, settings.curve_size)
     )
     evaluation = evaluator(attacks, index=index, progress=source.progress, state=state, log_costs=True)
+    evaluator.keep_images = False
     evaluator.microbatch = evaluation.how["physical_batch"]  # as many as have fitted into memory
     threat = {"norm": source.threat.norm, "eps": str(source.threat.eps)}
     return evaluation, {

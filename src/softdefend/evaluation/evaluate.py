@@ -64,6 +64,7 @@ class Evaluator:
             GPU. ``fast`` is bf16. In both a success counts once an fp32 forward without TF32 has confirmed
             it, before that the search goes on. ``strict`` is fp32 without TF32; on a CPU ``exact`` is the
             same. Clean predictions, the final count and all other attacks' forwards are strict in each.
+        keep_images: keep what the attacks made, in :attr:`AttackRecord.adversarial`, in the CPU's memory.
         targeted: classes to reach, see :func:`~softdefend.evaluation.targets.choose_targets`: an image counts
             as robust unless it is taken for its target. Images of a class that all are to reach are left out.
         compile: compile the searching network and capture the steps of searches, on a GPU; from
@@ -86,6 +87,7 @@ class Evaluator:
         precision: Precision = "exact",
         compile: bool | None = False,
         targeted: str | None = None,
+        keep_images: bool = False,
     ) -> None:
         if targeted is not None:
             check_targeted(targeted)
@@ -98,6 +100,7 @@ class Evaluator:
             raise SettingError("evaluate.compile", "true on a CPU", "false or null, or a CUDA device")
         self.data, self.threat, self.batch_size, self.seed = data, threat, batch_size, seed
         self.microbatch, self.compile, self.targeted = microbatch, compile, targeted
+        self.keep_images = keep_images
 
     def __call__(
         self,
@@ -299,7 +302,8 @@ class Evaluator:
         distance = self.threat.distance(image, adversarial)
         with torch.no_grad():
             prediction = answers(net.exact()(adversarial), self.data.labels[index.to(self._device)])
-        return _Found(prediction.cpu(), distance.cpu().to(torch.float32), net.counts())
+        kept = adversarial.cpu().to(torch.float32) if self.keep_images else None
+        return _Found(prediction.cpu(), distance.cpu().to(torch.float32), net.counts(), kept)
 
     def _perturb(
         self, attack: Attack, index: Tensor, context: AttackContext, goal: Tensor
@@ -322,10 +326,16 @@ class _Found(NamedTuple):
     distance: Tensor
     """[m] float32."""
     counts: Counts
+    adversarial: Tensor | None
+    """[m, c, h, w] float32, where images are kept."""
 
     def write(self, trial: Trial, index: Tensor) -> None:
         """Into the rows of these samples [m]; no counts where some are of samples that are not known."""
         forwards, backwards, unassigned = self.counts
+        if self.adversarial is not None:
+            if trial.adversarial is None:
+                trial.adversarial = torch.zeros(len(trial.attacked), *self.adversarial.shape[1:])
+            trial.adversarial[index] = self.adversarial
         trial.prediction[index], trial.distance[index] = self.prediction, self.distance
         if not any(unassigned):
             trial.forwards[index], trial.backwards[index] = forwards, backwards
@@ -359,6 +369,7 @@ class _Run:
             trial = Trial.of(tensors[f"{key}/attacked"])
             for name, value in ({n: tensors[f"{key}/{n}"] for n in trial.tensors()} | plain).items():
                 setattr(trial, name, value)
+            trial.adversarial = tensors.get(f"{key}/adversarial")
             self._trials[key] = trial
         stage = {n.removeprefix("stage/"): t for n, t in tensors.items() if n.startswith("stage/")}
         self.stage = stage if self.microbatch == values["microbatch"] else {}

@@ -64,7 +64,7 @@ def evaluate_checkpoint(
     audit = transferred = None
     if requests.audit:
         audit = measured(checkpoint, audit_measurement(checkpoint, settings, requests))
-    result = evaluate_attacks(checkpoint, settings)
+    result = evaluate_attacks(checkpoint, settings, save_images=requests.adversarial)
     table = read_table(checkpoint.store.path(source.name, ".parquet"))
     renew_pictures(checkpoint, settings, result, table)
     _log.info(summary_line(source.name, result))

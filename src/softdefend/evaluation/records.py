@@ -57,6 +57,8 @@ class Trial:
     total_backwards: int = 0
     """Image gradients, all samples together."""
     seconds: float = 0.0
+    adversarial: Tensor | None = None
+    """The adversarial images [n, c, h, w] float32, where they are kept; zero where none was made."""
 
     @classmethod
     def of(cls, attacked: Tensor) -> Trial:
@@ -68,7 +70,8 @@ class Trial:
     def tensors(self) -> dict[str, Tensor]:
         """The per-sample tensors, by name."""
         names = ("attacked", "prediction", "distance", "forwards", "backwards")
-        return {name: getattr(self, name) for name in names}
+        kept = {} if self.adversarial is None else {"adversarial": self.adversarial}
+        return {name: getattr(self, name) for name in names} | kept
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ class AttackRecord:
     trials: dict[str, Trial] = field(default_factory=dict)
     """By attack, in order: one, or an ensemble's members."""
     ensemble: bool = False
+    adversarial: Tensor | None = None
+    """The adversarial images [n, c, h, w] float32, where they are kept; zero where none was made."""
 
     @classmethod
     def of(
@@ -102,9 +107,15 @@ class AttackRecord:
         """From trials in order. A sample's image is that of the last trial that attacked it, which is the one
         that fooled the network where one did. A sample that was never attacked keeps its clean prediction."""
         prediction, distance = clean.clone(), torch.zeros(len(label), dtype=torch.float32)
+        adversarial = None
         for trial in trials.values():
             prediction = torch.where(trial.attacked, trial.prediction, prediction)
             distance = torch.where(trial.attacked, trial.distance, distance)
+            if adversarial is None or trial.adversarial is None:
+                adversarial = trial.adversarial
+            else:
+                mask = trial.attacked.view(-1, 1, 1, 1)
+                adversarial = torch.where(mask, trial.adversarial, adversarial)
         return cls(
             prediction,
             distance,
@@ -114,7 +125,13 @@ class AttackRecord:
             sum(trial.seconds for trial in trials.values()),
             dict(trials),
             ensemble,
+            adversarial,
         )
+
+    @property
+    def attacked(self) -> Tensor:
+        """Given to some attack, [n] bool."""
+        return torch.stack([trial.attacked for trial in self.trials.values()]).any(dim=0)
 
 
 @dataclass(frozen=True)

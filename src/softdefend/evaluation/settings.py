@@ -115,10 +115,12 @@ class Requests:
         log: file for AutoAttack's log lines.
         optimality: names of attacks whose closest wrong images are compared.
         optimality_size: images that they are compared on.
+        adversarial: whether the adversarial images of every attack are saved.
     """
 
     audit: Size = 0
     corruptions: bool = False
+    adversarial: bool = False
     surrogates: dict[str, nn.Module] = field(default_factory=dict)
     robustbench: Path | None = None
     log: Path | None = None

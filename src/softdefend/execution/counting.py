@@ -10,11 +10,37 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from softdefend.core.errors import SettingError
 from softdefend.core.goals import fooled
 from softdefend.execution.step_graphs import Fields, G, S, StepGraphs
 
 Forward = Callable[[Tensor], Tensor]
 """Maps images [b, c, h, w] in [0, 1] to logits [b, k]."""
+
+
+class Mask(NamedTuple):
+    """Which values of n images may change."""
+
+    free: Tensor
+    """[n, c, h, w] bool."""
+    image: Tensor
+    """Clean, [n, c, h, w]."""
+
+    def __call__(self, x_adv: Tensor, rows: Tensor | None) -> Tensor:
+        """``x_adv`` [m, c, h, w] of the images at ``rows`` [m], all when None, clean where it may not change.
+
+        Raises:
+            SettingError: another number of images, of which it is not known which they are.
+        """
+        free, image = (each if rows is None else each[rows] for each in self)
+        if len(free) != len(x_adv):
+            given = f"{len(x_adv)} images of {len(free)}"
+            raise SettingError("attack.mask", given, "an attack that says which images it asks about")
+        return torch.where(free, x_adv, image)
+
+    def of(self, rows: Tensor) -> Mask:
+        """That of the images at ``rows``."""
+        return Mask(self.free[rows], self.image[rows])
 
 
 class RowsModel:
@@ -28,6 +54,7 @@ class RowsModel:
         size: images of a call that is made of them all; more than m where the batch is filled up.
         microbatch: images to be computed at once without gradient; no limit when None.
         step_graphs: of the steps that :meth:`repeat` takes.
+        mask: what the network is shown of the images.
 
     Attributes:
         forwards, gradients: of each of the images.
@@ -41,12 +68,16 @@ class RowsModel:
         size: int,
         microbatch: int | None,
         step_graphs: StepGraphs | None = None,
+        mask: Mask | None = None,
     ) -> None:
+        self.mask = mask
         self.rows, self.forwards, self.gradients, self.unassigned = rows, 0, 0, [0, 0]
         self._forward, self._size, self._microbatch = forward, size, microbatch
         self._step_graphs = step_graphs
 
     def __call__(self, image: Tensor) -> Tensor:
+        if self.mask is not None:
+            image = self.mask(image, self.rows)
         if len(image) == self._size:
             self.forwards += 1
             self.gradients += image.requires_grad
@@ -123,6 +154,7 @@ class CountingModel:
         clean_logits: logits [n, k] of the images as they are, if known.
         microbatch: images to be computed at once; no limit when None.
         step_graphs: of the steps of searches, which are then made on batches of few sizes.
+        mask: of the images; steps are then not captured.
     """
 
     def __init__(
@@ -136,8 +168,10 @@ class CountingModel:
         clean_logits: Tensor | None = None,
         microbatch: int | None = None,
         step_graphs: StepGraphs | None = None,
+        mask: Mask | None = None,
     ) -> None:
-        self.n, self.microbatch, self.step_graphs = n, microbatch, step_graphs
+        self.n, self.microbatch, self.mask = n, microbatch, mask
+        self.step_graphs = None if mask is not None else step_graphs
         self.unverified = exact is not None if unverified is None else unverified
         self._forward, self._many_gradients = forward, many_gradients or forward
         self._exact, self._clean_logits = exact or forward, clean_logits
@@ -161,6 +195,11 @@ class CountingModel:
         """
         return self._view(self._many_gradients if many_gradients else self._forward, rows, size)
 
+    def at(self, rows: Tensor) -> Forward:
+        """The network for the images at ``rows`` [m], of attacks that need not say whose a forward is: this
+        one itself, unless a mask has to know."""
+        return self if self.mask is None else self.for_rows(rows)
+
     def exact(self, rows: Tensor | None = None) -> RowsModel:
         """The network in full precision, for the images at ``rows`` [m], all n when None."""
         return self._view(self._exact, rows, None)
@@ -168,7 +207,8 @@ class CountingModel:
     def part(self, rows: Tensor) -> CountingModel:
         """The network in full precision as one of a smaller batch, the images at ``rows`` [m]; its counts
         add to these."""
-        model = CountingModel(self._exact, len(rows), microbatch=self.microbatch)
+        mask = None if self.mask is None else self.mask.of(rows)
+        model = CountingModel(self._exact, len(rows), microbatch=self.microbatch, mask=mask)
         self._parts.append((rows, model))
         return model
 
@@ -222,7 +262,7 @@ class CountingModel:
 
     def _view(self, forward: Forward, rows: Tensor | None, size: int | None) -> RowsModel:
         size = size or (self.n if rows is None else len(rows))
-        view = RowsModel(forward, rows, size, self.microbatch, self.step_graphs)
+        view = RowsModel(forward, rows, size, self.microbatch, self.step_graphs, self.mask)
         self._views.append(view)
         return view
 

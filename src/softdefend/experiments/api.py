@@ -112,6 +112,7 @@ def evaluate(
     compile: bool | None = None,
     seed: int = 0,
     targeted: str | None = None,
+    keep_images: bool = False,
     device: str | torch.device = "auto",
     progress: bool = False,
 ) -> Evaluation:
@@ -130,7 +131,8 @@ def evaluate(
         attacks: attacks, or names of them (docs/attacks.md) such as ``autoattack``; all different. A network
             that draws random numbers is refused unless one of them averages over its draws (``-eot``,
             ``autoattack-rand``).
-        batch_size, precision, compile, seed, targeted: as :class:`softdefend.evaluation.Evaluator` has them.
+        batch_size, precision, compile, seed, targeted, keep_images: as
+            :class:`softdefend.evaluation.Evaluator` has them.
         physical_batch: images computed at once; on a GPU found from its free memory when None.
 
     Raises:
@@ -174,6 +176,7 @@ def evaluate(
         precision=precision,
         compile=compile,
         targeted=check_type("targeted", targeted, str | None),
+        keep_images=check_type("keep_images", keep_images, bool),
     )
     return evaluator(made, progress=progress)
 

@@ -1,0 +1,44 @@
+"""Images that an evaluation keeps are those that it judged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ensemble_tools import rugged, sample
+from softdefend.attacks import APGD, FAB, FMN, PGD, Square
+from softdefend.core.threat import ThreatModel
+from softdefend.evaluation import Ensemble, Evaluator
+from softdefend.evaluation.adversarial import file_name
+
+SHAPE = (2, 5, 5)
+ENSEMBLE = Ensemble("three", (APGD(steps=5), FAB(steps=5, targets=2), Square(queries=40)))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l1"])
+@pytest.mark.parametrize("targeted", [None, "next"])
+def test_what_is_kept_is_what_was_counted(norm, targeted):
+    net, threat = rugged(SHAPE).float(), ThreatModel(norm, {"linf": 0.04, "l1": 1}[norm])
+    data = sample(net, 40, SHAPE)
+    evaluator = Evaluator(net, data, threat, batch_size=9, microbatch=20, targeted=targeted, keep_images=True)
+    found = evaluator([PGD(steps=4), FMN(steps=10), ENSEMBLE])
+    for record in found.attacks.values():
+        rows = record.attacked
+        clean, made = data.image[found.index][rows], record.adversarial[rows]
+        assert torch.equal(net(made).argmax(1), record.prediction[rows])
+        torch.testing.assert_close(
+            threat.distance(clean, made).float(), record.distance[rows], atol=1e-5, rtol=1e-4
+        )
+        assert not record.adversarial[~rows].any()
+    assert not found.attacks["three"].attacked.all()
+    assert found.attacks["pgd-4"].attacked.all()
+
+
+def test_nothing_is_kept_unless_asked_for():
+    net = rugged(SHAPE)
+    found = Evaluator(net, sample(net, 10, SHAPE), ThreatModel())([PGD(steps=1)])
+    assert found.attacks["pgd-1"].adversarial is None
+
+
+def test_names_of_files_hold_no_path():
+    assert file_name("best", "pgd-20-mine/../x:loss") == "best-adversarial-pgd-20-mine_.._x_loss"
