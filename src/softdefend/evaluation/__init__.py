@@ -7,9 +7,11 @@ from softdefend.evaluation.evaluate import Evaluator
 from softdefend.evaluation.pipeline import evaluate_checkpoint
 from softdefend.evaluation.records import AttackRecord, Evaluation, Rate, Trial
 from softdefend.evaluation.settings import EvaluateSettings, Requests
+from softdefend.evaluation.smoothing import Certificates, Smoothed, Smoothing
 
 __all__ = [
     "AttackRecord",
+    "Certificates",
     "CheckpointSource",
     "Ensemble",
     "EvaluateSettings",
@@ -17,6 +19,8 @@ __all__ = [
     "Evaluator",
     "Rate",
     "Requests",
+    "Smoothed",
+    "Smoothing",
     "Trial",
     "evaluate_checkpoint",
     "expand",

@@ -44,7 +44,7 @@ class Evaluator:
     change with the size of a microbatch):
 
     * FGSM, FAB without restarts, FMN, DeepFool, CW in l2: nothing.
-    * PGD, CW in l-inf: the image's position in the data, and the seed.
+    * PGD, CW in l-inf, HopSkipJump, SurFree: the image's position in the data, and the seed.
     * APGD, Square, FAB with restarts: the seed, and the batch, which is ``batch_size`` images that
       follow each other in the call (in an ensemble: of those still robust); the place in it and how many of
       its images are still right. With the same seed and batch size these are the random numbers, and so the
