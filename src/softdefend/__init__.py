@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         TRADES,
         TRADESTE,
         Consistency,
+        MultiNorm,
     )
     from softdefend.publish.hub import from_pretrained
     from softdefend.training import OptimSettings, Schedule
@@ -42,7 +43,7 @@ _NAMES = {
     "experiments.api": "evaluate train",
     "labels": "ADR Hard KD ReBAT SAT SGLR Smooth",
     "models": "normalize",
-    "objectives": "Consistency DAJAT FGSMRS MART MLCAT NFGSM PGDAT SCE TE TRADES TRADESTE",
+    "objectives": "Consistency DAJAT FGSMRS MART MLCAT MultiNorm NFGSM PGDAT SCE TE TRADES TRADESTE",
     "training": "OptimSettings Schedule",
     "weights": "AWP EMA SWA Plain",
 }
@@ -90,6 +91,7 @@ __all__ = [
     "DataSettings",
     "DivergenceError",
     "Hard",
+    "MultiNorm",
     "OptimSettings",
     "Plain",
     "ReBAT",

@@ -6,6 +6,7 @@ from softdefend.objectives.consistency import Consistency
 from softdefend.objectives.dajat import DAJAT
 from softdefend.objectives.mart import MART
 from softdefend.objectives.mlcat import MLCAT
+from softdefend.objectives.multi_norm import MultiNorm
 from softdefend.objectives.sce import SCE
 from softdefend.objectives.single_step import FGSMRS, NFGSM
 from softdefend.objectives.te import TE, TRADESTE
@@ -24,5 +25,6 @@ __all__ = [
     "TRADES",
     "TRADESTE",
     "Consistency",
+    "MultiNorm",
     "Objective",
 ]
