@@ -100,7 +100,7 @@ class MultiNormAttack(Attack):
 
 
 def _of_own(own: Tensor, each: list[Tensor]) -> Tensor:
-    """Of the images [b, c, h, w] of each ball those that belong to it, by the number [b] of an image's ball."""
+    """Of the images [b, c, h, w] of each ball those that belong to it, by the number of their ball [b]."""
     chosen = each[0]
     for number, images in enumerate(each[1:], 1):
         chosen = pick(own == number, images, chosen)
