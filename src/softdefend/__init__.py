@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         TRADESTE,
         Consistency,
         GaussianNoise,
+        MultiNorm,
     )
     from softdefend.publish.hub import from_pretrained
     from softdefend.training import OptimSettings, Schedule
@@ -43,7 +44,7 @@ _NAMES = {
     "experiments.api": "evaluate train",
     "labels": "ADR Hard KD ReBAT SAT SGLR Smooth",
     "models": "normalize",
-    "objectives": "Consistency DAJAT FGSMRS GaussianNoise MART MLCAT NFGSM PGDAT SCE TE TRADES TRADESTE",
+    "objectives": "Consistency DAJAT FGSMRS GaussianNoise MART MLCAT MultiNorm NFGSM PGDAT SCE TE TRADES TRADESTE",
     "training": "OptimSettings Schedule",
     "weights": "AWP EMA SWA Plain",
 }
@@ -92,6 +93,7 @@ __all__ = [
     "DivergenceError",
     "GaussianNoise",
     "Hard",
+    "MultiNorm",
     "OptimSettings",
     "Plain",
     "ReBAT",

@@ -30,7 +30,7 @@ def l1_correction(image: Tensor, delta: Tensor, eps: Tensor | float) -> Tensor:
     falling = torch.where(order < x.shape[1], 1.0, -1.0).to(y).cumsum(dim=1)
     added = (ends.diff(dim=1) * falling[:, :-1]).cumsum(dim=1)
     lost = outside.sum(dim=1, keepdim=True) + F.pad(added, (1, 0))
-    short = torch.as_tensor(eps, dtype=y.dtype, device=y.device) - size.sum(dim=1)
+    short = eps - size.sum(dim=1)
     below = lost + short[:, None] < 0
     last = below.sum(dim=1, keepdim=True).sub(1).clamp_min(0)
     level, slope, end = (each.gather(1, last) for each in (lost, falling, ends))

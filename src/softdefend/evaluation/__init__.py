@@ -5,7 +5,7 @@ from softdefend.evaluation.autoattack import Ensemble, expand
 from softdefend.evaluation.checkpoint import CheckpointSource
 from softdefend.evaluation.evaluate import Evaluator
 from softdefend.evaluation.pipeline import evaluate_checkpoint
-from softdefend.evaluation.records import AttackRecord, Evaluation, Rate, Trial
+from softdefend.evaluation.records import AttackRecord, Evaluation, Rate, Trial, robust_in_all
 from softdefend.evaluation.settings import EvaluateSettings, Requests
 from softdefend.evaluation.smoothing import Certificates, Smoothed, Smoothing
 
@@ -25,4 +25,5 @@ __all__ = [
     "evaluate_checkpoint",
     "expand",
     "load_weights",
+    "robust_in_all",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from softdefend.core.errors import SettingError
 from softdefend.core.threat import ThreatModel
 
 
@@ -255,6 +256,25 @@ class Evaluation:
         lines = [f"{name:<{width}} {_percent(rate)}" for name, rate in rows]
         where = f"{self.threat.norm}, eps {self.threat.eps}, {len(self.label)} images, 95% Wilson intervals"
         return "\n".join([*lines, f"({where})"])
+
+
+def robust_in_all(evaluations: Sequence[Evaluation]) -> Tensor:
+    """Samples that every attack of every evaluation left right, [n] bool: robust in the union of the threats.
+
+    Args:
+        evaluations: at least one, all of the same samples of the same data.
+
+    Raises:
+        SettingError: none, or other samples in one of them.
+    """
+    if not evaluations:
+        raise SettingError("evaluations", "none", "one for each threat model")
+    first = evaluations[0]
+    for other in evaluations[1:]:
+        same = torch.equal(first.index, other.index) and torch.equal(first.label, other.label)
+        if not same:
+            raise SettingError("evaluations", "of different images", "evaluations of the same images")
+    return torch.stack([evaluation.worst for evaluation in evaluations]).all(dim=0)
 
 
 def hits(prediction: Tensor, label: Tensor, target: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from softdefend.objectives.dajat import DAJAT
 from softdefend.objectives.gaussian_noise import GaussianNoise
 from softdefend.objectives.mart import MART
 from softdefend.objectives.mlcat import MLCAT
+from softdefend.objectives.multi_norm import MultiNorm
 from softdefend.objectives.sce import SCE
 from softdefend.objectives.single_step import FGSMRS, NFGSM
 from softdefend.objectives.te import TE, TRADESTE
@@ -26,5 +27,6 @@ __all__ = [
     "TRADESTE",
     "Consistency",
     "GaussianNoise",
+    "MultiNorm",
     "Objective",
 ]
