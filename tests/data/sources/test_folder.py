@@ -26,6 +26,16 @@ def raw(root: Path, **settings: Any) -> RawData:
     return read(DataSettings(str(root), **settings))
 
 
+def test_a_test_folder_without_labels_gives_way_to_one_with_them(
+    tmp_path: Path, pictures: np.ndarray
+) -> None:
+    """As in ImageNet."""
+    names = ["train/a/1.png", "train/b/2.png", "test/3.png", "val/a/4.png", "val/b/5.png"]
+    test = raw(write(tmp_path / "net", pictures, names)).test
+    assert test is not None
+    np.testing.assert_array_equal(test.images.numpy(), planes(pictures)[3:5])
+
+
 def test_classes_and_files_are_taken_by_name(tmp_path: Path, pictures: np.ndarray) -> None:
     names = ["dog/b.png", "cat/z.PNG", "dog/a.png", "cat/deeper/a.png", "owl/x.png"]
     root = write(tmp_path / "pets", pictures, names)

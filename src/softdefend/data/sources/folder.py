@@ -57,9 +57,10 @@ def read_folder(
     """Read images by folder.
 
     Classes and files are taken in the order of their names; files may lie deeper. If ``root`` has a ``train``
-    folder, the test split is ``test``, else ``validation``, ``valid`` or ``val``, else there is none; upper
-    and lower case are the same. Hidden files and folders are passed over, and so are files that are no images
-    by their names or lie in no class, which a line counts. Linked folders are followed.
+    folder, the test split is the first of ``test``, ``validation``, ``valid`` and ``val`` that has images by
+    class, if any has; upper and lower case are the same. Hidden files and folders are passed over, and so are
+    files that are no images by their names or lie in no class, which a line counts. Linked folders are
+    followed.
 
     Args:
         root: the folder.
@@ -87,7 +88,9 @@ def read_folder(
             f"{accepted}; a class called train needs another name",
         )
     classes = tuple(train_files)
-    held_out = next((splits[name] for name in _TEST_FOLDERS if train_folder and name in splits), None)
+    present = [splits[name] for name in _TEST_FOLDERS if train_folder and name in splits]
+    # ImageNet's test folder has images without labels.
+    held_out = next((folder for folder in present if _by_class(folder, Counter())), next(iter(present), None))
     if train_folder and not held_out:
         _refuse_classes_beside(train_folder)
     test_files = _by_class(held_out, other) if held_out else {}
