@@ -44,7 +44,8 @@ _NAMES = {
     "experiments.api": "evaluate train",
     "labels": "ADR Hard KD ReBAT SAT SGLR Smooth",
     "models": "normalize",
-    "objectives": "Consistency DAJAT FGSMRS GaussianNoise MART MLCAT MultiNorm NFGSM PGDAT SCE TE TRADES TRADESTE",
+    "objectives": "Consistency DAJAT FGSMRS GaussianNoise MART MLCAT MultiNorm NFGSM PGDAT SCE TE TRADES "
+    "TRADESTE",
     "training": "OptimSettings Schedule",
     "weights": "AWP EMA SWA Plain",
 }

@@ -66,7 +66,12 @@ TRAIN = {
     "yes or no": ("--optim.nesterov perhaps", "optim.nesterov", "perhaps", "true or false"),
     "batch of nothing": ("--optim.batch_size 0", "optim.batch_size", "0", ">= 1"),
     "section as a word": ("--optim 3", "optim", "3", "--optim.NAME VALUE"),
-    "schedule": ("--optim.schedule.kind stairs", "optim.schedule.kind", "stairs", "step or cosine or cyclic"),
+    "schedule": (
+        "--optim.schedule.kind stairs",
+        "optim.schedule.kind",
+        "stairs",
+        "step or cosine or cyclic or one-cycle",
+    ),
     "milestones": (
         "--optim.schedule.milestones [0.7,0.5]",
         "optim.schedule.milestones",

@@ -113,6 +113,7 @@ def test_rules_that_remember_single_images_are_refused_where_images_are_mixed(me
         kept = [value for value in chosen.state_dict().values() if isinstance(value, Tensor) and value.ndim]
         if any(len(value) == images for value in kept):
             assert name in refused, f"{name} remembers images: say mixes = False"
+            assert chosen.remembers, f"{name} remembers images: say remembers = True"
 
 
 def test_the_table_in_the_docs_is_the_generated_one(methods):

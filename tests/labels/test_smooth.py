@@ -3,9 +3,12 @@ import pytest
 import torch
 from torch import nn
 
+from softdefend.attacks.losses import cross_entropy
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
-from softdefend.labels import Smooth
+from softdefend.core.rule import RunInfo
+from softdefend.data import Batch
+from softdefend.labels import Predictions, Smooth
 from softdefend.labels.smooth import smooth
 
 ONE_HOT = nn.functional.one_hot(torch.tensor([2, 0, 3]), 4).float()
@@ -26,3 +29,19 @@ def test_others_convention_leaves_the_true_class_exactly_one_minus_s():
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(SettingError, match=f"label.{next(iter(wrong))}"):
         Smooth(**wrong)
+
+
+def test_the_term_of_the_attack_is_smoothed_apart_from_that_of_the_loss():
+    label = torch.tensor([0, 3, 1])
+    batch = Batch(torch.arange(3), torch.zeros(3, 1, 2, 2), label)
+    for attack_label in ("hard", "smoothed"):
+        rule = Smooth(0.3, "uniform", attack_label)
+        rule.setup(RunInfo(label, 4, epochs=3))
+        target = rule.target(batch, Predictions(torch.zeros(3, 4)), rule.phase(0))
+        climbed = rule.attack_target(batch, rule.phase(0))
+        assert torch.equal(climbed, label if attack_label == "hard" else target)
+    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.cross_entropy(logits, label, label_smoothing=0.3, reduction="none")
+    torch.testing.assert_close(cross_entropy(logits, climbed), expected)
+    with pytest.raises(SettingError, match=r"^label\.attack_label: got 'soft'; accepted: hard or smoothed"):
+        Smooth(attack_label="soft")

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import torch
 
 from softdefend.core.errors import SettingError
 from softdefend.training import Schedule
@@ -34,7 +35,24 @@ def test_cosine_and_cyclic_against_their_closed_forms():
             assert cyclic.factor(epoch, fraction, 10) == pytest.approx(min(t / 0.4, (1 - t) / 0.6))
 
 
-@pytest.mark.parametrize("kind", ["step", "cosine", "cyclic"])
+@pytest.mark.parametrize(("peak", "steps"), [(0.025, 4000), (0.25, 2000)])
+def test_one_cycle_is_torchs(peak, steps):
+    """Which has its last factor at the last step, not after it: one step of so many."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=steps, pct_start=peak)
+    ours = Schedule("one-cycle", peak=peak)
+    for step in range(steps):
+        expected = optimizer.param_groups[0]["lr"]
+        assert ours.factor(0, step / steps, 1) == pytest.approx(expected, abs=2 / (peak * steps))
+        optimizer.step()
+        if step + 1 < steps:
+            theirs.step()
+    assert ours.factor(0, 0.0, 1) == pytest.approx(1 / 25)
+    assert ours.factor(0, peak, 1) == 1.0
+    assert expected == pytest.approx(1 / 25 / 1e4)
+
+
+@pytest.mark.parametrize("kind", ["step", "cosine", "cyclic", "one-cycle"])
 def test_a_warm_up_rises_linearly_to_what_the_schedule_says_and_leaves_the_rest(kind):
     plain, warm = Schedule(kind), Schedule(kind, warmup=0.2)
     for epoch in range(10):

@@ -12,17 +12,17 @@ from softdefend.cli.flags import Flags, positional, switch
 from softdefend.core.errors import SettingError
 from softdefend.experiments import reproduce as studies
 
-STUDIES = ("table1", "noise", "ablation")
+STUDIES = ("table1", "settings", "noise", "ablation")
 
 
 @dataclass(frozen=True)
 class ReproduceFlags:
     """The paper's experiments: 'table1' (PGD-AT and TRADES with and without SGLR, 200 epochs, AutoAttack),
-    'noise' (wrong training labels), 'ablation' (SGLR, one factor at a time). Finished runs are kept,
-    unfinished ones continued."""
+    'settings' (PGD-AT and SGLR with other data, networks, norms), 'noise' (wrong training labels), 'ablation'
+    (SGLR, one factor at a time). Finished runs are kept, unfinished ones continued."""
 
     study: str = positional()
-    """table1, noise or ablation."""
+    """table1, settings, noise or ablation."""
     folder: Path | None = None
     """Where runs, table, figures and report go; runs/STUDY if not given."""
     seeds: tuple[int, ...] = (0,)
@@ -30,7 +30,7 @@ class ReproduceFlags:
     parallel: int = 1
     """Runs at a time, each a process of its own; spread over the GPUs that are visible."""
     only: tuple[str, ...] = ()
-    """Names of the runs to make, such as pgd-at."""
+    """Names of the runs to make, such as pgd-at; with settings also those of a setting, such as l2."""
     human: Path | None = None
     """noise: CIFAR-10N's labels, an .npz file."""
     quick: bool = switch()
@@ -57,6 +57,6 @@ def _study(flags: ReproduceFlags) -> studies.Study:
         raise SettingError("--human", f"{flags.human} with {flags.study}", "it with noise only")
     if flags.human is not None and not os.path.isfile(flags.human):
         raise SettingError("--human", flags.human, "an .npz file of labels")
-    plans = {"table1": studies.table1, "ablation": studies.ablation}
+    plans = {"table1": studies.table1, "settings": studies.settings, "ablation": studies.ablation}
     study = studies.noise(flags.human) if flags.study == "noise" else plans[flags.study]()
     return studies.make_quick(study) if flags.quick else study

@@ -14,7 +14,7 @@ from softdefend.core.yaml_files import flatten, read_yaml
 
 FREE = ("save", "evaluate", "data.cache", "data.workers")
 """Settings that may change between a run and its continuation: they change no result of training."""
-PATHS = ("data.source", "data.noise_file", "init_from")
+PATHS = ("data.source", "data.extra", "data.noise_file", "init_from")
 """Settings that may be spelt differently if they lead to the same file or folder. What is there has a digest
 of its own."""
 

@@ -56,6 +56,11 @@ class Rule:
     """Whether the rule can train on images that CutMix has mixed. It cannot if it remembers single images, or
     treats an image by its one label."""
 
+    remembers: ClassVar[bool] = False
+    """Whether the rule keeps something for every training sample, by its index. Extra images have none: a
+    label rule that remembers is asked about the others only; the target of the extra ones is the given
+    label."""
+
     def __init_subclass__(cls) -> None:
         """Let the class's constructor refuse values of other types than its hints."""
         super().__init_subclass__()

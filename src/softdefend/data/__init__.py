@@ -2,7 +2,7 @@
 
 from softdefend.data.augment import AugmentSettings, epoch_plan
 from softdefend.data.augmented import Augmented
-from softdefend.data.base import Batch, DataBundle, Split, fingerprint, split
+from softdefend.data.base import Batch, DataBundle, Extra, Split, fingerprint, split
 from softdefend.data.describe import channel_stats, describe
 from softdefend.data.load import from_tensors, load
 from softdefend.data.resident import Resident
@@ -15,6 +15,7 @@ __all__ = [
     "Batch",
     "DataBundle",
     "DataSettings",
+    "Extra",
     "Resident",
     "Split",
     "SubsetOrder",

@@ -153,17 +153,23 @@ def epoch_plan(
         device: where the plan is used.
         views: independent augmentations of each image, >= 1; the first is the same for any number.
     """
+    order = torch.randperm(n, generator=stream(seed, "order", epoch))
+    window = windows(n, seed=seed, epoch=epoch, augment=augment, pad=pad, views=views)
+    return torch.cat([order[:, None], window], dim=1).to(device)
+
+
+def windows(rows: int, *, seed: int, epoch: int, augment: str, pad: int, views: int) -> Tensor:
+    """The columns of :func:`epoch_plan` after the first, [rows, 3 views] int64 on the CPU."""
     if augment not in get_args(Augment):
         raise SettingError("augment.kind", augment, " or ".join(get_args(Augment)))
-    order = torch.randperm(n, generator=stream(seed, "order", epoch))
-    columns = [order[:, None]]
+    columns = []
     for view in range(views):
         draws = stream(seed, f"augment/{view}" if view else "augment", epoch)
-        flip = torch.randint(0, 2, (n, 1), generator=draws)
-        offsets = torch.randint(0, 2 * pad + 1, (n, 2), generator=draws)
+        flip = torch.randint(0, 2, (rows, 1), generator=draws)
+        offsets = torch.randint(0, 2 * pad + 1, (rows, 2), generator=draws)
         if augment not in _PADDED:
             offsets.fill_(pad)
         if "flip" not in augment:
             flip.zero_()
         columns += [offsets, flip]
-    return torch.cat(columns, dim=1).to(device)
+    return torch.cat(columns, dim=1)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
-from softdefend.data.augment import AugmentSettings, epoch_plan
-from softdefend.data.base import Batch, Split
+from softdefend.data.augment import AugmentSettings, windows
+from softdefend.data.base import Batch, Extra, Split
 from softdefend.data.encoded import RandomCrop
 from softdefend.data.jitter import draw_jitter, jitter
 from softdefend.data.policies import (
@@ -48,6 +48,7 @@ class Augmented(Resident):
         device: where to keep them.
         settings: what to do.
         channels_last: give images in ``torch.channels_last`` memory format.
+        extra: further images, of which every batch has a share.
 
     Raises:
         SettingError: padding, a cutout or a shift that the image is too small for.
@@ -60,6 +61,7 @@ class Augmented(Resident):
         settings: AugmentSettings,
         *,
         channels_last: bool = False,
+        extra: Extra | None = None,
     ) -> None:
         h, w = split.images.shape[2:]
         self._shift = settings.pixels("crop_shift", h, w)
@@ -79,7 +81,9 @@ class Augmented(Resident):
             pad_mode=settings.pad_mode,
             channels_last=channels_last,
             crop=RandomCrop(settings.scale, settings.ratio) if settings.resizes else None,
+            extra=None if extra is None else extra.split,
         )
+        self.extra = extra
         self.settings = settings
         layers = {"none": 0, "randaugment": settings.randaugment_n, "autoaugment": 2}
         self._layers = layers.get(settings.policy, 1)
@@ -94,7 +98,15 @@ class Augmented(Resident):
         ]
         """Columns of the plan for what is drawn for a view, kind by kind."""
 
-    def plan(self, *, seed: int, epoch: int, views: int = 1, strong: bool = True) -> Tensor:
+    def plan(
+        self,
+        *,
+        seed: int,
+        epoch: int,
+        views: int = 1,
+        strong: bool = True,
+        batches: tuple[int, int] | None = None,
+    ) -> Tensor:
         """Draw the order and every augmentation of one epoch.
 
         The plan is [n, columns] int64: the columns of :func:`epoch_plan`; then for each view the box that a
@@ -109,54 +121,73 @@ class Augmented(Resident):
             views: independent augmentations of each image, >= 1.
             strong: whether policy, cutout and erasing are applied; if not, their columns hold values without
                 effect.
+            batches: how many there are, and images of each. With extra images the plan has as many rows: in
+            each batch the same ones, evenly spread, are extra.
         """
         settings, (_, h, w) = self.settings, self.image_shape
-        window = epoch_plan(
-            self.n, seed=seed, epoch=epoch, augment=settings.kind, pad=self._margin, views=views
-        )
-        parts = [window]
+        index = self._order(seed, epoch, batches)
+        n = len(index)
+        window = windows(n, seed=seed, epoch=epoch, augment=settings.kind, pad=self._margin, views=views)
+        parts = [index[:, None], window]
         for view in range(views):
 
             def draws(name: str, suffix: str = f"/{view}" if view else "") -> torch.Generator:
                 return stream(seed, name + suffix, epoch)
 
             if self._shift:
-                offsets, box = draw_shifts(self.n, h, w, self._shift, draws("shift"))
-                window[:, 1 + 3 * view : 3 + 3 * view] += offsets
-                flipped = window[:, 3 + 3 * view, None] == 1
+                offsets, box = draw_shifts(n, h, w, self._shift, draws("shift"))
+                window[:, 3 * view : 2 + 3 * view] += offsets
+                flipped = window[:, 2 + 3 * view, None] == 1
                 parts.append(torch.where(flipped, _mirrored(box, w), box))
             applied = strong and not (settings.plain_first and views > 1 and view == 0)
-            parts += self._strong_columns(draws, applied)
+            parts += self._strong_columns(n, draws, applied)
             if settings.jitter:
-                parts.append(draw_jitter(self.n, draws("jitter")))
+                parts.append(draw_jitter(n, draws("jitter")))
             if self.crop is not None:
-                parts.append(torch.randint(0, SEEDS, (self.n, 1), generator=draws("resized-crop")))
+                parts.append(torch.randint(0, SEEDS, (n, 1), generator=draws("resized-crop")))
         if self.mixes:
             boxes = stream(seed, "cutmix", epoch)
-            parts.append(draw_boxes(self.n, h, w, settings.cutmix, settings.cutmix_alpha, boxes))
+            parts.append(draw_boxes(n, h, w, settings.cutmix, settings.cutmix_alpha, boxes))
         return torch.cat(parts, dim=1).to(self._device)
 
-    def _strong_columns(self, draws: Callable[[str], torch.Generator], applied: bool) -> Iterator[Tensor]:
+    def _order(self, seed: int, epoch: int, batches: tuple[int, int] | None) -> Tensor:
+        """Positions of the images of one epoch, [rows]."""
+        order = torch.randperm(self.n, generator=stream(seed, "order", epoch))
+        if self.extra is None or batches is None:
+            return order
+        steps, size = batches
+        count = self.extra.count(size)
+        place = torch.arange(size)
+        is_extra = (place + 1) * count // size > place * count // size
+        index = torch.empty(steps, size, dtype=torch.int64)
+        index[:, ~is_extra] = order[: steps * (size - count)].view(steps, size - count)
+        drawn = stream(seed, "extra", epoch)
+        index[:, is_extra] = self.n + torch.randint(0, len(self.extra.split), (steps, count), generator=drawn)
+        return index.flatten()
+
+    def _strong_columns(
+        self, n: int, draws: Callable[[str], torch.Generator], applied: bool
+    ) -> Iterator[Tensor]:
         """The columns of policy, cutout and erasing for one view; without effect where they are not
         applied."""
         settings, (_, h, w) = self.settings, self.image_shape
         if self._layers:
-            yield self._operations(draws("policy")).flatten(1) * applied  # 0 is no operation
+            yield self._operations(n, draws("policy")).flatten(1) * applied  # 0 is no operation
         if self._cutout:
-            centers = draw_centers(self.n, h, w, draws("cutout"))
+            centers = draw_centers(n, h, w, draws("cutout"))
             yield centers if applied else centers - 2 * max(h, w)  # out of the image
         if settings.erasing:
-            erased = draw_erasures(self.n, h, w, settings.erasing, settings.erasing_area, draws("erasing"))
+            erased = draw_erasures(n, h, w, settings.erasing, settings.erasing_area, draws("erasing"))
             yield erased * applied
 
-    def _operations(self, draws: torch.Generator) -> Tensor:
+    def _operations(self, n: int, draws: torch.Generator) -> Tensor:
         """The policy's operations and levels, [n, layers, 2]."""
         settings = self.settings
         if settings.policy == "randaugment":
-            return draw_randaugment(self.n, settings.randaugment_n, settings.randaugment_m, draws)
+            return draw_randaugment(n, settings.randaugment_n, settings.randaugment_m, draws)
         if settings.policy in COLOR_SHAPE:
-            return draw_color_shape(self.n, settings.policy, draws)
-        return draw_autoaugment(self.n, draws)
+            return draw_color_shape(n, settings.policy, draws)
+        return draw_autoaugment(n, draws)
 
     def batch(self, plan_rows: Tensor, view: int = 0) -> Batch:
         """Make one view of the augmented batch for rows [b, columns] of :meth:`plan`, on the device.

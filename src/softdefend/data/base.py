@@ -76,6 +76,27 @@ class Split:
 
 
 @dataclass(frozen=True, eq=False)
+class Extra:
+    """Further training images, of which every batch has a fixed share. They are drawn with replacement.
+
+    Attributes:
+        split: images and labels, perhaps a network's.
+        fraction: their share of a batch, in (0, 1), rounded down to whole images.
+    """
+
+    split: Split
+    fraction: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise SettingError("data.extra_fraction", self.fraction, "a share of a batch, in (0, 1)")
+
+    def count(self, batch_size: int) -> int:
+        """How many of a batch's images are extra."""
+        return int(batch_size * self.fraction + 1e-9)
+
+
+@dataclass(frozen=True, eq=False)
 class DataBundle:
     """The three splits of one run. The validation split is held out of the training data; the test split
     takes part in no choice.
@@ -84,8 +105,9 @@ class DataBundle:
         name: short name for tables.
         train, validation, test: disjoint splits with images of one shape.
         classes: name of each class; labels are positions in it.
-        fingerprint: sha256 (hex) of the training and validation images and labels.
+        fingerprint: sha256 (hex) of the training, validation and extra images and labels.
         notes: plain values that describe where the data came from and what label noise was measured.
+        extra: further training images, if any.
     """
 
     name: str
@@ -95,6 +117,7 @@ class DataBundle:
     classes: tuple[str, ...]
     fingerprint: str
     notes: Mapping[str, object] = field(default_factory=dict)
+    extra: Extra | None = None
 
 
 def split(

@@ -14,6 +14,7 @@ from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.data import noise
 from softdefend.data.base import DataBundle, Split, split
+from softdefend.data.extra import read_extra, with_extra
 from softdefend.data.holdout import complement, draw_by_class
 from softdefend.data.raw import RawData, number_classes
 from softdefend.data.settings import DataSettings
@@ -42,7 +43,8 @@ def load(settings: DataSettings) -> DataBundle:
         raw = replace(raw, train=train, test=test)
     if settings.name is not None:
         raw = replace(raw, name=settings.name)
-    return _bundle(raw, settings, {"source": settings.source})
+    bundle = _bundle(raw, settings, {"source": settings.source})
+    return with_extra(bundle, read_extra(settings), settings.extra_fraction)
 
 
 def from_tensors(
@@ -56,6 +58,9 @@ def from_tensors(
     classes: Sequence[str] | None = None,
     *,
     test_fraction: float = 0.2,
+    extra_images: Tensor | None = None,
+    extra_labels: Tensor | None = None,
+    extra_fraction: float = 0.7,
 ) -> DataBundle:
     """Make the splits of a run from tensors, by the rules of :func:`load`.
 
@@ -68,6 +73,8 @@ def from_tensors(
         name: what tables call the data.
         classes: class names; "0", "1", ... if not given.
         test_fraction: share of the images to hold out as the test set where there is none, in (0, 1).
+        extra_images, extra_labels: further training images, both or neither.
+        extra_fraction: their share of every batch, in (0, 1).
 
     Raises:
         SettingError: NaN, values outside [0, 1], wrong shapes or types, labels without a class.
@@ -83,7 +90,13 @@ def from_tensors(
         test_fraction=test_fraction,
         split_seed=split_seed,
     )
-    return _bundle(RawData(name, train, test, names), settings, {"source": "tensors"})
+    bundle = _bundle(RawData(name, train, test, names), settings, {"source": "tensors"})
+    if extra_images is None and extra_labels is None:
+        return bundle
+    if extra_images is None or extra_labels is None:
+        raise SettingError("extra_images", "only one of extra_images and extra_labels", "both or neither")
+    more = split(extra_images, extra_labels, images_name="extra_images", labels_name="extra_labels")
+    return with_extra(bundle, RawData("tensors", more, None, number_classes(more, None)), extra_fraction)
 
 
 def _bundle(raw: RawData, settings: DataSettings, notes: dict[str, object]) -> DataBundle:

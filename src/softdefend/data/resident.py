@@ -35,6 +35,8 @@ class Resident:
         pad_mode: ``zero`` (black) or ``reflect`` (mirrored at the border, which is not repeated).
         channels_last: give images in ``torch.channels_last`` memory format.
         crop: train on random parts of the images.
+        extra: further images, whose positions follow those of the split. ``n`` and ``labels`` are the split's
+            alone.
 
     Raises:
         SettingError: an unknown ``pad_mode``, random parts of images that are not streamed, or padding that
@@ -53,6 +55,7 @@ class Resident:
         pad_mode: str = "zero",
         channels_last: bool = False,
         crop: RandomCrop | None = None,
+        extra: Split | None = None,
     ) -> None:
         n, c, h, w = split.images.shape
         if pad_mode not in ("zero", "reflect"):
@@ -62,14 +65,17 @@ class Resident:
         self.n = n
         self.image_shape = (c, h, w)
         self.labels = split.labels.to(device)
+        self.has_extra = extra is not None
+        self._labels = self.labels if extra is None else torch.cat([self.labels, extra.labels.to(device)])
         self.clean_labels = None if split.clean_labels is None else split.clean_labels.to(device)
         self._pad, self._masked = pad, pad > 0 and pad_mode == "zero"
         self._channels_last = channels_last
         self._device, self.crop = torch.device(device), crop
-        self._images: Tensor | EncodedImages | None = split.images
+        images = split.images if extra is None else _joined(split.images, extra.images)
+        self._images: Tensor | EncodedImages | None = images
         self._pixels: Tensor | None = None
-        if isinstance(split.images, Tensor) and self._has_room(split.images, split.residence):
-            self._images, self._pixels = None, self._arranged(split.images)
+        if isinstance(images, Tensor) and self._has_room(images, split.residence):
+            self._images, self._pixels = None, self._arranged(images)
         if crop is not None and not isinstance(split.images, EncodedImages):
             given = "a resized crop of images that are not streamed"
             raise SettingError("augment.kind", given, "crop or crop-flip, or data.residence stream")
@@ -97,7 +103,7 @@ class Resident:
         image = self._gather(pixels, place, y, x)
         if self._masked:
             image = image * (inside_y[:, None, :, None] & inside_x[:, None, None, :])
-        return Batch(index, image, self.labels[index])
+        return Batch(index, image, self._labels[index])
 
     def share(self, plan_rows: Tensor) -> Tensor | None:
         """The share of its own pixels that each image keeps, [b] float32; None where no images are mixed.
@@ -116,7 +122,7 @@ class Resident:
                 self._arranged(self._images[index.cpu()]),
                 torch.arange(len(index), device=index.device),
             )
-        return Batch(index, self._gather(pixels, place, y, x), self.labels[index])
+        return Batch(index, self._gather(pixels, place, y, x), self._labels[index])
 
     def expect(self, batches: Sequence[Tensor]) -> None:
         """Say which rows of the plan come next, batch by batch, so that streamed images are decoded ahead."""
@@ -202,3 +208,13 @@ class Resident:
             at = (index[:, None] * c + self._channels)[:, :, None] * h + y[:, None, :]  # [b, c, h]
             image = pixels.take(at[..., None] * w + x[:, None, None, :])
         return image.to(torch.float32).div(255) if image.dtype == torch.uint8 else image
+
+
+def _joined(images: Tensor | EncodedImages, extra: Tensor | EncodedImages) -> Tensor:
+    """One after the other: both in 8 bits, or both as float32 in [0, 1]."""
+    assert isinstance(images, Tensor)
+    assert isinstance(extra, Tensor)
+    parts = [images, extra]
+    if images.dtype != extra.dtype:
+        parts = [part.float() / 255 if part.dtype == torch.uint8 else part for part in parts]
+    return torch.cat(parts)

@@ -22,8 +22,8 @@ class DataSettings:
     source: str = "digits"
     """Where images come from: "digits" (scikit-learn's, built in), a Parquet file or a folder of them in hub
     layout, "hf:owner/name" (or "hf:owner/name/config"), a folder of images (class/name.png, or
-    train/class/name.png and test/class/name.png), or torchvision's cifar-10-batches-py or cifar-100-python
-    folder."""
+    train/class/name.png and test/class/name.png), torchvision's cifar-10-batches-py or cifar-100-python
+    folder, or an .npz file with arrays of images and labels."""
 
     name: str | None = None
     """What tables and reports call the data; taken from the source if not given."""
@@ -72,6 +72,13 @@ class DataSettings:
 
     test_fraction: float = 0.2
     """Share of the images to hold out as the test set, for sources that have none of their own."""
+
+    extra: str | None = None
+    """More training images from another source, such as generated ones: an address as of data.source, read
+    with its defaults. Every batch is mixed of both; validation and test are of data.source alone."""
+
+    extra_fraction: float = 0.7
+    """Share of every batch, in (0, 1), that is drawn from extra, with replacement; rounded down to images."""
 
     split_seed: int = 0
     """Seed of the splits, apart from the seed of the run so that several seeds share their splits."""
@@ -125,6 +132,10 @@ class DataSettings:
             raise SettingError("data.train_size", self.train_size, "at least 1 image")
         if not 0 < self.test_fraction < 1:
             raise SettingError("data.test_fraction", self.test_fraction, "a value in (0, 1)")
+        if self.extra == "":
+            raise SettingError("data.extra", "nothing", "an address as of data.source, or null")
+        if not 0 < self.extra_fraction < 1:
+            raise SettingError("data.extra_fraction", self.extra_fraction, "a share of a batch, in (0, 1)")
         self._check_noise()
 
     def _check_noise(self) -> None:

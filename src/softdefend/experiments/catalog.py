@@ -49,7 +49,8 @@ PUBLISHED: dict[tuple[str, str, str], str] = {
     ("Hard", "GaussianNoise", "Plain"): "Cohen et al. 2019",
     ("SGLR", "PGDAT", "Plain"): "Yu, Li et al. 2024",
     ("SGLR", "TRADES", "Plain"): "Yu, Li et al. 2024",
-    ("ReBAT", "PGDAT", "EMA"): "Wang et al. 2023",
+    ("ReBAT", "PGDAT", "EMA"): "Wang, Li et al. 2023",
+    ("Smooth", "TRADES", "EMA"): "Wang, Pang et al. 2023",
     ("Hard", "DAJAT", "AWP + EMA"): "Addepalli et al. 2022",
     ("Hard", "TRADES", "AWP + EMA"): "Addepalli et al. 2022",
 }

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from softdefend.core.errors import SettingError
 from softdefend.core.files import write_atomic
 from softdefend.core.store import ResultStore
-from softdefend.experiments import pipeline
-from softdefend.experiments.config import first_given
+from softdefend.evaluation.table import read_table
+from softdefend.experiments import paired, pipeline
+from softdefend.experiments.config import first_given, resolve
+from softdefend.experiments.evaluate import evaluate, open_run
 from softdefend.report import RunRecord, read_run, studies, write_report
 from softdefend.report.embed import svg
+from softdefend.report.figures import Plot
+from softdefend.training.plain import plain_config
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +30,7 @@ QUICK = (
     *("--evaluate.curve_size", "0", "--evaluate.examples", "0"),
 )
 """A protocol on digits that takes seconds on a CPU. It shows that a study runs, never what it finds."""
+_QUICK_ATTACKS = {"autoattack": "apgd-ce-5", "pgd-100": "pgd-10", "square": "square-20"}
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,13 @@ class StudyRun:
         name: of its row and folder.
         arguments: of ``softdefend train``, after the protocol's.
         factors: what sets the row apart, for the table.
+        protocol: arguments that a run in miniature leaves out, where the study's runs do not share theirs.
     """
 
     name: str
     arguments: tuple[str, ...]
     factors: dict[str, str]
+    protocol: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Study:
         attacks: of the final evaluation of best and last checkpoint.
         runs: what is trained.
         split: whose figures the table shows: ``test``, or ``validation`` where the figures serve a choice.
+        pairs: names of runs whose last checkpoints are compared image by image: a reference, and another.
+        transfer: whether the runs of a pair are also attacked with images that were made on one another.
     """
 
     name: str
@@ -62,6 +71,8 @@ class Study:
     attacks: tuple[str, ...]
     runs: tuple[StudyRun, ...]
     split: Literal["test", "validation"] = "test"
+    pairs: tuple[tuple[str, str], ...] = ()
+    transfer: bool = False
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -82,6 +93,50 @@ def table1() -> Study:
         ("--config", "cifar10_resnet18"),
         ("pgd-20", "autoattack"),
         tuple(StudyRun(name, ("--preset", name), {"recipe": recipe}) for name, recipe in shown.items()),
+        pairs=(
+            ("pgd-at", "sglr-reference"),
+            ("trades", "trades-sglr"),
+            ("trades", "trades-sglr-paper"),
+        ),
+    )
+
+
+_SHORT = ("--config", "cifar10_resnet18_short", "--optim.epochs", "40")
+_FGSM = '{"class_path": "FGSMRS", "init_args": {"alpha": 1.25}}'
+_SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "cifar10": (_SHORT, ()),
+    "preact-resnet18": ((*_SHORT, "--net.name", "preact_resnet18"), ()),
+    "wrn34-10": ((*_SHORT, "--net.name", "wrn34_10"), ()),
+    "l2": (
+        _SHORT,
+        (
+            *("--threat.norm", "l2", "--threat.eps", "0.5", "--attack.step_size", "0.125"),
+            *("--validate.attack.step_size", "0.125"),
+        ),
+    ),
+    "tiny-imagenet": (("--config", "tiny_imagenet32_resnet18"), ()),
+    "fgsm-rs": (_SHORT, ("--objective", _FGSM, "--attack_bn", "train")),
+    "cifar100": (("--config", "cifar100_resnet18"), ()),
+    "svhn": (("--config", "svhn_resnet18"), ()),
+}
+"""Setting: protocol, and what a run in miniature keeps."""
+
+
+def settings() -> Study:
+    """PGD-AT against SGLR in several settings: data sets, networks, norms, a one-step attack in training."""
+    runs = []
+    for setting, (protocol, arguments) in _SETTINGS.items():
+        for preset, recipe in (("pgd-at", "PGD-AT"), ("sglr-reference", "PGD-AT + SGLR")):
+            words, factors = ("--preset", preset, *arguments), {"setting": setting, "recipe": recipe}
+            runs.append(StudyRun(f"{setting} {preset}", words, factors, protocol))
+    return Study(
+        "settings",
+        "PGD-AT and SGLR in several settings",
+        (),
+        ("pgd-100", "pgd-30-margin", "autoattack", "square"),
+        tuple(runs),
+        pairs=tuple((f"{setting} pgd-at", f"{setting} sglr-reference") for setting in _SETTINGS),
+        transfer=True,
     )
 
 
@@ -106,7 +161,14 @@ def noise(human: Path | None = None) -> Study:
         for shown, labels in kinds.items()
         for preset in ("pgd-at", "sglr-reference")
     )
-    return Study("noise", "SGLR under label noise", ("--config", "cifar10_resnet18_short"), ("pgd-20",), runs)
+    return Study(
+        "noise",
+        "SGLR under label noise",
+        ("--config", "cifar10_resnet18_short"),
+        ("pgd-20",),
+        runs,
+        pairs=tuple((f"pgd-at {shown}", f"sglr-reference {shown}") for shown in kinds),
+    )
 
 
 ABLATED: dict[str, tuple[str, ...]] = {
@@ -140,9 +202,11 @@ def ablation() -> Study:
 
 def make_quick(study: Study) -> Study:
     """The study on digits in a few epochs, with an attack that takes seconds in place of AutoAttack."""
-    attacks = tuple("apgd-ce-5" if name == "autoattack" else name for name in study.attacks)
-    runs = tuple(run for run in study.runs if "--data.noise_file" not in run.arguments)
-    return replace(study, protocol=QUICK, attacks=attacks, runs=runs)
+    attacks = tuple(_QUICK_ATTACKS.get(name, name) for name in study.attacks)
+    runs = tuple(replace(run, protocol=()) for run in study.runs if "--data.noise_file" not in run.arguments)
+    names = {run.name for run in runs}
+    pairs = tuple(pair for pair in study.pairs if names.issuperset(pair))
+    return replace(study, protocol=QUICK, attacks=attacks, runs=runs, pairs=pairs)
 
 
 _SET_BY_STUDY = {
@@ -169,8 +233,9 @@ def reproduce(
 
     Finished runs are kept and unfinished ones continued, whatever stopped them. Writes into ``folder``:
     ``NAME-seedSEED.json`` per run, ``table.json``, ``table.md``, ``figure.svg`` (best and last of each row),
-    ``curves.svg`` and ``report.html``. Table and figures also have the rows of this study whose JSON file
-    lies there from an earlier call, made on another machine perhaps.
+    ``curves.svg``, ``report.html``, and where the study compares runs ``differences.json``,
+    ``differences.md`` and ``differences.svg``. Tables and figures also have the rows of this study whose JSON
+    file lies there from an earlier call, made on another machine perhaps.
 
     Args:
         study: what to run.
@@ -178,7 +243,7 @@ def reproduce(
         overrides: further arguments of ``softdefend train`` for every run, such as ``--data.source DIR``.
         seeds: of each run.
         parallel: runs at a time; above one each is a process of its own.
-        only: names of the runs to make; all when empty.
+        only: names of the runs to make, or of what sets several apart, such as ``l2``; all when empty.
 
     Returns:
         The rows of the table.
@@ -188,11 +253,9 @@ def reproduce(
     """
     if given := first_given(overrides, _SET_BY_STUDY):
         raise SettingError(given, "a value for all runs", f"what the study sets itself{_SET_BY_STUDY[given]}")
-    names = [run.name for run in study.runs]
-    for name in only:
-        if name not in names:
-            raise SettingError("--only", repr(name), ", ".join(names))
-    selected = [(run, seed) for run in study.runs if run.name in (only or names) for seed in seeds]
+    runs = _selected(study, only)
+    _check_source(study, runs, overrides)
+    selected = [(run, seed) for run in runs for seed in seeds]
     store = ResultStore(folder)
     folders = [folder / _stem(run, seed) for run, seed in selected]
     arguments = {
@@ -204,10 +267,73 @@ def reproduce(
     for (run, seed), record in zip(selected, records, strict=True):
         inputs = _inputs(run, seed, _protocol(record.config))
         store.write(_stem(run, seed), inputs, _row(study, run, seed, record))
-    rows = _collect_rows(study, store, _protocol(records[0].config))
+    _add_transfer(study, store, seeds)
+    protocols = {
+        run.name: _protocol(plain_config(resolve(_arguments(study, run, 0, folder, overrides))))
+        for run in study.runs
+    }
+    rows = _collect_rows(study, store, protocols)
     _write_table(study, folder, rows)
+    _write_differences(study, folder, rows)
     _log.info("report: %s", write_report(records, folder / "report.html", study.title))
     return rows
+
+
+def _selected(study: Study, only: Sequence[str]) -> list[StudyRun]:
+    """The runs that are named, by themselves or by what sets them apart.
+
+    Raises:
+        SettingError: a name of neither.
+    """
+    known = [{run.name, *run.factors.values()} for run in study.runs]
+    for name in only:
+        if not any(name in names for names in known):
+            kinds = dict.fromkeys(run.factors["setting"] for run in study.runs if "setting" in run.factors)
+            raise SettingError("--only", repr(name), ", ".join([*kinds, *(run.name for run in study.runs)]))
+    chosen = zip(study.runs, known, strict=True)
+    return [run for run, names in chosen if not only or names.intersection(only)]
+
+
+def _check_source(study: Study, runs: Sequence[StudyRun], overrides: Sequence[str]) -> None:
+    """Refuse one source for runs on several data sets."""
+    if first_given(overrides, ("--data.source",)) is None:
+        return
+    sources = {resolve([*study.protocol, *run.protocol]).data.source for run in runs}
+    if len(sources) > 1:
+        given = f"one source for runs on {' and '.join(sorted(sources))}"
+        raise SettingError("--data.source", given, "it beside --only with the settings of one data set")
+
+
+def _add_transfer(study: Study, store: ResultStore, seeds: Sequence[int]) -> None:
+    """Attack the last checkpoints of a pair, where both runs lie in the folder, with images that were made on
+    one another, and add the robust accuracy to their rows."""
+    runs = {run.name: run for run in study.runs}
+    for names in study.pairs if study.transfer else ():
+        for seed in seeds:
+            stems = [_stem(runs[name], seed) for name in names]
+            weights = [store.folder / stem / "last.safetensors" for stem in stems]
+            if not all(path.is_file() for path in weights):
+                continue
+            for stem, other in zip(stems, reversed(weights), strict=True):
+                if (row := store.read(stem)) is not None:
+                    last = {**row["last"], "transfer": _withstood(store.folder / stem, other)}
+                    store.write(stem, row["inputs"], {**row, "last": last})
+
+
+def _withstood(folder: Path, surrogate: Path) -> float:
+    """Robust accuracy of a run's last checkpoint on images that were made on other weights of its network."""
+    experiment = open_run(folder)
+    evaluate(
+        experiment,
+        ("last",),
+        experiment.evaluate,
+        experiment.recipe.threat,
+        transfer=[str(surrogate)],
+        device=experiment.runtime.device,
+    )
+    content = ResultStore(folder / "evaluation").read("last-transfer")
+    assert content is not None
+    return float(content["worst"]["rate"])
 
 
 def _write_table(study: Study, folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -223,20 +349,101 @@ def _write_table(study: Study, folder: Path, rows: list[dict[str, Any]]) -> None
         "curves": studies.curves(rows),
         "figure": studies.best_and_last(rows, factors, study.measures),
     }
-    for name, plot in figures.items():
-        if plot is not None:
-            write_atomic(folder / f"{name}.svg", svg(plot.figure).encode())
+    _write_figures(folder, figures)
     _log.info("%s", table)
 
 
-def _collect_rows(study: Study, store: ResultStore, protocol: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of one protocol that lie in a folder, in the study's order, by seed."""
+def _write_figures(folder: Path, figures: Mapping[str, Plot | None]) -> None:
+    for name, plot in figures.items():
+        if plot is not None:
+            write_atomic(folder / f"{name}.svg", svg(plot.figure).encode())
+
+
+def compared(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The study's pairs at the last epoch, seed by seed, where both rows are there and know the same images.
+
+    Returns:
+        Rows with ``reference`` and ``other`` (names), ``seed``, ``differences`` by measure, and robust
+        accuracies ``transfer`` of the two, if both have one.
+    """
+    by_place = {(row["name"], row["seed"]): row for row in rows}
+    found = []
+    for first, second in study.pairs:
+        for seed in sorted({row["seed"] for row in rows}):
+            pair = [by_place.get((name, seed)) for name in (first, second)]
+            if None in pair:
+                continue
+            one, other = (row.get("verdicts", {}) for row in pair if row is not None)
+            differences = {name: paired.compare(one, other, name) for name in ("clean", *study.attacks)}
+            known = {name: value for name, value in differences.items() if value is not None}
+            transfer = [row["last"].get("transfer") for row in pair if row is not None]
+            if known:
+                found.append(
+                    {
+                        "reference": first,
+                        "other": second,
+                        "seed": seed,
+                        "differences": known,
+                        "transfer": None if None in transfer else transfer,
+                    }
+                )
+    return found
+
+
+def _write_differences(study: Study, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write and log the differences between the runs of a pair, and their figure."""
+    pairs = compared(study, rows)
+    if not pairs:
+        return
+    plain = [
+        {**pair, "differences": {name: {**asdict(one), "error": one.error} for name, one in known.items()}}
+        for pair in pairs
+        for known in [pair["differences"]]
+    ]
+    content = {"study": study.name, "title": study.title, "checkpoint": "last", "pairs": plain}
+    write_atomic(folder / "differences.json", json.dumps(content, indent=1).encode() + b"\n")
+    table = differences_table(study, pairs)
+    write_atomic(folder / "differences.md", table.encode())
+    _write_figures(folder, {"differences": studies.forest(pairs, ("clean", *study.attacks))})
+    _log.info("%s", table)
+
+
+def differences_table(study: Study, pairs: Iterable[Mapping[str, Any]]) -> str:
+    """Last checkpoints of each pair in percent, with the paired difference, its standard error, and the p of
+    McNemar's test."""
+    measures = ("clean", *study.attacks)
+    header = ["reference", "other", "seed", *measures, *(["transfer"] if study.transfer else [])]
+    lines = [header, ["---"] * len(header)]
+    for pair in pairs:
+        cells = [pair["reference"], pair["other"], str(pair["seed"])]
+        for measure in measures:
+            one = pair["differences"].get(measure)
+            cells.append("–" if one is None else _in_words(one))
+        if study.transfer:
+            rates = pair["transfer"]
+            cells.append("–" if rates is None else " / ".join(f"{100 * rate:.1f}" for rate in rates))
+        lines.append(cells)
+    note = "\nDifference with its standard error over test images, and the p of McNemar's exact test."
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n{note}\n"
+
+
+def _in_words(one: paired.Difference) -> str:
+    first, second = 100 * one.first, 100 * one.second
+    p = "p < 0.001" if one.p < 0.001 else f"p {one.p:.3f}"
+    return f"{first:.1f} to {second:.1f}: {100 * one.value:+.1f} ± {100 * one.error:.1f}, {p}"
+
+
+def _collect_rows(
+    study: Study, store: ResultStore, protocols: Mapping[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows that lie in a folder and were made under their run's protocol, in the study's order, by
+    seed."""
     rows: list[dict[str, Any]] = []
     for run in study.runs:
         pattern = re.compile(re.escape(_stem(run, "")) + r"(-?\d+)")
         found = (pattern.fullmatch(path.stem) for path in store.folder.glob("*.json"))
         for seed in sorted(int(match[1]) for match in found if match):
-            row = store.find(_stem(run, seed), _inputs(run, seed, protocol))
+            row = store.find(_stem(run, seed), _inputs(run, seed, protocols[run.name]))
             if row is not None:
                 rows.append(row)
             else:
@@ -260,7 +467,8 @@ def _protocol(config: dict[str, Any]) -> dict[str, Any]:
     """What rows of one table have in common, whichever machine made them."""
     return {
         "data": {name: config["data"][name] for name in ("name", "train_size", "validation")},
-        "net": config["net"],
+        # Rows that are committed are from before there were other activations.
+        "net": {key: value for key, value in config["net"].items() if (key, value) != ("activation", "relu")},
         "threat": config["threat"],
         "epochs": config["optim"]["epochs"],
         "batch_size": config["optim"]["batch_size"],
@@ -274,7 +482,7 @@ def _arguments(study: Study, run: StudyRun, seed: int, folder: Path, overrides: 
     """One run's arguments of ``softdefend train``."""
     attacks = f"--evaluate.attacks={json.dumps(study.attacks)}"
     own = ["--name", run.name, "--seed", str(seed), attacks]
-    return [*study.protocol, *run.arguments, *own, *overrides, f"--folder={folder}"]
+    return [*study.protocol, *run.protocol, *run.arguments, *own, *overrides, f"--folder={folder}"]
 
 
 def _row(study: Study, run: StudyRun, seed: int, record: RunRecord) -> dict[str, Any]:
@@ -286,6 +494,8 @@ def _row(study: Study, run: StudyRun, seed: int, record: RunRecord) -> dict[str,
         figures |= {attack: robust_rate(result, attack) for attack in study.attacks}
         epoch = next(line for line in record.metrics if line["epoch"] == result["epoch"])
         row[which] = figures | {"val_clean": epoch["val_clean"], "val_robust": epoch["val_robust"]}
+    table = read_table(record.folder / "evaluation" / "last.parquet")
+    row["verdicts"] = {} if table is None else paired.verdicts(table)
     row["hours"] = sum({line["epoch"]: line["seconds"] for line in record.timing}.values()) / 3600
     return {**row, "environment": record.environment, "curve": record.metrics}
 

@@ -31,6 +31,10 @@ class Predictions:
             self.adversarial.detach().float(), None if self.clean is None else self.clean.detach().float()
         )
 
+    def at(self, rows: Tensor) -> Predictions:
+        """Those of the images at ``rows`` [m] int64."""
+        return Predictions(self.adversarial[rows], None if self.clean is None else self.clean[rows])
+
     def first(self, size: int) -> Predictions:
         """Those of the first ``size`` images."""
         return Predictions(self.adversarial[:size], None if self.clean is None else self.clean[:size])

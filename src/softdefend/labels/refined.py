@@ -28,6 +28,7 @@ class RefinedRule(LabelRule):
 
     asks_clean = True
     mixes = False
+    remembers = True
 
     def __init__(self, alpha: float, start: float, clean_bn: BNMode, storage: str) -> None:
         for name, value in (("alpha", alpha), ("start", start)):

@@ -33,11 +33,12 @@ def smooth(one_hot: Tensor, smoothing: float, convention: Convention) -> Tensor:
 
 @LABELS.register("Smooth")
 class Smooth(LabelRule):
-    """Smoothed targets; the attack climbs away from the hard label.
+    """Smoothed targets.
 
     Args:
         smoothing: mass taken from the true class, in [0, 1).
         convention: ``others`` or ``uniform``, see :func:`smooth`.
+        attack_label: what the attack climbs away from: the ``hard`` label, or the ``smoothed`` target.
 
     Raises:
         SettingError: a value outside these ranges.
@@ -45,12 +46,24 @@ class Smooth(LabelRule):
 
     source = "Szegedy et al., CVPR 2016, arXiv 1512.00567; Pang et al., ICLR 2021, arXiv 2010.00467"
 
-    def __init__(self, smoothing: float = 0.1, convention: Convention = "others") -> None:
+    def __init__(
+        self,
+        smoothing: float = 0.1,
+        convention: Convention = "others",
+        attack_label: Literal["hard", "smoothed"] = "hard",
+    ) -> None:
         if not 0 <= smoothing < 1:
             raise SettingError("label.smoothing", smoothing, "a number in [0, 1)")
         if convention not in ("others", "uniform"):
             raise SettingError("label.convention", repr(convention), "others or uniform")
-        self.smoothing, self.convention = smoothing, convention
+        if attack_label not in ("hard", "smoothed"):
+            raise SettingError("label.attack_label", repr(attack_label), "hard or smoothed")
+        self.smoothing, self.convention, self.attack_label = smoothing, convention, attack_label
+
+    def attack_target(self, batch: Batch, phase: str) -> Tensor:
+        if self.attack_label == "hard":
+            return batch.label
+        return smooth(self.one_hot(batch.label), self.smoothing, self.convention)
 
     def target(self, batch: Batch, predictions: Predictions, phase: str) -> Tensor:
         return smooth(self.one_hot(batch.label), self.smoothing, self.convention)

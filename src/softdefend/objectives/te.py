@@ -50,6 +50,7 @@ class _Ensembling(Objective):
     """The memory of clean predictions and the ramp of its weight, to be mixed with a base objective."""
 
     mixes = False
+    remembers = True
     memory: Tensor
     scale: Tensor
     active: bool

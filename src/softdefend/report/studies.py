@@ -98,6 +98,40 @@ def best_and_last(
     return Plot(figure, "best and last", f"Dot chart: accuracy in per cent at best and last epoch. {words}.")
 
 
+def forest(pairs: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> Plot | None:
+    """Differences of pairs with their 95% intervals; one line for each pair, one panel for each measure.
+
+    Args:
+        pairs: with ``reference``, ``other``, ``seed`` and ``differences`` by measure.
+        measures: panels.
+
+    Returns:
+        None without pairs.
+    """
+    if not pairs:
+        return None
+    labels = list(dict.fromkeys(f"{pair['other']} – {pair['reference']}" for pair in pairs))
+    figure = Figure(figsize=(3.0 + 2.2 * len(measures), 1.1 + 0.3 * len(labels)), layout="constrained")
+    panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    words = []
+    for axes, measure in zip(panels, measures, strict=True):
+        axes.axvline(0, color=INK, lw=0.9, ls=":")
+        for pair in pairs:
+            if (one := pair["differences"].get(measure)) is None:
+                continue
+            label = f"{pair['other']} – {pair['reference']}"
+            y, value, reach = labels.index(label), 100 * one.value, 196 * one.error
+            axes.plot([value - reach, value + reach], [y, y], "-", color=INK, lw=1.2)
+            axes.plot([value], [y], "s", color=INK, ms=4.5)
+            words.append(f"{label}, seed {pair['seed']}, {measure}: {value:+.1f} ± {reach:.1f}")
+        axes.margins(x=0.12)
+        dress(axes, "", f"{measure} (points)")
+    panels[0].set_yticks(range(len(labels)), [_plain(label) for label in labels])
+    panels[0].set_ylim(len(labels) - 0.5, -0.5)
+    text = f"Forest plot: differences in percentage points with 95% intervals. {'; '.join(words)}."
+    return Plot(figure, "differences", text)
+
+
 def _points(row: Mapping[str, Any], column: str) -> list[tuple[int, float]]:
     return [(one["epoch"], 100 * one[column]) for one in row["curve"] if one.get(column) is not None]
 

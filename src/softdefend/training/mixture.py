@@ -1,4 +1,4 @@
-"""Targets of images that CutMix may have mixed of two."""
+"""Targets of images that CutMix may have mixed of two, and of batches with extra images."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ class Mixture:
     """Labels and indices of the images' own parts."""
     share: Tensor | None
     """[b]; None where no image is mixed. The targets are then the rule's own."""
+    known: Tensor | None = None
+    """Positions [m] of the images that a rule remembers; the others, which are extra, have the given label as
+    their target. None where the rule is asked about all."""
 
     @property
     def partner(self) -> Batch:
@@ -41,6 +44,10 @@ class Mixture:
 
     def attack_target(self, rule: LabelRule, phase: str) -> Tensor:
         """As :meth:`LabelRule.attack_target`; always probabilities [b, k] where images are mixed."""
+        if self.known is not None:
+            asked = rule.attack_target(_rows(self.batch, self.known), phase)
+            given = self.batch.label if asked.ndim == 1 else rule.one_hot(self.batch.label)
+            return given.index_copy(0, self.known, asked)
         own = rule.attack_target(self.batch, phase)
         if self.share is None:
             return own
@@ -51,6 +58,10 @@ class Mixture:
         self, rule: LabelRule, adversarial: Tensor, predictions: Predictions, phase: str
     ) -> Supervision:
         """As :meth:`LabelRule.supervise`."""
+        if self.known is not None:
+            rows = self.known
+            asked = rule.supervise(_rows(self.batch, rows), adversarial[rows], predictions.at(rows), phase)
+            return self._with_given(asked, rows, rule.one_hot(self.batch.label))
         own = rule.supervise(self.batch, adversarial, predictions, phase)
         if self.share is None:
             return own
@@ -63,6 +74,14 @@ class Mixture:
             for mine, theirs in zip(own.terms, other.terms, strict=True)
         )
         return Supervision(self.label, self._blend(own.target, other.target), weight, terms)
+
+    def _with_given(self, asked: Supervision, rows: Tensor, given: Tensor) -> Supervision:
+        """What a rule said of some rows, and the given label [b, k] with weight one for the others."""
+        weight = None
+        if asked.weight is not None:
+            weight = torch.ones_like(given[:, 0]).index_copy(0, rows, asked.weight)
+        terms = tuple(replace(term, target=given.index_copy(0, rows, term.target)) for term in asked.terms)
+        return Supervision(self.batch.label, given.index_copy(0, rows, asked.target), weight, terms)
 
     def _blend(self, own: Tensor, other: Tensor) -> Tensor:
         assert self.share is not None
@@ -77,3 +96,7 @@ def mixing_refusal(rule: Rule) -> str | None:
     if getattr(rule, "views", 1) > 1:
         return "views of one image would be mixtures of different labels"
     return None
+
+
+def _rows(batch: Batch, rows: Tensor) -> Batch:
+    return Batch(batch.index[rows], batch.image[rows], batch.label[rows])

@@ -119,6 +119,7 @@ class TrainStep:
         self._fused = _fused(net, data, recipe, engine)
         self._agreed: dict[int, bool] = {}
         self._checked: set[str] = set()
+        self._rows: dict[tuple[int, int], Tensor] = {}
         self._threat = self._kernels_of(recipe.threat)
         self._graphs: dict[tuple[Phase, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
@@ -173,14 +174,15 @@ class TrainStep:
     def _body(self, plan: Tensor, phase: Phase) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         parts = plan.tensor_split(self.optim.parts(len(plan)))
-        for rows in parts[:-1]:
-            self._part(rows, phase, len(rows) / len(plan), last=False)
-        self._part(parts[-1], phase, len(parts[-1]) / len(plan), last=True)
+        for number, rows in enumerate(parts):
+            self._part(rows, phase, len(rows) / len(plan), number, last=rows is parts[-1])
 
-    def _part(self, plan: Tensor, phase: Phase, share: float, *, last: bool) -> None:
+    def _part(self, plan: Tensor, phase: Phase, share: float, number: int = 0, *, last: bool) -> None:
         """Add up gradients of a part of the batch, which is ``share`` of it; update after the last one."""
         (label, objective, weight), views = self.recipe.rules, self.recipe.objective.views
-        first = Mixture(self.data.batch(plan), self.data.share(plan))  # the first view
+        first = Mixture(
+            self.data.batch(plan), self.data.share(plan), self._known(plan, number)
+        )  # the first view
         index, image = first.batch.index, first.batch.image
         if views > 1:
             image = torch.cat([image, *(self.data.batch(plan, view).image for view in range(1, views))])
@@ -212,6 +214,16 @@ class TrainStep:
         else:
             self._update(total * share if share < 1 else total, last=last)
         self._measure(batch.label, seen, supervision, total)
+
+    def _known(self, plan: Tensor, number: int) -> Tensor | None:
+        """Rows of the images that the label rule remembers, which are the same in every batch; None where it
+        is asked about all. A part of a batch has its own."""
+        if not (self.data.has_extra and self.recipe.label.remembers):
+            return None
+        key = number, len(plan)
+        if key not in self._rows:  # in a rehearsal: never while a graph is recorded
+            self._rows[key] = (plan[:, 0] < self.data.n).nonzero().flatten()
+        return self._rows[key]
 
     def _attack_forward(self, image: Tensor) -> Forward:
         """The network for the attack: fused kernels where they compute the same on such a batch."""

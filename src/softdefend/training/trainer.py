@@ -28,6 +28,7 @@ from softdefend.training.alarm import Alarms, Failure
 from softdefend.training.checkpoint import CheckpointError
 from softdefend.training.config import TrainConfig
 from softdefend.training.divergence import divergence
+from softdefend.training.extra import check_extra, steps_with_extra
 from softdefend.training.folder import RunFolder
 from softdefend.training.network_checks import check_script, check_smallest_batch
 from softdefend.training.optim import make_optimizer
@@ -86,7 +87,10 @@ class Trainer:
             recompute_blocks(self.net)
         if channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.train_data = Augmented(bundle.train, device, config.augment, channels_last=channels_last)
+        self.train_data = Augmented(
+            bundle.train, device, config.augment, channels_last=channels_last, extra=bundle.extra
+        )
+        check_extra(self.train_data, self.recipe, self.optim)
         self.validator = Validator(bundle, config, self.engine)
         self.test_fingerprint = fingerprint(bundle.test)
         self.batch_size = self.optim.batch_size
@@ -175,6 +179,8 @@ class Trainer:
         n = self.train_data.n
         if self.batch_size > n:
             raise SettingError("optim.batch_size", self.batch_size, f"at most the {n} training images")
+        if self.train_data.extra is not None:
+            return steps_with_extra(self.train_data, self.optim)
         return n // self.batch_size if self.optim.drop_last else math.ceil(n / self.batch_size)
 
     def _train_epoch(self) -> dict[str, Any]:
@@ -194,7 +200,13 @@ class Trainer:
         """The steps that are left of the current epoch."""
         state, views = self.state, self.recipe.objective.views
         strong = self.config.augment.is_strong(state.epoch, self.optim.epochs)
-        plan = self.train_data.plan(seed=self.config.seed, epoch=state.epoch, views=views, strong=strong)
+        plan = self.train_data.plan(
+            seed=self.config.seed,
+            epoch=state.epoch,
+            views=views,
+            strong=strong,
+            batches=(self.steps_per_epoch, self.batch_size),
+        )
         coming = torch.split(plan[state.done * self.batch_size :], self.batch_size)
         self.train_data.expect(coming[: self.steps_per_epoch - state.done])
         with tqdm(

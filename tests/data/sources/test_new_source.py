@@ -30,28 +30,28 @@ def run(code: str, name: str) -> ModuleType:
 
 @pytest.fixture
 def absent() -> None:
-    if "npz" in BUILT_IN:
+    if "tensors" in BUILT_IN:
         pytest.skip("the example lies in the package")
 
 
 @pytest.fixture
-def npz(absent: None) -> Iterator[type[Source]]:
+def example(absent: None) -> Iterator[type[Source]]:
     """The registered source of the example."""
     try:
-        yield run(SOURCE, "npz_of_mine").Npz
+        yield run(SOURCE, "tensors_of_mine").Tensors
     finally:
-        SOURCES.unregister("npz")
+        SOURCES.unregister("tensors")
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_examples_own_tests_pass(npz: type[Source], name: str, tmp_path: Path) -> None:
-    assert SOURCES.names() == sorted([*BUILT_IN, "npz"])
-    getattr(run(TEST, "test_npz_of_mine"), name)(tmp_path)
+def test_the_examples_own_tests_pass(example: type[Source], name: str, tmp_path: Path) -> None:
+    assert SOURCES.names() == sorted([*BUILT_IN, "tensors"])
+    getattr(run(TEST, "test_tensors_of_mine"), name)(tmp_path)
 
 
-def test_the_example_is_listed_with_the_other_sources(npz: type[Source], tmp_path: Path) -> None:
+def test_the_example_is_listed_with_the_other_sources(example: type[Source], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SettingError, match=r"accepted: digits, .*, an \.npz file with images and labels, "):
+    with pytest.raises(SettingError, match=r"accepted: digits, .*, a \.pt file with images and labels, "):
         read(DataSettings(str(tmp_path / "file")))
 
 
@@ -60,7 +60,7 @@ def test_an_entry_point_brings_the_example_in(
 ) -> None:
     """As an installed package would: a module on the path, and the metadata that name its class."""
     (tmp_path / "my_package").mkdir()
-    (tmp_path / "my_package" / "npz.py").write_text(SOURCE.replace('@SOURCES.register("npz")\n', ""))
+    (tmp_path / "my_package" / "tensors.py").write_text(SOURCE.replace('@SOURCES.register("tensors")\n', ""))
     points = re.search(r"```toml\n\[project\.entry-points\.\"(.*?)\"\]\n(.*?)```", SECTION, flags=re.DOTALL)
     metadata = tmp_path / "my_package-1.0.dist-info"
     metadata.mkdir()
@@ -69,17 +69,17 @@ def test_an_entry_point_brings_the_example_in(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(SOURCES, "_foreign", None)
     try:
-        assert SOURCES.names() == sorted([*BUILT_IN, "npz"])
-        run(TEST, "test_npz_of_mine").test_images_and_labels_are_read_as_they_are(tmp_path)
+        assert SOURCES.names() == sorted([*BUILT_IN, "tensors"])
+        run(TEST, "test_tensors_of_mine").test_images_and_labels_are_read_as_they_are(tmp_path)
     finally:
-        SOURCES.unregister("npz")
+        SOURCES.unregister("tensors")
         for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
             del sys.modules[name]
 
 
 def test_nothing_of_the_example_stays_registered() -> None:
     assert SOURCES.names() == BUILT_IN
-    assert {"cifar", "digits", "folder", "hub", "parquet"} <= set(BUILT_IN)
+    assert {"cifar", "digits", "folder", "hub", "npz", "parquet"} <= set(BUILT_IN)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
