@@ -246,7 +246,7 @@ def test_no_image_leaves_the_ball_or_the_box(norm, eps, shape, k, microbatch, pr
     members = (APGD(steps=3, restarts=2), TargetedAPGD(steps=3), FAB(steps=3), Square(queries=9))
     perturb = Evaluator._perturb
 
-    def perturbed(self, attack, index, context):
+    def perturbed(self, attack, index, context, goal):
         image, label = data.take(index).image, data.take(index).label
         found = attack.run_batches(
             context.net, image, label, threat, AttackContext(context.net, context.random)
@@ -255,7 +255,7 @@ def test_no_image_leaves_the_ball_or_the_box(norm, eps, shape, k, microbatch, pr
         assert found.max() <= 1
         assert (threat.distance(data.take(index).image, found) <= eps * (1 + 1e-5) + 1e-6).all()
         seen.append(len(found))
-        return perturb(self, attack, index, context)
+        return perturb(self, attack, index, context, goal)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Evaluator, "_perturb", perturbed)
