@@ -344,7 +344,8 @@ def test_presets_win_over_protocols_and_words_over_both(tmp_path: Path) -> None:
     files = [f"--preset={preset}", "--config", str(protocol)]  # in whichever order
     made = resolve(["--seed", "3", *files])
     assert (made.seed, made.name, made.optim.lr, made.optim.epochs) == (3, "b", 0.1, 3)
-    assert plain_config(made)["label"]["init_args"] == {"smoothing": 0.3, "convention": "others"}
+    settings = {"smoothing": 0.3, "convention": "others", "attack_label": "hard"}
+    assert plain_config(made)["label"]["init_args"] == settings
     assert plain_config(resolve([*files, "--label", "Hard"]))["label"]["class_path"] == "softdefend.Hard"
 
 
