@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from softdefend.cli import train
 from softdefend.cli.flags import Flags, positional
 from softdefend.core.errors import SettingError
-from softdefend.experiments.bench import BenchSettings, bench_train
+from softdefend.execution.engine import count_processes
+from softdefend.execution.launched import place_of_this_process
+from softdefend.experiments.bench import BenchSettings, base_arguments, bench_train
+from softdefend.experiments.config import resolve
+from softdefend.experiments.launch import run_on_processes
 
 
 @dataclass(frozen=True)
@@ -30,4 +34,9 @@ def run(words: Sequence[str]) -> None:
     what = given.make(BenchFlags).what
     if what != "train":
         raise SettingError("bench", repr(what), "train")
-    bench_train(given.make(BenchSettings), given.rest)
+    settings, runtime = given.make(BenchSettings), resolve(base_arguments(given.rest)).runtime
+    size = count_processes(runtime.device, runtime.devices)
+    if size > 1 and place_of_this_process() is None:
+        run_on_processes(["bench", *words], size)
+        return
+    bench_train(settings, given.rest)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from softdefend.execution.launched import place_of_this_process
+
 HELP = {"-h", "--help"}
 """Words that ask any command for help."""
 
@@ -29,12 +31,14 @@ class ConsoleHandler(logging.Handler):
 
 @contextmanager
 def log_to_console() -> Iterator[None]:
-    """Show what the package logs from INFO on, here and nowhere else; afterwards as before."""
+    """Show what the package logs from INFO on, here and nowhere else; afterwards as before. Of several
+    processes only the first shows it."""
     logger = logging.getLogger("softdefend")
     before = logger.level, logger.propagate
     handler = ConsoleHandler()
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    place = place_of_this_process()
+    logger.setLevel(logging.INFO if place is None or place.rank == 0 else logging.ERROR)
     logger.propagate = False
     try:
         yield

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from softdefend.cli.flags import Flags, Given, positional, switch
 from softdefend.core.errors import SettingError
@@ -13,9 +14,14 @@ from softdefend.core.threat import Budget, Norm, ThreatModel
 from softdefend.data import DataSettings
 from softdefend.evaluation import EvaluateSettings, Requests
 from softdefend.evaluation.settings import Size, check_size
+from softdefend.execution.engine import count_processes
+from softdefend.execution.launched import place_of_this_process
 from softdefend.experiments.evaluate import evaluate, evaluate_external, evaluate_robustbench, open_run
+from softdefend.experiments.launch import run_on_processes
 from softdefend.experiments.pipeline import WHICH
 from softdefend.models import NetSettings
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class EvaluateFlags:
     """Radius in pixel units, such as 8/255; as trained if not given."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    devices: int | Literal["auto"] = 1
+    """Processes that share the batches, one on each GPU, or on the CPU; auto: as many as there are GPUs."""
     audit: bool = switch()
     """Look for signs of gradient masking."""
     audit_size: Size = 250
@@ -88,6 +96,10 @@ def run(words: Sequence[str]) -> None:
     given = FLAGS.read(words)
     flags = given.make(EvaluateFlags)
     _check(flags, given)
+    size = count_processes(flags.device, flags.devices, "--devices")
+    if size > 1 and place_of_this_process() is None:
+        run_on_processes(["evaluate", *words], size)
+        return
     requests = Requests(
         audit=flags.audit_size if flags.audit else 0,
         corruptions=flags.corruptions,
@@ -112,7 +124,7 @@ def run(words: Sequence[str]) -> None:
     for folder in map(Path, flags.run):
         experiment = open_run(folder)
         threat = _threat(flags, experiment.recipe.threat)
-        print(folder)
+        _log.info(str(folder))
         evaluate(experiment, flags.which, replace(experiment.evaluate, **changes), threat, **also)
 
 

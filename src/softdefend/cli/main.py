@@ -6,14 +6,23 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Protocol, cast
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from softdefend.cli.console import HELP, log_to_console
-from softdefend.core.errors import DivergenceError, SettingError, did_you_mean
+from softdefend.core.errors import (
+    EXIT_LOST,
+    DivergenceError,
+    LostProcessError,
+    ReportedError,
+    SettingError,
+    did_you_mean,
+)
 from softdefend.core.version import VERSION
+from softdefend.execution.launched import place_of_this_process, started_here
 
 EXIT_DONE, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 2, 3, 130, 141
 
@@ -36,6 +45,12 @@ COMMANDS = {
     "data": "prepare or describe a data set",
 }
 """Every command and what it does; each is a module of this folder, imported when it is needed."""
+
+TOGETHER = ("train", "evaluate", "distill", "bench")
+"""Commands that torchrun or srun may start several times; others start processes themselves."""
+
+_WHILE = 5.0
+"""Seconds that other processes leave the first one to say the same. Theirs is shown if it does not."""
 
 SHELLS = ("bash", "zsh", "tcsh", "fish", "powershell")
 _COMPLETION = "--print_completion"
@@ -66,6 +81,8 @@ def run(words: Sequence[str]) -> None:
     """
     first = words[0] if words else ""
     if first in COMMANDS:
+        if first not in TOGETHER and place_of_this_process() is not None:
+            raise SettingError(first, "several processes", f"one, or {', '.join(TOGETHER)}")
         load(first).run(words[1:])
     elif first in HELP:
         help_parser().print_help()
@@ -137,7 +154,13 @@ def main(words: Sequence[str] | None = None) -> int:
         return _end(f"error: {SettingError('command line', error, 'what --help shows')}", EXIT_BAD_INPUT)
     except DivergenceError as error:
         return _end(f"stopped: {error}", EXIT_DIVERGED)
+    except ReportedError as error:
+        return error.code
+    except LostProcessError as error:
+        return EXIT_LOST if started_here() else _end(f"stopped: {error}", EXIT_LOST)
     except KeyboardInterrupt:
+        if started_here():
+            return EXIT_INTERRUPTED
         text = "interrupted; the same command continues where the last checkpoint stands"
         return _end(text, EXIT_INTERRUPTED)
     except BrokenPipeError:
@@ -148,7 +171,11 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _end(line: str, code: int) -> int:
-    print(f"softdefend: {line}", file=sys.stderr)
+    place = place_of_this_process()
+    which = "" if place is None or place.rank == 0 else f" (process {place.rank})"
+    print(f"softdefend{which}: {line}", file=sys.stderr)
+    if which and started_here():
+        time.sleep(_WHILE)
     return code
 
 

@@ -14,6 +14,9 @@ import torch
 
 from softdefend.core.version import VERSION
 
+COMMAND = "SOFTDEFEND_COMMAND"
+"""The variable by which a process says for which command it has started others."""
+
 
 def versions(device: torch.device) -> dict[str, str]:
     """What a rerun would have to share to find the same bits."""
@@ -33,8 +36,13 @@ def environment(device: torch.device) -> dict[str, Any]:
         **versions(device),
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(Path(word).name if not number else word for number, word in enumerate(sys.argv)),
+        "command": os.environ.get(COMMAND) or command(),
     }
+
+
+def command() -> str:
+    """The words of this process's command."""
+    return " ".join(Path(word).name if not number else word for number, word in enumerate(sys.argv))
 
 
 def _commit() -> str | None:

@@ -41,9 +41,32 @@ class SettingError(ValueError):
         text = f"{setting}: got {given}; accepted: {accepted}"
         super().__init__(printable(" ".join(text.split())))
 
+    def __reduce__(self) -> tuple[type[SettingError], tuple[str, str, str]]:
+        return type(self), (self.setting, str(self.given), self.accepted)
+
 
 class DivergenceError(RuntimeError):
     """Training stopped because the loss or a weight is no longer a usable number (exit code 3)."""
+
+
+EXIT_LOST = 4
+"""The exit code of :class:`LostProcessError`."""
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the same run has ended or does not answer."""
+
+
+class ReportedError(RuntimeError):
+    """A process that was started from here has failed, and has said why.
+
+    Args:
+        code: its exit code.
+    """
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+        super().__init__(f"a process ended with code {code}")
 
 
 def did_you_mean(given: str, names: Iterable[str]) -> str:

@@ -12,8 +12,9 @@ from softdefend.core.errors import SettingError
 from softdefend.core.weight_files import metadata_of
 from softdefend.core.yaml_files import flatten, read_yaml
 
-FREE = ("save", "evaluate", "data.cache", "data.workers")
-"""Settings that may change between a run and its continuation: they change no result of training."""
+FREE = ("save", "evaluate", "data.cache", "data.workers", "runtime.devices")
+"""Settings that may change between a run and its continuation: they change no result of training but by
+rounding."""
 PATHS = ("data.source", "data.extra", "data.noise_file", "init_from")
 """Settings that may be spelt differently if they lead to the same file or folder. What is there has a digest
 of its own."""

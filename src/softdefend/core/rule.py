@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from softdefend.core.hints import with_checked_arguments
+from softdefend.core.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class RunInfo:
     """The network that is trained, on its device, with its first weights."""
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
     """Training precision, for forwards of a rule's own networks."""
+    processes: Processes = ALONE
+    """Those that train together. Each calls a rule with its share of a batch; what a rule keeps has to be the
+    same in all of them."""
 
     def forward(self, net: nn.Module) -> Callable[[Tensor], Tensor]:
         """``net`` in training precision: images [b, c, h, w] to logits [b, k] float32."""

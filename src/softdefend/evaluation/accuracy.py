@@ -13,6 +13,7 @@ from torch import Tensor
 from softdefend.attacks import PGD
 from softdefend.core.environment import versions
 from softdefend.core.files import write_atomic
+from softdefend.core.processes import ALONE, Processes
 from softdefend.core.store import plain
 from softdefend.core.threat import LARGEST, Budget, ThreatModel
 from softdefend.evaluation.adversarial import save_adversarial, saved_images
@@ -59,14 +60,20 @@ def evaluate_attacks(
     Returns:
         What stands in ``evaluation/NAME.json``.
     """
-    result = find_accuracies(checkpoint, settings)
-    if result is None or (save_images and not saved_images(checkpoint, result)):
+    result = checkpoint.source.processes.from_first(lambda: _find(checkpoint, settings, save_images))
+    if result is None:
         return measure_accuracies(checkpoint, settings, save_images=save_images)
     name = checkpoint.source.name
     _log.info(f"{name}: as evaluated before, on {result['n']} images; nothing is attacked anew")
     for line in cost_lines(result):
         _log.info(line)
     return result
+
+
+def _find(checkpoint: Checkpoint, settings: EvaluateSettings, save_images: bool) -> dict[str, Any] | None:
+    """A kept result, with its images where they are asked for; else None."""
+    result = find_accuracies(checkpoint, settings)
+    return None if result is None or (save_images and not saved_images(checkpoint, result)) else result
 
 
 def find_accuracies(checkpoint: Checkpoint, settings: EvaluateSettings) -> dict[str, Any] | None:
@@ -97,8 +104,9 @@ def measure_accuracies(
     """Attack the test images, and write the result and one row an image in ``evaluation/NAME.parquet``.
 
     Killed at any moment, the same call continues from ``evaluation/NAME.state``, which is removed at the
-    end, and writes the same records. With other inputs, versions or another device it starts anew. A result
-    about the same network, data and threat that this one replaces is kept in ``evaluation/earlier``.
+    end, and writes the same records, on another number of processes too. With other inputs, versions or
+    another device it starts anew. A result about the same network, data and threat that this one replaces is
+    kept in ``evaluation/earlier``.
 
     Returns:
         What went into ``evaluation/NAME.json``.
@@ -109,6 +117,21 @@ def measure_accuracies(
     identity = {**inputs, "versions": versions(checkpoint.device)} | ({"images": True} if save_images else {})
     state = StateFile(store.path(name, ".state"), identity, every=SAVE_EVERY)
     evaluation, report = _attack(checkpoint, settings, state, save_images)
+    return checkpoint.source.processes.from_first(
+        lambda: _write(checkpoint, inputs, state, evaluation, report, save_images)
+    )
+
+
+def _write(
+    checkpoint: Checkpoint,
+    inputs: dict[str, Any],
+    state: StateFile,
+    evaluation: Evaluation,
+    report: dict[str, Any],
+    save_images: bool,
+) -> dict[str, Any]:
+    """The files of a finished evaluation; the content of the JSON file."""
+    name, store = checkpoint.source.name, checkpoint.store
     if store.find(name, inputs, ignoring=("settings",)) is not None:
         kept = store.set_aside(name, store.path(name, ".parquet"))
         if kept is not None:
@@ -132,7 +155,7 @@ def _attack(
 ) -> tuple[Evaluation, dict[str, Any]]:
     """The attacks on the test images, and the content of the JSON file."""
     source = checkpoint.source
-    evaluator = make_evaluator(checkpoint, settings)
+    evaluator = make_evaluator(checkpoint, settings, source.processes)
     evaluator.keep_images = save_images
     attacks = [parse(attack, len(source.bundle.classes)) for attack in settings.attacks]
     index, of_curve = (
@@ -155,11 +178,14 @@ def _attack(
     }
 
 
-def make_evaluator(checkpoint: Checkpoint, settings: EvaluateSettings) -> Evaluator:
-    """The evaluator of a checkpoint under its threat."""
+def make_evaluator(
+    checkpoint: Checkpoint, settings: EvaluateSettings, processes: Processes = ALONE
+) -> Evaluator:
+    """The evaluator of a checkpoint under its threat; of these processes, which all have to use it."""
     microbatch = settings.physical_batch
     if microbatch is None:
-        microbatch = fitting_microbatch(checkpoint.net, checkpoint.test_images(1).image)
+        fitting = fitting_microbatch(checkpoint.net, checkpoint.test_images(1).image)
+        microbatch = min(processes.tell(fitting))
     return Evaluator(
         checkpoint.net,
         checkpoint.data,
@@ -170,6 +196,7 @@ def make_evaluator(checkpoint: Checkpoint, settings: EvaluateSettings) -> Evalua
         precision=settings.precision,
         compile=settings.compile,
         targeted=settings.targeted,
+        processes=processes,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from softdefend.core.errors import SettingError
 from softdefend.core.identity import RunIdentity, check_weights
+from softdefend.core.processes import ALONE, Processes
 from softdefend.core.store import ResultStore
 from softdefend.core.threat import ThreatModel
 from softdefend.core.weight_files import load_weights, weights_digest
@@ -45,6 +46,7 @@ class CheckpointSource:
         additional_data: whether the network has seen more images than the training set; None if not known.
         progress: show bars.
         targeted: classes to be reached, whose results have names of their own.
+        processes: those that evaluate together; the first one writes.
     """
 
     net: nn.Module
@@ -59,6 +61,7 @@ class CheckpointSource:
     additional_data: bool | None = None
     progress: bool = False
     targeted: str | None = None
+    processes: Processes = ALONE
 
     @property
     def under_trained_threat(self) -> bool:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from softdefend.core import rng
 from softdefend.core.errors import SettingError
+from softdefend.core.processes import ALONE, Processes
 from softdefend.data import Split
 from softdefend.evaluation import distortions
 from softdefend.evaluation.checkpoint import Checkpoint
@@ -120,6 +121,7 @@ def evaluate_corruptions(
     batch_size: int = 500,
     seed: int = 0,
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Accuracy under every corruption and severity, in eval mode and float32.
 
@@ -132,6 +134,7 @@ def evaluate_corruptions(
         batch_size: images at once; no part of the result.
         seed: of all that is random.
         progress: show a bar.
+        processes: those that measure together, each some of the batches.
 
     Returns:
         For JSON: ``n``, ``seed``, ``clean`` (a :class:`Rate`), ``corruptions`` (by name, the ``Rate`` at each
@@ -144,13 +147,13 @@ def evaluate_corruptions(
 
     @torch.no_grad()
     def rate(change: Callable[[Tensor, Tensor], Tensor]) -> Rate:
-        right = []
-        for part in torch.split(index, batch_size):
+        right, parts = [], torch.split(index, batch_size)
+        for part in processes.deal(parts):
             image = change(data.images[part], part)
             image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
             label = data.labels[part]
             right.append(answers(net(image.to(device)).cpu(), label.cpu()) == label.cpu())
-        return Rate.of(torch.cat(right))
+        return Rate.of(torch.cat(processes.collect(right, len(parts))))
 
     table: dict[str, Any] = {}
     with frozen(net, "eval"), tf32(False):
@@ -185,11 +188,12 @@ def corruption_measurement(checkpoint: Checkpoint, settings: EvaluateSettings) -
             batch_size=settings.physical_batch or settings.batch_size,
             seed=settings.seed,
             progress=checkpoint.source.progress,
+            processes=checkpoint.source.processes,
         )
 
     images = settings.images(len(checkpoint.source.bundle.test))
     depends_on = {**images, "seed": settings.seed, "corruptions": list(CORRUPTIONS)}
-    return Measurement("-corruptions", depends_on, measure, corruption_table)
+    return Measurement("-corruptions", depends_on, measure, corruption_table, together=True)
 
 
 def corruption_table(result: dict[str, Any]) -> str:

@@ -6,7 +6,9 @@ import contextlib
 import copy
 import logging
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +20,7 @@ from softdefend.attacks import Attack
 from softdefend.core.environment import versions
 from softdefend.core.errors import SettingError
 from softdefend.core.goals import to_reach
+from softdefend.core.processes import ALONE, Processes
 from softdefend.core.threat import ThreatModel
 from softdefend.data import Resident
 from softdefend.evaluation.autoattack import Ensemble
@@ -26,6 +29,7 @@ from softdefend.evaluation.records import Evaluation as Evaluation
 from softdefend.evaluation.records import Rate as Rate
 from softdefend.evaluation.records import Trial, hits
 from softdefend.evaluation.resume import Saved, StateFile
+from softdefend.evaluation.shares import Shares, carry_over
 from softdefend.evaluation.targets import check_targeted, choose_targets
 from softdefend.execution.context import AttackContext, SavedProgress
 from softdefend.execution.counting import CountingModel, Counts
@@ -70,6 +74,8 @@ class Evaluator:
         compile: compile the searching network and capture the steps of searches, on a GPU; from
             256 images on when None. Changes rounding, nothing else. A compiled copy follows changes of the
             network's weights, not of its structure.
+        processes: those that evaluate together, each some of the batches. All of them get the result, which
+            on a CPU is byte for byte that of one process.
 
     Raises:
         SettingError: a batch below one image, an unknown precision, or compiling asked for on a CPU.
@@ -88,6 +94,7 @@ class Evaluator:
         compile: bool | None = False,
         targeted: str | None = None,
         keep_images: bool = False,
+        processes: Processes = ALONE,
     ) -> None:
         if targeted is not None:
             check_targeted(targeted)
@@ -101,6 +108,7 @@ class Evaluator:
         self.data, self.threat, self.batch_size, self.seed = data, threat, batch_size, seed
         self.microbatch, self.compile, self.targeted = microbatch, compile, targeted
         self.keep_images = keep_images
+        self.processes = processes
 
     def __call__(
         self,
@@ -128,7 +136,10 @@ class Evaluator:
         """
         self._check(attacks)
         index = torch.arange(self.data.n) if index is None else index.cpu()
-        run = _Run(state, self.microbatch, self.search_network)
+        # What is computed at once changes the rounding of sums: on a CPU it is what one process computes.
+        unit = max(1, self.microbatch // self.batch_size) if self._device.type == "cpu" else 1
+        shares = Shares(self.processes, self.batch_size, unit)
+        run = _Run(state, self.microbatch, self.search_network, shares)
         with self.search_network.search_mode():
             self._prepare(index, run)
             logits, label = self._clean_logits(index, run), self.data.labels.cpu()[index]
@@ -196,8 +207,11 @@ class Evaluator:
         """Of these samples, [n, k] on the CPU; those of the state file where it holds them."""
         logits = run.tensors.get("clean")
         if logits is None:
-            everything = index.to(self._device)
-            logits = run.tensors["clean"] = run.within_memory(partial(self._forward, everything)).cpu()
+            parts = torch.split(index.to(self._device), run.microbatch)
+            own = [
+                run.within_memory(partial(self._forward, part)).cpu() for part in self.processes.deal(parts)
+            ]
+            logits = run.tensors["clean"] = torch.cat(self.processes.collect(own, len(parts)))
             run.save()
         return logits
 
@@ -259,18 +273,18 @@ class Evaluator:
     ) -> Trial:
         """One attack on the samples flagged in ``left`` [n], batches in groups that fill a microbatch."""
         trial, done = run.open(key, left)
-        rows = left.nonzero().squeeze(1)
-        batches = torch.split(rows, self.batch_size) if len(rows) else ()
-        with tqdm(total=len(rows), desc=attack.name, leave=False, disable=None if progress else True) as bar:
-            bar.update(sum(len(batch) for batch in batches[:done]))
+        batches = run.own_batches(key)
+        images = sum(len(rows) for _, rows in batches)
+        with tqdm(total=images, desc=attack.name, leave=False, disable=None if progress else True) as bar:
+            bar.update(sum(len(rows) for _, rows in batches[:done]))
             while done < len(batches):
                 count = run.group or max(1, run.microbatch // self.batch_size)
                 group = batches[done : done + count]
                 run.group, preparing = len(group), self.search_network.seconds
-                rows = torch.cat(group)
-                attacked = [index[batch] for batch in group]
+                rows = torch.cat([rows for _, rows in group])
+                attacked = [(number, index[rows]) for number, rows in group]
                 found = run.within_memory(
-                    partial(self._attack_group, attack, attacked, done, [each[rows] for each in known], run)
+                    partial(self._attack_group, attack, attacked, [each[rows] for each in known], run)
                 )
                 run.exclude(self.search_network.seconds - preparing)
                 done += len(group)
@@ -279,23 +293,23 @@ class Evaluator:
                 bar.update(len(rows))
         # The next attack takes other steps: what was captured for each would add up.
         self.search_network.release_graphs()
-        return trial
+        return run.of_all_processes(key)
 
     def _attack_group(
         self,
         attack: Attack,
-        batches: Sequence[Tensor],
-        first: int,
+        batches: Sequence[tuple[int, Tensor]],
         known: Sequence[Tensor],
         run: _Run,
         microbatch: int,
     ) -> _Found:
-        """Attack several batches at once: positions in the data, and the clean logits [m, k] and the goals
-        [m] there."""
+        """Attack several batches at once: their numbers, their positions in the data, and the clean logits
+        [m, k] and the goals [m] there."""
+        numbers, parts = [number for number, _ in batches], [part for _, part in batches]
         logits, goal = known
-        index = torch.cat(list(batches))
+        index = torch.cat(parts)
         net = self.search_network.counting_model(len(index), logits.to(self._device), microbatch)
-        random = SeededRandomness(batches, self.seed, attack.name, first)
+        random = SeededRandomness(parts, self.seed, attack.name, numbers)
         context = AttackContext(net, random, progress=_AttackProgress(run, net, self._device))
         adversarial, image = self._perturb(attack, index, context, goal)
         # Before the network sees them, which may write into what it is given.
@@ -344,10 +358,15 @@ class _Found(NamedTuple):
 
 
 class _Run:
-    """How far an evaluation is: what goes into its state file, and how much fits into memory."""
+    """How far an evaluation is: what goes into its state file, and how much fits into memory. Of several
+    processes each has a file of its own, with what it has done itself."""
 
-    def __init__(self, file: StateFile | None, microbatch: int, search_network: SearchNetwork) -> None:
-        self._file, self._search_network = file, search_network
+    def __init__(
+        self, file: StateFile | None, microbatch: int, search_network: SearchNetwork, shares: Shares
+    ) -> None:
+        self._search_network, self._shares = search_network, shares
+        rank = shares.processes.rank
+        self._file = file if file is None or rank == 0 else file.of_process(rank)
         self.tensors: dict[str, Tensor] = {}
         self.stage: dict[str, Tensor] = {}
         """Where a killed evaluation left the attack on its group."""
@@ -355,17 +374,35 @@ class _Run:
         """Batches that are being attacked; 0 between groups."""
         self._trials: dict[str, Trial] = {}
         self._done: dict[str, int] = {}
+        self._carried: dict[str, Tensor] = {}
+        """Batches [batches] bool that other processes had finished before this session."""
+        self._session = ""
         self._open, self._since = "", time.perf_counter()
         self.microbatch = microbatch
-        saved = None if file is None else file.load()
-        if saved is not None:
-            self._restore(*saved)
+        if file is not None:
+            self._load(file)
+
+    def _load(self, file: StateFile) -> None:
+        """Take back what was saved; by another number of processes, or not by all, as work of the first."""
+        processes = self._shares.processes
+        saved = processes.from_first(file.load_all)
+        if len(saved) == processes.size and None not in saved:
+            own = saved[processes.rank]
+            assert own is not None
+            self._session, self._shares = own[1]["session"], replace(self._shares, unit=own[1]["unit"])
+            self._restore(*own)
+            return
+        self._session = processes.from_first(lambda: uuid.uuid4().hex)
+        if saved and saved[0] is not None:
+            self._restore(*carry_over(saved, self._shares))
 
     def _restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         # Groups are units of work and stay; how much of one is computed at once may shrink.
         self.microbatch, self.group = min(self.microbatch, values["microbatch"]), values["group"]
         for key, plain in values["trials"].items():
             self._done[key] = plain.pop("done")
+            if (carried := tensors.get(f"{key}/carried")) is not None:
+                self._carried[key] = carried
             trial = Trial.of(tensors[f"{key}/attacked"])
             for name, value in ({n: tensors[f"{key}/{n}"] for n in trial.tensors()} | plain).items():
                 setattr(trial, name, value)
@@ -380,6 +417,14 @@ class _Run:
         self._open, self._since = key, time.perf_counter()
         trial = self._trials.setdefault(key, Trial.of(attacked))
         return trial, self._done.setdefault(key, 0)
+
+    def own_batches(self, key: str) -> list[tuple[int, Tensor]]:
+        """Numbers and rows of the batches of a trial that this process attacks."""
+        return self._shares.own(self._trials[key].attacked, self._carried.get(key))
+
+    def of_all_processes(self, key: str) -> Trial:
+        """A trial that all have finished, with what each found."""
+        return self._shares.merge(self._trials[key], self._carried.get(key))
 
     def close_group(self, key: str, done: int) -> None:
         """A group is finished."""
@@ -410,7 +455,10 @@ class _Run:
                 "seconds": trial.seconds,
             }
         tensors |= {f"stage/{name}": tensor for name, tensor in stage.items()}
-        return tensors, {"microbatch": self.microbatch, "group": self.group, "trials": trials}
+        tensors |= {f"{key}/carried": carried for key, carried in self._carried.items()}
+        values = {"microbatch": self.microbatch, "group": self.group, "trials": trials}
+        values |= {"session": self._session, "unit": self._shares.unit}
+        return tensors, {**values, "processes": self._shares.processes.size}
 
     def within_memory(self, work: Callable[[int], T]) -> T:
         """``work`` with a microbatch that fits into memory.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from softdefend.core.processes import ALONE
 from softdefend.core.store import plain
 from softdefend.evaluation.checkpoint import Checkpoint
 
@@ -22,12 +23,14 @@ class Measurement:
         settings: what the result depends on beside the network, the test data and the threat.
         measure: makes the result, plain values for JSON.
         text: the result as lines for the log.
+        together: all processes measure it. Else it is for the first.
     """
 
     suffix: str
     settings: dict[str, Any]
     measure: Callable[[], dict[str, Any]]
     text: Callable[[dict[str, Any]], str]
+    together: bool = False
 
 
 def measured(checkpoint: Checkpoint, measurement: Measurement) -> dict[str, Any]:
@@ -50,6 +53,11 @@ def measured(checkpoint: Checkpoint, measurement: Measurement) -> dict[str, Any]
             **measurement.measure(),
         }
 
-    result = checkpoint.store.compute(f"{checkpoint.source.name}{measurement.suffix}", inputs, make)
+    name, store = f"{checkpoint.source.name}{measurement.suffix}", checkpoint.store
+    processes = checkpoint.source.processes if measurement.together else ALONE
+    result = processes.from_first(lambda: store.find(name, inputs))
+    if result is None:
+        made = make()
+        result = processes.from_first(lambda: store.write(name, inputs, made))
     _log.info(measurement.text(result))
     return result

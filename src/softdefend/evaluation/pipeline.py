@@ -62,9 +62,14 @@ def evaluate_checkpoint(
     steady = not averages_draws(settings.attacks)
     checkpoint = Checkpoint(source, device, assumes_determinism=steady and not requests.audit)
     audit = transferred = None
-    if requests.audit:
+    first = source.processes.first
+    if requests.audit and first:
         audit = measured(checkpoint, audit_measurement(checkpoint, settings, requests))
     result = evaluate_attacks(checkpoint, settings, save_images=requests.adversarial)
+    if requests.corruptions and not first:
+        measured(checkpoint, corruption_measurement(checkpoint, settings))
+    if not first:
+        return result
     table = read_table(checkpoint.store.path(source.name, ".parquet"))
     renew_pictures(checkpoint, settings, result, table)
     _log.info(summary_line(source.name, result))

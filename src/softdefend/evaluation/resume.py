@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 from softdefend.core.files import write_atomic
 from softdefend.core.safetensors_files import open_safetensors
 
-_KEY = "softdefend-evaluation-3"
+_KEY = "softdefend-evaluation-4"
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and plain values."""
 
@@ -44,6 +45,21 @@ class StateFile:
             return None
         return (tensors, content["state"]) if content["identity"] == self.identity else None
 
+    def load_all(self) -> list[Saved | None]:
+        """What each process saved last that took part when this, the first, did; empty where there is
+        nothing. None for one that has saved nothing since."""
+        own = self.load()
+        if own is None:
+            return []
+        others = (self.of_process(rank).load() for rank in range(1, own[1]["processes"]))
+        session = own[1]["session"]
+        return [own, *(it if it is not None and it[1]["session"] == session else None for it in others)]
+
+    def of_process(self, rank: int) -> StateFile:
+        """The file of another process of the same evaluation."""
+        path = self.path.with_suffix(f".{rank}{self.path.suffix}") if rank else self.path
+        return StateFile(path, self.identity, self.every)
+
     def save(self, state: Callable[[], Saved]) -> None:
         """Write what ``state()`` returns, unless the last write was a moment ago.
 
@@ -61,4 +77,5 @@ class StateFile:
 
     def remove(self) -> None:
         """The evaluation is finished."""
-        self.path.unlink(missing_ok=True)
+        for path in (self.path, *self.path.parent.glob(f"{glob.escape(self.path.stem)}.*{self.path.suffix}")):
+            path.unlink(missing_ok=True)

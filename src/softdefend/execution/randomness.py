@@ -136,12 +136,13 @@ class SeededRandomness(AttackRandomness):
         index: for each batch the positions of its images in the data, int64.
         seed: the evaluation's seed.
         name: of the attack.
-        first: how many batches came before these.
+        first: how many batches came before these; or, where others lie between them, before each.
     """
 
-    def __init__(self, index: Sequence[Tensor], seed: int, name: str, first: int = 0) -> None:
+    def __init__(self, index: Sequence[Tensor], seed: int, name: str, first: int | Sequence[int] = 0) -> None:
         super().__init__([torch.Generator().manual_seed(seed) for _ in index])
-        self.index, self.seed, self.name, self.first = torch.cat(list(index)), seed, name, first
+        self.index, self.seed, self.name = torch.cat(list(index)), seed, name
+        self.numbers = range(first, first + len(index)) if isinstance(first, int) else tuple(first)
         sizes = torch.tensor([len(part) for part in index])
         self._batch = torch.arange(len(index)).repeat_interleave(sizes)
 
@@ -177,7 +178,7 @@ class SeededRandomness(AttackRandomness):
         """See :meth:`AttackRandomness.batches`."""
         for number in range(len(self.generators)):
             rows = (self._batch == number).nonzero().squeeze(1)
-            step = self.first + number
+            step = self.numbers[number]
             own = rng.stream(self.seed, f"evaluate/{self.name}", step=step, device=device)
             yield rows.to(device), CallerRandomness(own, len(rows))
 

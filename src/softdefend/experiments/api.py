@@ -17,6 +17,7 @@ from softdefend.data import DataBundle, Resident, from_tensors, split, subset
 from softdefend.evaluation import Ensemble, Evaluation, Evaluator
 from softdefend.evaluation.autoattack import averages_draws, parse
 from softdefend.evaluation.preflight import LOOK, preflight
+from softdefend.execution.batch_norm import separate
 from softdefend.execution.engine import resolve_device
 from softdefend.execution.microbatch import fitting_microbatch
 from softdefend.execution.network_mode import frozen
@@ -73,6 +74,7 @@ def train(
             trainer.fit()
         finally:
             trainer.close()
+            separate(net)
     return read_run(place)
 
 

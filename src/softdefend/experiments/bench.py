@@ -8,9 +8,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,12 +26,14 @@ from softdefend.core.files import write_atomic
 from softdefend.core.hints import check_fields
 from softdefend.core.rule import RunInfo
 from softdefend.data import Augmented, Split
+from softdefend.execution.batch_norm import synchronize
 from softdefend.execution.engine import Engine
 from softdefend.experiments.catalog import units
 from softdefend.experiments.config import Experiment, resolve
 from softdefend.labels import KD
 from softdefend.models import NetSettings, build
 from softdefend.training.optim import make_optimizer
+from softdefend.training.shares import check_shares
 from softdefend.training.step import Phase, TrainStep
 
 _log = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ class BenchSettings:
     presets: tuple[str, ...] = ("pgd-at", "trades", "sglr-reference")
     """Recipes; each in its last phase."""
     batch_sizes: tuple[int, ...] = (128,)
-    """Images per step."""
+    """Images per step, of all processes together."""
     steps: int = 50
     """Steps in one measurement; the figure is the median of the measurements."""
     repeats: int = 5
@@ -86,7 +88,7 @@ class BenchSettings:
             raise SettingError("bench.reference", self.reference, "a checkout of devicerxx/SGLS")
 
 
-def bench_train(settings: BenchSettings, overrides: list[str] | None = None) -> dict[str, Any]:
+def bench_train(settings: BenchSettings, overrides: Sequence[str] | None = None) -> dict[str, Any]:
     """Time training steps on random images of CIFAR-10's shape.
 
     Args:
@@ -95,13 +97,15 @@ def bench_train(settings: BenchSettings, overrides: list[str] | None = None) -> 
             ``--runtime.device cpu``.
 
     Returns:
-        The rows, with ceiling and machine, as written to ``settings.output``.
+        The rows, with ceiling and machine, as the first process writes them to ``settings.output``.
     """
-    arguments = ["--config", "cifar10_resnet18", *(overrides or [])]
+    arguments = base_arguments(overrides or [])
     engine = Engine(resolve(arguments).runtime)
     dtype = torch.bfloat16 if engine.settings.precision == "bf16" else torch.float32
     peak = measure_ceiling(engine.device, dtype)
-    machine = f"{engine.device}, {engine.settings.precision}"
+    count = engine.processes.size
+    where = str(engine.device) if count == 1 else f"{count} x {engine.device.type}"
+    machine = f"{where}, {engine.settings.precision}"
     _log.info("%s: matrix products run at %.4g TFLOP/s", machine, peak)
     rows: list[dict[str, Any]] = []
     for name in settings.nets:
@@ -120,14 +124,20 @@ def bench_train(settings: BenchSettings, overrides: list[str] | None = None) -> 
     result = {
         "ceiling_tflops": round(peak, 2),
         "precision": engine.settings.precision,
+        "processes": count,
         "steps": settings.steps,
         "repeats": settings.repeats,
         "rows": rows,
         "environment": environment(engine.device),
     }
-    if settings.output:
+    if settings.output and engine.processes.first:
         write_atomic(Path(settings.output), json.dumps(result, indent=1).encode() + b"\n")
     return result
+
+
+def base_arguments(overrides: Sequence[str]) -> list[str]:
+    """Words of ``softdefend train`` for the experiments that are timed."""
+    return ["--config", "cifar10_resnet18", *overrides]
 
 
 def format_row(row: dict[str, Any]) -> str:
@@ -183,14 +193,14 @@ def _time_ours(
             _seconds(run_step, settings.steps, engine.device) / settings.steps
             for _ in range(settings.repeats)
         )
-    recipe = experiment.recipe
+    recipe, share = experiment.recipe, size // engine.processes.size
     work = units(*recipe.rules, recipe.attack.steps)
     return {
         "ms": round(ms, 4),
         "seconds_per_epoch": round(ms * (settings.images // size) / 1e3, 3),
         "setup_seconds": round(setup_seconds, 1),
         "tflop": round(work * flops * size / 1e12, 5),
-        "ceiling_share": round(work * flops * size / 1e12 / (ms / 1e3) / peak, 5),
+        "ceiling_share": round(work * flops * share / 1e12 / (ms / 1e3) / peak, 5),
     }
 
 
@@ -205,11 +215,14 @@ def _prepare(
     channels_last = bool(engine.settings.channels_last)
     augment, epochs = experiment.augment, experiment.optim.epochs
     data = Augmented(Split(images, labels), device, augment, channels_last=channels_last)
+    check_shares(data, recipe, replace(experiment.optim, batch_size=size), engine.processes)
     net = _net(experiment.net.name).to(device)
+    if engine.settings.batch_norm == "synchronized":
+        synchronize(net, engine.processes)
     if channels_last:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for rule in recipe.rules:
-        rule.setup(RunInfo(data.labels, CLASSES, epochs, net, engine.autocast))
+        rule.setup(RunInfo(data.labels, CLASSES, epochs, net, engine.autocast, engine.processes))
         rule.advance(epochs - 0.5)
     optimizer = make_optimizer(recipe.trained(net), experiment.optim, device)
     step = TrainStep(net, data, recipe, optimizer, engine)

@@ -18,6 +18,7 @@ from softdefend.core.errors import SettingError
 from softdefend.core.files import write_atomic
 from softdefend.core.hints import check_type
 from softdefend.core.identity import RunIdentity, check_place, settings_digest
+from softdefend.core.processes import ALONE, Processes
 from softdefend.core.threat import ThreatModel
 from softdefend.core.weight_files import load_weights, load_weights_file, save_weights
 from softdefend.core.yaml_files import read_yaml
@@ -27,7 +28,7 @@ from softdefend.evaluation.external import load_network
 from softdefend.evaluation.robustbench_networks import load_robustbench
 from softdefend.evaluation.settings import check_requests
 from softdefend.evaluation.surrogates import surrogate_names
-from softdefend.execution.engine import resolve_device
+from softdefend.execution.engine import join, resolve_device
 from softdefend.experiments.config import Experiment, resolve
 from softdefend.experiments.network import check_data, check_folder, check_surrogate, make_net
 from softdefend.models import NetSettings, check_logits
@@ -88,6 +89,7 @@ def evaluate(
         device: auto, cpu, cuda or cuda:N.
     """
     chosen = resolve_device(device)
+    processes = join(chosen.type == "cuda")
     for name in which[1:]:  # before hours go into the first
         if not (path := experiment.folder / f"{name}.safetensors").is_file():
             accepted = "a finished run (the same train command goes on), or --which best"
@@ -96,10 +98,22 @@ def evaluate(
     net = make_net(experiment, bundle)
     requests = replace(requests or Requests(), surrogates=load_surrogates(transfer, net, bundle))
     results = [
-        evaluate_run(experiment, bundle, net, name, settings, device=chosen, threat=threat, requests=requests)
+        evaluate_run(
+            experiment,
+            bundle,
+            net,
+            name,
+            settings,
+            device=chosen,
+            threat=threat,
+            requests=requests,
+            processes=processes,
+        )
         for name in which
     ]
-    write_report([read_run(experiment.folder)], experiment.folder / "report.html")
+    if processes.first:
+        write_report([read_run(experiment.folder)], experiment.folder / "report.html")
+    processes.wait()
     return results
 
 
@@ -113,6 +127,7 @@ def evaluate_run(
     device: torch.device,
     threat: ThreatModel | None = None,
     requests: Requests | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Evaluate one checkpoint of a run, unless the same evaluation already lies in its folder.
 
@@ -130,8 +145,9 @@ def evaluate_run(
         architecture=experiment.net.name,
         run=run_identity(experiment, bundle),
         additional_data=None if experiment.init_from else False,
-        progress=experiment.progress,
+        progress=experiment.progress and processes.first,
         targeted=settings.targeted,
+        processes=processes,
     )
     return evaluate_checkpoint(source, settings, requests, device=device)
 
@@ -211,6 +227,7 @@ def evaluate_network(
     check_data(data)
     _refuse_run(folder)
     chosen = resolve_device(device)
+    processes = join(chosen.type == "cuda")
     check_type("net", net, nn.Module)
     check_parameters(net)
     check_state(net)
@@ -230,12 +247,16 @@ def evaluate_network(
         threat=threat,
         architecture=architecture or type(net).__name__,
         origin=str((origin or {}).get("model", type(net).__qualname__)),
-        progress=progress,
+        progress=progress and processes.first,
         targeted=settings.targeted,
+        processes=processes,
     )
-    _write_folder(source, origin or {})
+    processes.from_first(lambda: _write_folder(source, origin or {}))
     result = evaluate_checkpoint(source, settings, requests, device=chosen)
-    _log.info(f"report: {write_report([read_run(folder)], folder / 'report.html', 'Robustness report')}")
+    if processes.first:
+        page = write_report([read_run(folder)], folder / "report.html", "Robustness report")
+        _log.info(f"report: {page}")
+    processes.wait()
     return result
 
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from softdefend.core.errors import SettingError
 from softdefend.data import DataBundle, load
 from softdefend.evaluation.settings import check_writable
+from softdefend.execution.engine import count_processes
+from softdefend.execution.launched import place_of_this_process
 from softdefend.experiments.config import Experiment, first_given, resolve
 from softdefend.experiments.evaluate import evaluate_run
+from softdefend.experiments.launch import run_on_processes
 from softdefend.experiments.network import check_trainable, make_net
 from softdefend.experiments.parallel import Job, command_line, run_all
 from softdefend.experiments.tracking import attach
 from softdefend.report import comparison_rows, read_run, text_table, write_report
 from softdefend.training import Trainer
+from softdefend.training.plain import plain_config
 from softdefend.training.start import check_resume, has_checkpoints, record_start
 
 log = logging.getLogger(__name__)
@@ -49,25 +56,43 @@ def train(experiment: Experiment) -> Path:
     """
     if experiment.resume is not None:
         check_resume(experiment.resume, experiment.folder)
+    size = count_processes(experiment.runtime.device, experiment.runtime.devices)
+    if size > 1 and place_of_this_process() is None:
+        _train_on_processes(experiment, size)
+        return experiment.folder
     experiment = record_start(experiment, experiment.folder)
     bundle = load(experiment.data)
     trainer = make_trainer(experiment, bundle)
     try:
         device = trainer.engine.device
-        log.info("%s, seed %d, on %s: %s", experiment.name, experiment.seed, device, experiment.folder)
+        where = str(device) if trainer.processes.size == 1 else f"{trainer.processes.size} x {device.type}"
+        log.info("%s, seed %d, on %s: %s", experiment.name, experiment.seed, where, experiment.folder)
         epochs = experiment.optim.epochs
         trainer.fit(experiment.resume, on_epoch=lambda row: log.info(epoch_line(row, epochs)))
         trainer.folder.close()
-        net = make_net(experiment, bundle)
+        net, processes = make_net(experiment, bundle), trainer.processes
         for which in WHICH:
-            evaluate_run(experiment, bundle, net, which, experiment.evaluate, device=device)
-        run = read_run(experiment.folder)
-        report = write_report([run], experiment.folder / "report.html")
-        attach(trainer.trackers, run, report)
+            settings = experiment.evaluate
+            evaluate_run(experiment, bundle, net, which, settings, device=device, processes=processes)
+        if processes.first:
+            run = read_run(experiment.folder)
+            report = write_report([run], experiment.folder / "report.html")
+            attach(trainer.trackers, run, report)
+            log.info("report: %s", report)
     finally:
         trainer.close()
-    log.info("report: %s", report)
     return experiment.folder
+
+
+def _train_on_processes(experiment: Experiment, size: int) -> None:
+    """Train on processes of their own, which read the configuration from a file."""
+    where = {"folder": str(experiment.folder), "progress": experiment.progress}
+    if experiment.resume is not None:
+        where["resume"] = str(experiment.resume)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "config.yaml"
+        path.write_text(yaml.safe_dump({**plain_config(experiment), **where}, sort_keys=False))
+        run_on_processes(["train", "--config", str(path)], size)
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
@@ -94,6 +119,9 @@ def train_all(runs: Mapping[str, Sequence[str]], *, parallel: int = 1) -> list[E
         SettingError: words that do not resolve, before anything runs; or what a run refuses.
     """
     experiments = [resolve(words) for words in runs.values()]
+    runtimes = [experiment.runtime for experiment in experiments]
+    if parallel > 1 and any(count_processes(each.device, each.devices) > 1 for each in runtimes):
+        raise SettingError("--parallel", parallel, "1 with runtime.devices above 1")
     if parallel == 1:
         for experiment in experiments:
             train(experiment)

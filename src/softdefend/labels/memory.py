@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from softdefend.core.errors import SettingError
+from softdefend.core.processes import ALONE, Processes
 
 _TOP = re.compile(r"top-([1-9]\d*)")
 
@@ -21,10 +22,11 @@ class LabelMemory(ABC):
 
     Args:
         momentum: weight of the old row in an update, in [0, 1].
+        processes: those that train together; each keeps all rows, also of samples that another one saw.
     """
 
-    def __init__(self, momentum: float) -> None:
-        self.momentum = momentum
+    def __init__(self, momentum: float, processes: Processes = ALONE) -> None:
+        self.momentum, self.processes = momentum, processes
 
     @abstractmethod
     def read(self, index: Tensor) -> Tensor:
@@ -62,8 +64,15 @@ class DenseMemory(LabelMemory):
     weighs ``momentum`` as much with every later write.
     """
 
-    def __init__(self, labels: Tensor, k: int, momentum: float, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(momentum)
+    def __init__(
+        self,
+        labels: Tensor,
+        k: int,
+        momentum: float,
+        dtype: torch.dtype = torch.float32,
+        processes: Processes = ALONE,
+    ) -> None:
+        super().__init__(momentum, processes)
         # Not one_hot: its int64 table would take twice the memory of a float32 one beside it.
         self.table = torch.zeros(len(labels), k, dtype=dtype, device=labels.device)
         self.table.scatter_(1, labels[:, None], 1)
@@ -72,7 +81,7 @@ class DenseMemory(LabelMemory):
         return self.table[index].float()
 
     def _write(self, index: Tensor, rows: Tensor) -> None:
-        self.table.index_copy_(0, index, rows.to(self.table.dtype))
+        self.table.index_copy_(0, *self.processes.gather(index, rows.to(self.table.dtype)))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"memory": self.table}
@@ -87,8 +96,8 @@ class TopMemory(LabelMemory):
     moves no mass into or out of the m largest, but for float16's 2^-12.
     """
 
-    def __init__(self, labels: Tensor, k: int, momentum: float, m: int) -> None:
-        super().__init__(momentum)
+    def __init__(self, labels: Tensor, k: int, momentum: float, m: int, processes: Processes = ALONE) -> None:
+        super().__init__(momentum, processes)
         if not 1 <= m < k <= 2**15:
             raise SettingError("label.storage", f"top-{m}", f"top-1 to top-{k - 1} with {k} classes")
         self.k, self.m = k, m
@@ -103,14 +112,17 @@ class TopMemory(LabelMemory):
 
     def _write(self, index: Tensor, rows: Tensor) -> None:
         values, classes = rows.topk(self.m, dim=1)
-        self.values.index_copy_(0, index, values.half())
-        self.classes.index_copy_(0, index, classes.to(torch.int16))
+        index, values, classes = self.processes.gather(index, values.half(), classes.to(torch.int16))
+        self.values.index_copy_(0, index, values)
+        self.classes.index_copy_(0, index, classes)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"memory_values": self.values, "memory_classes": self.classes}
 
 
-def make_memory(storage: str, labels: Tensor, k: int, momentum: float) -> LabelMemory:
+def make_memory(
+    storage: str, labels: Tensor, k: int, momentum: float, processes: Processes = ALONE
+) -> LabelMemory:
     """A memory for labels [n] int64 of ``k`` classes.
 
     Args:
@@ -121,8 +133,9 @@ def make_memory(storage: str, labels: Tensor, k: int, momentum: float) -> LabelM
     """
     check_storage(storage)
     if top := _TOP.fullmatch(storage):
-        return TopMemory(labels, k, momentum, int(top[1]))
-    return DenseMemory(labels, k, momentum, torch.float16 if storage == "float16" else torch.float32)
+        return TopMemory(labels, k, momentum, int(top[1]), processes)
+    dtype = torch.float16 if storage == "float16" else torch.float32
+    return DenseMemory(labels, k, momentum, dtype, processes)
 
 
 def check_storage(storage: str) -> None:

@@ -43,7 +43,7 @@ class RefinedRule(LabelRule):
         super().setup(run)
         # 1e-9: 0.45 * 200 may round to just above 90, which must not become epoch 91.
         self.first_epoch = max(0, math.ceil(self.start * run.epochs - 1e-9) - 1)
-        self.memory = make_memory(self.storage, run.labels, run.k, self.alpha)
+        self.memory = make_memory(self.storage, run.labels, run.k, self.alpha, run.processes)
 
     def phase(self, epoch: int) -> str:
         return "refined" if epoch >= self.first_epoch else "hard"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
+from softdefend.core.processes import ALONE, Processes
 from softdefend.labels.base import LABELS, BNMode, Predictions, Supervision
 from softdefend.labels.refined import RefinedRule
 
@@ -14,10 +15,11 @@ if TYPE_CHECKING:
     from softdefend.data import Batch
 
 
-def certainty(target: Tensor) -> Tensor:
-    """Weights [b] of the rows of ``target`` [b, k]: w_i = max_c t_ic, divided by its mean over the batch."""
+def certainty(target: Tensor, processes: Processes = ALONE) -> Tensor:
+    """Weights [b] of the rows of ``target`` [b, k]: w_i = max_c t_ic, divided by its mean over the batch, of
+    which each process has a share."""
     largest = target.amax(dim=1)
-    return largest / largest.mean()
+    return largest / processes.mean(largest.mean())
 
 
 @LABELS.register("SAT")
@@ -67,5 +69,5 @@ class SAT(RefinedRule):
         self, batch: Batch, adversarial: Tensor, predictions: Predictions, phase: str
     ) -> Supervision:
         target = self.target(batch, predictions, phase)
-        weight = certainty(target) if self.weighted and phase == "refined" else None
+        weight = certainty(target, self.memory.processes) if self.weighted and phase == "refined" else None
         return Supervision(batch.label, target, weight)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from softdefend.attacks import PGD, Attack
@@ -31,8 +30,7 @@ class _Noise(Attack):
     def run(
         self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
     ) -> Tensor:
-        noise = torch.randn(image.shape, generator=context.generator, device=image.device, dtype=image.dtype)
-        return image + self.sigma * noise
+        return image + self.sigma * context.random.normal_like(image, None, 0)
 
 
 @OBJECTIVES.register("GaussianNoise")

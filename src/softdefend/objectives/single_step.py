@@ -35,7 +35,7 @@ class _NoisyStep(Attack):
     ) -> Tensor:
         loss = context.loss or (lambda logits: cross_entropy(logits, label))
         # The ball around nothing, scaled: uniform in the ball of radius noise * eps, for either norm.
-        noise = self.noise * threat.random_start(torch.zeros_like(image), context.generator)
+        noise = self.noise * context.random.in_ball(threat, torch.zeros_like(image), None, 0)
         noisy = (image + noise).clamp(0, 1)
         _, grad = value_and_gradient(net, loss, noisy)
         return threat.ascend(noisy, grad, self.alpha * float(threat.eps)).clamp(0, 1)

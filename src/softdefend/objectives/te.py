@@ -11,6 +11,7 @@ from torch import Tensor
 
 from softdefend.attacks import AttackLoss, Forward, kl_from
 from softdefend.core.errors import SettingError
+from softdefend.core.processes import Processes
 from softdefend.core.rule import RunInfo
 from softdefend.labels import Predictions, Supervision
 from softdefend.objectives.at import PGDAT
@@ -51,6 +52,7 @@ class _Ensembling(Objective):
 
     mixes = False
     remembers = True
+    processes: Processes
     memory: Tensor
     scale: Tensor
     active: bool
@@ -68,6 +70,7 @@ class _Ensembling(Objective):
 
     def setup(self, run: RunInfo) -> None:
         super().setup(run)
+        self.processes = run.processes
         # Rows [n, k] that start at zero, 4 n k bytes. After m updates a row sums to 1 - alpha^m; dividing by
         # that sum corrects for the start.
         self.memory = torch.zeros(len(run.labels), run.k, device=run.labels.device)
@@ -90,7 +93,7 @@ class _Ensembling(Objective):
         """Move the rows of the batch towards its clean prediction, and return their ensemble, [b, k]."""
         prediction = F.softmax(logits.float(), dim=1)
         rows = self.alpha * self.memory[batch.index] + (1 - self.alpha) * prediction
-        self.memory.index_copy_(0, batch.index, rows)
+        self.memory.index_copy_(0, *self.processes.gather(batch.index, rows))
         return self.ensemble(batch.index)
 
     def ensemble(self, index: Tensor) -> Tensor:

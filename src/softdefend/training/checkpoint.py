@@ -194,3 +194,11 @@ class CheckpointFolder:
                 offer = f"; the previous good one is {other}: continue from it with --resume {other}"
                 raise CheckpointError(error.setting, error.given, error.accepted + offer) from damaged
             raise error from damaged
+
+
+class SilentCheckpoints(CheckpointFolder):
+    """The checkpoints for the processes that write nothing: the first one does."""
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Where the checkpoint will be; nothing is written."""
+        return self.folder / f"step-{step:09d}.ckpt"

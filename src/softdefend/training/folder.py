@@ -22,7 +22,7 @@ from softdefend.core.files import Writer, check_regular, move, parse_json, sweep
 from softdefend.core.identity import PATHS, RunIdentity, check_weights, is_free
 from softdefend.core.weight_files import read_metadata, read_safetensors, to_bytes
 from softdefend.core.yaml_files import flatten, read_yaml
-from softdefend.training.checkpoint import CheckpointFolder, snapshot
+from softdefend.training.checkpoint import CheckpointFolder, SilentCheckpoints, snapshot
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class RunFolder:
         Raises:
             SettingError: the disk is full or the folder no longer writable.
         """
-        path, before, line = self.path / name, None, json.dumps(row) + "\n"
+        path, before, line = self.path / name, None, _line(row)
         try:
             _whole_lines(path)
             with open(path, "ab") as file:
@@ -240,6 +240,42 @@ class RunFolder:
 
     def _pending(self, name: str) -> Path:
         return self.path / f".{name}.pending.safetensors"
+
+
+class SilentFolder(RunFolder):
+    """The run folder for the processes that write nothing: the first one does.
+
+    What is read of it, the first process reads and tells the others.
+    """
+
+    def __init__(self, path: Path | str, keep: int = 2, *, background: bool = False) -> None:
+        self.path, self.writer = Path(path), Writer()
+        self.checkpoints = SilentCheckpoints(self.path / "checkpoints", keep, self.writer)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """See :meth:`RunFolder.write_config`; nothing is written."""
+
+    def write_environment(self, device: torch.device, seed: int) -> None:
+        """See :meth:`RunFolder.write_environment`; nothing is written."""
+
+    def append(self, name: str, row: Mapping[str, Any]) -> str:
+        """The line; nothing is written."""
+        return _line(row)
+
+    def save_model(
+        self, name: str, net: nn.Module, metadata: Mapping[str, Any], *, pending: bool = False
+    ) -> None:
+        """See :meth:`RunFolder.save_model`; nothing is written."""
+
+    def settle(self, name: str) -> None:
+        """See :meth:`RunFolder.settle`; nothing is moved."""
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row) + "\n"
 
 
 def _same_file(one: object, other: object) -> bool:

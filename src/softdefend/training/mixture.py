@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from softdefend.core.processes import Processes
 from softdefend.core.rule import Rule
 from softdefend.data import Batch
 from softdefend.data.regions import partners
@@ -29,11 +30,22 @@ class Mixture:
     known: Tensor | None = None
     """Positions [m] of the images that a rule remembers; the others, which are extra, have the given label as
     their target. None where the rule is asked about all."""
+    others: tuple[Tensor, Tensor] | None = None
+    """Indices and labels [b] of the other parts, where those do not all lie in this batch."""
 
     @property
     def partner(self) -> Batch:
         """The same images with the labels and indices of their other parts."""
-        return Batch(partners(self.batch.index), self.batch.image, partners(self.batch.label))
+        index, label = self.others or (partners(self.batch.index), partners(self.batch.label))
+        return Batch(index, self.batch.image, label)
+
+    def own(self, processes: Processes) -> Mixture:
+        """One process's share of the images, some of whose other parts are in another's."""
+        if processes.size == 1 or self.share is None:
+            return self
+        own, whole, partner = processes.own, self.batch, self.partner
+        batch = Batch(own(whole.index), own(whole.image), own(whole.label))
+        return Mixture(batch, own(self.share), others=(own(partner.index), own(partner.label)))
 
     @property
     def label(self) -> Tensor:

@@ -26,7 +26,8 @@ def check_smallest_batch(
         SettingError: it is tried, and fails; the network is left as it was.
     """
     left = 0 if optim.drop_last else data.n % optim.batch_size
-    alone = (left or optim.batch_size) == 1 or optim.part == 1
+    size = engine.processes.size
+    alone = size in (left or optim.batch_size, optim.part)
     if not alone or not _sees_single_images(recipe, optim.epochs):
         return
     image = torch.zeros(1, *data.image_shape, device=engine.device)
@@ -35,11 +36,12 @@ def check_smallest_batch(
             net(image)
     except Exception as error:  # a network's own code may fail in any way
         why = "on one image the network cannot be trained " + f"({error})".replace("\n", " ")[:200]
-        if optim.part == 1 < optim.batch_size:
+        if optim.part == size < optim.batch_size:
             raise SettingError("optim.accumulate", f"{optim.accumulate}: {why}", "fewer parts") from error
-        if optim.batch_size == 1:
-            raise SettingError("optim.batch_size", f"1: {why}", "2 or more") from error
-        given = f"false with {data.n} images in batches of {optim.batch_size}, the last of one: {why}"
+        if optim.batch_size == size:
+            raise SettingError("optim.batch_size", f"{size}: {why}", f"{2 * size} or more") from error
+        last = "the last of one" if size == 1 else f"the last of one in each of {size} processes"
+        given = f"false with {data.n} images in batches of {optim.batch_size}, {last}: {why}"
         raise SettingError("optim.drop_last", given, "true, or another optim.batch_size") from error
 
 
@@ -66,6 +68,19 @@ def check_script(net: nn.Module, data: Resident, recipe: Recipe, epochs: int) ->
         moved = any(not torch.equal(now, then) for now, then in zip(net.buffers(), before, strict=True))
     if moved:
         raise _unfit("traced in train mode, whose batch normalization has no evaluation mode")
+
+
+def draws_numbers(net: nn.Module, data: Resident, engine: Engine) -> bool:
+    """Whether a forward in training mode draws random numbers, as dropout does."""
+
+    def state() -> Tensor:
+        return torch.cuda.get_rng_state(engine.device) if image.is_cuda else torch.get_rng_state()
+
+    image = torch.zeros(2, *data.image_shape, device=engine.device)
+    with _unchanged(net), frozen(net, "train"), torch.no_grad(), engine.autocast():
+        before = state()
+        net(image)
+        return not torch.equal(before, state())
 
 
 def _unfit(what: str) -> SettingError:

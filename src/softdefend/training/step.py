@@ -7,23 +7,29 @@ whole of it can be captured as a CUDA graph, once per phase and batch size.
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from softdefend.attacks import Forward
+from softdefend.attacks import AttackLoss, Forward
 from softdefend.core import rng
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import ThreatModel
 from softdefend.data import Batch, Resident
+from softdefend.execution.batch_norm import statistics
+from softdefend.execution.context import AttackContext
+from softdefend.execution.counting import CountingModel
+from softdefend.execution.draws import ShareRandomness, WholeBatchDraws
 from softdefend.execution.engine import Engine
 from softdefend.execution.fused import FusedNet, FusedThreat, agree, fused, refusal
 from softdefend.execution.network_mode import frozen, set_mode
 from softdefend.labels import BNMode, Predictions, Supervision
 from softdefend.training.config import Recipe
 from softdefend.training.mixture import Mixture, mixing_refusal
-from softdefend.training.optim import OptimSettings, clip_gradients, state_tensors
+from softdefend.training.network_checks import draws_numbers
+from softdefend.training.optim import OptimSettings, clip_gradients, gradients, state_tensors
 from softdefend.training.parts import check_division
 from softdefend.training.ramp import scaled
 from softdefend.training.target_checks import check_form, check_rows
@@ -84,7 +90,8 @@ class TrainStep:
     """Runs steps, eagerly or from captured graphs.
 
     Args:
-        net: the network, on the engine's device; its own object is never wrapped or replaced.
+        net: the network, on the engine's device; its own object is never wrapped or replaced. Of several
+            processes each has the same weights.
         data: the training split; plain, or :class:`~softdefend.data.Augmented`.
         recipe: what to train; its rules have been set up.
         optimizer: from :func:`~softdefend.training.optim.make_optimizer`.
@@ -120,6 +127,14 @@ class TrainStep:
         self._agreed: dict[int, bool] = {}
         self._checked: set[str] = set()
         self._rows: dict[tuple[int, int], Tensor] = {}
+        self._draws = engine.processes.size > 1 and draws_numbers(net, data, engine)
+        """Whether the network draws random numbers of which each process is to have its rows."""
+        for name in ("compile", "recompute"):
+            if self._draws and getattr(engine.settings, name):
+                given = "true on several processes, with a network that draws random numbers as dropout does"
+                raise SettingError(f"runtime.{name}", given, "false")
+        self._share = 0
+        """Images that this process has in the step's batch."""
         self._threat = self._kernels_of(recipe.threat)
         self._graphs: dict[tuple[Phase, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
@@ -127,11 +142,12 @@ class TrainStep:
         """Make one update.
 
         Args:
-            plan: [b, columns] rows of the data's plan with the objective's views.
+            plan: [b, columns] rows of the data's plan with the objective's views: the whole batch, of which
+                each process takes its share.
             phase: of the three rules.
             key: seed of every random draw in this step.
         """
-        self.data.load(plan)
+        self.data.load(self.own_rows(plan))
         self.generator.manual_seed(key)
         torch.manual_seed(_dropout(key))
         if not self.engine.settings.capture:
@@ -168,8 +184,14 @@ class TrainStep:
 
     def forward(self, image: Tensor) -> Tensor:
         """The network in training precision, logits in float32."""
-        with self.engine.autocast():
+        with self.engine.autocast(), self._drawing():
             return self._forward(image).float()
+
+    def _drawing(self) -> AbstractContextManager[object]:
+        """What gives a network that draws random numbers those of its rows of the whole batch."""
+        if not (self._draws and self.net.training):
+            return nullcontext()
+        return WholeBatchDraws(self.engine.processes, self._share)
 
     def _body(self, plan: Tensor, phase: Phase) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -180,10 +202,10 @@ class TrainStep:
     def _part(self, plan: Tensor, phase: Phase, share: float, number: int = 0, *, last: bool) -> None:
         """Add up gradients of a part of the batch, which is ``share`` of it; update after the last one."""
         (label, objective, weight), views = self.recipe.rules, self.recipe.objective.views
-        first = Mixture(
-            self.data.batch(plan), self.data.share(plan), self._known(plan, number)
-        )  # the first view
+        first = self._first_view(plan, number)
+        plan, processes = self.engine.processes.own(plan), self.engine.processes
         index, image = first.batch.index, first.batch.image
+        self._share = len(index)
         if views > 1:
             image = torch.cat([image, *(self.data.batch(plan, view).image for view in range(1, views))])
         batch = Batch(index, image, first.label)
@@ -192,9 +214,7 @@ class TrainStep:
         with frozen(self.net, self.recipe.attack_bn):
             forward = objective.view_forward(self._attack_forward(batch.image))
             loss = objective.inner_loss(forward, batch, attack_target)
-            adversarial = self.attack(
-                forward, batch.image, attack_target, self._threat, loss=loss, generator=self.generator
-            )
+            adversarial = self._attacked(forward, batch.image, attack_target, loss)
         # With perturbed weights only the second forward, which is at these, moves running statistics.
         perturbs = weight.perturbs(phase.weight)
         mode: BNMode = "batch" if perturbs else "train"
@@ -213,6 +233,9 @@ class TrainStep:
                 self._update(objective.outer_loss(predictions, batch, supervision))
         else:
             self._update(total * share if share < 1 else total, last=last)
+        if processes.size > 1 and self.engine.settings.batch_norm == "per_process":
+            layers = self.recipe.objective.layers
+            processes.copy_first_([*statistics(self.net), *(() if layers is None else layers.buffers())])
         self._measure(batch.label, seen, supervision, total)
 
     def _known(self, plan: Tensor, number: int) -> Tensor | None:
@@ -224,6 +247,32 @@ class TrainStep:
         if key not in self._rows:  # in a rehearsal: never while a graph is recorded
             self._rows[key] = (plan[:, 0] < self.data.n).nonzero().flatten()
         return self._rows[key]
+
+    def own_rows(self, plan: Tensor) -> Tensor:
+        """The rows of a batch's plan whose images this process needs."""
+        processes = self.engine.processes
+        if processes.size == 1 or self.data.mixes:
+            return plan
+        return torch.cat([processes.own(part) for part in plan.tensor_split(self.optim.parts(len(plan)))])
+
+    def _first_view(self, plan: Tensor, number: int) -> Mixture:
+        """This process's share of the first view of a batch."""
+        processes = self.engine.processes
+        if processes.size == 1:
+            return Mixture(self.data.batch(plan), self.data.share(plan), self._known(plan, number))
+        if self.data.mixes:  # images that lie in other shares are mixed in
+            return Mixture(self.data.batch(plan), self.data.share(plan)).own(processes)
+        return Mixture(self.data.batch(processes.own(plan)), None)
+
+    def _attacked(self, forward: Forward, image: Tensor, target: Tensor, loss: AttackLoss) -> Tensor:
+        """Adversarial images; where several processes train, from the whole batch's random numbers."""
+        processes, views = self.engine.processes, len(image) // self._share
+        if processes.size == 1:
+            return self.attack(forward, image, target, self._threat, loss=loss, generator=self.generator)
+        self.attack.check(self._threat)
+        net = CountingModel(forward, len(image))
+        random = ShareRandomness(self.generator, len(image), views, processes)
+        return self.attack.run(net, image, target, self._threat, AttackContext(net, random, loss=loss))
 
     def _attack_forward(self, image: Tensor) -> Forward:
         """The network for the attack: fused kernels where they compute the same on such a batch."""
@@ -262,6 +311,7 @@ class TrainStep:
     def _update(self, total: Tensor, *, last: bool = True) -> None:
         total.backward()  # type: ignore[no-untyped-call]
         if last:
+            self.engine.processes.average_(gradients(self.optimizer))
             clip_gradients(self.optimizer, self.optim.clip)
             self.optimizer.step()
 
@@ -282,7 +332,7 @@ class TrainStep:
         entropy = torch.special.entr(supervision.target).sum()
         count = torch.full_like(total, size)
         values = (count, total.detach() * size, right, clean, entropy)
-        self.meters += torch.stack([v.to(self.meters.dtype) for v in values])
+        self.meters += self.engine.processes.sum(torch.stack([v.to(self.meters.dtype) for v in values]))
 
     def _state(self) -> list[Tensor]:
         """Every tensor that a step changes."""
@@ -309,8 +359,10 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
+        # Of several processes another thread watches the messages, and asks the device meanwhile.
+        errors = "global" if self.engine.processes.size == 1 else "thread_local"
         # Without a stream torch takes one for the whole process, on the device of the first capture.
-        with torch.cuda.graph(graph, stream=side):
+        with torch.cuda.graph(graph, stream=side, capture_error_mode=errors):
             self._body(static_plan, phase)
         with torch.no_grad():
             for tensor, value in zip(self._state(), before, strict=True):

@@ -21,6 +21,7 @@ from softdefend.core.rule import RunInfo
 from softdefend.core.yaml_files import flatten
 from softdefend.data import Augmented, DataBundle, fingerprint
 from softdefend.evaluation.preflight import check_eps
+from softdefend.execution.batch_norm import synchronize
 from softdefend.execution.engine import Engine
 from softdefend.execution.network_mode import keep_frozen
 from softdefend.models.recompute import recompute_blocks
@@ -29,11 +30,12 @@ from softdefend.training.checkpoint import CheckpointError
 from softdefend.training.config import TrainConfig
 from softdefend.training.divergence import divergence
 from softdefend.training.extra import check_extra, steps_with_extra
-from softdefend.training.folder import RunFolder
+from softdefend.training.folder import RunFolder, SilentFolder
 from softdefend.training.network_checks import check_script, check_smallest_batch
 from softdefend.training.optim import make_optimizer
 from softdefend.training.plain import plain_config
 from softdefend.training.ramp import ramp
+from softdefend.training.shares import check_agreement, check_shares
 from softdefend.training.start import has_checkpoints, load_start, record_start
 from softdefend.training.state import RunState
 from softdefend.training.step import METERS, Phase, TrainStep
@@ -76,13 +78,15 @@ class Trainer:
         recorded = plain_config(config)
         recorded.setdefault("data", {"source": bundle.name})
         self.config, self.recipe, self.optim = config, config.recipe, config.optim
-        self.progress = progress
         self.engine = Engine(config.runtime)
+        self.processes = processes = self.engine.processes
+        self.progress = progress and processes.first
         self.k = len(bundle.classes)
         check_eps(self.recipe.threat, bundle.train.images[0].numel())
         device, channels_last = self.engine.device, bool(self.engine.settings.channels_last)
         self.net = net.to(device)
         keep_frozen(self.net)
+        processes.copy_first_([*self.net.parameters(), *self.net.buffers()])
         if config.runtime.recompute:
             recompute_blocks(self.net)
         if channels_last:
@@ -95,9 +99,14 @@ class Trainer:
         self.test_fingerprint = fingerprint(bundle.test)
         self.batch_size = self.optim.batch_size
         self.steps_per_epoch = self._steps_per_epoch()
+        check_shares(self.train_data, self.recipe, self.optim, processes)
+        if config.runtime.batch_norm == "synchronized":
+            synchronize(self.net, processes)
         self.rules = self.recipe.rules
         started = None if has_checkpoints(Path(folder)) else load_start(self.net, config)
-        run = RunInfo(self.train_data.labels, self.k, self.optim.epochs, self.net, self.engine.autocast)
+        run = RunInfo(
+            self.train_data.labels, self.k, self.optim.epochs, self.net, self.engine.autocast, processes
+        )
         for rule in self.rules:
             rule.setup(run)
         self.optimizer = make_optimizer(self.recipe.trained(self.net), self.optim, device)
@@ -123,11 +132,13 @@ class Trainer:
         if started is not None:
             what = self.state.start_from(started)
             log.info(f"starts from {config.init_from}, after epoch {self.state.epoch}; {what}")
-        self.folder = RunFolder(folder, config.save.keep, background=device.type == "cuda")
+        check_agreement(processes, self.identity)
+        kind = RunFolder if processes.first else SilentFolder
+        self.folder = kind(folder, config.save.keep, background=device.type == "cuda")
         if config.save.archive is not None:
             self.folder.checkpoints.stride = config.save.archive * self.steps_per_epoch
         tracked = TrackedRun(self.folder.path, f"{config.name}-seed{config.seed}", flatten(recorded))
-        self.trackers = Trackers(config.save.trackers, tracked)
+        self.trackers = Trackers(config.save.trackers if processes.first else (), tracked)
         try:
             self.folder.write_config(recorded)
             self.folder.write_environment(device, config.seed)
@@ -174,6 +185,7 @@ class Trainer:
                     log.warning(unwritten)
             raise
         self.folder.writer.wait()
+        self.processes.wait()
 
     def _steps_per_epoch(self) -> int:
         n = self.train_data.n
@@ -208,7 +220,7 @@ class Trainer:
             batches=(self.steps_per_epoch, self.batch_size),
         )
         coming = torch.split(plan[state.done * self.batch_size :], self.batch_size)
-        self.train_data.expect(coming[: self.steps_per_epoch - state.done])
+        self.train_data.expect([self.step.own_rows(it) for it in coming[: self.steps_per_epoch - state.done]])
         with tqdm(
             total=self.steps_per_epoch,
             initial=state.done,
@@ -257,7 +269,7 @@ class Trainer:
         everything = torch.arange(self.train_data.n, device=self.engine.device)
         batches = math.ceil(self.train_data.n / max(self.batch_size, 2))
         for index in torch.tensor_split(everything, batches):
-            yield self.train_data.take(index).image
+            yield self.train_data.take(self.processes.own(index)).image
 
     def _end_epoch(self, phase: str) -> tuple[dict[str, Any], Failure | None]:
         """The epoch's row, written, and what makes further training useless."""
@@ -329,7 +341,8 @@ class Trainer:
 
     def _save(self) -> None:
         step = self._steps_made()
-        self.folder.checkpoints.save(step, {"step": step, **self.state.state_dict()})
+        content = {"step": step, "processes": self.processes.size, **self.state.state_dict()}
+        self.folder.checkpoints.save(step, content)
 
     def _steps_made(self) -> int:
         return self.state.epoch * self.steps_per_epoch + self.state.done
@@ -340,18 +353,32 @@ class Trainer:
         Raises:
             CheckpointError: it is damaged or of another run, or was removed from beside weights.
         """
-        content = self.folder.checkpoints.load(resume, self.engine.device)
-        if content is None:
-            self._refuse_without_checkpoints()
-        else:
-            self.state.load_state_dict(content)
-            self.folder.check_weights(self.identity)
-        self.folder.restore("metrics.jsonl", self.state.metrics)
+        content = self.processes.from_first(lambda: self._load(resume))
         if content is None:
             return
+        self.state.load_state_dict(content)
+        self.processes.from_first(lambda: self._restore_files(resume))
+        before, now = content.get("processes", 1), self.processes.size
+        if before != now:
+            why = "sums are added in another order, which changes rounding"
+            log.info(f"continues on {now} process(es), before on {before}: {why}")
+        self._recall_best()
+
+    def _load(self, resume: Path | None) -> dict[str, Any] | None:
+        """The content of the checkpoint to continue from; None where a run begins."""
+        place = self.engine.device if self.processes.size == 1 else "cpu"
+        content = self.folder.checkpoints.load(resume, place)
+        if content is None:
+            self._refuse_without_checkpoints()
+            self.folder.restore("metrics.jsonl", self.state.metrics)
+        return content
+
+    def _restore_files(self, resume: Path | None) -> None:
+        """Make the other files what the checkpoint knows of them."""
+        self.folder.check_weights(self.identity)
+        self.folder.restore("metrics.jsonl", self.state.metrics)
         if resume is not None:
             self.folder.checkpoints.abandon(self._steps_made())
-        self._recall_best()
 
     def _refuse_without_checkpoints(self) -> None:
         """Weights are in place only once a checkpoint knows of them, so the checkpoints have been removed."""
@@ -366,7 +393,7 @@ class Trainer:
     def _recall_best(self) -> None:
         """Make ``best.safetensors`` and the checkpoint agree on which epoch is the best."""
         best = self.state.best
-        if self.folder.recall("best", best.get("epoch")) or not best:
+        if self.processes.from_first(lambda: self.folder.recall("best", best.get("epoch"))) or not best:
             return
         rest = "it is chosen anew from the epochs to come"
         if self.state.epoch >= self.optim.epochs:

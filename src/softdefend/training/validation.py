@@ -28,7 +28,7 @@ class Validator:
     """
 
     def __init__(self, bundle: DataBundle, config: TrainConfig, engine: Engine) -> None:
-        self.config, self.settings = config, config.validate
+        self.config, self.settings, self.processes = config, config.validate, engine.processes
         order = bool(engine.settings.channels_last)
         self.validation_data = Resident(bundle.validation, engine.device, channels_last=order)
         self.test_data = Resident(bundle.test, engine.device, channels_last=order)
@@ -85,6 +85,7 @@ class Validator:
                     batch_size=self.settings.batch_size,
                     seed=self.config.seed,
                     precision=self.settings.precision,
+                    processes=self.processes,
                 ),
             )
         return known[1]

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
+from softdefend.execution.batch_norm import statistics
 from softdefend.execution.network_mode import is_frozen, set_mode
 from softdefend.weights.base import WEIGHTS, WeightRule
 
@@ -136,7 +137,7 @@ class SWA(WeightRule):
             accepted = "copy for a TorchScript network, whose batch normalization cannot be measured anew"
             raise SettingError("weight.bn", self.bn, accepted)
         self.averaged.n_averaged = self.averaged.n_averaged.cpu()
-        self._forward = run.forward(self.averaged.module)
+        self._forward, self._processes = run.forward(self.averaged.module), run.processes
 
     def end_epoch(self, epoch: int, images: Callable[[], Iterator[Tensor]]) -> None:
         if epoch < self.first_epoch or (epoch - self.first_epoch) % self.every:
@@ -144,6 +145,7 @@ class SWA(WeightRule):
         self.averaged.update_parameters(self.net)  # and copies every buffer
         if self.bn == "reestimate":
             reestimate(self.averaged.module, images, self._forward)
+            self._processes.copy_first_(statistics(self.averaged.module))
 
     @property
     def prediction(self) -> nn.Module:

@@ -68,6 +68,7 @@ class AWP(WeightRule):
     def setup(self, run: RunInfo) -> None:
         super().setup(run)
         self._inner.setup(run)
+        self._processes = run.processes
         # 1e-9: a product such as 0.05 * 200 may round to just above a whole number of epochs.
         self.first_epoch = math.ceil(self.warmup * run.epochs - 1e-9)
         self.weights: list[Tensor] = [p for p in self.net.parameters() if p.requires_grad and p.ndim > 1]
@@ -84,6 +85,7 @@ class AWP(WeightRule):
     @contextlib.contextmanager
     def perturbed(self, loss: Tensor) -> Iterator[None]:
         gradients = torch.autograd.grad(loss, self.weights, materialize_grads=True)
+        self._processes.average_(gradients)
         trained = [weight.detach().clone() for weight in self.weights]
         with torch.no_grad():
             moved = list(torch._foreach_add(trained, ascent(trained, gradients), alpha=self.gamma))

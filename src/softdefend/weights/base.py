@@ -43,7 +43,8 @@ class WeightRule(Rule):
         """Called after the last step of ``epoch`` (zero-based), before validation.
 
         Args:
-            images: gives one pass over the training images as they are, batches [b, c, h, w].
+            images: gives one pass over the training images as they are, batches [b, c, h, w], of which each
+                process gets its share.
         """
 
     @property
