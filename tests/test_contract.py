@@ -41,6 +41,7 @@ BOTH = [f"AWP+{name}" for name in WEIGHTS if name != "Plain" and getattr(softdef
 GRID = list(itertools.product(LABELS, OBJECTIVES, [*WEIGHTS, *BOTH]))
 GENTLE = {
     "MLCAT": {"l_min": 1.0},
+    "MultiNorm": {"l2": "0.3", "l1": "0.6"},
     "SCE": {"alpha": 1.0, "beta": 0.1},
     "TE": {"weight": 5.0},
     "TRADESTE": {"weight": 5.0},

@@ -16,6 +16,7 @@ SHAPE, N = (2, 6, 6), 20
 NAMES = (
     *("fgsm", "pgd-30", "pgd-10x2-margin", "cw-linf", "apgd-ce-40", "apgd-dlr-40", "apgd-t-40", "square-600"),
     *("fab-20", "fab-t-40", "fmn", "deepfool", "cw-l2-6x200", "sigma-zero-200"),
+    *("hop-skip-jump-1000", "surfree-1000"),
 )
 CASES = [(name, norm) for name in NAMES for norm in parse_attack(name).norms]
 LARGE = {"linf": 0.6, "l2": 8, "l1": 40, "l0": 30}
@@ -47,7 +48,8 @@ def test_only_what_may_change_changes_and_that_is_enough(name, norm):
     assert torch.equal(made[..., ~MASK], IMAGE[..., ~MASK])
     assert (threat.distance(IMAGE, made) <= LARGE[norm] * (1 + 1e-5)).all()
     broken = (NET(made).argmax(1) != LABEL).float().mean()
-    assert broken >= (0.3 if name == "fgsm" else 0.8)
+    # A single step, or no random wrong image to start from.
+    assert broken >= {"fgsm": 0.3, "hop-skip-jump-1000": 0.7, "surfree-1000": 0.7}.get(name, 0.8)
 
 
 def test_each_image_may_have_its_own():

@@ -43,7 +43,7 @@ TARGET = (LABEL + 1 + torch.arange(N) % (K - 1)) % K
 
 def test_every_attack_of_ours_is_among_them():
     ours = {kind for _, kind in ATTACKS.items() if kind.__module__.startswith("softdefend.")}
-    assert ours - {type(parse_attack(name)) for name in NAMES} == {Transfer}
+    assert ours - {type(parse_attack(name)) for name in (*NAMES, "hop-skip-jump", "surfree")} == {Transfer}
 
 
 @pytest.mark.parametrize(("name", "norm"), CASES)
@@ -84,6 +84,23 @@ def test_with_two_classes_the_target_is_the_closed_form(name, norm):
     _, distance = parse_attack(name).minimal(net, IMAGE, label, norm, target=1 - label)
     assert (distance > exact * (1 - 1e-4)).all()
     assert (distance < 1.03 * (exact + 1e-4)).all()  # DeepFool's overshoot and nudge
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"), [("hop-skip-jump", "linf"), ("hop-skip-jump", "l2"), ("surfree", "l2")]
+)
+def test_decisions_start_at_an_image_of_the_batch_that_has_the_target(name, norm):
+    net, image = linear(), torch.rand(N, 1, 7, 7, generator=stream(2, "image"))
+    net[1].bias.copy_(-0.5 * net[1].weight.sum(1))
+    label = net(image).argmax(1)
+    target = (label + 1) % K
+    assert torch.isin(target, label).all()
+    attack = parse_attack(f"{name}-1500")
+    closest, distance = attack.minimal(net, image, label, norm, target=target, generator=stream(0, "a"))
+    assert (net(closest).argmax(1) == target).all()
+    _, exact = parse_attack("fab-t").minimal(net, image, label, norm, target=target)
+    assert (distance > exact * 0.8).all()  # FAB itself is not exact
+    assert (distance / exact).median() < 1.3
 
 
 def test_square_goes_on_past_other_wrong_classes():

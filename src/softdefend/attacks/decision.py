@@ -15,6 +15,7 @@ from softdefend.attacks.base import Attack, Randomness
 from softdefend.attacks.losses import check_classes, hard_label
 from softdefend.attacks.minimal import Closest
 from softdefend.core.errors import SettingError
+from softdefend.core.goals import classes_of, fooled, reaches
 from softdefend.core.threat import Norm, ThreatModel
 from softdefend.execution.context import AttackContext
 from softdefend.execution.counting import CountingModel, Forward
@@ -47,7 +48,7 @@ class Decisions:
     ) -> None:
         self.net, self.label, self.closest = net, label, closest
         self.queries, self.enough = queries, enough
-        self.used = torch.zeros_like(label)
+        self.used = torch.zeros_like(classes_of(label))
         self._reserved = int(enough == 0)
 
     def active(self, rows: Tensor) -> Tensor:
@@ -57,14 +58,14 @@ class Decisions:
 
     def places(self, rows: Tensor) -> Tensor:
         """Where each of the n images stands among ``rows`` [m], [n]; -1 where it does not."""
-        place = torch.full_like(self.label, -1)
+        place = torch.full_like(self.used, -1)
         place[rows] = torch.arange(len(rows), device=rows.device)
         return place
 
     def wrong(self, rows: Tensor, x_adv: Tensor) -> Tensor:
         """Whether the network gets ``x_adv`` [m, c, h, w], made of the images at ``rows`` [m], wrong, [m]."""
         self.used[rows] += 1
-        wrong = self.net.exact(rows)(x_adv).argmax(dim=1) != self.label[rows]
+        wrong = fooled(self.net.exact(rows)(x_adv), self.label[rows])
         self.closest.update(rows, x_adv, wrong)
         return wrong
 
@@ -78,7 +79,7 @@ class Decisions:
         clean, near = self.closest.clean[rows], self.closest.image[rows]
         beyond = (clean + (1 + NUDGE) * (near - clean)).clamp(0, 1)
         self.used[rows] += 1
-        wrong = self.net.exact(rows)(beyond).argmax(dim=1) != self.label[rows]
+        wrong = fooled(self.net.exact(rows)(beyond), self.label[rows])
         self.closest.distance[rows[wrong]] = math.inf
         self.closest.update(rows, beyond, wrong)
 
@@ -90,6 +91,7 @@ class DecisionAttack(Attack):
 
     Called with a threat model, it returns what it found within ``eps``, and the image itself where that is
     nothing; an image asks no more once it is there. In an evaluation all random numbers belong to the image.
+    A search towards a class starts at an image of the same batch that has it.
 
     Args:
         queries: of each image, >= 1.
@@ -103,6 +105,7 @@ class DecisionAttack(Attack):
     randomness: ClassVar[Randomness] = "image"
     several_batches: ClassVar[bool] = True
     minimizes_distance: ClassVar[bool] = True
+    takes_target: ClassVar[bool] = True
     suffix: ClassVar[str | None] = "[-QUERIES]"
 
     def __post_init__(self) -> None:
@@ -132,6 +135,7 @@ class DecisionAttack(Attack):
         label: Tensor,
         norm: Norm,
         *,
+        target: Tensor | None = None,
         enough: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -143,7 +147,8 @@ class DecisionAttack(Attack):
         self.check_norm(norm)
         model = net if isinstance(net, CountingModel) else CountingModel(net, len(image))
         context = AttackContext(model, CallerRandomness(generator, len(image)))
-        return self._closest(model, image, hard_label(label), norm, enough, context)
+        goal = hard_label(label) if target is None else self.goal(target, len(image))
+        return self._closest(model, image, goal, norm, enough, context)
 
     def run(
         self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
@@ -167,10 +172,12 @@ class DecisionAttack(Attack):
         closest, clean = Closest(image, norm), net.clean_logits(image)
         check_classes(clean)
         everyone = torch.arange(len(image), device=image.device)
-        closest.update(everyone, image, clean.argmax(dim=1) != label)
+        closest.update(everyone, image, fooled(clean, label))
         decisions = Decisions(net, label, closest, self.queries, enough)
         state = SearchState(decisions, image, context)
         if state.step == 0:
+            if reaches(label):
+                _start_in_batch(decisions, image, state, context, clean)
             _start(decisions, image, state, context)
         self.search(decisions, image, norm, context, state)
         decisions.move_on()
@@ -223,7 +230,7 @@ class SearchState:
 
 def _start(decisions: Decisions, image: Tensor, state: SearchState, context: AttackContext) -> None:
     """A wrong image for each of those that are right: the first of random ones, of ever coarser blocks."""
-    rows = decisions.active(torch.arange(len(image), device=image.device))
+    rows = decisions.active((~state.found).nonzero().flatten())
     for number in range(STARTS):
         rows = decisions.active(rows)
         if not len(rows):
@@ -234,6 +241,19 @@ def _start(decisions: Decisions, image: Tensor, state: SearchState, context: Att
         state.point[rows[wrong]], state.found[rows[wrong]] = start[wrong], True
         rows = rows[~wrong]
     state.next_step()
+
+
+def _start_in_batch(
+    decisions: Decisions, image: Tensor, state: SearchState, context: AttackContext, clean: Tensor
+) -> None:
+    """Where a class is to be reached, the first image of its batch that has it: a random one seldom does."""
+    batch = context.random.batch.to(image.device)
+    has = batch[:, None] == batch
+    has &= clean.argmax(dim=1) == classes_of(decisions.label)[:, None]
+    rows = decisions.active(has.any(dim=1).nonzero().flatten())
+    start = image[has[rows].int().argmax(dim=1)]
+    reached = decisions.wrong(rows, start)
+    state.point[rows[reached]], state.found[rows[reached]] = start[reached], True
 
 
 def _blocks(image: Tensor, side: int) -> Tensor:
