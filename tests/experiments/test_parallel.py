@@ -200,9 +200,7 @@ def test_a_stopped_scheduler_stops_its_jobs_with_all_that_they_started(tmp_path,
     process = subprocess.Popen(
         [sys.executable, "-c", script],
         stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # shells let background jobs ignore it
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # background jobs ignore some
     )
     while not started.exists():
         assert process.poll() is None
