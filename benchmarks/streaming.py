@@ -140,7 +140,10 @@ def make_step(data: Augmented, engine: Engine, net: nn.Module) -> Callable[[Tens
 
 def training_row(folder: Path, workers: int, args: argparse.Namespace, net: nn.Module) -> dict[str, Any]:
     """Seconds a step with streamed batches, with one that stays, and the share of waiting."""
-    engine = Engine(RuntimeSettings(args.device, args.precision, None, None, None))
+    runtime = RuntimeSettings(
+        device=args.device, precision=args.precision, channels_last=None, compile=None, capture=None
+    )
+    engine = Engine(runtime)
     device = engine.device
     data = open_images(folder, workers, args.size, device)
     step, rows = make_step(data, engine, net), coming(data, args.batch)

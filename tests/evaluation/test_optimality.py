@@ -10,13 +10,14 @@ import torch
 from checkpoint_tools import CPU, QUICK, make_checkpoint
 from torch import Tensor, nn
 
+from softdefend.attacks import APGD, Square
 from softdefend.attacks.names import parse_attack
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import Resident, split
 from softdefend.evaluation import Evaluator, optimality
-from softdefend.evaluation.autoattack import parse
+from softdefend.evaluation.autoattack import Ensemble
 from softdefend.evaluation.measurement import measured
 from softdefend.evaluation.optimality import (
     LADDER,
@@ -104,7 +105,8 @@ def test_distances_are_those_of_a_linear_network(norm):
     for name in ("fmn", "fab-t", "deepfool"):
         distance = find_distances(evaluator, parse_attack(name), everyone)
         assert ((distance >= 0.999 * exact) & (distance <= 1.06 * exact + 1e-3)).all()
-    for attack in (parse_attack("pgd-20"), parse("autoattack", 2)):
+    few = Ensemble("few", (APGD(steps=30), Square(queries=100)))
+    for attack in (parse_attack("pgd-20"), few):
         distance = find_distances(evaluator, attack, everyone)
         steps = torch.tensor([factor * eps for factor in LADDER], dtype=torch.float64)
         ceiling = steps[torch.searchsorted(steps, 1.001 * exact).clamp_max(len(LADDER) - 1)]
