@@ -46,6 +46,13 @@ def recompute_blocks(net: nn.Module) -> int:
     return len(found)
 
 
+def keep_blocks(net: nn.Module) -> None:
+    """Undo :func:`recompute_blocks`."""
+    for module in net.modules():
+        if hasattr(type(module), "recomputes"):
+            module.__class__ = type(module).__bases__[0]
+
+
 def _repeated(net: nn.Module) -> set[type]:
     """The classes of blocks."""
     kinds: set[type] = set()
