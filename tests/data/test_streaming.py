@@ -218,6 +218,15 @@ def test_a_damaged_image_is_named_when_the_list_is_made(source, tmp_path, pictur
     assert "1 of 8 images are damaged and left out: a/02.png" in left.notes["images"]
 
 
+def test_processes_of_one_machine_share_its_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    images = load(settings(ramp_folder(tmp_path / "some", [(9, 9)] * 16), workers=None)).train.images
+    assert images.workers == 11
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert images.workers == 2
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_is_lost_later_is_one_line(tmp_path, workers):
     folder = ramp_folder(tmp_path / "some", [(9, 9)] * 16)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from softdefend import AWP, EMA, PGDAT, SGLR, Hard
+import softdefend
+from softdefend import AWP, DAJAT, EMA, PGD, PGDAT, SGLR, Hard, OptimSettings
 from softdefend.core.errors import SettingError
 from softdefend.models import NetSettings, build
 from softdefend.models.recompute import recompute_blocks
-from softdefend.training import RuntimeSettings
+from softdefend.training import RuntimeSettings, ValidateSettings
 from softdefend.training.optim import state_tensors
 from tiny import K
 
@@ -105,21 +107,48 @@ def test_the_built_in_networks_have_blocks(name, blocks):
     }
 
 
-@pytest.mark.parametrize("rules", [(SGLR, EMA), (Hard, AWP)], ids=["sglr-ema", "awp"])
+@pytest.mark.parametrize(
+    "rules",
+    [(SGLR, PGDAT, EMA), (Hard, PGDAT, AWP), (Hard, DAJAT, AWP)],
+    ids=["sglr-ema", "awp", "dajat-awp"],
+)
 def test_a_run_ends_in_the_same_bits(make_trainer, rules):
-    label, weight = rules
+    label, objective, weight = rules
     runs = []
     for recompute in (False, True):
         runtime = RuntimeSettings(device="cpu", threads=1, recompute=recompute)
         trainer = make_trainer(
-            label(), PGDAT(), weight(), f"recompute-{recompute}", net=deep_net(), runtime=runtime
+            label(), objective(), weight(), f"recompute-{recompute}", net=deep_net(), runtime=runtime
         )
         trainer.fit()
         runs.append(trainer)
     for one, two in zip(*(state_tensors(run.optimizer) for run in runs), strict=True):
         assert torch.equal(one, two)
-    one, two = (run.recipe.weight.prediction.state_dict() for run in runs)
-    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    for kind in ("objective", "prediction"):
+        recipes = [run.recipe for run in runs]
+        one, two = (
+            (recipe.objective if kind == "objective" else recipe.weight.prediction).state_dict()
+            for recipe in recipes
+        )
+        assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_a_network_trained_from_python_is_of_its_own_classes_again(tmp_path):
+    """Else it could not be pickled, and would go on computing its blocks twice."""
+    net = deep_net()
+    before = [type(module) for module in net.modules()]
+    softdefend.train(
+        net,
+        (torch.rand(40, 1, 6, 6), torch.arange(40) % K),
+        folder=tmp_path / "run",
+        attack=PGD(steps=1),
+        optim=OptimSettings(epochs=1, batch_size=8, lr=0.05),
+        validate=ValidateSettings(attack=PGD(steps=1)),
+        runtime=RuntimeSettings(device="cpu", threads=1, recompute=True),
+        progress=False,
+    )
+    assert [type(module) for module in net.modules()] == before
+    pickle.dumps(net)
 
 
 def test_a_network_without_blocks_is_refused():

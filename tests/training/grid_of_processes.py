@@ -142,6 +142,7 @@ VARIANTS = {
     "gaussian start": (("SAT", "MART", "EMA"), {"threat": L2, "attack": PGD(steps=2)}),
     "in parts": (("SGLR", "TRADES", "EMA"), {"optim": {"accumulate": 2}, "attack": PGD(start="uniform")}),
     "clipped AdamW": (("Hard", "PGDAT", "Plain"), {"optim": {"name": "adamw", "clip": 0.1, "lr": 0.003}}),
+    "norms in turn": (("Hard", "MultiNorm(how='mixed')", "Plain"), {"attack": PGD(steps=1, start="uniform")}),
     "restarts": (("Hard", "PGDAT", "Plain"), {"attack": PGD(steps=1, restarts=2)}),
     "random networks": (("Hard", "Consistency", "Plain"), {"net": Deep}),
     "single precision": (

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from softdefend import ADR, AWP, EMA, KD, PGDAT, SGLR, SWA, TRADES, Consistency, Hard, OptimSettings
+from softdefend import ADR, AWP, DAJAT, EMA, KD, PGDAT, SGLR, SWA, TRADES, Consistency, Hard, OptimSettings
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
-from softdefend.data import from_tensors
+from softdefend.data import Extra, Split, from_tensors
 from softdefend.training import SaveSettings
 from softdefend.weights import Plain
 from tiny import K, tiny_net
@@ -33,7 +35,7 @@ def optim(size=16, drop_last=False):
     return OptimSettings(epochs=2, batch_size=size, lr=0.05, drop_last=drop_last)
 
 
-@pytest.mark.parametrize("objective", [PGDAT(), TRADES()])
+@pytest.mark.parametrize("objective", [PGDAT(), TRADES(), DAJAT()], ids=["pgd-at", "trades", "dajat"])
 def test_a_last_batch_of_one_is_refused_before_the_folder_is_made(
     make_trainer, seventeen, tmp_path, objective
 ):
@@ -55,6 +57,20 @@ def test_a_last_batch_of_one_is_refused_before_the_folder_is_made(
 def test_batches_of_one_are_refused(make_trainer):
     with pytest.raises(SettingError, match=r"^optim\.batch_size: got 1: .*; accepted: 2 or more$"):
         make_trainer(Hard(), PGDAT(), net=single_values(), optim=optim(1, drop_last=True))
+
+
+def test_uneven_parts_of_which_one_is_a_single_image_are_refused(make_trainer):
+    settings = OptimSettings(epochs=1, batch_size=5, lr=0.05, accumulate=4)  # parts of 2, 2 and 1
+    with pytest.raises(SettingError, match=r"^optim\.accumulate: got 4: .*; accepted: fewer parts$"):
+        make_trainer(Hard(), PGDAT(), net=single_values(), optim=settings)
+
+
+def test_with_extra_images_all_batches_are_of_one_size(make_trainer, seventeen):
+    more = Split(torch.rand(9, 1, 6, 6, generator=stream(0, "more")), torch.arange(9) % K)
+    data = replace(seventeen, extra=Extra(more, 0.5))
+    trainer = make_trainer(Hard(), PGDAT(), net=single_values(), data=data, optim=optim())
+    trainer.fit()
+    assert trainer.state.epoch == 2
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from softdefend import AWP, EMA, PGDAT, SAT, SGLR, TRADES, Hard, OptimSettings, Schedule
+from softdefend import AWP, EMA, PGDAT, SAT, SGLR, TRADES, Hard, MultiNorm, OptimSettings, Schedule
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.data import AugmentSettings
@@ -130,18 +130,19 @@ def test_a_batch_in_parts_is_one_large_batch(make_trainer, parts):
 
 
 @pytest.mark.parametrize(
-    ("label", "weight", "augment", "said"),
+    ("rules", "augment", "said"),
     [
-        (Hard(), AWP(), {}, "AWP"),
-        (SAT(), None, {}, "SAT.*label.weighted"),
-        (Hard(), None, {"cutmix": 0.5}, "CutMix"),
+        ((Hard(), PGDAT(), AWP()), {}, "AWP"),
+        ((SAT(), PGDAT()), {}, "SAT.*label.weighted"),
+        ((Hard(), PGDAT()), {"cutmix": 0.5}, "CutMix"),
+        ((Hard(), MultiNorm("mixed")), {}, "MultiNorm.*objective.how"),
     ],
-    ids=["AWP", "SAT", "CutMix"],
+    ids=["AWP", "SAT", "CutMix", "MultiNorm"],
 )
-def test_what_is_done_for_a_whole_batch_is_not_done_in_parts(make_trainer, label, weight, augment, said):
+def test_what_is_done_for_a_whole_batch_is_not_done_in_parts(make_trainer, rules, augment, said):
     optim = OptimSettings(epochs=1, batch_size=16, accumulate=2)
     with pytest.raises(SettingError, match=rf"optim\.accumulate: got 2 with {said}"):
-        make_trainer(label, PGDAT(), weight, optim=optim, augment=AugmentSettings("flip", **augment))
+        make_trainer(*rules, optim=optim, augment=AugmentSettings("flip", **augment))
 
 
 def test_parts_of_single_images_are_refused_where_batches_are_normalized(make_trainer):

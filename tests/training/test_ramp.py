@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from softdefend import PGD, PGDAT, TRADES, Hard, OptimSettings
+from softdefend import PGD, PGDAT, TRADES, GaussianNoise, Hard, OptimSettings
 from softdefend.core.errors import SettingError
 from softdefend.training import Recipe
 from softdefend.training.ramp import ramp
@@ -53,3 +53,5 @@ def test_adversarial_images_keep_to_the_eps_of_their_epoch(make_trainer, objecti
 def test_impossible_ramps_are_refused():
     with pytest.raises(SettingError, match=r"eps_ramp: got 1\.5"):
         Recipe(eps_ramp=1.5)
+    with pytest.raises(SettingError, match=r"eps_ramp: got 0\.5 with GaussianNoise"):
+        Recipe(objective=GaussianNoise(), eps_ramp=0.5)

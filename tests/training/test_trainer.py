@@ -256,6 +256,18 @@ def test_a_checkpoint_of_another_network_is_refused(make_trainer):
         again.fit()
 
 
+def test_normalization_per_process_needs_as_many_processes_as_before(make_trainer):
+    """Statistics of other shares are another method."""
+    runtime = RuntimeSettings(device="cpu", threads=1, batch_norm="per_process")
+    trainer = make_trainer(Hard(), PGDAT(), runtime=runtime)
+    trainer._save()
+    (path,) = trainer.folder.checkpoints.paths()
+    checkpoint.save(path, {**checkpoint.load(path), "processes": 2})
+    trainer.folder.close()
+    with pytest.raises(SettingError, match=r"^runtime\.devices: got 1 with .*; accepted: 2 processes"):
+        make_trainer(Hard(), PGDAT(), runtime=runtime).fit()
+
+
 def test_a_rule_that_does_not_take_its_own_state_back_is_named(make_trainer):
     class Forgetful(Hard):
         def state_dict(self):

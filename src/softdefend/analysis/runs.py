@@ -324,7 +324,7 @@ def initial_network(run: AnalyzedRun) -> nn.Module:
     Raises:
         SettingError: that file is no longer there.
     """
-    net = make_net(run.experiment, run.bundle, pretrained=True)
+    net = make_net(run.experiment, run.bundle, pretrained=run.experiment.init_from is None)
     load_start(net, run.experiment)
     return net
 

@@ -140,7 +140,7 @@ class EncodedImages:
 
     @property
     def workers(self) -> int:
-        """``data.workers``, or what it comes to on this machine."""
+        """``data.workers``, or what it comes to for each process on this machine."""
         given = self.decoder.how.workers
         return min(max(_cores() - 1, 1), _MOST_WORKERS) if given is None else given
 
@@ -157,5 +157,7 @@ class EncodedImages:
 
 
 def _cores() -> int:
-    """Of this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Of this process: where torchrun or this package has started several, its share of them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    started = os.environ.get("LOCAL_WORLD_SIZE", "") if "TORCHELASTIC_RUN_ID" in os.environ else ""
+    return max(cores // int(started), 1) if started.isdecimal() and int(started) else cores

@@ -102,6 +102,10 @@ class ShareRandomness(CallerRandomness):
         """See :meth:`AttackRandomness.in_ball`; for all images only."""
         return image + self._own(super().in_ball(threat, self._whole(image), rows, number))
 
+    def places(self, n: int, device: torch.device) -> Tensor:
+        """See :meth:`AttackRandomness.places`."""
+        return self._own(torch.arange(n * self.processes.size, device=device))
+
     def _whole(self, image: Tensor) -> Tensor:
         return image.new_zeros(len(image) * self.processes.size, *image.shape[1:])
 

@@ -79,6 +79,10 @@ class AttackRandomness(ABC):
         """A point drawn uniformly from the ball around each image, [m, c, h, w], not cut to [0, 1]; see
         :meth:`normal_like`."""
 
+    def places(self, n: int, device: torch.device) -> Tensor:
+        """The places of all n images in the batch that they are a share of, [n] int64."""
+        return torch.arange(n, device=device)
+
     @abstractmethod
     def batches(self, device: torch.device) -> Iterator[tuple[Tensor, AttackRandomness]]:
         """The rows of each batch, and randomness of its own on ``device``: for attacks that know one batch

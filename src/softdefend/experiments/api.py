@@ -25,6 +25,7 @@ from softdefend.execution.search_network import Precision
 from softdefend.experiments.network import check_data, check_folder, check_surrogate, check_trainable
 from softdefend.models import check_logits
 from softdefend.models.network import as_network, check_parameters
+from softdefend.models.recompute import keep_blocks
 from softdefend.report import RunRecord, read_run
 from softdefend.training import TrainConfig, Trainer
 from softdefend.training.config import BROUGHT, flat_hints, nest
@@ -75,6 +76,7 @@ def train(
         finally:
             trainer.close()
             separate(net)
+            keep_blocks(net)
     return read_run(place)
 
 

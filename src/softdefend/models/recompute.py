@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from softdefend.core.errors import SettingError
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _MADE: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -48,6 +46,13 @@ def recompute_blocks(net: nn.Module) -> int:
     return len(found)
 
 
+def keep_blocks(net: nn.Module) -> None:
+    """Undo :func:`recompute_blocks`."""
+    for module in net.modules():
+        if hasattr(type(module), "recomputes"):
+            module.__class__ = type(module).__bases__[0]
+
+
 def _repeated(net: nn.Module) -> set[type]:
     """The classes of blocks."""
     kinds: set[type] = set()
@@ -75,7 +80,7 @@ def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
         plain = kind.forward.__get__(self)
         if not torch.is_grad_enabled():
             return plain(*args, **keywords)
-        contexts = lambda: (nullcontext(), _statistics_kept(self))  # noqa: E731
+        contexts = lambda: (nullcontext(), _Again(self))  # noqa: E731
         return checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, **keywords)
 
     if kind not in _MADE:
@@ -84,15 +89,28 @@ def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
     return _MADE[kind]
 
 
-@contextlib.contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Let batch normalization move copies of its running statistics: the first computation has moved them."""
-    layers = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    before = [(layer, name, getattr(layer, name)) for layer in layers for name in _STATISTICS]
-    try:
-        for layer, name, value in before:
-            setattr(layer, name, None if value is None else value.clone())
-        yield
-    finally:
-        for layer, name, value in before:
-            setattr(layer, name, value)
+class _Again(contextlib.AbstractContextManager[None]):
+    """The second computation of a block: with the normalization that the first one had, which an objective
+    may have put in the place of the network's own, and with copies of its running statistics, which the first
+    one has moved.
+
+    Args:
+        block: as it is now, before the first computation.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        layers = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+        self._first = [(layer, dict(layer._parameters), dict(layer._buffers)) for layer in layers]
+        self._before: list[tuple[_BatchNorm, dict[str, Any], dict[str, Any]]] = []
+
+    def __enter__(self) -> None:
+        for layer, parameters, buffers in self._first:
+            self._before.append((layer, dict(layer._parameters), dict(layer._buffers)))
+            layer._parameters.update(parameters)
+            layer._buffers.update({k: None if v is None else v.clone() for k, v in buffers.items()})
+
+    def __exit__(self, *error: object) -> None:
+        while self._before:
+            layer, parameters, buffers = self._before.pop()
+            layer._parameters.update(parameters)
+            layer._buffers.update(buffers)

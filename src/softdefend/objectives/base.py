@@ -28,6 +28,8 @@ class Objective(Rule, ABC):
     views: int = 1
     """Differently augmented views of each image in a batch. With v views ``image`` and logits have v b rows,
     view after view; labels and targets keep b rows."""
+    joins_views: ClassVar[bool] = True
+    """Whether all views are in one forward of the update, or each in one of its own."""
     forwards: ClassVar[int] = 1
     """Forwards of the update, each with its gradient: three units."""
     extra_units: ClassVar[float] = 0.0

@@ -53,6 +53,7 @@ class DAJAT(TRADES):
     """
 
     source = "Addepalli et al., NeurIPS 2022, arXiv 2210.15318"
+    joins_views = False
 
     def __init__(
         self, beta: float = 11.0, weight: float = 2.0, augmented: int = 2, separate_bn: bool = True

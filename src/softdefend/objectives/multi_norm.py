@@ -74,10 +74,11 @@ class MultiNormAttack(Attack):
     ) -> Tensor:
         """Steps for which all balls share a gradient. Each image takes the step of the ball that raises its
         loss most (msd), or always that of its own ball (mixed)."""
-        own = torch.arange(len(image), device=image.device) % len(balls)
+        own = context.random.places(len(image), image.device) % len(balls)
         x_adv = image
         if self.how == "mixed" and self.pgd.start != "none":
-            starts = [ball.project(image, ball.random_start(image, context.generator)) for ball in balls]
+            drawn = [context.random.in_ball(b, image, None, number) for number, b in enumerate(balls)]
+            starts = [ball.project(image, start) for ball, start in zip(balls, drawn, strict=True)]
             x_adv = _of_own(own, starts)
         for _ in range(self.pgd.steps):
             _, grad = value_and_gradient(net, loss, x_adv)

@@ -29,7 +29,7 @@ from softdefend.evaluation import EvaluateSettings
 from softdefend.execution.engine import RuntimeSettings
 from softdefend.labels import LABELS, BNMode, Hard, LabelRule
 from softdefend.models import NetSettings
-from softdefend.objectives import OBJECTIVES, PGDAT, Objective
+from softdefend.objectives import OBJECTIVES, PGDAT, GaussianNoise, Objective
 from softdefend.training.optim import OptimSettings
 from softdefend.training.settings import SaveSettings, ValidateSettings
 from softdefend.weights import WEIGHTS, Plain, WeightRule
@@ -74,6 +74,9 @@ class Recipe:
             raise SettingError("attack.loss", repr(self.attack.loss), accepted)
         if not 0 <= self.eps_ramp <= 1:
             raise SettingError("eps_ramp", self.eps_ramp, "a share of the epochs, in [0, 1]")
+        if self.eps_ramp and isinstance(self.objective, GaussianNoise):
+            given = f"{self.eps_ramp} with GaussianNoise"
+            raise SettingError("eps_ramp", given, "0: its noise does not depend on threat.eps")
         self.attack.check(self.threat)
         step = float(self.attack.step_size or 0)
         if self.threat.norm == "linf" and step > 1:

@@ -25,9 +25,10 @@ def check_smallest_batch(
     Raises:
         SettingError: it is tried, and fails; the network is left as it was.
     """
-    left = 0 if optim.drop_last else data.n % optim.batch_size
+    left = 0 if optim.drop_last or data.has_extra else data.n % optim.batch_size
     size = engine.processes.size
-    alone = size in (left or optim.batch_size, optim.part)
+    smallest = {batch: batch // optim.parts(batch) for batch in (optim.batch_size, left) if batch}
+    alone = size in smallest.values()
     if not alone or not _sees_single_images(recipe, optim.epochs):
         return
     image = torch.zeros(1, *data.image_shape, device=engine.device)
@@ -36,7 +37,7 @@ def check_smallest_batch(
             net(image)
     except Exception as error:  # a network's own code may fail in any way
         why = "on one image the network cannot be trained " + f"({error})".replace("\n", " ")[:200]
-        if optim.part == size < optim.batch_size:
+        if smallest[optim.batch_size] == size < optim.batch_size:
             raise SettingError("optim.accumulate", f"{optim.accumulate}: {why}", "fewer parts") from error
         if optim.batch_size == size:
             raise SettingError("optim.batch_size", f"{size}: {why}", f"{2 * size} or more") from error
@@ -88,12 +89,12 @@ def _unfit(what: str) -> SettingError:
 
 
 def _sees_single_images(recipe: Recipe, epochs: int) -> bool:
-    """Whether a forward in training mode is made of one image where a batch has one: with several views only
-    the label rule's."""
-    label = recipe.label
+    """Whether a forward in training mode is made of one image where a batch has one: with several views in
+    one forward only the label rule's."""
+    label, objective = recipe.label, recipe.objective
     phases = {label.phase(epoch) for epoch in range(epochs)}
     clean = label.clean_bn != "eval" and any(map(label.needs_clean, phases))
-    return recipe.objective.views == 1 or clean
+    return objective.views == 1 or not objective.joins_views or clean
 
 
 @contextlib.contextmanager

@@ -356,9 +356,12 @@ class Trainer:
         content = self.processes.from_first(lambda: self._load(resume))
         if content is None:
             return
+        before, now = content.get("processes", 1), self.processes.size
+        if before != now and self.config.runtime.batch_norm == "per_process":
+            given = f"{now} with batch normalization per process"
+            raise SettingError("runtime.devices", given, f"{before} processes, with which the run began")
         self.state.load_state_dict(content)
         self.processes.from_first(lambda: self._restore_files(resume))
-        before, now = content.get("processes", 1), self.processes.size
         if before != now:
             why = "sums are added in another order, which changes rounding"
             log.info(f"continues on {now} process(es), before on {before}: {why}")
