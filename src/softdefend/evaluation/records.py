@@ -112,9 +112,9 @@ class AttackRecord:
         for trial in trials.values():
             prediction = torch.where(trial.attacked, trial.prediction, prediction)
             distance = torch.where(trial.attacked, trial.distance, distance)
-            if adversarial is None or trial.adversarial is None:
+            if adversarial is None:
                 adversarial = trial.adversarial
-            else:
+            elif trial.adversarial is not None:  # None where nothing was left to attack
                 mask = trial.attacked.view(-1, 1, 1, 1)
                 adversarial = torch.where(mask, trial.adversarial, adversarial)
         return cls(

@@ -190,8 +190,10 @@ def check_requests(settings: EvaluateSettings, requests: Requests, full: int) ->
     for flag, path in (("--robustbench", requests.robustbench), ("--log", requests.log)):
         if path is not None:
             check_writable(flag, path)
-    if settings.targeted is not None and (requests.robustbench or requests.log or requests.audit):
-        accepted = "null with --robustbench, --log or --audit, which are about any wrong class"
+    any_class = requests.robustbench, requests.log, requests.audit, requests.optimality, requests.surrogates
+    if settings.targeted is not None and any(any_class):
+        flags = "--robustbench, --log, --audit, --optimality or --transfer"
+        accepted = f"null with {flags}, which are about any wrong class"
         raise SettingError("evaluate.targeted", settings.targeted, accepted)
     if requests.robustbench:
         if requests.robustbench.suffix == ".md":
