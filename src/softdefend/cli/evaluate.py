@@ -57,6 +57,8 @@ class EvaluateFlags:
     """Attacks whose closest wrong images are compared, such as fmn fab-t deepfool."""
     optimality_size: Size = 200
     """Test images that they are compared on; subset says which."""
+    union: bool = switch()
+    """Print accuracy under all threats together that the checkpoint was evaluated under, now or earlier."""
     robustbench: Path | None = None
     """RobustBench's model_info JSON, to write."""
     log: Path | None = None
@@ -108,6 +110,7 @@ def run(words: Sequence[str]) -> None:
         log=flags.log,
         optimality=flags.optimality,
         optimality_size=flags.optimality_size,
+        union=flags.union,
     )
     also: dict[str, Any] = {"requests": requests, "transfer": flags.transfer, "device": flags.device}
     changes = given.changes(EvaluateSettings)
@@ -146,6 +149,8 @@ def _check(flags: EvaluateFlags, given: Given) -> None:
         _check_runs(flags, given)
     else:
         _check_model(flags, given)
+    if flags.union and not flags.run:
+        raise SettingError("--union", "given without a run", "run folders, which keep one result a threat")
     checkpoints = 1 if flags.model or flags.robustbench_model else len(flags.which) * len(flags.run)
     for name in ("robustbench", "log"):
         if getattr(flags, name) and checkpoints > 1:
