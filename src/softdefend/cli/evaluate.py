@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 from softdefend.cli.flags import Flags, Given, positional, switch
 from softdefend.core.errors import SettingError
-from softdefend.core.threat import Budget, Norm, ThreatModel
+from softdefend.core.threat import EXAMPLES, Budget, Norm, ThreatModel
 from softdefend.data import DataSettings
 from softdefend.evaluation import EvaluateSettings, Requests
 from softdefend.evaluation.settings import Size, check_size
@@ -38,7 +38,7 @@ class EvaluateFlags:
     norm: str | None = None
     """linf, l2, l1 or l0; as trained if not given."""
     eps: Budget | None = None
-    """Radius in pixel units, such as 8/255; as trained if not given."""
+    """Radius in pixel units, such as 8/255; as trained if not given, which another norm does not allow."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     devices: int | Literal["auto"] = 1
@@ -133,6 +133,9 @@ def run(words: Sequence[str]) -> None:
 
 def _threat(flags: EvaluateFlags, trained: ThreatModel) -> ThreatModel:
     norm = cast(Norm, flags.norm or trained.norm)  # a norm that there is not is refused with the rest
+    if flags.eps is None and norm != trained.norm and norm in EXAMPLES:
+        accepted = f"a radius in {norm}, such as {EXAMPLES[norm]}"
+        raise SettingError("--eps", f"nothing beside --norm {norm}", accepted)
     return ThreatModel(norm, trained.eps if flags.eps is None else flags.eps)
 
 

@@ -65,7 +65,7 @@ def _table(store: ResultStore, name: str, known: Mapping[str, Any]) -> Table:
     table = read_table(path)
     if table is None or int(_left(table).sum()) != known["worst"]["count"]:
         given = "no table" if table is None else "a table of another evaluation"
-        raise SettingError(str(path), given, f"the one of {name}.json; without that it is evaluated anew")
+        raise SettingError(str(path), given, f"the one of {name}.json; without both it is evaluated anew")
     return table
 
 
