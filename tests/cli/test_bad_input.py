@@ -176,6 +176,7 @@ OTHER = {
     "eps": ("evaluate RUN --eps 8", "threat.eps", "8", "(0, 1]", "8/255"),
     "eps zero": ("evaluate RUN --eps 0", "threat.eps", "0", "(0, 1]"),
     "eps of letters": ("evaluate RUN --eps eight", "eps", "eight", "8/255"),
+    "radius": ("evaluate RUN --norm l1", "--eps", "--norm l1", "a radius in l1, such as 12"),
     "norm": ("evaluate RUN --norm l3", "threat.norm", "l3", "linf, l2, l1 or l0"),
     "size": ("evaluate RUN --size 0", "evaluate.size", "0", ">= 1"),
     "size of letters": ("evaluate RUN --size many", "size", "many", "a whole number"),

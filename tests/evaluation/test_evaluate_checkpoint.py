@@ -92,6 +92,14 @@ def test_what_would_fail_at_the_end_is_refused_before_anything_runs(
     assert {path.name for path in tmp_path.iterdir()} == {"last.safetensors"}
 
 
+@pytest.mark.parametrize("norm", ["l1", "l0"])
+def test_robustbench_has_no_table_for_these_norms(bundle, tmp_path, norm):
+    source = replace(make_source(tmp_path, bundle), threat=ThreatModel(norm, 3))
+    settings = replace(FULL, attacks=("autoattack",))
+    with pytest.raises(SettingError, match=f"{norm}; accepted: linf or l2"):
+        evaluate_checkpoint(source, settings, Requests(robustbench=tmp_path / "i.json"), device=CPU)
+
+
 def test_a_file_in_the_place_of_the_folder_is_refused(bundle, tmp_path):
     (tmp_path / "evaluation").write_text("")
     with pytest.raises(SettingError, match=r"^evaluation: got .*, below the file"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
 from softdefend.core.errors import SettingError
 from softdefend.evaluation import EvaluateSettings, Requests
@@ -55,3 +57,19 @@ def test_model_info_is_asked_for_only_where_it_can_be_filled(tmp_path):
     path.write_text("[]")
     with pytest.raises(SettingError, match="holds no object"):
         check_requests(settings, Requests(robustbench=path), 100)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"log": Path("log.txt")},
+        {"audit": 10},
+        {"optimality": ("fmn",)},
+        {"surrogates": {"other": torch.nn.Flatten()}},
+    ],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_what_is_about_any_wrong_class_is_refused_with_targets(asked):
+    check_requests(EvaluateSettings(), Requests(**asked), 100)
+    with pytest.raises(SettingError, match="any wrong class"):
+        check_requests(EvaluateSettings(targeted="next"), Requests(**asked), 100)

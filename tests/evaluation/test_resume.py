@@ -316,6 +316,15 @@ def test_a_file_that_is_no_state_is_not_continued(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_end_of_an_evaluation_takes_no_other_ones_state(tmp_path):
+    mine, other = (StateFile(tmp_path / f"best-l2-{eps}.state", {}, every=0) for eps in ("1", "1.5"))
+    for file in (mine, other, *(mine.of_process(rank) for rank in range(1, 8))):
+        file.save(lambda: ({"x": torch.zeros(1)}, {}))
+    assert len(list(tmp_path.iterdir())) == 9
+    mine.remove()
+    assert list(tmp_path.iterdir()) == [other.path]
+
+
 def test_a_real_kill(tmp_path):
     """SIGKILL in the middle of Square, in a process of its own."""
     script = tmp_path / "evaluate.py"

@@ -56,7 +56,7 @@ def test_killed_it_goes_on_with_the_same_and_with_another_number(whole, tmp_path
     codes = evaluate(run, 2, saves=9)
     assert codes[1] == 9
     assert codes[0] not in (0, 9)
-    assert (run / "evaluation" / "last.1.state").exists()
+    assert (run / "evaluation" / "last.process1.state").exists()
     assert evaluate(run, 2, saves=6)[1] == 9  # with the same number
     assert evaluate(run, 3, saves=5)[2] == 9  # with another one
     evaluate(run, 1)

@@ -176,6 +176,7 @@ def test_evaluations_of_other_images_have_no_union():
         Evaluator(net, test, THREAT)([PGD(steps=1)], index=torch.arange(start, start + 5)) for start in (0, 1)
     )
     assert torch.equal(robust_in_all([one]), one.worst)
-    for given in ([], [one, two]):
+    towards = Evaluator(net, test, THREAT, targeted="next")([PGD(steps=1)], index=torch.arange(5))
+    for given in ([], [one, two], [one, towards]):
         with pytest.raises(SettingError, match="evaluations"):
             robust_in_all(given)

@@ -235,6 +235,7 @@ def test_many_classes_have_a_list_in_place_of_a_matrix(folder, tmp_path) -> None
         ("best-audit.json", "{", "unreadable JSON"),
         ("best-audit.json", "[1]", "a list"),
         ("best-audit.json", '{ABOUT "epoch": 2, "findings": [3]}', "other content"),
+        ("best-audit.json", '{ABOUT "epoch": 2, "summary": "", "findings": []}', "other content"),
         (
             "best-corruptions.json",
             '{ABOUT "epoch": 2, "corruptions": {"a": 3}, "mean": 0.5}',

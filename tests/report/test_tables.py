@@ -88,10 +88,12 @@ def test_markdown_names_cannot_break_the_table(make_run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "other"), [("seed", 5), ("precision", "fast"), ("batch_size", 10), ("eps", "4/255")]
+    ("name", "other"),
+    [("seed", 5), ("precision", "fast"), ("batch_size", 10), ("eps", "4/255"), ("subset", "first")],
 )
 def test_figures_of_other_settings_are_not_subtracted(make_run, make_evaluation, name, other) -> None:
     settings = {"norm": "linf", "eps": "8/255", "seed": 0, "precision": "exact", "batch_size": 500}
+    settings |= {"size": 100, "subset": "stratified"}
     for changed in ({}, {name: other}):
         best = make_evaluation(0.8, 0.6) | {"settings": settings | changed}
         last = make_evaluation(0.9, 0.5) | {"settings": settings}

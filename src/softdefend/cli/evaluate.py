@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 from softdefend.cli.flags import Flags, Given, positional, switch
 from softdefend.core.errors import SettingError
-from softdefend.core.threat import Budget, Norm, ThreatModel
+from softdefend.core.threat import EXAMPLES, Budget, Norm, ThreatModel
 from softdefend.data import DataSettings
 from softdefend.evaluation import EvaluateSettings, Requests
 from softdefend.evaluation.settings import Size, check_size
@@ -38,7 +38,7 @@ class EvaluateFlags:
     norm: str | None = None
     """linf, l2, l1 or l0; as trained if not given."""
     eps: Budget | None = None
-    """Radius in pixel units, such as 8/255; as trained if not given."""
+    """Radius in pixel units, such as 8/255; as trained if not given, which another norm does not allow."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     devices: int | Literal["auto"] = 1
@@ -57,6 +57,8 @@ class EvaluateFlags:
     """Attacks whose closest wrong images are compared, such as fmn fab-t deepfool."""
     optimality_size: Size = 200
     """Test images that they are compared on; subset says which."""
+    union: bool = switch()
+    """Print accuracy under all threats together that the checkpoint was evaluated under, now or earlier."""
     robustbench: Path | None = None
     """RobustBench's model_info JSON, to write."""
     log: Path | None = None
@@ -108,6 +110,7 @@ def run(words: Sequence[str]) -> None:
         log=flags.log,
         optimality=flags.optimality,
         optimality_size=flags.optimality_size,
+        union=flags.union,
     )
     also: dict[str, Any] = {"requests": requests, "transfer": flags.transfer, "device": flags.device}
     changes = given.changes(EvaluateSettings)
@@ -130,6 +133,9 @@ def run(words: Sequence[str]) -> None:
 
 def _threat(flags: EvaluateFlags, trained: ThreatModel) -> ThreatModel:
     norm = cast(Norm, flags.norm or trained.norm)  # a norm that there is not is refused with the rest
+    if flags.eps is None and norm != trained.norm and norm in EXAMPLES:
+        accepted = f"a radius in {norm}, such as {EXAMPLES[norm]}"
+        raise SettingError("--eps", f"nothing beside --norm {norm}", accepted)
     return ThreatModel(norm, trained.eps if flags.eps is None else flags.eps)
 
 
@@ -146,6 +152,8 @@ def _check(flags: EvaluateFlags, given: Given) -> None:
         _check_runs(flags, given)
     else:
         _check_model(flags, given)
+    if flags.union and not flags.run:
+        raise SettingError("--union", "given without a run", "run folders, which keep one result a threat")
     checkpoints = 1 if flags.model or flags.robustbench_model else len(flags.which) * len(flags.run)
     for name in ("robustbench", "log"):
         if getattr(flags, name) and checkpoints > 1:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from softdefend.evaluation.checkpoint import Checkpoint
 from softdefend.evaluation.records import Evaluation
 
@@ -23,10 +25,11 @@ def save_adversarial(checkpoint: Checkpoint, inputs: Mapping[str, Any], evaluati
     ``clean_prediction``, ``prediction`` and perhaps ``target``, [m] int64; ``distance`` [m] float32.
     """
     for name, record in evaluation.attacks.items():
-        assert record.adversarial is not None
-        rows = record.attacked
+        rows, adversarial = record.attacked, record.adversarial
+        if adversarial is None:  # an ensemble found no image right as it is
+            adversarial = torch.zeros(len(rows), *checkpoint.source.bundle.test.images.shape[1:])
         tensors = {
-            "adversarial": record.adversarial,
+            "adversarial": adversarial,
             "index": evaluation.index,
             "label": evaluation.label,
             "clean_prediction": evaluation.clean_prediction,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,10 @@ class CheckpointSource:
     progress: bool = False
     targeted: str | None = None
     processes: Processes = ALONE
+
+    def under(self, threat: ThreatModel) -> CheckpointSource:
+        """The same under another threat, towards any class."""
+        return replace(self, threat=threat, targeted=None)
 
     @property
     def under_trained_threat(self) -> bool:

@@ -161,7 +161,8 @@ def optimality_measurement(
     images: dict[str, Any] = {"size": None if count == full else count}
     if count < full:
         images["subset"] = settings.subset
-    shared = {**images, "seed": settings.seed, "batch_size": settings.batch_size}
+    same = ("seed", "batch_size", "precision")
+    shared = {**images, **{name: getattr(settings, name) for name in same}}
     losses = {path: loss.digest() for path, loss in own_losses(names).items()}
     index = checkpoint.subset(size, settings.subset)
 

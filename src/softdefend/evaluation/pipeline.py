@@ -33,6 +33,7 @@ from softdefend.evaluation.settings import (
 )
 from softdefend.evaluation.surrogates import transfer_measurement, transfer_warning
 from softdefend.evaluation.table import Table, read_table
+from softdefend.evaluation.union import union_text
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ def evaluate_checkpoint(
     if requests.optimality:
         compared = optimality_measurement(checkpoint, settings, requests.optimality, requests.optimality_size)
         measured(checkpoint, compared)
+    if requests.union:
+        _log.info(union_text(source, result))
     if requests.robustbench:
         _write_model_info(requests.robustbench, source, result, table, audit, transferred)
     if requests.log:
@@ -113,6 +116,8 @@ def _check(
     check_attacks(settings, source.threat, len(source.bundle.classes), device)
     if source.threat.norm == "l0" and (requests.audit or requests.surrogates):
         raise SettingError("threat.norm", "l0", "linf, l2 or l1 with --audit or --transfer")
+    if source.threat.norm not in ("linf", "l2") and requests.robustbench:
+        raise SettingError("--robustbench", f"an evaluation in {source.threat.norm}", "linf or l2, its norms")
     check_optimality(requests.optimality, source.threat, len(source.bundle.classes))
 
 

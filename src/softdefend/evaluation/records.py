@@ -35,6 +35,9 @@ class Rate:
         interval = binomtest(count, n).proportion_ci(method="wilson")
         return cls(count, n, count / n, float(interval.low), float(interval.high))
 
+    def __str__(self) -> str:
+        return f"{100 * self.rate:5.1f}%  [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
 
 @dataclass
 class Trial:
@@ -112,9 +115,9 @@ class AttackRecord:
         for trial in trials.values():
             prediction = torch.where(trial.attacked, trial.prediction, prediction)
             distance = torch.where(trial.attacked, trial.distance, distance)
-            if adversarial is None or trial.adversarial is None:
+            if adversarial is None:
                 adversarial = trial.adversarial
-            else:
+            elif trial.adversarial is not None:  # None where nothing was left to attack
                 mask = trial.attacked.view(-1, 1, 1, 1)
                 adversarial = torch.where(mask, trial.adversarial, adversarial)
         return cls(
@@ -253,7 +256,7 @@ class Evaluation:
                 after = ((m["name"], Rate(**{key: m[key] for key in kept})) for m in self.members(name))
                 rows += [(f"  {member}", rate) for member, rate in after]
         width = max(7, *(len(name) for name, _ in rows))
-        lines = [f"{name:<{width}} {_percent(rate)}" for name, rate in rows]
+        lines = [f"{name:<{width}} {rate}" for name, rate in rows]
         where = f"{self.threat.norm}, eps {self.threat.eps}, {len(self.label)} images, 95% Wilson intervals"
         return "\n".join([*lines, f"({where})"])
 
@@ -265,7 +268,7 @@ def robust_in_all(evaluations: Sequence[Evaluation]) -> Tensor:
         evaluations: at least one, all of the same samples of the same data.
 
     Raises:
-        SettingError: none, or other samples in one of them.
+        SettingError: none, other samples in one of them, or classes to be reached in one.
     """
     if not evaluations:
         raise SettingError("evaluations", "none", "one for each threat model")
@@ -274,6 +277,8 @@ def robust_in_all(evaluations: Sequence[Evaluation]) -> Tensor:
         same = torch.equal(first.index, other.index) and torch.equal(first.label, other.label)
         if not same:
             raise SettingError("evaluations", "of different images", "evaluations of the same images")
+    if any(evaluation.target is not None for evaluation in evaluations):
+        raise SettingError("evaluations", "targeted", "evaluations in which any wrong class is a success")
     return torch.stack([evaluation.worst for evaluation in evaluations]).all(dim=0)
 
 
@@ -290,7 +295,3 @@ def _known(record: AttackRecord, what: str) -> Tensor:
 
 def _nullable(values: Tensor, known: Tensor) -> pa.Array:
     return pa.array(values.numpy(), mask=~known.numpy())
-
-
-def _percent(rate: Rate) -> str:
-    return f"{100 * rate.rate:5.1f}%  [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"

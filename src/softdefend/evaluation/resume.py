@@ -57,7 +57,8 @@ class StateFile:
 
     def of_process(self, rank: int) -> StateFile:
         """The file of another process of the same evaluation."""
-        path = self.path.with_suffix(f".{rank}{self.path.suffix}") if rank else self.path
+        # No name of a result ends so: a number alone would make best-l2-1.5 of best-l2-1.
+        path = self.path.with_suffix(f".process{rank}{self.path.suffix}") if rank else self.path
         return StateFile(path, self.identity, self.every)
 
     def save(self, state: Callable[[], Saved]) -> None:
@@ -77,5 +78,6 @@ class StateFile:
 
     def remove(self) -> None:
         """The evaluation is finished."""
-        for path in (self.path, *self.path.parent.glob(f"{glob.escape(self.path.stem)}.*{self.path.suffix}")):
+        others = f"{glob.escape(self.path.stem)}.process*{self.path.suffix}"
+        for path in (self.path, *self.path.parent.glob(others)):
             path.unlink(missing_ok=True)

@@ -116,6 +116,7 @@ class Requests:
         optimality: names of attacks whose closest wrong images are compared.
         optimality_size: images that they are compared on.
         adversarial: whether the adversarial images of every attack are saved.
+        union: whether the kept evaluations under all threats are intersected, sample by sample.
     """
 
     audit: Size = 0
@@ -126,6 +127,7 @@ class Requests:
     log: Path | None = None
     optimality: tuple[str, ...] = ()
     optimality_size: Size = 200
+    union: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "requests")
@@ -190,8 +192,10 @@ def check_requests(settings: EvaluateSettings, requests: Requests, full: int) ->
     for flag, path in (("--robustbench", requests.robustbench), ("--log", requests.log)):
         if path is not None:
             check_writable(flag, path)
-    if settings.targeted is not None and (requests.robustbench or requests.log or requests.audit):
-        accepted = "null with --robustbench, --log or --audit, which are about any wrong class"
+    names = ("robustbench", "log", "audit", "optimality", "surrogates", "union")
+    if settings.targeted is not None and any(getattr(requests, name) for name in names):
+        flags = "--robustbench, --log, --audit, --optimality, --transfer or --union"
+        accepted = f"null with {flags}, which are about any wrong class"
         raise SettingError("evaluate.targeted", settings.targeted, accepted)
     if requests.robustbench:
         if requests.robustbench.suffix == ".md":

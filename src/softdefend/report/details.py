@@ -110,8 +110,10 @@ def _read_companion(
 
 def _is_audit(content: dict[str, Any]) -> bool:
     findings = content.get("findings")
-    return isinstance(findings, list) and all(
-        isinstance(row, dict) and isinstance(row.get("check"), str) for row in findings
+    return (
+        all(isinstance(content.get(name), str) for name in ("verdict", "summary"))
+        and isinstance(findings, list)
+        and all(isinstance(row, dict) and isinstance(row.get("check"), str) for row in findings)
     )
 
 

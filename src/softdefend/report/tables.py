@@ -123,7 +123,8 @@ def _conditions(run: RunRecord, which: str) -> list[Any]:
     evaluation = run.evaluations.get(which, {})
     settings = evaluation.get("settings") or {}
     names = ("norm", "eps", "seed", "precision", "batch_size")
-    return [evaluation.get("n"), *(settings.get(name) for name in names)]
+    part = None if settings.get("size") is None else settings.get("subset")
+    return [evaluation.get("n"), part, *(settings.get(name) for name in names)]
 
 
 def _estimate(results: Sequence[dict[str, Any] | None]) -> Estimate | None:

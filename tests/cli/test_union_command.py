@@ -1,0 +1,42 @@
+"""``softdefend evaluate --union``: who is robust in every threat that a run was evaluated under."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from softdefend.cli.main import main
+
+
+def test_the_union_is_counted_image_by_image(run_folder: Path, capsys, refused) -> None:
+    words = ["evaluate", str(run_folder), "--which", "last", "--curve_size", "0"]
+    assert main([*words, "--norm", "l2", "--eps", "1.5", "--targeted", "next"]) == 0
+    refused([*words, "--union"], "--union", "linf 4/255 alone", "--norm l2")
+    capsys.readouterr()
+    assert main([*words, "--norm", "l2", "--eps", "0.25", "--attacks", "pgd-3", "fgsm", "--union"]) == 0
+    said = capsys.readouterr().out.splitlines()
+
+    linf, l2 = (pq.read_table(run_folder / "evaluation" / f"last{end}.parquet") for end in ("", "-l2-0.25"))
+    kept = [linf["pgd-20/robust"], l2["pgd-3/robust"], l2["fgsm/robust"]]
+    robust = np.all([column.to_numpy() for column in kept], axis=0)
+    assert 0 < robust.sum() < linf["pgd-20/robust"].to_numpy().sum()
+    place = next(number for number, line in enumerate(said) if "robust in each threat and in all" in line)
+    assert "64 images" in said[place]
+    assert [line.split()[0] for line in said[place + 1 : place + 4]] == ["linf", "l2", "union"]
+    assert f"{100 * robust.mean():.1f}%" in said[place + 3]
+
+    fewer = [*words, "--norm", "l2", "--eps", "0.25", "--attacks", "pgd-4", "--size", "60", "--union"]
+    refused(fewer, "--union", "other images under l2 0.25 than under linf 4/255", "same images")
+    (run_folder / "evaluation" / "last.parquet").unlink()
+    refused(fewer, f"{run_folder}/evaluation/last.parquet", "no table", "last.json")
+
+
+def test_what_has_no_union_is_refused_first(run_folder: Path, refused) -> None:
+    words = ["evaluate", str(run_folder), "--which", "last", "--union", "--targeted", "next"]
+    before = sorted((run_folder / "evaluation").iterdir())
+    refused(words, "evaluate.targeted", "next", "--union")
+    outside = ["evaluate", "--model", "small_cnn", "--weights", "w.pt", "--output", "out", "--union"]
+    refused(outside, "--union", "without a run", "run folders")
+    assert sorted((run_folder / "evaluation").iterdir()) == before
