@@ -83,14 +83,8 @@ class Trainer:
         self.progress = progress and processes.first
         self.k = len(bundle.classes)
         check_eps(self.recipe.threat, bundle.train.images[0].numel())
+        self.net = _prepare(net, self.engine)
         device, channels_last = self.engine.device, bool(self.engine.settings.channels_last)
-        self.net = net.to(device)
-        keep_frozen(self.net)
-        processes.copy_first_([*self.net.parameters(), *self.net.buffers()])
-        if config.runtime.recompute:
-            recompute_blocks(self.net)
-        if channels_last:
-            self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train_data = Augmented(
             bundle.train, device, config.augment, channels_last=channels_last, extra=bundle.extra
         )
@@ -133,12 +127,17 @@ class Trainer:
             what = self.state.start_from(started)
             log.info(f"starts from {config.init_from}, after epoch {self.state.epoch}; {what}")
         check_agreement(processes, self.identity)
-        kind = RunFolder if processes.first else SilentFolder
-        self.folder = kind(folder, config.save.keep, background=device.type == "cuda")
+        self._open_folder(Path(folder), recorded)
+
+    def _open_folder(self, path: Path, recorded: dict[str, Any]) -> None:
+        """The run folder and the trackers; what was asked for is written there."""
+        config, device = self.config, self.engine.device
+        kind = RunFolder if self.processes.first else SilentFolder
+        self.folder = kind(path, config.save.keep, background=device.type == "cuda")
         if config.save.archive is not None:
             self.folder.checkpoints.stride = config.save.archive * self.steps_per_epoch
         tracked = TrackedRun(self.folder.path, f"{config.name}-seed{config.seed}", flatten(recorded))
-        self.trackers = Trackers(config.save.trackers if processes.first else (), tracked)
+        self.trackers = Trackers(config.save.trackers if self.processes.first else (), tracked)
         try:
             self.folder.write_config(recorded)
             self.folder.write_environment(device, config.seed)
@@ -403,3 +402,15 @@ class Trainer:
             rest = "no epoch is left to choose it from; evaluate --which last needs none"
         log.warning("best.safetensors is not of epoch %d, the best so far; %s", best["epoch"], rest)
         self.state.best = {}
+
+
+def _prepare(net: nn.Module, engine: Engine) -> nn.Module:
+    """The network on the device, the same in all processes, in the form that the settings ask for."""
+    net = net.to(engine.device)
+    keep_frozen(net)
+    engine.processes.copy_first_([*net.parameters(), *net.buffers()])
+    if engine.settings.recompute:
+        recompute_blocks(net)
+    if engine.settings.channels_last:
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net
