@@ -13,7 +13,7 @@ from softdefend.attacks.losses import check_classes, check_differentiable, margi
 from softdefend.attacks.minimal import Closest, MinimalAttack
 from softdefend.attacks.names import ATTACKS, COUNTS, EOT, count_suffix
 from softdefend.attacks.pgd import PGD, eot_suffix
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import check_values
 from softdefend.core.goals import fooled
 from softdefend.core.threat import Norm
 from softdefend.execution.counting import CountingModel, Forward
@@ -79,14 +79,13 @@ class CWL2(MinimalAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, valid, accepted in (
+        checks = (
             ("rounds", self.rounds >= 1, "a whole number >= 1"),
             ("steps", self.steps >= 1, "a whole number >= 1"),
             ("lr", 0 < self.lr < math.inf, "a positive learning rate"),
             ("first_c", 0 < self.first_c < math.inf, "a positive weight"),
-        ):
-            if not valid:
-                raise SettingError(f"attack.{name}", getattr(self, name), accepted)
+        )
+        check_values("attack", self, checks)
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from softdefend.attacks.losses import check_classes, check_differentiable, image_gradient, margin
 from softdefend.attacks.minimal import Closest, MinimalAttack, reach, steepest
 from softdefend.attacks.names import ATTACKS
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import check_values
 from softdefend.core.goals import classes_of, fooled, reaches
 from softdefend.core.threat import Norm
 from softdefend.execution.counting import CountingModel
@@ -50,13 +50,12 @@ class DeepFool(MinimalAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, valid, accepted in (
+        checks = (
             ("steps", self.steps >= 1, "a whole number >= 1"),
             ("targets", self.targets >= 1, "a whole number >= 1"),
             ("overshoot", 0 <= self.overshoot < math.inf, "a share >= 0"),
-        ):
-            if not valid:
-                raise SettingError(f"attack.{name}", getattr(self, name), accepted)
+        )
+        check_values("attack", self, checks)
 
     @property
     def name(self) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from softdefend.attacks.base import Attack, value_and_gradient
 from softdefend.attacks.losses import check_classes, hard_label, image_gradient, margin
 from softdefend.attacks.names import ATTACKS, COUNTS, count_suffix
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import check_values
 from softdefend.core.goals import fooled, reaches
 from softdefend.core.threat import Norm, ThreatModel
 from softdefend.execution.context import ActiveImages, AttackContext, steps_until_packing
@@ -74,16 +74,15 @@ class FAB(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, valid, accepted in (
+        checks = (
             ("steps", self.steps >= 0, "a whole number >= 0"),
             ("targets", self.targets >= 1, "a whole number >= 1"),
             ("restarts", self.restarts >= 1, "a whole number >= 1"),
             ("alpha_max", 0 <= self.alpha_max <= 1, "a weight in [0, 1]"),
             ("eta", 1 <= self.eta < math.inf, "a factor >= 1"),
             ("beta", 0 < self.beta < 1, "a share in (0, 1)"),
-        ):
-            if not valid:
-                raise SettingError(f"attack.{name}", getattr(self, name), accepted)
+        )
+        check_values("attack", self, checks)
 
     @property
     def name(self) -> str:

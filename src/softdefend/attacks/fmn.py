@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softdefend.attacks.minimal import Closest, MinimalAttack, margin_and_slope, reach, steepest
 from softdefend.attacks.names import ATTACKS
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import check_values
 from softdefend.core.goals import fooled
 from softdefend.core.projections import l1_correction
 from softdefend.core.threat import Norm, length
@@ -50,13 +50,12 @@ class FMN(MinimalAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, valid, accepted in (
+        checks = (
             ("steps", self.steps >= 1, "a whole number >= 1"),
             ("step_size", 0 < self.step_size < math.inf, "a positive length in pixel units"),
             ("gamma", 0 < self.gamma < 1, "a share in (0, 1)"),
-        ):
-            if not valid:
-                raise SettingError(f"attack.{name}", getattr(self, name), accepted)
+        )
+        check_values("attack", self, checks)
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from softdefend.attacks.losses import check_differentiable, margin
 from softdefend.attacks.minimal import Closest, MinimalAttack
 from softdefend.attacks.names import ATTACKS
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import check_values
 from softdefend.core.goals import fooled
 from softdefend.core.threat import Norm
 from softdefend.execution.counting import CountingModel, Forward
@@ -60,15 +60,14 @@ class SigmaZero(MinimalAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, valid, accepted in (
+        checks = (
             ("steps", self.steps >= 1, "a whole number >= 1"),
             ("step_size", 0 < self.step_size < math.inf, "a positive length in pixel units"),
             ("sigma", 0 < self.sigma < math.inf, "a positive number"),
             ("threshold", 0 <= self.threshold <= 1, "a length in [0, 1]"),
             ("threshold_step", 0 <= self.threshold_step < math.inf, "a share >= 0"),
-        ):
-            if not valid:
-                raise SettingError(f"attack.{name}", getattr(self, name), accepted)
+        )
+        check_values("attack", self, checks)
 
     @property
     def name(self) -> str:

@@ -45,6 +45,22 @@ class SettingError(ValueError):
         return type(self), (self.setting, str(self.given), self.accepted)
 
 
+def check_values(section: str, settings: object, checks: Iterable[tuple[str, bool, str]]) -> None:
+    """Refuse the first value that is not valid.
+
+    Args:
+        section: what the settings are called together, such as ``optim``.
+        settings: holds the values by name.
+        checks: for each the name of a value, whether it is valid, and what is accepted.
+
+    Raises:
+        SettingError: for that value.
+    """
+    for name, valid, accepted in checks:
+        if not valid:
+            raise SettingError(f"{section}.{name}", getattr(settings, name), accepted)
+
+
 class DivergenceError(RuntimeError):
     """Training stopped because the loss or a weight is no longer a usable number (exit code 3)."""
 

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import SettingError, check_values
 from softdefend.core.hints import check_fields
 from softdefend.core.rng import stream
 
@@ -95,7 +95,7 @@ class AugmentSettings:
             if getattr(self, name) not in get_args(kind):
                 raise SettingError(f"augment.{name}", getattr(self, name), " or ".join(get_args(kind)))
         lengths = "0 or more pixels, or a share below 1"
-        for name, good, accepted in (
+        checks = (
             ("pad", self.pad >= 0, "0 or more pixels"),
             ("scale", 0 < self.scale[0] <= self.scale[1] <= 1, "two shares in (0, 1], the least first"),
             ("ratio", 0 < self.ratio[0] <= self.ratio[1] < math.inf, "two positive numbers, the least first"),
@@ -109,9 +109,8 @@ class AugmentSettings:
             ("start", 0 <= self.start < 1, "a number in [0, 1)"),
             ("cutmix", 0 <= self.cutmix <= 1, "a number in [0, 1]"),
             ("cutmix_alpha", 0 < self.cutmix_alpha < math.inf, "a positive number"),
-        ):
-            if not good:
-                raise SettingError(f"augment.{name}", getattr(self, name), accepted)
+        )
+        check_values("augment", self, checks)
         if self.crop_shift and "crop" in self.kind:
             given = f"{self.crop_shift} with augment.kind {self.kind}"
             raise SettingError("augment.crop_shift", given, "it with augment.kind flip or none")

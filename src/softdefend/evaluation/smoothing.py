@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from softdefend.attacks import PGD, adapt
 from softdefend.core import rng
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import SettingError, check_values
 from softdefend.core.hints import check_fields
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import Resident
@@ -61,16 +61,15 @@ class Smoothing:
 
     def __post_init__(self) -> None:
         check_fields(self, "certify")
-        for name, valid, accepted in (
+        checks = (
             ("sigma", 0 < self.sigma < math.inf, "a positive number in pixel units, such as 0.25"),
             ("samples", 1 <= self.samples <= 1_000_000, "a whole number from 1 to 1,000,000"),
             ("selection", 1 <= self.selection <= 1_000_000, "a whole number from 1 to 1,000,000"),
             ("alpha", 0 < self.alpha < 1, "a probability in (0, 1), such as 0.001"),
             ("attack_draws", 0 <= self.attack_draws <= 1000, "a whole number from 0 to 1000"),
             ("seed", 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
-        ):
-            if not valid:
-                raise SettingError(f"certify.{name}", getattr(self, name), accepted)
+        )
+        check_values("certify", self, checks)
 
     @property
     def largest_radius(self) -> float:

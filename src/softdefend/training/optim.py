@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import SettingError, check_values
 from softdefend.core.hints import check_fields
 from softdefend.training.lion import Lion
 from softdefend.training.schedules import Schedule
@@ -84,9 +84,7 @@ class OptimSettings:
             ("accumulate", 1 <= self.accumulate <= self.batch_size, "1 to optim.batch_size parts"),
             ("clip", self.clip is None or 0 < self.clip < inf, "a positive number, or null"),
         )
-        for name, good, accepted in checks:
-            if not good:
-                raise SettingError(f"optim.{name}", getattr(self, name), accepted)
+        check_values("optim", self, checks)
 
     def parts(self, size: int) -> int:
         """In how many parts a batch of ``size`` images is computed: a smaller one in fewer, of which none has
