@@ -72,26 +72,29 @@ def check_agreements(ours: Processes) -> None:
             shares.check_agreement(ours, run)
 
 
-def check_batch_norm(ours: Processes) -> None:
+def check_batch_norm(ours: Processes, compiled: bool = False) -> None:
     """Against torch's own layer on the whole batch: outputs, slopes, running statistics."""
-    for layer, shape in (
+    layers = (
         (nn.BatchNorm2d(3), (2 * ours.size + 1, 3, 4, 4)),
         (nn.BatchNorm1d(3, momentum=None), (ours.size, 3)),
         (nn.BatchNorm3d(3, affine=False), (2 * ours.size, 3, 2, 2, 2)),
         (nn.BatchNorm2d(3, track_running_stats=False), (ours.size, 3, 2, 2)),
         (nn.Sequential(nn.SyncBatchNorm(3)), (2 * ours.size, 3, 4, 4)),
-    ):
+    )
+    for layer, shape in layers[:3] if compiled else layers:
         draw = stream(0, "layer")
         image = 3 * torch.randn(shape, generator=draw) + 7
         scale = torch.randn(shape, generator=draw)
         whole = nn.BatchNorm2d(3) if isinstance(layer, nn.Sequential) else copy.deepcopy(layer)
         synchronize(layer, ours)
         assert type(copy.deepcopy(layer)) is type(layer)
+        uncut = getattr(layer, "momentum", 0.1) is not None
+        called = torch.compile(layer, backend="aot_eager", fullgraph=uncut) if compiled else layer
         for _ in range(2):
             outs, slopes = {}, {}
             for name, module, part, factor in (
                 ("whole", whole, image.clone(), scale),
-                ("share", layer, ours.own(image).clone(), ours.own(scale)),
+                ("share", called, ours.own(image).clone(), ours.own(scale)),
             ):
                 part.requires_grad_(True)
                 outs[name] = module(part)
@@ -108,6 +111,13 @@ def check_batch_norm(ours: Processes) -> None:
         kind = nn.SyncBatchNorm if isinstance(layer, nn.Sequential) else type(whole)
         separate(layer)
         assert type(next(m for m in layer.modules() if not isinstance(m, nn.Sequential))) is kind
+
+
+def check_compiled_batch_norm(ours: Processes) -> None:
+    """Messages of plain layers are part of one graph with the rest."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*should not be instantiated")  # torch's compiler does so
+        check_batch_norm(ours, compiled=True)
 
 
 def check_draws(ours: Processes) -> None:
@@ -138,5 +148,12 @@ if __name__ == "__main__":
     warnings.simplefilter("error")
     together = Engine(RuntimeSettings(device="cpu")).processes
     assert together.size == int(sys.argv[1])
-    for check in (check_messages, check_errors, check_agreements, check_batch_norm, check_draws):
+    for check in (
+        check_messages,
+        check_errors,
+        check_agreements,
+        check_batch_norm,
+        check_compiled_batch_norm,
+        check_draws,
+    ):
         check(together)
