@@ -117,6 +117,22 @@ def test_weights_are_taken_over_by_refresh_alone():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nothing_is_compiled_after_the_sizes_were_named(monkeypatch):
+    import triton
+
+    net, compiled = network("resnet18"), []
+    kernels = fused(net, (3, 32, 32), torch.device("cuda"))
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda *, src, **_: compiled.append(src.name))
+    kernels.compile([24, 200], (3, 32, 32))
+    assert "convolve" in compiled
+    compiled.clear()
+    for size in (24, 200):
+        assert agree(kernels, net, torch.rand(size, 3, 32, 32, device="cuda"))
+    assert compiled == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 def test_steps_are_those_of_the_threat_model(norm, order):

@@ -122,7 +122,7 @@ def test_a_captured_run_cut_and_continued_ends_in_the_same_bits(make_trainer, we
                 raise Killed
             step(plan, phase, key)
 
-        stop.set_lr, stop.meters = step.set_lr, step.meters
+        stop.set_lr, stop.set_eps, stop.meters = step.set_lr, step.set_eps, step.meters
         part.step = stop
         with pytest.raises(Killed):
             part.fit()

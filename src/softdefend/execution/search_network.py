@@ -167,7 +167,9 @@ class SearchNetwork:
             return
         with _optional("the network is not run in fused kernels, which is slower"):
             # Batches of other sizes are cut into other tiles.
-            for count in {min(count, len(image)) for count in (16, 128, len(image))}:
+            counts = sorted({min(count, len(image)) for count in (16, 128, len(image))})
+            kernels.compile(counts, tuple(image.shape[1:]))
+            for count in counts:
                 if not agree(kernels, self.net, image[:count]):
                     raise RuntimeError(f"their logits or gradients are others on {count} images")
             self._fused = self._plain = self._forward = kernels

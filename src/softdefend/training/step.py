@@ -280,21 +280,32 @@ class TrainStep:
             return self.forward
         self._fused.refresh()
         if len(image) not in self._agreed:  # in a rehearsal: never while a graph is recorded
-            self._agreed[len(image)] = self._agrees(self._fused, image)
+            self._agreed[len(image)] = self._all_agree(self._fused, image)
         return self._fused if self._agreed[len(image)] else self.forward
 
-    def _agrees(self, kernels: FusedNet, image: Tensor) -> bool:
-        why = "their logits or gradients are not the network's"
+    def _all_agree(self, kernels: FusedNet, image: Tensor) -> bool:
+        """Whether the kernels do what the network does, in every process: the others would wait for one that
+        goes without."""
+        everyone = self.engine.processes.tell(self._disagreement(kernels, image))
+        for rank, why in enumerate(everyone):
+            if why is not None:
+                where = f"process {rank}: " if len(everyone) > 1 else ""
+                what = f"batches of {len(image)} images are attacked without fused kernels, which is slower"
+                warnings.warn(f"{what}: {where}{why}", RuntimeWarning, stacklevel=2)
+                return False
+        return True
+
+    def _disagreement(self, kernels: FusedNet, image: Tensor) -> str | None:
+        """Why the kernels cannot stand for the network on such a batch; None where they can."""
         try:
+            kernels.compile([len(image)], tuple(image.shape[1:]))
             if agree(kernels, self.net, image):
-                return True
+                return None
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler fails in many ways
-            why = " ".join(str(error).split())[:160]
-        what = f"batches of {len(image)} images are attacked without fused kernels, which is slower: {why}"
-        warnings.warn(what, RuntimeWarning, stacklevel=2)
-        return False
+            return " ".join(str(error).split())[:160]
+        return "their logits or gradients are not the network's"
 
     def _check(self, supervision: Supervision, seen: Predictions, phase: str) -> None:
         """Check what the label rule returned.

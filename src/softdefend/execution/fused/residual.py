@@ -3,8 +3,13 @@ kernels."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +105,33 @@ class Affine:
         _fold(self.ones, self.norm, self.scale, self.shift)
 
 
+_compiling = ContextVar("compiling", default=False)
+"""Whether kernels are compiled and not run."""
+_THREADS = 16
+"""That compile at once, where there are so many cores."""
+
+
+@contextlib.contextmanager
+def _compiled_together() -> Iterator[None]:
+    """Kernels of calls in here are compiled, side by side, and not run: one by one they take 0.3 s each."""
+    from triton import AsyncCompileMode
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _THREADS)) as pool, AsyncCompileMode(pool):
+        token = _compiling.set(True)
+        try:
+            yield
+        finally:
+            _compiling.reset(token)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *given: Any, **options: Any) -> None:
+    """Run a kernel on a grid of programs, or only have it compiled."""
+    if _compiling.get():
+        kernel.warmup(*given, grid=grid, **options)
+    else:
+        kernel[grid](*given, **options)
+
+
 def _fold(source: Tensor, norm: nn.Module | None, w: Tensor, bias: Tensor) -> None:
     from softdefend.execution.fused import kernels
 
@@ -108,7 +140,7 @@ def _fold(source: Tensor, norm: nn.Module | None, w: Tensor, bias: Tensor) -> No
     if norm is not None:
         assert isinstance(norm, nn.BatchNorm2d)
         parts = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
-    kernels.fold[(outputs, -(-row // values))](source, *parts, w, bias, row, *w.stride(), values)
+    _launch(kernels.fold, (outputs, -(-row // values)), source, *parts, w, bias, row, *w.stride(), values)
 
 
 class FusedNet(ABC):
@@ -140,6 +172,9 @@ class FusedNet(ABC):
         self.padded = next(size for size in (16, 32, 64, 128) if size >= terms)
         self.stem_w = torch.zeros(self.padded, self.stem.outputs, dtype=dtype, device=self.device)
         self.stem.w = self.stem_w[:terms].T
+        if self.device.type == "cuda":
+            with _compiled_together():
+                self.refresh()
         self.refresh()
 
     stem: Folded
@@ -159,6 +194,20 @@ class FusedNet(ABC):
         """Take over the network's weights and running statistics as they are now."""
         with self._here():
             self._refresh()
+
+    @torch.no_grad()
+    def compile(self, counts: Iterable[int], image_shape: tuple[int, ...]) -> None:
+        """Compile the kernels for batches of these sizes, as far as they have not been.
+
+        Args:
+            counts: images of a batch.
+            image_shape: (c, h, w).
+        """
+        with _compiled_together():
+            for count in counts:
+                image = torch.empty(count, *image_shape, device=self.device)
+                logits, tape = self.forward(image)
+                self.backward(image, tape, logits)
 
     def _refresh(self) -> None:
         for part in self.parts:
@@ -196,8 +245,15 @@ class FusedNet(ABC):
             active = tape[-1]
             b, height, width, channels = active.shape
             logits = torch.empty(b, len(self.bias), device=self.device)
-            kernels.head[(b,)](
-                active, self.weight, self.bias, logits, height * width, *self._classes(channels)
+            _launch(
+                kernels.head,
+                (b,),
+                active,
+                self.weight,
+                self.bias,
+                logits,
+                height * width,
+                *self._classes(channels),
             )
         return logits, tape
 
@@ -215,7 +271,9 @@ class FusedNet(ABC):
         flow = torch.empty_like(active)
         scale = None if self.last is None else self.last.scale
         with self._here():
-            kernels.head_gradient[(b,)](
+            _launch(
+                kernels.head_gradient,
+                (b,),
                 grad.contiguous(),
                 self.weight,
                 active,
@@ -234,7 +292,9 @@ class FusedNet(ABC):
         count, pixels = b * height * width, 128
         out = self._empty(b, height, width, self.stem.outputs)
         second = None if next_norm is None else torch.empty_like(out)
-        kernels.stem[(-(-count // pixels),)](
+        _launch(
+            kernels.stem,
+            (-(-count // pixels),),
             image,
             self.mean,
             self.std,
@@ -260,12 +320,31 @@ class FusedNet(ABC):
         b, channels, height, width = image.shape
         count, pixels, values = b * height * width, 128, 512
         taps = torch.empty(count, self.padded, device=self.device)
-        kernels.stem_taps[(-(-count // pixels),)](
-            flow, self.stem_w, taps, count, self.padded, self.stem.outputs, pixels
+        _launch(
+            kernels.stem_taps,
+            (-(-count // pixels),),
+            flow,
+            self.stem_w,
+            taps,
+            count,
+            self.padded,
+            self.stem.outputs,
+            pixels,
         )
         grad = torch.empty_like(image)
-        kernels.stem_gradient[(-(-count * channels // values),)](
-            taps, self.std, grad, count, height, width, *grad.stride(), channels, self.padded, values
+        _launch(
+            kernels.stem_gradient,
+            (-(-count * channels // values),),
+            taps,
+            self.std,
+            grad,
+            count,
+            height,
+            width,
+            *grad.stride(),
+            channels,
+            self.padded,
+            values,
         )
         return grad
 
@@ -330,7 +409,9 @@ class FusedNet(ABC):
             side, window_side = _paired(side), [t.images, t.rows, 1, width, t.depth]
         else:
             window_side = window
-        kernels.convolve[self._programs(t, b, height, outputs)](
+        _launch(
+            kernels.convolve,
+            self._programs(t, b, height, outputs),
             _described(x, window),
             _described(part.w, slices),
             _described(side, window_side),
@@ -364,7 +445,9 @@ class FusedNet(ABC):
         b, height, width = x.shape[0], x.shape[1] // 2, x.shape[2] // 2
         t = tile(b, height, width, part.inputs, part.outputs, self.processors)
         out = self._empty(b, height, width, part.outputs)
-        kernels.convolve_strided[self._programs(t, b, height, part.outputs)](
+        _launch(
+            kernels.convolve_strided,
+            self._programs(t, b, height, part.outputs),
             _described(_paired(x), [t.images, t.rows, 1, width, t.depth]),
             _described(part.w, [t.columns, t.depth]),
             _described(out, [t.images, t.rows, width, t.columns]),
@@ -401,7 +484,9 @@ class FusedNet(ABC):
         out = torch.empty_like(active)
         pairs, window = [t.images, t.rows, 1, width, t.columns], [t.images, t.rows, width, t.depth]
         (programs,) = self._programs(t, b, height, outputs)
-        kernels.gradient_strided[(4 * programs,)](
+        _launch(
+            kernels.gradient_strided,
+            (4 * programs,),
             _described(grad, window),
             _described(part.w, [t.depth, t.columns]),
             _described(side, window),
