@@ -69,7 +69,10 @@ def rule(name: str):
 
 def train(names: tuple[str, str, str], batch_norm: str = "synchronized", **settings) -> dict[str, Tensor]:
     """Twenty steps in four epochs; all that they have changed, by name."""
-    runtime = RuntimeSettings(device=DEVICE, threads=1, batch_norm=batch_norm, deterministic=True)
+    capture = settings.pop("capture", False)
+    runtime = RuntimeSettings(
+        device=DEVICE, threads=1, batch_norm=batch_norm, capture=capture, deterministic=True
+    )
     engine = Engine(runtime)
     draw = rng.stream(0, "images")
     labels = torch.arange(BATCH * STEPS) % K

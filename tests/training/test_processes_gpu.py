@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
 ]
 SCRIPT = str(Path(__file__).with_name("grid_of_processes.py"))
+BUCKETS = str(Path(__file__).with_name("buckets_of_processes.py"))
 GPUS = {"CUDA_VISIBLE_DEVICES": "0,1", "GRID_DEVICE": "cuda", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 RUN = [
     *("--config", "digits_demo", "--preset", "sglr-ema", "--data.train_size", "512"),
@@ -72,3 +73,10 @@ def test_two_gpus_end_in_the_same_bits_twice(tmp_path):
         assert main([*words, "--runtime.capture", "true"]) == 0
     one, other = ((tmp_path / name / "last.safetensors").read_bytes() for name in ("a", "b"))
     assert one == other
+
+
+@pytest.mark.parametrize("check", ["averages", "overlap", "capture", "training", "captured_training"])
+def test_two_gpus_average_gradients_during_the_backward_pass(check):
+    """Eager and captured; as in test_buckets.py."""
+    for code, errors in processes.ended(processes.start(2, BUCKETS, check, **GPUS), 500):
+        assert code == 0, errors

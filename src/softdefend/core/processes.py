@@ -62,6 +62,20 @@ class Processes:
             dist.all_reduce(total)
         return total
 
+    def begin_sum_(self, tensor: Tensor) -> Callable[[], None]:
+        """Start to put the sum over all processes into ``tensor``; what is returned waits for it, on a GPU by
+        having the current stream wait."""
+        if self.size == 1:
+            return lambda: None
+        with _talking():
+            work = dist.all_reduce(tensor, async_op=True)
+
+        def wait() -> None:
+            with _talking():
+                work.wait()
+
+        return wait
+
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over all processes, in a new tensor; without gradient."""
         return tensor if self.size == 1 else self.sum(tensor) / self.size
@@ -73,7 +87,7 @@ class Processes:
             return
         for kind in dict.fromkeys(tensor.dtype for tensor in tensors):
             alike = [tensor for tensor in tensors if tensor.dtype == kind]
-            _unpack(self.mean(_packed(alike)), alike)
+            unpack(self.mean(packed(alike)), alike)
 
     @torch.no_grad()
     def copy_first_(self, tensors: Sequence[Tensor]) -> None:
@@ -82,10 +96,10 @@ class Processes:
             return
         for kind in dict.fromkeys(tensor.dtype for tensor in tensors):
             alike = [tensor for tensor in tensors if tensor.dtype == kind]
-            packed = _packed(alike)
+            message = packed(alike)
             with _talking():
-                dist.broadcast(packed, 0)
-            _unpack(packed, alike)
+                dist.broadcast(message, 0)
+            unpack(message, alike)
 
     @torch.no_grad()
     def gather(self, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -93,10 +107,10 @@ class Processes:
         if self.size == 1:
             return rows
         parts = [tensor.detach().contiguous().view(len(tensor), -1).view(torch.uint8) for tensor in rows]
-        packed = torch.cat(parts, dim=1)
-        everyone = packed.new_empty(self.size, *packed.shape)
+        message = torch.cat(parts, dim=1)
+        everyone = message.new_empty(self.size, *message.shape)
         with _talking():
-            dist.all_gather(list(everyone.unbind()), packed)
+            dist.all_gather(list(everyone.unbind()), message)
         columns = torch.split(everyone.flatten(0, 1), [part.shape[1] for part in parts], dim=1)
         return tuple(
             column.contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])
@@ -169,11 +183,13 @@ def _talking() -> Iterator[None]:
         raise LostProcessError("another process of this run has ended, or does not answer") from error
 
 
-def _packed(tensors: Sequence[Tensor]) -> Tensor:
+def packed(tensors: Sequence[Tensor]) -> Tensor:
+    """The numbers of tensors of one type, in one message."""
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
-def _unpack(packed: Tensor, tensors: Sequence[Tensor]) -> None:
-    parts = torch.split(packed, [tensor.numel() for tensor in tensors])
+def unpack(message: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Put the numbers of :func:`packed` tensors into tensors of the same shapes."""
+    parts = torch.split(message, [tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view(tensor.shape))

@@ -151,15 +151,13 @@ def memory_name(optimizer: Optimizer) -> str:
     return "momentum" if isinstance(optimizer, SGD) else f"averages of {type(optimizer).__name__}"
 
 
-def gradients(optimizer: Optimizer) -> list[Tensor]:
-    """Of all parameters that have one."""
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    return [p.grad for p in parameters if p.grad is not None]
+def trained(optimizer: Optimizer) -> list[Tensor]:
+    """All parameters."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def clip_gradients(optimizer: Optimizer, longest: float | None) -> None:
     """Scale the gradients of all parameters together to a Euclidean length of ``longest`` at most. Nothing is
     read back to the host."""
     if longest is not None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, longest)
+        nn.utils.clip_grad_norm_(trained(optimizer), longest)

@@ -26,10 +26,11 @@ from softdefend.execution.engine import Engine
 from softdefend.execution.fused import FusedNet, FusedThreat, agree, fused, refusal
 from softdefend.execution.network_mode import frozen, set_mode
 from softdefend.labels import BNMode, Predictions, Supervision
+from softdefend.training.buckets import Buckets
 from softdefend.training.config import Recipe
 from softdefend.training.mixture import Mixture, mixing_refusal
 from softdefend.training.network_checks import draws_numbers
-from softdefend.training.optim import OptimSettings, clip_gradients, gradients, state_tensors
+from softdefend.training.optim import OptimSettings, clip_gradients, state_tensors, trained
 from softdefend.training.parts import check_division
 from softdefend.training.ramp import scaled
 from softdefend.training.target_checks import check_form, check_rows
@@ -86,6 +87,16 @@ def _dropout(key: int) -> int:
     return rng.key(key, "dropout")
 
 
+def _in_order(net: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What is trained, in the order in which it is computed with. Layers of the objective come first: they
+    stand in for the network's throughout, so their gradients are complete at the end."""
+    layers = recipe.objective.layers
+    modules = [net] if layers is None else [layers, net]
+    every = [parameter for module in modules for parameter in module.parameters()]
+    place: dict[Tensor, int] = {parameter: number for number, parameter in enumerate(every)}
+    return sorted(trained(optimizer), key=lambda parameter: place.get(parameter, 0))
+
+
 class TrainStep:
     """Runs steps, eagerly or from captured graphs.
 
@@ -133,6 +144,7 @@ class TrainStep:
             if self._draws and getattr(engine.settings, name):
                 given = "true on several processes, with a network that draws random numbers as dropout does"
                 raise SettingError(f"runtime.{name}", given, "false")
+        self._buckets = Buckets(engine.processes, _in_order(net, recipe, optimizer))
         self._share = 0
         """Images that this process has in the step's batch."""
         self._threat = self._kernels_of(recipe.threat)
@@ -320,11 +332,12 @@ class TrainStep:
             self._checked.add(phase)
 
     def _update(self, total: Tensor, *, last: bool = True) -> None:
-        total.backward()  # type: ignore[no-untyped-call]
-        if last:
-            self.engine.processes.average_(gradients(self.optimizer))
-            clip_gradients(self.optimizer, self.optim.clip)
-            self.optimizer.step()
+        if not last:
+            total.backward()  # type: ignore[no-untyped-call]
+            return
+        self._buckets.backward(total)
+        clip_gradients(self.optimizer, self.optim.clip)
+        self.optimizer.step()
 
     @torch.no_grad()
     def _clean(self, image: Tensor, mode: BNMode) -> Tensor:
