@@ -7,7 +7,9 @@ import json
 import pytest
 
 from softdefend.core.errors import SettingError
-from softdefend.experiments.bench import BenchSettings, bench_train, count_forward_flops, format_row
+from softdefend.experiments.bench import BenchSettings, bench_train, format_row
+from softdefend.experiments.timed_step import ImageShape, forward_flops
+from softdefend.models import NetSettings
 
 QUICK = ["--runtime.device", "cpu", "--attack.steps", "1", "--optim.epochs", "2", "--runtime.threads", "1"]
 
@@ -32,7 +34,7 @@ def test_rows_hold_what_was_asked_for_and_their_arithmetic_closes(tmp_path, capl
         ("pgd-at", 4),
         ("sglr-reference", 4),
     ]
-    flops = count_forward_flops("small_cnn")
+    flops = forward_flops(NetSettings("small_cnn"), ImageShape())
     for row in result["rows"]:
         forwards = {"pgd-at": 2 + 3, "sglr-reference": 2 + 3 + 1}[row["recipe"]]
         assert row["tflop"] == pytest.approx(forwards * flops * row["batch_size"] / 1e12, abs=1e-5)
@@ -47,7 +49,7 @@ def test_rows_hold_what_was_asked_for_and_their_arithmetic_closes(tmp_path, capl
 
 def test_resnet18s_forward_is_the_1_11_gflop_that_the_field_counts():
     """0.556 G multiply-adds on 32x32 (He et al.'s ResNet-18 with a 3x3 stem), two operations each."""
-    assert count_forward_flops("resnet18") == pytest.approx(1.11e9, rel=0.01)
+    assert forward_flops(NetSettings("resnet18"), ImageShape()) == pytest.approx(1.11e9, rel=0.01)
 
 
 @pytest.mark.parametrize(
