@@ -17,8 +17,9 @@ from softdefend.experiments.launch import run_on_processes
 
 @dataclass(frozen=True)
 class BenchFlags:
-    """'train' measures milliseconds per training step on random images of CIFAR-10's shape, against the
-    machine's own matrix ceiling and, with --reference, the reference code's step."""
+    """'train' measures milliseconds per training step on random images, against the machine's own matrix
+    ceiling; with --against_eager true against the same step neither compiled nor captured, and with
+    --reference against the reference code's."""
 
     what: str = positional()
     """train."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -10,36 +11,31 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from softdefend.core import rng
 from softdefend.core.environment import environment
 from softdefend.core.errors import SettingError
 from softdefend.core.files import write_atomic
 from softdefend.core.hints import check_fields
-from softdefend.core.rule import RunInfo
-from softdefend.data import Augmented, Split
-from softdefend.execution.batch_norm import synchronize
 from softdefend.execution.engine import Engine
 from softdefend.experiments.catalog import units
 from softdefend.experiments.config import Experiment, resolve
+from softdefend.experiments.timed_step import ImageShape, TimedStep, forward_flops
 from softdefend.labels import KD
-from softdefend.models import NetSettings, build
-from softdefend.training.optim import make_optimizer
-from softdefend.training.shares import check_shares
-from softdefend.training.step import Phase, TrainStep
 
 _log = logging.getLogger(__name__)
 
-CLASSES, SIZE = 10, 32
-"""Classes and side in pixels of the random RGB images that steps are timed on: CIFAR-10's."""
+REFERENCE_SIZE = 32
+"""Side in pixels of the images that the reference code's networks are made for."""
+EAGER = ("--runtime.compile", "false", "--runtime.capture", "false", "--runtime.fused", "false")
+"""Words of ``softdefend train`` for a step that is launched operation by operation."""
 REFERENCE_NETS = {"resnet18": "resnet18", "preact_resnet18": "preres18", "wrn34_10": "wrn34"}
 """Networks of this package, and what the reference code calls them."""
 REFERENCE_LOSSES = {"pgd-at": "AT", "sglr-reference": "SGLS"}
@@ -60,6 +56,12 @@ class BenchSettings:
     """Recipes; each in its last phase."""
     batch_sizes: tuple[int, ...] = (128,)
     """Images per step, of all processes together."""
+    image_size: int = 32
+    """Height and width in pixels of the random RGB images."""
+    classes: int = 10
+    """Classes of their random labels, >= 2."""
+    against_eager: bool = False
+    """Time the same step neither compiled nor captured in the same run."""
     steps: int = 50
     """Steps in one measurement; the figure is the median of the measurements."""
     repeats: int = 5
@@ -67,7 +69,7 @@ class BenchSettings:
     warmup: int = 5
     """Steps before the first measurement; they compile, tune and capture."""
     images: int = 50_000
-    """Training images, for seconds per epoch."""
+    """Training images of an epoch, for its seconds."""
     reference: str | None = None
     """A checkout of devicerxx/SGLS to time in the same run; none when null."""
     output: str | None = None
@@ -77,19 +79,31 @@ class BenchSettings:
         check_fields(self, "bench")
         for name in ("nets", "presets", "batch_sizes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        counts = [(name, getattr(self, name)) for name in ("steps", "repeats", "warmup", "images")]
+        counts = [
+            (name, getattr(self, name)) for name in ("image_size", "steps", "repeats", "warmup", "images")
+        ]
         for name, value in [*counts, *(("batch_sizes", size) for size in self.batch_sizes)]:
             if value < 1:
                 raise SettingError(f"bench.{name}", value, "a whole number >= 1")
+        if self.classes < 2:
+            raise SettingError("bench.classes", self.classes, "a whole number >= 2")
         for preset in self.presets:
             if isinstance(resolve(["--preset", preset]).recipe.label, KD):
                 raise SettingError("bench.presets", preset, "recipes without trained teachers")
         if self.reference is not None and not os.path.isfile(Path(self.reference) / "losses" / "loss.py"):
             raise SettingError("bench.reference", self.reference, "a checkout of devicerxx/SGLS")
+        if self.reference is not None and self.image_size != REFERENCE_SIZE:
+            accepted = f"{REFERENCE_SIZE} with bench.reference, whose networks take no other images"
+            raise SettingError("bench.image_size", self.image_size, accepted)
+
+    @property
+    def shape(self) -> ImageShape:
+        """Of the images."""
+        return ImageShape(self.image_size, self.classes)
 
 
 def bench_train(settings: BenchSettings, overrides: Sequence[str] | None = None) -> dict[str, Any]:
-    """Time training steps on random images of CIFAR-10's shape.
+    """Time training steps on random images.
 
     Args:
         settings: what to time.
@@ -97,42 +111,55 @@ def bench_train(settings: BenchSettings, overrides: Sequence[str] | None = None)
             ``--runtime.device cpu``.
 
     Returns:
-        The rows, with ceiling and machine, as the first process writes them to ``settings.output``.
+        The rows, with ceiling and machine, as the first process writes them to ``settings.output`` after each
+        row.
+
+    Raises:
+        SettingError: a network that does not take such images; ``against_eager`` where the step is neither
+            compiled nor captured.
     """
     arguments = base_arguments(overrides or [])
     engine = Engine(resolve(arguments).runtime)
+    if settings.against_eager and not (engine.settings.compile or engine.settings.capture):
+        accepted = "false, or runtime.compile true or runtime.capture true"
+        raise SettingError("bench.against_eager", "true with a step that is eager itself", accepted)
+    flops = {name: _flops([*arguments, "--net.name", name], settings.shape) for name in settings.nets}
     dtype = torch.bfloat16 if engine.settings.precision == "bf16" else torch.float32
     peak = measure_ceiling(engine.device, dtype)
     count = engine.processes.size
     where = str(engine.device) if count == 1 else f"{count} x {engine.device.type}"
-    machine = f"{where}, {engine.settings.precision}"
-    _log.info("%s: matrix products run at %.4g TFLOP/s", machine, peak)
-    rows: list[dict[str, Any]] = []
-    for name in settings.nets:
-        flops = count_forward_flops(name)
-        for size in settings.batch_sizes:
-            for preset in settings.presets:
-                experiment = resolve([*arguments, "--preset", preset, "--net.name", name])
-                row: dict[str, Any] = {"net": name, "recipe": preset, "batch_size": size}
-                row |= _time_ours(experiment, size, settings, flops, peak)
-                reference = _time_reference(experiment, preset, size, engine.device, settings)
-                if reference is not None:
-                    ratio = round(reference / row["ms"], 3)
-                    row = {"ratio": ratio, **row, "reference_ms": round(reference, 4)}
-                rows.append(row)
-                _log.info("%s", format_row(row))
-    result = {
+    _log.info("%s, %s: matrix products run at %.4g TFLOP/s", where, engine.settings.precision, peak)
+    result: dict[str, Any] = {
         "ceiling_tflops": round(peak, 2),
         "precision": engine.settings.precision,
         "processes": count,
+        "image_size": settings.image_size,
+        "classes": settings.classes,
         "steps": settings.steps,
         "repeats": settings.repeats,
-        "rows": rows,
+        "rows": [],
         "environment": environment(engine.device),
     }
-    if settings.output and engine.processes.first:
-        write_atomic(Path(settings.output), json.dumps(result, indent=1).encode() + b"\n")
+    for name, size, preset in itertools.product(settings.nets, settings.batch_sizes, settings.presets):
+        words = [*arguments, "--preset", preset, "--net.name", name]
+        row: dict[str, Any] = {"net": name, "recipe": preset, "batch_size": size}
+        row |= _time_ours(resolve(words), size, settings, flops[name], peak)
+        if settings.against_eager:
+            eager = _time_ours(resolve([*words, *EAGER]), size, settings, flops[name], peak)["ms"]
+            row |= {"eager_ms": eager, "eager_ratio": round(eager / row["ms"], 3)}
+        reference = _time_reference(resolve(words), preset, size, engine.device, settings)
+        if reference is not None:
+            ratio = round(reference / row["ms"], 3)
+            row = {"ratio": ratio, **row, "reference_ms": round(reference, 4)}
+        result["rows"].append(row)
+        _log.info("%s", format_row(row))
+        if settings.output and engine.processes.first:
+            write_atomic(Path(settings.output), json.dumps(result, indent=1).encode() + b"\n")
     return result
+
+
+def _flops(words: Sequence[str], shape: ImageShape) -> int:
+    return forward_flops(resolve(words).net, shape)
 
 
 def base_arguments(overrides: Sequence[str]) -> list[str]:
@@ -141,14 +168,20 @@ def base_arguments(overrides: Sequence[str]) -> list[str]:
 
 
 def format_row(row: dict[str, Any]) -> str:
-    """One row for people: the ratio first where there is one."""
-    ratio = (
-        f"{row['ratio']:5.2f} times the reference ({row['reference_ms']:.4g} ms)  " if "ratio" in row else ""
-    )
-    return (
-        f"{row['net']:<16} {row['recipe']:<16} batch {row['batch_size']:<4} {ratio}{row['ms']:8.4g} ms a "
-        f"step  {row['seconds_per_epoch']:.4g} s an epoch  {100 * row['ceiling_share']:.1f}% of the ceiling"
-    )
+    """One row for people: the ratio to the reference first where there is one."""
+    parts = [
+        f"{row['net']:<16} {row['recipe']:<16} batch {row['batch_size']:<4}",
+        f"{row['ms']:8.4g} ms a step",
+        f"{row['seconds_per_epoch']:.4g} s an epoch",
+        f"{100 * row['ceiling_share']:.1f}% of the ceiling",
+    ]
+    if "ratio" in row:
+        parts[0] += f" {row['ratio']:5.2f} times the reference ({row['reference_ms']:.4g} ms)"
+    if "eager_ms" in row:
+        parts.append(f"{row['eager_ratio']:.2f} times the eager step ({row['eager_ms']:.4g} ms)")
+    if row.get("recompiled_after_warmup"):
+        parts.append(f"{row['recompiled_after_warmup']} programs made after the first epoch")
+    return "  ".join(parts)
 
 
 def measure_ceiling(device: torch.device, dtype: torch.dtype) -> float:
@@ -159,40 +192,21 @@ def measure_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / seconds / 1e12
 
 
-def count_forward_flops(net: str) -> int:
-    """Floating-point operations of one image's forward through a network for CIFAR-10."""
-    made = _net(net)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        made(torch.zeros(1, 3, SIZE, SIZE))
-    return int(counter.get_total_flops())
-
-
-def _net(name: str) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):  # the network is drawn on the CPU
-        torch.manual_seed(0)
-        return build(
-            NetSettings(name=name),
-            num_classes=CLASSES,
-            in_channels=3,
-            mean=(0.5,) * 3,
-            std=(0.25,) * 3,
-            image_size=(SIZE, SIZE),
-            pretrained=False,
-        )
-
-
 def _time_ours(
     experiment: Experiment, size: int, settings: BenchSettings, flops: int, peak: float
 ) -> dict[str, Any]:
     engine = Engine(experiment.runtime)
-    run_step, setup = _prepare(experiment, size, engine, settings.warmup)
+    step = TimedStep(experiment, size, settings.shape, engine)
     with engine.training_numerics():
-        setup_seconds = _seconds(setup, 1, engine.device)
+        before = step.programs()
+        setup_seconds = _seconds(lambda: step.warm_up(settings.warmup), 1, engine.device)
+        first = step.programs()
         ms = 1e3 * median(
-            _seconds(run_step, settings.steps, engine.device) / settings.steps
-            for _ in range(settings.repeats)
+            _seconds(step, settings.steps, engine.device) / settings.steps for _ in range(settings.repeats)
         )
+        if engine.settings.compile or engine.settings.capture:
+            step.turn_epoch()
+        made, later = first.since(before), step.programs().since(first)
     recipe, share = experiment.recipe, size // engine.processes.size
     work = units(*recipe.rules, recipe.attack.steps)
     return {
@@ -201,48 +215,10 @@ def _time_ours(
         "setup_seconds": round(setup_seconds, 1),
         "tflop": round(work * flops * size / 1e12, 5),
         "ceiling_share": round(work * flops * share / 1e12 / (ms / 1e3) / peak, 5),
+        "compiled": made.compiled,
+        "captured": made.captured,
+        "recompiled_after_warmup": later.compiled + later.captured,
     }
-
-
-def _prepare(
-    experiment: Experiment, size: int, engine: Engine, warmup: int
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """A function that makes one step in the last phase, and one that makes the first ones."""
-    n, device, recipe = 8 * size, engine.device, experiment.recipe
-    draw = rng.stream(0, "bench")
-    images = torch.randint(0, 256, (n, 3, SIZE, SIZE), generator=draw, dtype=torch.uint8)
-    labels = torch.randint(0, CLASSES, (n,), generator=draw)
-    channels_last = bool(engine.settings.channels_last)
-    augment, epochs = experiment.augment, experiment.optim.epochs
-    data = Augmented(Split(images, labels), device, augment, channels_last=channels_last)
-    check_shares(data, recipe, replace(experiment.optim, batch_size=size), engine.processes)
-    net = _net(experiment.net.name).to(device)
-    if engine.settings.batch_norm == "synchronized":
-        synchronize(net, engine.processes)
-    if channels_last:
-        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for rule in recipe.rules:
-        rule.setup(RunInfo(data.labels, CLASSES, epochs, net, engine.autocast, engine.processes))
-        rule.advance(epochs - 0.5)
-    optimizer = make_optimizer(recipe.trained(net), experiment.optim, device)
-    step = TrainStep(net, data, recipe, optimizer, engine)
-    step.set_lr(1e-3)  # small: the weights of a hundred steps on noise must stay finite
-    phase = Phase(*(rule.phase(epochs - 1) for rule in recipe.rules))
-    plan = data.plan(seed=0, epoch=0, views=recipe.objective.views)
-    made = iter(range(sys.maxsize))
-
-    def once() -> None:
-        number = next(made)
-        start = number % 8 * size
-        step(plan[start : start + size], phase, number)
-        for rule in recipe.rules:
-            rule.after_step()
-
-    def first() -> None:
-        for _ in range(warmup):
-            once()
-
-    return once, first
 
 
 def _seconds(function: Callable[[], object], times: int, device: torch.device) -> float:
@@ -263,7 +239,7 @@ def _time_reference(
     """Milliseconds of the reference code's own step, on images that are on the device already: its loader's
     cost left out; None where it has no such step."""
     loss_name, net_name = REFERENCE_LOSSES.get(preset), REFERENCE_NETS.get(experiment.net.name)
-    steps = experiment.recipe.attack.steps
+    steps, k = experiment.recipe.attack.steps, settings.classes
     # Its label rule keeps its table on a GPU, whatever the device.
     if (
         settings.reference is None
@@ -273,15 +249,15 @@ def _time_reference(
     ):
         return None
     with _importable(Path(settings.reference)):
-        net: nn.Module = importlib.import_module("models").model_dict[net_name](CLASSES).to(device)
+        net: nn.Module = importlib.import_module("models").model_dict[net_name](k).to(device)
         losses = importlib.import_module("losses.loss")
         draw = rng.stream(0, "bench")
-        image = torch.rand(size, 3, SIZE, SIZE, generator=draw).to(device)
-        label = torch.randint(0, CLASSES, (size,), generator=draw)
+        image = torch.rand(size, 3, REFERENCE_SIZE, REFERENCE_SIZE, generator=draw).to(device)
+        label = torch.randint(0, k, (size,), generator=draw)
         criterion = (
             losses.AT(perturb_steps=steps)
             if loss_name == "AT"
-            else losses.SGLS(label.numpy(), CLASSES, es=0, perturb_steps=steps)
+            else losses.SGLS(label.numpy(), k, es=0, perturb_steps=steps)
         )
         optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4)
         index, label = torch.arange(size), label.to(device)

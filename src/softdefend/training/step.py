@@ -149,6 +149,8 @@ class TrainStep:
         """Images that this process has in the step's batch."""
         self._threat = self._kernels_of(recipe.threat)
         self._graphs: dict[tuple[Phase, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.captured = 0
+        """CUDA graphs recorded so far."""
 
     def __call__(self, plan: Tensor, phase: Phase, key: int) -> None:
         """Make one update.
@@ -394,4 +396,5 @@ class TrainStep:
         self.generator.manual_seed(key)
         torch.manual_seed(_dropout(key))
         self._graphs[phase, len(plan)] = graph, static_plan
+        self.captured += 1
         return graph, static_plan
