@@ -236,9 +236,8 @@ def norms(radii: Mapping[Norm, str] = RADII) -> Study:
     own_step = ("--attack.step_size", "null", "--validate.attack.step_size", "null")  # a quarter of eps
     runs = []
     for norm, eps in radii.items():
-        words = ("--preset", "pgd-at", "--threat.norm", norm, "--threat.eps", eps)
-        words += () if norm == "linf" else own_step
-        runs.append(StudyRun(norm, words, {"recipe": f"PGD-AT {norm}"}))
+        ball = ("--threat.norm", norm, "--threat.eps", eps, *(() if norm == "linf" else own_step))
+        runs.append(StudyRun(norm, ("--preset", "pgd-at", *ball), {"recipe": f"PGD-AT {norm}"}))
     balls = ("--threat.norm", "linf", "--threat.eps", radii["linf"])
     for preset, recipe in _UNION.items():
         trained: list[Norm] = ["linf", "l1"] if preset == "e-at" else ["linf", "l2", "l1"]
