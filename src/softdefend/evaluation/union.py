@@ -45,7 +45,7 @@ class KeptEvaluation:
 
 
 def kept_evaluations(
-    folder: Path, which: str, trained: ThreatModel, result: Mapping[str, Any]
+    folder: Path, which: str, trained: ThreatModel, result: Mapping[str, Any], *, skip: bool = False
 ) -> list[KeptEvaluation]:
     """Every evaluation of the same weights on the same data, the trained threat's first.
 
@@ -54,6 +54,7 @@ def kept_evaluations(
         which: the checkpoint.
         trained: the threat of the training.
         result: ``NAME.json`` of one of them.
+        skip: leave out one without its table.
 
     Raises:
         SettingError: one without its table.
@@ -66,9 +67,21 @@ def kept_evaluations(
         if known is None or any(known.get(name) != result.get(name) for name in about):
             continue
         threat = ThreatModel(known["norm"], known["eps"])
-        if path.stem == result_name(which, trained, threat):  # no audit, no targets
-            kept.append(KeptEvaluation(threat, known, _table(store, path.stem, known)))
+        if path.stem != result_name(which, trained, threat):  # an audit, or targets
+            continue
+        table = read_table(store.path(path.stem, ".parquet"))
+        if table is not None and int(_left(table).sum()) == known["worst"]["count"]:
+            kept.append(KeptEvaluation(threat, known, table))
+        elif not skip:
+            given = "no table" if table is None else "a table of another evaluation"
+            accepted = f"the one of {path.name}; without both it is evaluated anew"
+            raise SettingError(str(store.path(path.stem, ".parquet")), given, accepted)
     return kept
+
+
+def of_same_images(kept: Sequence[KeptEvaluation]) -> bool:
+    """Whether evaluations are all of the same test images."""
+    return all(_same_images(kept[0].table, one.table) for one in kept)
 
 
 def robust_in_union(kept: Sequence[KeptEvaluation]) -> NDArray[np.bool_]:
@@ -107,15 +120,6 @@ def union_text(which: str, kept: Sequence[KeptEvaluation]) -> str:
 
 def _same_images(one: Table, other: Table) -> bool:
     return np.array_equal(one.index, other.index) and np.array_equal(one.label, other.label)
-
-
-def _table(store: ResultStore, name: str, known: Mapping[str, Any]) -> Table:
-    path = store.path(name, ".parquet")
-    table = read_table(path)
-    if table is None or int(_left(table).sum()) != known["worst"]["count"]:
-        given = "no table" if table is None else "a table of another evaluation"
-        raise SettingError(str(path), given, f"the one of {name}.json; without both it is evaluated anew")
-    return table
 
 
 def _left(table: Table) -> NDArray[np.bool_]:
