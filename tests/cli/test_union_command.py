@@ -40,3 +40,26 @@ def test_what_has_no_union_is_refused_first(run_folder: Path, refused) -> None:
     outside = ["evaluate", "--model", "small_cnn", "--weights", "w.pt", "--output", "out", "--union"]
     refused(outside, "--union", "without a run", "run folders")
     assert sorted((run_folder / "evaluation").iterdir()) == before
+
+
+def test_several_norms_in_one_call(run_folder: Path, capsys, refused) -> None:
+    words = ["evaluate", str(run_folder), "--which", "last", "--curve_size", "0", "--attacks", "pgd-2"]
+    for radii, given in ((["0.25"], "1 radii for 2 norms"), ([], "nothing beside --norm l2")):
+        refused([*words, "--norm", "linf", "l2", *(["--eps", *radii] if radii else [])], "--eps", given)
+    targeted = ["--union", "--targeted", "next"]
+    both = ["--norm", "l2", "l1", "--eps", "0.25", "1"]
+    refused([*words, *both, *targeted], "evaluate.targeted", "next", "--union")
+    assert not list((run_folder / "evaluation").glob("*-l2-*"))
+    capsys.readouterr()
+    assert main([*words, *both, "--union"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("robust in each threat and in all") == 1
+    tables = [
+        pq.read_table(run_folder / "evaluation" / f"last{end}.parquet") for end in ("", "-l2-0.25", "-l1-1")
+    ]
+    names = ("pgd-20/robust", "pgd-2/robust", "pgd-2/robust")
+    robust = [table[name].to_numpy() for table, name in zip(tables, names, strict=True)]
+    union = next(line for line in said.splitlines() if line.startswith("  union"))
+    assert union.split()[1] == f"{100 * np.all(robust, axis=0).mean():.1f}%"
+    outside = ["evaluate", "--model", "small_cnn", "--weights", "w.pt", "--output", "out"]
+    refused([*outside, *both], "--norm", "l2 l1", "one threat")

@@ -35,10 +35,11 @@ class EvaluateFlags:
     """Run folders."""
     which: tuple[str, ...] = WHICH
     """best, last or both."""
-    norm: str | None = None
-    """linf, l2, l1 or l0; as trained if not given."""
-    eps: Budget | None = None
-    """Radius in pixel units, such as 8/255; as trained if not given, which another norm does not allow."""
+    norm: tuple[str, ...] = ()
+    """linf, l2, l1 or l0, or several of them; as trained if not given."""
+    eps: tuple[Budget, ...] = ()
+    """Radius in pixel units, such as 8/255, one for each norm; as trained if not given, which another norm
+    does not allow."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     devices: int | Literal["auto"] = 1
@@ -115,28 +116,33 @@ def run(words: Sequence[str]) -> None:
     also: dict[str, Any] = {"requests": requests, "transfer": flags.transfer, "device": flags.device}
     changes = given.changes(EvaluateSettings)
     if flags.model is not None and flags.weights is not None and flags.output is not None:
-        threat = _threat(flags, ThreatModel())
+        (threat,) = _threats(flags, ThreatModel())
         settings = EvaluateSettings(**changes)
         paths = replace(flags.net, name=flags.model), flags.weights, flags.data, flags.output
         evaluate_external(*paths, key=flags.weights_key, threat=threat, settings=settings, **also)
     if flags.robustbench_model is not None and flags.architecture is not None and flags.output is not None:
         theirs = flags.architecture, flags.robustbench_model, flags.data, flags.output
         also |= {"mean": flags.mean, "std": flags.std, "key": flags.weights_key}
-        threat, settings = _threat(flags, ThreatModel()), EvaluateSettings(**changes)
+        (threat,), settings = _threats(flags, ThreatModel()), EvaluateSettings(**changes)
         evaluate_robustbench(*theirs, threat=threat, settings=settings, **also)
     for folder in map(Path, flags.run):
         experiment = open_run(folder)
-        threat = _threat(flags, experiment.recipe.threat)
+        threats = _threats(flags, experiment.recipe.threat)
         _log.info(str(folder))
-        evaluate(experiment, flags.which, replace(experiment.evaluate, **changes), threat, **also)
+        evaluate(experiment, flags.which, replace(experiment.evaluate, **changes), threats, **also)
 
 
-def _threat(flags: EvaluateFlags, trained: ThreatModel) -> ThreatModel:
-    norm = cast(Norm, flags.norm or trained.norm)  # a norm that there is not is refused with the rest
-    if flags.eps is None and norm != trained.norm and norm in EXAMPLES:
-        accepted = f"a radius in {norm}, such as {EXAMPLES[norm]}"
-        raise SettingError("--eps", f"nothing beside --norm {norm}", accepted)
-    return ThreatModel(norm, trained.eps if flags.eps is None else flags.eps)
+def _threats(flags: EvaluateFlags, trained: ThreatModel) -> list[ThreatModel]:
+    norms = flags.norm or (trained.norm,)
+    for norm in () if flags.eps else norms:
+        if norm != trained.norm and norm in EXAMPLES:
+            accepted = f"a radius in {norm}, such as {EXAMPLES[norm]}"
+            raise SettingError("--eps", f"nothing beside --norm {norm}", accepted)
+    radii = flags.eps or (trained.eps,) * len(norms)
+    if len(radii) != len(norms):
+        raise SettingError("--eps", f"{len(radii)} radii for {len(norms)} norms", "one for each --norm")
+    # A norm that there is not is refused with the rest.
+    return [ThreatModel(cast(Norm, norm), eps) for norm, eps in zip(norms, radii, strict=True)]
 
 
 def _check(flags: EvaluateFlags, given: Given) -> None:
@@ -154,10 +160,13 @@ def _check(flags: EvaluateFlags, given: Given) -> None:
         _check_model(flags, given)
     if flags.union and not flags.run:
         raise SettingError("--union", "given without a run", "run folders, which keep one result a threat")
-    checkpoints = 1 if flags.model or flags.robustbench_model else len(flags.which) * len(flags.run)
+    outside = flags.model or flags.robustbench_model
+    if outside and len(flags.norm) > 1:
+        raise SettingError("--norm", " ".join(flags.norm), "one of them: an --output folder holds one threat")
+    checkpoints = 1 if outside else len(flags.which) * len(flags.run) * max(1, len(flags.norm))
     for name in ("robustbench", "log"):
         if getattr(flags, name) and checkpoints > 1:
-            accepted = "one run and one checkpoint, such as --which best"
+            accepted = "one run, one checkpoint and one norm, such as --which best"
             raise SettingError(f"--{name}", f"{checkpoints} checkpoints for one file", accepted)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,17 +12,18 @@ from softdefend.cli.flags import Flags, positional, switch
 from softdefend.core.errors import SettingError
 from softdefend.experiments import reproduce as studies
 
-STUDIES = ("table1", "settings", "noise", "ablation")
+STUDIES = ("table1", "settings", "noise", "ablation", "norms")
 
 
 @dataclass(frozen=True)
 class ReproduceFlags:
     """The paper's experiments: 'table1' (PGD-AT and TRADES with and without SGLR, 200 epochs, AutoAttack),
     'settings' (PGD-AT and SGLR with other data, networks, norms), 'noise' (wrong training labels), 'ablation'
-    (SGLR, one factor at a time). Finished runs are kept, unfinished ones continued."""
+    (SGLR, one factor at a time), 'norms' (training against one norm and several). Finished runs are kept,
+    unfinished ones continued."""
 
     study: str = positional()
-    """table1, settings, noise or ablation."""
+    """table1, settings, noise, ablation or norms."""
     folder: Path | None = None
     """Where runs, table, figures and report go; runs/STUDY if not given."""
     seeds: tuple[int, ...] = (0,)
@@ -57,6 +58,12 @@ def _study(flags: ReproduceFlags) -> studies.Study:
         raise SettingError("--human", f"{flags.human} with {flags.study}", "it with noise only")
     if flags.human is not None and not os.path.isfile(flags.human):
         raise SettingError("--human", flags.human, "an .npz file of labels")
-    plans = {"table1": studies.table1, "settings": studies.settings, "ablation": studies.ablation}
-    study = studies.noise(flags.human) if flags.study == "noise" else plans[flags.study]()
+    plans: dict[str, Callable[[], studies.Study]] = {
+        "table1": studies.table1,
+        "settings": studies.settings,
+        "noise": lambda: studies.noise(flags.human),
+        "ablation": studies.ablation,
+        "norms": studies.norms,
+    }
+    study = plans[flags.study]()
     return studies.make_quick(study) if flags.quick else study

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,27 +63,34 @@ class CheckpointSource:
     targeted: str | None = None
     processes: Processes = ALONE
 
-    def under(self, threat: ThreatModel) -> CheckpointSource:
-        """The same under another threat, towards any class."""
-        return replace(self, threat=threat, targeted=None)
-
     @property
     def under_trained_threat(self) -> bool:
         """Whether the network is attacked under the threat that it was trained with, towards any class."""
-        return self.targeted is None and self._trained_threat
-
-    @property
-    def _trained_threat(self) -> bool:
-        return (self.threat.norm, float(self.threat.eps)) == (self.trained.norm, float(self.trained.eps))
+        return self.targeted is None and _same(self.threat, self.trained)
 
     @property
     def name(self) -> str:
         """Of the result files: under another threat than the trained one, or towards chosen classes, they lie
         beside the run's own."""
         end = "" if self.targeted is None else f"-targeted-{self.targeted}"
-        if self._trained_threat:
-            return self.which + end
-        return f"{self.which}-{self.threat.norm}-{re.sub(r'[^0-9.e]+', '_', str(self.threat.eps))}{end}"
+        return result_name(self.which, self.trained, self.threat) + end
+
+
+def result_name(which: str, trained: ThreatModel, threat: ThreatModel) -> str:
+    """Of the result files of a checkpoint under a threat, towards any class.
+
+    Args:
+        which: the checkpoint.
+        trained: the threat of the training, whose results carry the checkpoint's bare name.
+        threat: of the evaluation.
+    """
+    if _same(threat, trained):
+        return which
+    return f"{which}-{threat.norm}-{re.sub(r'[^0-9.e]+', '_', str(threat.eps))}"
+
+
+def _same(one: ThreatModel, other: ThreatModel) -> bool:
+    return (one.norm, float(one.eps)) == (other.norm, float(other.eps))
 
 
 class Checkpoint:

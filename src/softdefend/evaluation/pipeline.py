@@ -33,7 +33,7 @@ from softdefend.evaluation.settings import (
 )
 from softdefend.evaluation.surrogates import transfer_measurement, transfer_warning
 from softdefend.evaluation.table import Table, read_table
-from softdefend.evaluation.union import union_text
+from softdefend.evaluation.union import kept_evaluations, union_text
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +84,8 @@ def evaluate_checkpoint(
         compared = optimality_measurement(checkpoint, settings, requests.optimality, requests.optimality_size)
         measured(checkpoint, compared)
     if requests.union:
-        _log.info(union_text(source, result))
+        kept = kept_evaluations(checkpoint.store.folder, source.which, source.trained, result)
+        _log.info(union_text(source.which, kept))
     if requests.robustbench:
         _write_model_info(requests.robustbench, source, result, table, audit, transferred)
     if requests.log:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ class Table:
     def right(self) -> NDArray[np.bool_]:
         """Right on the clean image, [n]."""
         return np.asarray(self.clean_prediction == self.label)
+
+    def of_attacks(self, names: Sequence[str]) -> Table:
+        """The same with these attacks alone."""
+        return replace(self, attacks={name: self.attacks[name] for name in names})
 
     def after_each(self, names: Sequence[str] | None = None) -> list[tuple[str, int]]:
         """How many samples are still right after the clean pass and after each attack, one upon the other;

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,64 +14,114 @@ from numpy.typing import NDArray
 from softdefend.core.errors import SettingError
 from softdefend.core.store import ResultStore
 from softdefend.core.threat import ThreatModel
-from softdefend.evaluation.checkpoint import CheckpointSource
+from softdefend.evaluation.checkpoint import result_name
 from softdefend.evaluation.records import Rate
 from softdefend.evaluation.table import Table, read_table
 
 
-def union_text(source: CheckpointSource, result: Mapping[str, Any]) -> str:
-    """A line for each threat that has a kept evaluation of this checkpoint, and one for their union.
+@dataclass(frozen=True)
+class KeptEvaluation:
+    """What is kept of a checkpoint under one threat.
+
+    Attributes:
+        threat: that it was attacked under.
+        result: ``evaluation/NAME.json``.
+        table: ``evaluation/NAME.parquet``.
+    """
+
+    threat: ThreatModel
+    result: dict[str, Any]
+    table: Table
+
+    @property
+    def robust(self) -> NDArray[np.bool_]:
+        """Samples that every attack left right, [n]."""
+        return _left(self.table)
+
+    @property
+    def title(self) -> str:
+        """The threat in words: ``l2 128/255``."""
+        return f"{self.threat.norm} {self.threat.eps}"
+
+
+def kept_evaluations(
+    folder: Path, which: str, trained: ThreatModel, result: Mapping[str, Any], *, skip: bool = False
+) -> list[KeptEvaluation]:
+    """Every evaluation of the same weights on the same data, the trained threat's first.
 
     Args:
-        source: the checkpoint.
-        result: ``evaluation/NAME.json`` of one of them.
+        folder: ``evaluation/`` of the run.
+        which: the checkpoint.
+        trained: the threat of the training.
+        result: ``NAME.json`` of one of them.
+        skip: leave out one without its table.
 
     Raises:
-        SettingError: there is no other one, or one is of other images or without its table.
+        SettingError: one without its table.
     """
-    tables = _kept_tables(source, result)
-    if len(tables) < 2:
-        accepted = "evaluations under two threats; first, for example, --norm l2 --eps 128/255"
-        raise SettingError("--union", f"{', '.join(tables)} alone", accepted)
-    first = next(iter(tables.values()))
-    for threat, table in tables.items():
-        if not (np.array_equal(first.index, table.index) and np.array_equal(first.label, table.label)):
-            given = f"other images under {threat} than under {next(iter(tables))}"
-            raise SettingError("--union", given, "evaluations of the same images (--size)")
-    robust = {threat: _left(table) for threat, table in tables.items()}
-    rows = {**robust, "union": np.logical_and.reduce(list(robust.values()))}
-    width = max(map(len, rows))
-    lines = [f"  {name:<{width}}  {Rate.of(torch.from_numpy(flags))}" for name, flags in rows.items()]
-    return "\n".join(
-        [f"{source.which}: robust in each threat and in all, {len(first.label)} images:", *lines]
-    )
-
-
-def _kept_tables(source: CheckpointSource, result: Mapping[str, Any]) -> dict[str, Table]:
-    """Tables by threat, of the evaluations of the same weights on the same data."""
-    store = ResultStore(source.folder / "evaluation")
-    tables = {}
-    for path in sorted(store.folder.glob(f"{source.which}*.json"), key=lambda path: path.stem):
+    store = ResultStore(folder)
+    kept = []
+    for path in sorted(folder.glob(f"{which}*.json"), key=lambda path: path.stem):
         known = store.read(path.stem)
         about = ("weights", "test_data", "which")
         if known is None or any(known.get(name) != result.get(name) for name in about):
             continue
         threat = ThreatModel(known["norm"], known["eps"])
-        if path.stem == source.under(threat).name:  # no audit, no targets
-            tables[f"{threat.norm} {threat.eps}"] = _table(store, path.stem, known)
-    return tables
+        if path.stem != result_name(which, trained, threat):  # an audit, or targets
+            continue
+        table = read_table(store.path(path.stem, ".parquet"))
+        if table is not None and int(_left(table).sum()) == known["worst"]["count"]:
+            kept.append(KeptEvaluation(threat, known, table))
+        elif not skip:
+            given = "no table" if table is None else "a table of another evaluation"
+            accepted = f"the one of {path.name}; without both it is evaluated anew"
+            raise SettingError(str(store.path(path.stem, ".parquet")), given, accepted)
+    return kept
 
 
-def _table(store: ResultStore, name: str, known: Mapping[str, Any]) -> Table:
-    path = store.path(name, ".parquet")
-    table = read_table(path)
-    if table is None or int(_left(table).sum()) != known["worst"]["count"]:
-        given = "no table" if table is None else "a table of another evaluation"
-        raise SettingError(str(path), given, f"the one of {name}.json; without both it is evaluated anew")
-    return table
+def of_same_images(kept: Sequence[KeptEvaluation]) -> bool:
+    """Whether evaluations are all of the same test images."""
+    return all(_same_images(kept[0].table, one.table) for one in kept)
+
+
+def robust_in_union(kept: Sequence[KeptEvaluation]) -> NDArray[np.bool_]:
+    """Samples that every attack under every threat left right, [n].
+
+    Raises:
+        SettingError: fewer than two threats, or evaluations of other images.
+    """
+    if len(kept) < 2:
+        accepted = "evaluations under two threats; first, for example, --norm l2 --eps 128/255"
+        raise SettingError("--union", f"{', '.join(one.title for one in kept)} alone", accepted)
+    first = kept[0]
+    for one in kept:
+        if not _same_images(first.table, one.table):
+            given = f"other images under {one.title} than under {first.title}"
+            raise SettingError("--union", given, "evaluations of the same images (--size)")
+    return np.asarray(np.logical_and.reduce([one.robust for one in kept]))
+
+
+def union_text(which: str, kept: Sequence[KeptEvaluation]) -> str:
+    """A line for each threat, and one for their union.
+
+    Args:
+        which: the checkpoint.
+        kept: its evaluations.
+
+    Raises:
+        SettingError: see :func:`robust_in_union`.
+    """
+    union = robust_in_union(kept)
+    rows = {**{one.title: one.robust for one in kept}, "union": union}
+    width = max(map(len, rows))
+    lines = [f"  {name:<{width}}  {Rate.of(torch.from_numpy(flags))}" for name, flags in rows.items()]
+    return "\n".join([f"{which}: robust in each threat and in all, {len(union)} images:", *lines])
+
+
+def _same_images(one: Table, other: Table) -> bool:
+    return np.array_equal(one.index, other.index) and np.array_equal(one.label, other.label)
 
 
 def _left(table: Table) -> NDArray[np.bool_]:
-    """Samples that every attack left right, [n]."""
     robust = [columns.robust for columns in table.attacks.values()]
     return np.asarray(np.logical_and.reduce([table.right, *robust]))

@@ -72,7 +72,7 @@ def evaluate(
     experiment: Experiment,
     which: Sequence[str],
     settings: EvaluateSettings,
-    threat: ThreatModel,
+    threats: Sequence[ThreatModel],
     *,
     requests: Requests | None = None,
     transfer: Sequence[str] = (),
@@ -83,8 +83,9 @@ def evaluate(
     Args:
         experiment: see :func:`open_run`.
         which: checkpoints.
-        settings, threat: of the attacks.
-        requests: what else is asked.
+        settings: of the attacks.
+        threats: that the network is attacked under, one after the other.
+        requests: what else is asked, of each threat; the union when all are known.
         transfer: surrogates, see :func:`load_surrogates`.
         device: auto, cpu, cuda or cuda:N.
     """
@@ -97,6 +98,7 @@ def evaluate(
     bundle = load(experiment.data)
     net = make_net(experiment, bundle)
     requests = replace(requests or Requests(), surrogates=load_surrogates(transfer, net, bundle))
+    check_requests(settings, requests, len(bundle.test))
     results = [
         evaluate_run(
             experiment,
@@ -106,9 +108,10 @@ def evaluate(
             settings,
             device=chosen,
             threat=threat,
-            requests=requests,
+            requests=replace(requests, union=requests.union and number == len(threats)),
             processes=processes,
         )
+        for number, threat in enumerate(threats, 1)
         for name in which
     ]
     if processes.first:

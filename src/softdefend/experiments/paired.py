@@ -62,15 +62,17 @@ def difference(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Differenc
     return Difference(len(first), float(first.mean()), float(second.mean()), lost, won, p)
 
 
-def verdicts(table: Table) -> dict[str, Any]:
+def verdicts(table: Table, right: Mapping[str, NDArray[np.bool_]] | None = None) -> dict[str, Any]:
     """What a row keeps of an evaluation: whether each image was right, as bits in base64.
 
     Args:
         table: of the evaluation.
+        right: verdicts [n] by measure; clean and under each attack of the table if None.
     """
     parts = {"index": table.index, "label": table.label}
     images = checksum((name, torch.tensor(values)) for name, values in parts.items())
-    right = {"clean": table.right, **{name: columns.robust for name, columns in table.attacks.items()}}
+    if right is None:
+        right = {"clean": table.right, **{name: columns.robust for name, columns in table.attacks.items()}}
     packed = {name: _pack(flags) for name, flags in right.items()}
     return {"n": len(table.label), "images": images, "right": packed}
 

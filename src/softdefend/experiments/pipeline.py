@@ -13,12 +13,13 @@ from typing import Any
 import yaml
 
 from softdefend.core.errors import SettingError
+from softdefend.core.threat import ThreatModel
 from softdefend.data import DataBundle, load
 from softdefend.evaluation.settings import check_writable
 from softdefend.execution.engine import count_processes
 from softdefend.execution.launched import place_of_this_process
 from softdefend.experiments.config import Experiment, first_given, resolve
-from softdefend.experiments.evaluate import evaluate_run
+from softdefend.experiments.evaluate import evaluate, evaluate_run, open_run
 from softdefend.experiments.launch import run_on_processes
 from softdefend.experiments.network import check_trainable, make_net
 from softdefend.experiments.parallel import Job, command_line, run_all
@@ -108,12 +109,20 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
     return "  ".join(parts)
 
 
-def train_all(runs: Mapping[str, Sequence[str]], *, parallel: int = 1) -> list[Experiment]:
+def train_all(
+    runs: Mapping[str, Sequence[str]],
+    *,
+    parallel: int = 1,
+    after: Mapping[str, str] | None = None,
+    threats: Sequence[ThreatModel] = (),
+) -> list[Experiment]:
     """Train several runs; finished ones are kept, unfinished ones continued.
 
     Args:
         runs: words of ``softdefend train`` by what messages call the run; a folder of its own in each.
         parallel: runs at a time. Above one each is a process of its own that writes to ``FOLDER.log``.
+        after: runs that start from another one, and which; it stands before them or is finished.
+        threats: under which each finished run is evaluated too, beside that of its training.
 
     Raises:
         SettingError: words that do not resolve, before anything runs; or what a run refuses.
@@ -125,11 +134,20 @@ def train_all(runs: Mapping[str, Sequence[str]], *, parallel: int = 1) -> list[E
     if parallel == 1:
         for experiment in experiments:
             train(experiment)
+            if others := _others(experiment, threats):
+                made = open_run(experiment.folder)  # knows the digest of what the run started from
+                evaluate(made, WHICH, experiment.evaluate, others, device=experiment.runtime.device)
         return experiments
     logs = [experiment.folder.with_name(f"{experiment.folder.name}.log") for experiment in experiments]
+    after = {name: base for name, base in (after or {}).items() if base in runs}
     jobs = [
-        Job(name, partial(_train_command, words), log)
+        Job(name, partial(_train_command, words), log, (after[name],) if name in after else ())
         for (name, words), log in zip(runs.items(), logs, strict=True)
+    ]
+    jobs += [
+        Job(f"{name}, other threats", partial(_evaluate_command, experiment, others), log, (name,))
+        for name, experiment, log in zip(runs, experiments, logs, strict=True)
+        if (others := _others(experiment, threats))
     ]
     run_all(jobs, parallel, spread=all(made.runtime.device == "auto" for made in experiments))
     return experiments
@@ -137,6 +155,17 @@ def train_all(runs: Mapping[str, Sequence[str]], *, parallel: int = 1) -> list[E
 
 def _train_command(words: Sequence[str], _: str) -> list[str]:
     return command_line("train", *words)
+
+
+def _evaluate_command(experiment: Experiment, threats: Sequence[ThreatModel], _: str) -> list[str]:
+    norms, radii = [threat.norm for threat in threats], [str(threat.eps) for threat in threats]
+    words = ["--norm", *norms, "--eps", *radii, "--device", experiment.runtime.device]
+    return command_line("evaluate", str(experiment.folder), *words)
+
+
+def _others(experiment: Experiment, threats: Sequence[ThreatModel]) -> list[ThreatModel]:
+    """Of these threats those that the run was not trained against."""
+    return [threat for threat in threats if threat != experiment.recipe.threat]
 
 
 def compare(

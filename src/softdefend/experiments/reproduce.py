@@ -10,10 +10,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from softdefend.core.errors import SettingError
 from softdefend.core.files import write_atomic
 from softdefend.core.store import ResultStore
+from softdefend.core.threat import Budget, Norm, ThreatModel
 from softdefend.evaluation.table import read_table
+from softdefend.evaluation.union import KeptEvaluation, kept_evaluations, robust_in_union
 from softdefend.experiments import paired, pipeline
 from softdefend.experiments.config import first_given, resolve
 from softdefend.experiments.evaluate import evaluate, open_run
@@ -42,12 +47,16 @@ class StudyRun:
         arguments: of ``softdefend train``, after the protocol's.
         factors: what sets the row apart, for the table.
         protocol: arguments that a run in miniature leaves out, where the study's runs do not share theirs.
+        start: name of the run whose last weights it starts from; empty for fresh weights.
+        fixed: arguments that stay, whatever is given for all runs.
     """
 
     name: str
     arguments: tuple[str, ...]
     factors: dict[str, str]
     protocol: tuple[str, ...] = ()
+    start: str = ""
+    fixed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,9 @@ class Study:
         split: whose figures the table shows: ``test``, or ``validation`` where the figures serve a choice.
         pairs: names of runs whose last checkpoints are compared image by image: a reference, and another.
         transfer: whether the runs of a pair are also attacked with images that were made on one another.
+        threats: that every run is evaluated under, whatever it was trained against, one for each norm; the
+            table then has a column for each and for their union, over all attacks. Under the threat of its
+            training alone where there are none.
     """
 
     name: str
@@ -73,10 +85,13 @@ class Study:
     split: Literal["test", "validation"] = "test"
     pairs: tuple[tuple[str, str], ...] = ()
     transfer: bool = False
+    threats: tuple[ThreatModel, ...] = ()
 
     @property
     def measures(self) -> tuple[str, ...]:
         """Columns of the table."""
+        if self.threats:
+            return ("clean", *(threat.norm for threat in self.threats), "union")
         return ("clean", *self.attacks) if self.split == "test" else ("val_clean", "val_robust")
 
 
@@ -200,8 +215,52 @@ def ablation() -> Study:
     )
 
 
+RADII: dict[Norm, str] = {"linf": "8/255", "l2": "128/255", "l1": "12"}
+"""Of the balls for images of 32 pixels, as robust-finetuning and the presets have them."""
+_QUICK_RADII: dict[Norm, str] = {"linf": "0.1", "l2": "0.5", "l1": "2"}
+_UNION = {"e-at": "E-AT", "max-at": "MAX", "avg-at": "AVG", "msd": "MSD"}
+"""Presets that train against several norms, and what the table calls them."""
+_FINE_TUNING = (
+    *("--optim.epochs", "3", "--optim.lr", "0.01", "--optim.schedule.warmup", "0"),
+    *("--optim.schedule.kind", "step", "--optim.schedule.milestones", "[0.3333, 0.6667]"),
+)
+"""Of Croce & Hein (arXiv 2105.12508): three epochs; rate and drops are the defaults of their code."""
+
+
+def norms(radii: Mapping[Norm, str] = RADII) -> Study:
+    """Training in one norm and in several, evaluated in l-inf, l2, l1 and their union, image by image.
+
+    Args:
+        radii: of the balls, in training and in evaluation.
+    """
+    own_step = ("--attack.step_size", "null", "--validate.attack.step_size", "null")  # a quarter of eps
+    runs = []
+    for norm, eps in radii.items():
+        ball = ("--threat.norm", norm, "--threat.eps", eps, *(() if norm == "linf" else own_step))
+        runs.append(StudyRun(norm, ("--preset", "pgd-at", *ball), {"recipe": f"PGD-AT {norm}"}))
+    balls = ("--threat.norm", "linf", "--threat.eps", radii["linf"])
+    for preset, recipe in _UNION.items():
+        trained: list[Norm] = ["linf", "l1"] if preset == "e-at" else ["linf", "l2", "l1"]
+        against = (word for norm in trained for word in (f"--objective.{norm}", radii[norm]))
+        runs.append(StudyRun(preset, ("--preset", preset, *balls, *against), {"recipe": recipe}))
+    tuned = next(run for run in runs if run.name == "e-at")
+    factors = {"recipe": "E-AT from PGD-AT linf"}
+    runs.append(replace(tuned, name="e-at-tuned", factors=factors, start="linf", fixed=_FINE_TUNING))
+    return Study(
+        "norms",
+        "Training against one norm and against several",
+        ("--config", "cifar10_resnet18_short"),
+        ("autoattack",),
+        tuple(runs),
+        pairs=tuple(("linf", name) for name in (*_UNION, "e-at-tuned")),
+        threats=tuple(ThreatModel(norm, Budget(eps)) for norm, eps in radii.items()),
+    )
+
+
 def make_quick(study: Study) -> Study:
     """The study on digits in a few epochs, with an attack that takes seconds in place of AutoAttack."""
+    if study.threats:
+        study = norms(_QUICK_RADII)
     attacks = tuple(_QUICK_ATTACKS.get(name, name) for name in study.attacks)
     runs = tuple(replace(run, protocol=()) for run in study.runs if "--data.noise_file" not in run.arguments)
     names = {run.name for run in runs}
@@ -218,6 +277,12 @@ _SET_BY_STUDY = {
     "--preset": "",
 }
 """Arguments of ``softdefend train`` that a study gives every run, and what is given in their place."""
+_SET_WITH_THREATS = {
+    **{name: said for name, said in _SET_BY_STUDY.items() if name != "--evaluate.attacks"},
+    **dict.fromkeys(("--threat", "--threat.norm", "--threat.eps", "--objective"), ""),
+    **{f"--objective{part}.{norm}": "" for part in ("", ".init_args") for norm in RADII},
+}
+"""The same for a study with threats of its own, whose columns name no attack."""
 
 
 def reproduce(
@@ -249,29 +314,33 @@ def reproduce(
         The rows of the table.
 
     Raises:
-        SettingError: a name in ``only`` that the study does not have, or an override of what the study sets.
+        SettingError: a name in ``only`` that the study does not have, a run to start from that is neither
+            made nor there, or an override of what the study sets.
     """
-    if given := first_given(overrides, _SET_BY_STUDY):
-        raise SettingError(given, "a value for all runs", f"what the study sets itself{_SET_BY_STUDY[given]}")
+    set_by_study = _SET_WITH_THREATS if study.threats else _SET_BY_STUDY
+    if given := first_given(overrides, set_by_study):
+        raise SettingError(given, "a value for all runs", f"what the study sets itself{set_by_study[given]}")
     runs = _selected(study, only)
     _check_source(study, runs, overrides)
     selected = [(run, seed) for run in runs for seed in seeds]
-    store = ResultStore(folder)
-    folders = [folder / _stem(run, seed) for run, seed in selected]
-    arguments = {
-        f"{run.name}, seed {seed}": _arguments(study, run, seed, place, overrides)
-        for (run, seed), place in zip(selected, folders, strict=True)
-    }
-    pipeline.train_all(arguments, parallel=parallel)
-    records = [read_run(place) for place in folders]
-    for (run, seed), record in zip(selected, records, strict=True):
-        inputs = _inputs(run, seed, _protocol(record.config))
-        store.write(_stem(run, seed), inputs, _row(study, run, seed, record))
-    _add_transfer(study, store, seeds)
     protocols = {
         run.name: _protocol(plain_config(resolve(_arguments(study, run, 0, folder, overrides))))
         for run in study.runs
     }
+    _check_starts(folder, selected, protocols)
+    store = ResultStore(folder)
+    folders = [folder / _stem(run.name, seed) for run, seed in selected]
+    arguments = {
+        _job(run.name, seed): _arguments(study, run, seed, place, overrides)
+        for (run, seed), place in zip(selected, folders, strict=True)
+    }
+    after = {_job(run.name, seed): _job(run.start, seed) for run, seed in selected if run.start}
+    pipeline.train_all(arguments, parallel=parallel, after=after, threats=study.threats)
+    records = [read_run(place) for place in folders]
+    for (run, seed), record in zip(selected, records, strict=True):
+        inputs = _inputs(run, seed, _protocol(record.config))
+        store.write(_stem(run.name, seed), inputs, _row(study, run, seed, record))
+    _add_transfer(study, store, seeds)
     rows = _collect_rows(study, store, protocols)
     _write_table(study, folder, rows)
     _write_differences(study, folder, rows)
@@ -304,13 +373,29 @@ def _check_source(study: Study, runs: Sequence[StudyRun], overrides: Sequence[st
         raise SettingError("--data.source", given, "it beside --only with the settings of one data set")
 
 
+def _check_starts(
+    folder: Path, selected: Sequence[tuple[StudyRun, int]], protocols: Mapping[str, dict[str, Any]]
+) -> None:
+    """Refuse a run without the finished run that it starts from."""
+    made = {(run.name, seed) for run, seed in selected}
+    for run, seed in selected:
+        if not run.start or (run.start, seed) in made:
+            continue
+        base = folder / _stem(run.start, seed)
+        done = (base / "evaluation" / "last.json").is_file()
+        if not done or _protocol(read_run(base).config) != protocols[run.start]:
+            given = f"{run.name} without {run.start}, whose last weights it starts from"
+            accepted = f"{run.start} beside it, or its finished run, made with the same settings, in {base}"
+            raise SettingError("--only", given, accepted)
+
+
 def _add_transfer(study: Study, store: ResultStore, seeds: Sequence[int]) -> None:
     """Attack the last checkpoints of a pair, where both runs lie in the folder, with images that were made on
     one another, and add the robust accuracy to their rows."""
     runs = {run.name: run for run in study.runs}
     for names in study.pairs if study.transfer else ():
         for seed in seeds:
-            stems = [_stem(runs[name], seed) for name in names]
+            stems = [_stem(runs[name].name, seed) for name in names]
             weights = [store.folder / stem / "last.safetensors" for stem in stems]
             if not all(path.is_file() for path in weights):
                 continue
@@ -327,7 +412,7 @@ def _withstood(folder: Path, surrogate: Path) -> float:
         experiment,
         ("last",),
         experiment.evaluate,
-        experiment.recipe.threat,
+        [experiment.recipe.threat],
         transfer=[str(surrogate)],
         device=experiment.runtime.device,
     )
@@ -374,7 +459,7 @@ def compared(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, 
             if None in pair:
                 continue
             one, other = (row.get("verdicts", {}) for row in pair if row is not None)
-            differences = {name: paired.compare(one, other, name) for name in ("clean", *study.attacks)}
+            differences = {name: paired.compare(one, other, name) for name in study.measures}
             known = {name: value for name, value in differences.items() if value is not None}
             transfer = [row["last"].get("transfer") for row in pair if row is not None]
             if known:
@@ -404,14 +489,14 @@ def _write_differences(study: Study, folder: Path, rows: Sequence[Mapping[str, A
     write_atomic(folder / "differences.json", json.dumps(content, indent=1).encode() + b"\n")
     table = differences_table(study, pairs)
     write_atomic(folder / "differences.md", table.encode())
-    _write_figures(folder, {"differences": studies.forest(pairs, ("clean", *study.attacks))})
+    _write_figures(folder, {"differences": studies.forest(pairs, study.measures)})
     _log.info("%s", table)
 
 
 def differences_table(study: Study, pairs: Iterable[Mapping[str, Any]]) -> str:
     """Last checkpoints of each pair in percent, with the paired difference, its standard error, and the p of
     McNemar's test."""
-    measures = ("clean", *study.attacks)
+    measures = study.measures
     header = ["reference", "other", "seed", *measures, *(["transfer"] if study.transfer else [])]
     lines = [header, ["---"] * len(header)]
     for pair in pairs:
@@ -440,10 +525,10 @@ def _collect_rows(
     seed."""
     rows: list[dict[str, Any]] = []
     for run in study.runs:
-        pattern = re.compile(re.escape(_stem(run, "")) + r"(-?\d+)")
+        pattern = re.compile(re.escape(_stem(run.name, "")) + r"(-?\d+)")
         found = (pattern.fullmatch(path.stem) for path in store.folder.glob("*.json"))
         for seed in sorted(int(match[1]) for match in found if match):
-            row = store.find(_stem(run, seed), _inputs(run, seed, protocols[run.name]))
+            row = store.find(_stem(run.name, seed), _inputs(run, seed, protocols[run.name]))
             if row is not None:
                 rows.append(row)
             else:
@@ -452,10 +537,15 @@ def _collect_rows(
     return rows
 
 
-def _stem(run: StudyRun, seed: int | str) -> str:
+def _stem(name: str, seed: int | str) -> str:
     """Of the names of a run's folder and files."""
-    safe = "".join(letter if letter.isalnum() or letter in "=.-" else "_" for letter in run.name)
+    safe = "".join(letter if letter.isalnum() or letter in "=.-" else "_" for letter in name)
     return f"{safe}-seed{seed}"
+
+
+def _job(name: str, seed: int) -> str:
+    """What messages call a run."""
+    return f"{name}, seed {seed}"
 
 
 def _inputs(run: StudyRun, seed: int, protocol: dict[str, Any]) -> dict[str, Any]:
@@ -482,7 +572,10 @@ def _arguments(study: Study, run: StudyRun, seed: int, folder: Path, overrides: 
     """One run's arguments of ``softdefend train``."""
     attacks = f"--evaluate.attacks={json.dumps(study.attacks)}"
     own = ["--name", run.name, "--seed", str(seed), attacks]
-    return [*study.protocol, *run.protocol, *run.arguments, *own, *overrides, f"--folder={folder}"]
+    last = [*run.fixed, f"--folder={folder}"]
+    if run.start:
+        last.append(f"--init_from={folder.parent / _stem(run.start, seed) / 'last.safetensors'}")
+    return [*study.protocol, *run.protocol, *run.arguments, *own, *overrides, *last]
 
 
 def _row(study: Study, run: StudyRun, seed: int, record: RunRecord) -> dict[str, Any]:
@@ -490,14 +583,38 @@ def _row(study: Study, run: StudyRun, seed: int, record: RunRecord) -> dict[str,
     row: dict[str, Any] = {"name": run.name, **run.factors, "seed": seed}
     for which in ("best", "last"):
         result = record.evaluations[which]
-        figures = {"epoch": result["epoch"], "clean": result["clean"]["rate"]}
-        figures |= {attack: robust_rate(result, attack) for attack in study.attacks}
+        figures: dict[str, Any] = {"epoch": result["epoch"]}
+        if study.threats:
+            kept = _under_threats(study, record, which)
+            right = _right_in_union(kept, record.config["evaluate"]["attacks"])
+            figures |= {name: float(flags.mean()) for name, flags in right.items()}
+            row["verdicts"] = paired.verdicts(kept[0].table, right)
+        else:
+            figures["clean"] = result["clean"]["rate"]
+            figures |= {attack: robust_rate(result, attack) for attack in study.attacks}
         epoch = next(line for line in record.metrics if line["epoch"] == result["epoch"])
         row[which] = figures | {"val_clean": epoch["val_clean"], "val_robust": epoch["val_robust"]}
-    table = read_table(record.folder / "evaluation" / "last.parquet")
-    row["verdicts"] = {} if table is None else paired.verdicts(table)
+    if not study.threats:
+        table = read_table(record.folder / "evaluation" / "last.parquet")
+        row["verdicts"] = {} if table is None else paired.verdicts(table)
     row["hours"] = sum({line["epoch"]: line["seconds"] for line in record.timing}.values()) / 3600
     return {**row, "environment": record.environment, "curve": record.metrics}
+
+
+def _under_threats(study: Study, record: RunRecord, which: str) -> list[KeptEvaluation]:
+    """A checkpoint's evaluations under the study's threats, in their order."""
+    own = record.config["threat"]
+    trained = ThreatModel(own["norm"], own["eps"])
+    kept = kept_evaluations(record.folder / "evaluation", which, trained, record.evaluations[which])
+    by_threat = {one.threat: one for one in kept}
+    return [by_threat[threat] for threat in study.threats]
+
+
+def _right_in_union(kept: Sequence[KeptEvaluation], attacks: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
+    """Which images [n] are right: clean, under these attacks in each norm, and in all of them."""
+    only = [replace(one, table=one.table.of_attacks(attacks)) for one in kept]
+    union = robust_in_union(only)
+    return {"clean": only[0].table.right, **{one.threat.norm: one.robust for one in only}, "union": union}
 
 
 def robust_rate(evaluation: dict[str, Any], attack: str) -> float:

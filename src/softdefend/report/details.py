@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from softdefend.core.errors import SettingError
 from softdefend.core.files import parse_json
 from softdefend.core.safetensors_files import open_safetensors
+from softdefend.core.threat import ThreatModel
 from softdefend.evaluation.table import Table, read_table
+from softdefend.evaluation.union import KeptEvaluation, kept_evaluations
 
 ABOUT = ("weights", "test_data", "norm", "eps")
 """What files beside each other must agree in before they are about one network and one question."""
@@ -57,6 +59,8 @@ class Details:
     gallery: GalleryImages | None = None
     certificate: dict[str, Any] | None = None
     optimality: dict[str, Any] | None = None
+    threats: tuple[KeptEvaluation, ...] = ()
+    """Its evaluations under all threats, its own first; none where there is one alone."""
 
 
 def read_details(folder: Path, which: str, evaluation: dict[str, Any]) -> Details:
@@ -85,12 +89,22 @@ def read_details(folder: Path, which: str, evaluation: dict[str, Any]) -> Detail
         if content is not None and not fits(content):
             raise SettingError(str(folder / f"{which}-{name}.json"), "other content", accepted)
     gallery = _gallery(folder / f"{which}-gallery.safetensors", table, evaluation)
-    return Details(table, audit, corruptions, transfer, gallery, certificate, optimality)
+    threats = _threats(folder, which, evaluation)
+    return Details(table, audit, corruptions, transfer, gallery, certificate, optimality, threats)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value from a file is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _threats(folder: Path, which: str, evaluation: dict[str, Any]) -> tuple[KeptEvaluation, ...]:
+    others = [path for path in folder.glob(f"{which}-l*.json") if path.with_suffix(".parquet").is_file()]
+    if not others or "weights" not in evaluation:
+        return ()
+    own = ThreatModel(evaluation["norm"], evaluation["eps"])
+    kept = kept_evaluations(folder, which, own, evaluation, skip=True)
+    return tuple(kept) if len(kept) > 1 else ()
 
 
 def _read_companion(

@@ -20,6 +20,7 @@ SECTIONS: tuple[Callable[[Comparison], Section | None], ...] = (
     sections.eps_curves,
     sections.accuracy_by_class,
     robustness.accuracy_after_each_attack,
+    robustness.several_threats,
     robustness.queries_to_success,
     robustness.confusions,
     robustness.masking_audits,

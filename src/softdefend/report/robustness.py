@@ -7,14 +7,17 @@ one. Each returns None where no run has it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from softdefend.evaluation.records import Rate
 from softdefend.evaluation.table import Table as PredictionTable
 from softdefend.evaluation.table import after_each
+from softdefend.evaluation.union import KeptEvaluation, of_same_images, robust_in_union
 from softdefend.report.comparison import Comparison
 from softdefend.report.content import (
     Block,
@@ -154,6 +157,49 @@ def success_by_queries(table: PredictionTable, attack: str) -> Line | None:
     if (last := int(asked.max())) > x[-1]:
         x, y = [*x, last], [*y, y[-1]]
     return Line(tuple(x), tuple(y), tuple(y), tuple(y))
+
+
+def several_threats(comparison: Comparison) -> Section | None:
+    """Accuracy under each threat that a checkpoint was evaluated under, and under all of them together."""
+    checkpoints = [
+        _Checkpoint(group.label, run, which, run.details[which])
+        for group in comparison.groups
+        for which in CHECKPOINTS
+        for run in [one for one in group.runs if which in one.details and one.details[which].threats][:1]
+    ]
+    if not checkpoints:
+        return None
+    titles = list(dict.fromkeys(one.title for each in checkpoints for one in each.details.threats))
+    body = [
+        [
+            comparison.name_cell(one.recipe),
+            one.which,
+            number_text(one.evaluation["n"]),
+            f"{100 * one.evaluation['clean']['rate']:.2f}",
+            *_threat_cells(one.details.threats, titles),
+        ]
+        for one in checkpoints
+    ]
+    head = ["recipe", "checkpoint", "images", "clean", *titles, "union"]
+    results = [kept.result for one in checkpoints for kept in one.details.threats]
+    attacks = dict.fromkeys(attack_label(name) for result in results for name in result["attacks"])
+    note = (
+        f"In the worst case of {', '.join(attacks)}. Union: right under every threat of its row, image by "
+        "image; a dash where those were not of the same images."
+    )
+    table = Table("Accuracy under several threats, %", head, body)
+    return Section("Several threats", [table, Paragraph(note)])
+
+
+def _threat_cells(kept: Sequence[KeptEvaluation], titles: Sequence[str]) -> list[Cell | str]:
+    worst = {one.title: one.result["worst"] for one in kept}
+    if of_same_images(kept):
+        worst["union"] = asdict(Rate.of(torch.from_numpy(robust_in_union(kept))))
+    return [_rate_cell(worst[title]) if title in worst else ABSENT for title in (*titles, "union")]
+
+
+def _rate_cell(rate: dict[str, Any]) -> Cell:
+    return Cell(f"{100 * rate['rate']:.2f}", small=f"[{100 * rate['low']:.2f}, {100 * rate['high']:.2f}]")
 
 
 def confusions(comparison: Comparison) -> Section | None:
