@@ -71,7 +71,7 @@ class BenchSettings:
     reference: str | None = None
     """A checkout of devicerxx/SGLS to time in the same run; none when null."""
     output: str | None = None
-    """JSON file to write; none when null."""
+    """JSON file to write, after every row; none when null."""
 
     def __post_init__(self) -> None:
         check_fields(self, "bench")
@@ -97,7 +97,7 @@ def bench_train(settings: BenchSettings, overrides: Sequence[str] | None = None)
             ``--runtime.device cpu``.
 
     Returns:
-        The rows, with ceiling and machine, as the first process writes them to ``settings.output``.
+        The rows, with ceiling and machine, as the first process writes them to ``settings.output`` each time.
     """
     arguments = base_arguments(overrides or [])
     engine = Engine(resolve(arguments).runtime)
@@ -107,7 +107,15 @@ def bench_train(settings: BenchSettings, overrides: Sequence[str] | None = None)
     where = str(engine.device) if count == 1 else f"{count} x {engine.device.type}"
     machine = f"{where}, {engine.settings.precision}"
     _log.info("%s: matrix products run at %.4g TFLOP/s", machine, peak)
-    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {
+        "ceiling_tflops": round(peak, 2),
+        "precision": engine.settings.precision,
+        "processes": count,
+        "steps": settings.steps,
+        "repeats": settings.repeats,
+        "rows": [],
+        "environment": environment(engine.device),
+    }
     for name in settings.nets:
         flops = count_forward_flops(name)
         for size in settings.batch_sizes:
@@ -119,19 +127,10 @@ def bench_train(settings: BenchSettings, overrides: Sequence[str] | None = None)
                 if reference is not None:
                     ratio = round(reference / row["ms"], 3)
                     row = {"ratio": ratio, **row, "reference_ms": round(reference, 4)}
-                rows.append(row)
+                result["rows"].append(row)
                 _log.info("%s", format_row(row))
-    result = {
-        "ceiling_tflops": round(peak, 2),
-        "precision": engine.settings.precision,
-        "processes": count,
-        "steps": settings.steps,
-        "repeats": settings.repeats,
-        "rows": rows,
-        "environment": environment(engine.device),
-    }
-    if settings.output and engine.processes.first:
-        write_atomic(Path(settings.output), json.dumps(result, indent=1).encode() + b"\n")
+                if settings.output and engine.processes.first:
+                    write_atomic(Path(settings.output), json.dumps(result, indent=1).encode() + b"\n")
     return result
 
 
