@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +76,7 @@ def statistics_bytes(net: nn.Module) -> tuple[list[int], list[int]]:
     return [NUMBER * (2 * width + 1) for width in widths], [NUMBER * 2 * width for width in widths]
 
 
+@cache
 def forwards(preset: str) -> int:
     """Forwards of a step in which batch normalization looks at the batch."""
     recipe = resolve(["--preset", preset]).recipe
@@ -83,6 +84,7 @@ def forwards(preset: str) -> int:
     return recipe.objective.forwards + clean
 
 
+@cache
 def remembers(preset: str) -> bool:
     """Whether a step writes rows of a label memory."""
     return resolve(["--preset", preset]).recipe.label.remembers

@@ -1,4 +1,4 @@
-"""The benchmark of several processes: its output, its arithmetic, and real messages and kills in miniature."""
+"""The benchmark of several processes: its output, arithmetic, messages and kills in miniature."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_rows_are_written_at_once_replace_the_same_work_and_keep_the_rest(scalin
 
 
 def test_shares_are_of_what_the_recipe_sends(results):
-    """SGLR makes a clean forward more, and has a memory; what was captured counts, of the same number alone."""
+    """SGLR makes a clean forward more, and has a memory; what was captured counts."""
     for recipe in ("pgd-at", "sglr-reference"):
         results.add("steps", step(2, 10.0) | {"recipe": recipe})
     known = {"net": "n", "captured": True}
@@ -174,19 +174,14 @@ def test_bytes_of_messages_are_those_of_published_networks(scaling, monkeypatch)
 
 
 def test_messages_of_two_processes_are_timed(scaling, results, tmp_path):
+    """Three starts of Python take some seconds."""
     args = scaling.read_arguments(["--quick", "--parts", "messages"])
     args.folder = tmp_path
     assert scaling.measure(args, results) == 0
-    found = {row["what"]: row for row in results.content["messages"]}
-    assert found.keys() == {
-        "meters",
-        "memory",
-        "gradients",
-        "sum",
-        "statistics forward",
-        "statistics backward",
-    }
-    assert all(row["ms"] > 0 and row["processes"] == 2 and not row["captured"] for row in found.values())
+    rows = results.content["messages"]
+    statistics = {"statistics forward", "statistics backward"}
+    assert {row["what"] for row in rows} == {"meters", "memory", "gradients", "sum", *statistics}
+    assert all(row["ms"] > 0 and row["processes"] == 2 and not row["captured"] for row in rows)
 
 
 def test_a_kill_is_timed_to_the_end_of_the_last_process(scaling, tmp_path, monkeypatch):
@@ -218,8 +213,6 @@ def test_a_message_by_itself_is_timed_per_call(scaling):
     ms = made.milliseconds(lambda: calls.append(time.sleep(0.01)), 4, made.torch.device("cpu"))
     assert len(calls) == 5
     assert 10 <= ms < 100
-    names = [
-        row["what"]
-        for row, _ in made.messages([made.Work("small_cnn", 8)], Processes(), "cpu", channels_last=False)
-    ]
+    sent = made.messages([made.Work("small_cnn", 8)], Processes(), "cpu", channels_last=False)
+    names = [row["what"] for row, _ in sent]
     assert len(set(names)) == len(names) == 6
