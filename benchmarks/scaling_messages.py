@@ -71,9 +71,10 @@ def memory_bytes(batch: int) -> int:
 
 
 def statistics_bytes(net: nn.Module) -> tuple[list[int], list[int]]:
-    """Bytes that a process sends for each layer in a forward (mean, scale and count) and in a backward."""
+    """Bytes that a process sends for each layer: in a forward mean, squares and count of each channel, in a
+    backward the gradients of scale and shift."""
     widths = channels(net)
-    return [NUMBER * (2 * width + 1) for width in widths], [NUMBER * 2 * width for width in widths]
+    return [NUMBER * 3 * width for width in widths], [NUMBER * 2 * width for width in widths]
 
 
 @cache
