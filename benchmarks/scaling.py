@@ -35,7 +35,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from common import RESULTS, make_parser, write_json
-from scaling_messages import Work, forwards, remembers
+from scaling_messages import WORK, Work, forwards, remembers
 from softdefend.core.environment import environment
 from softdefend.execution.engine import resolve_device
 from softdefend.experiments.parallel import command_line
@@ -43,7 +43,6 @@ from softdefend.experiments.parallel import command_line
 Row = dict[str, Any]
 PRESETS = ("pgd-at", "sglr-reference")
 COUNTS = (1, 2, 4, 8)
-WORK = ("resnet18:256", "wrn34_10:256", "resnet18:1024", "wrn34_10:1024")
 KEYS = {
     "steps": ("net", "recipe", "batch_size", "processes"),
     "messages": ("what", "net", "batch_size", "processes", "captured"),

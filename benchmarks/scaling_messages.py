@@ -29,6 +29,8 @@ from softdefend.experiments.config import resolve
 from softdefend.models import NetSettings, build
 from softdefend.training.step import METERS
 
+WORK = ("resnet18:256", "wrn34_10:256", "resnet18:1024", "wrn34_10:1024")
+"""What is measured and predicted, as :meth:`Work.parse` reads it."""
 INDEX, NUMBER = 8, 4
 """Bytes of a sample's number, and of a float32."""
 
