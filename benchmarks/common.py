@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from softdefend.core.files import write_atomic
 from softdefend.core.store import ResultStore
 from softdefend.experiments.parallel import Job, Scheduler, command_line
 
@@ -40,9 +41,8 @@ def data_arguments(args: argparse.Namespace) -> list[str]:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a result file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    """Write a result file; a reader sees the old one or the new one."""
+    write_atomic(path, json.dumps(content, indent=1).encode() + b"\n")
 
 
 def read_earlier(

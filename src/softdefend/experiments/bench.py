@@ -73,7 +73,7 @@ class BenchSettings:
     reference: str | None = None
     """A checkout of devicerxx/SGLS to time in the same run; none when null."""
     output: str | None = None
-    """JSON file to write; none when null."""
+    """JSON file to write, after every row; none when null."""
 
     def __post_init__(self) -> None:
         check_fields(self, "bench")
