@@ -323,6 +323,23 @@ def train_step(name: str = "train_step") -> str:
     return table(head, lines)
 
 
+def timm_step() -> str:
+    """Milliseconds of a step of timm's networks, compiled and captured against eager."""
+    results = read("timm_step")
+    head = (
+        "| network | ms a step | eager, ms | times the eager step | images a second "
+        f"| share of {results['ceiling_tflops']:.0f} TFLOP/s | set-up, s | made later |"
+    )
+    lines = []
+    for row in results["rows"]:
+        lines.append(
+            f"| {row['net']} | {row['ms']:.1f} | {row['eager_ms']:.1f} | {row['eager_ratio']:.2f} "
+            f"| {1e3 * row['batch_size'] / row['ms']:.0f} | {100 * row['ceiling_share']:.0f}% "
+            f"| {row['setup_seconds']:.0f} | {row['recompiled_after_warmup']} |"
+        )
+    return table(head, lines)
+
+
 def autoattack() -> str:
     """Seconds of AutoAttack standard, ours and the authors', and on how many images verdicts differ."""
     head = (

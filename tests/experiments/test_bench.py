@@ -183,6 +183,17 @@ def test_what_is_compiled_again_is_counted(without_code, caplog):
     assert "4 programs made after the first epoch" in caplog.messages[-1]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("default")
+def test_a_captured_step_is_captured_in_the_first_epoch_alone():
+    """Once for each size of batch; so is each of the two graphs in it compiled."""
+    words = ["--runtime.fused", "false", "--optim.drop_last", "false", "--attack.steps", "1"]
+    settings = BenchSettings(nets=("small_cnn",), against_eager=True, **{**FEW, "batch_sizes": (16,)})
+    (row,) = bench_train(settings, ["--runtime.device", "cuda", *words])["rows"]
+    assert (row["compiled"], row["captured"], row["recompiled_after_warmup"]) == (4, 2, 0)
+
+
 def test_an_eager_step_is_not_timed_against_itself():
     with pytest.raises(SettingError, match=r"bench\.against_eager: got true .* runtime\.compile true"):
         bench_train(BenchSettings(nets=("small_cnn",), against_eager=True), QUICK)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import softdefend
-from softdefend import AWP, EMA, PGDAT, SGLR, SWA, Hard, OptimSettings
+from softdefend import AWP, EMA, PGD, PGDAT, SGLR, SWA, Hard, OptimSettings
 from softdefend.data import AugmentSettings
 from softdefend.training import RuntimeSettings, SaveSettings
 from softdefend.training.config import RULES
@@ -151,6 +151,27 @@ def test_every_replay_draws_new_noise(make_trainer):
         with torch.no_grad():
             for tensor, value in zip(trainer.step._state(), before, strict=True):
                 tensor.copy_(value)
+    assert torch.equal(results[0], results[2])
+    assert not torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_replay_draws_new_dropout(make_trainer, compiled):
+    """An attack without random start: what differs between keys is the dropout of the update."""
+    trainer = make_trainer(
+        Hard(), PGDAT(), attack=PGD(steps=1, start="none"), runtime=runtime(capture=True, compile=compiled)
+    )
+    plan = torch.zeros(16, 4, dtype=torch.long, device="cuda")
+    plan[:, 0] = torch.arange(16)
+    results = []
+    for key in (1, 2, 1):
+        before = [t.detach().clone() for t in trainer.step._state()]
+        trainer.step(plan, Phase("fixed", "fixed", "fixed"), key)
+        results.append(weights(trainer))
+        with torch.no_grad():
+            for tensor, value in zip(trainer.step._state(), before, strict=True):
+                tensor.copy_(value)
+    assert trainer.step.captured == 1
     assert torch.equal(results[0], results[2])
     assert not torch.equal(results[0], results[1])
 

@@ -129,6 +129,12 @@ def test_a_batch_in_parts_is_one_large_batch(make_trainer, parts):
     torch.testing.assert_close(*memory, rtol=1e-4, atol=1e-6)
 
 
+def test_a_batch_is_in_one_part_unless_parts_are_asked_for():
+    """Also a larger one than of the settings, as a step has it that is made without them."""
+    assert [OptimSettings(batch_size=128).parts(size) for size in (1, 128, 512)] == [1, 1, 1]
+    assert [OptimSettings(batch_size=128, accumulate=4).parts(size) for size in (32, 33, 128)] == [1, 2, 4]
+
+
 @pytest.mark.parametrize(
     ("rules", "augment", "said"),
     [

@@ -89,7 +89,7 @@ class OptimSettings:
     def parts(self, size: int) -> int:
         """In how many parts a batch of ``size`` images is computed: a smaller one in fewer, of which none has
         a single image where others have more."""
-        return math.ceil(size / self.part)
+        return 1 if self.accumulate == 1 else math.ceil(size / self.part)
 
     @property
     def part(self) -> int:
