@@ -211,6 +211,7 @@ def test_the_references_networks_get_no_large_images(tmp_path):
     ("settings", "message"),
     [
         ({"image_size": 0}, r"bench\.image_size: got 0"),
+        ({"image_size": 10**6}, r"bench\.image_size: got 1000000"),
         ({"classes": 1}, r"bench\.classes: got 1"),
         ({"steps": 0}, r"bench\.steps: got 0"),
         ({"batch_sizes": (128, 0)}, r"bench\.batch_sizes: got 0"),

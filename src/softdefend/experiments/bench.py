@@ -32,6 +32,8 @@ from softdefend.labels import KD
 
 _log = logging.getLogger(__name__)
 
+LARGEST = 4096
+"""Side in pixels of the largest images; of larger ones not even small batches fit into memory."""
 REFERENCE_SIZE = 32
 """Side in pixels of the images that the reference code's networks are made for."""
 EAGER = ("--runtime.compile", "false", "--runtime.capture", "false", "--runtime.fused", "false")
@@ -57,7 +59,7 @@ class BenchSettings:
     batch_sizes: tuple[int, ...] = (128,)
     """Images per step, of all processes together."""
     image_size: int = 32
-    """Height and width in pixels of the random RGB images."""
+    """Height and width in pixels of the random RGB images, 1 to 4096."""
     classes: int = 10
     """Classes of their random labels, >= 2."""
     against_eager: bool = False
@@ -79,12 +81,12 @@ class BenchSettings:
         check_fields(self, "bench")
         for name in ("nets", "presets", "batch_sizes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        counts = [
-            (name, getattr(self, name)) for name in ("image_size", "steps", "repeats", "warmup", "images")
-        ]
+        counts = [(name, getattr(self, name)) for name in ("steps", "repeats", "warmup", "images")]
         for name, value in [*counts, *(("batch_sizes", size) for size in self.batch_sizes)]:
             if value < 1:
                 raise SettingError(f"bench.{name}", value, "a whole number >= 1")
+        if not 1 <= self.image_size <= LARGEST:
+            raise SettingError("bench.image_size", self.image_size, f"a whole number from 1 to {LARGEST}")
         if self.classes < 2:
             raise SettingError("bench.classes", self.classes, "a whole number >= 2")
         for preset in self.presets:

@@ -76,7 +76,8 @@ class TimedStep:
         channels_last, epochs = bool(engine.settings.channels_last), optim.epochs
         split = _random_images(_BATCHES * batch_size + self._left, shape)
         data = Augmented(split, engine.device, experiment.augment, channels_last=channels_last)
-        self._shown = Resident(split.subset(torch.arange(_VALIDATED)), engine.device)
+        shown = split.subset(torch.arange(_VALIDATED))
+        self._shown = Resident(shown, engine.device, channels_last=channels_last)
         check_shares(data, recipe, optim, engine.processes)
         net = make_net(experiment.net, shape).to(engine.device)
         check_smallest_batch(net, data, recipe, optim, engine)
