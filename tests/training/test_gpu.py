@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import pytest
@@ -100,6 +99,22 @@ def test_captured_steps_that_perturb_and_augment_equal_eager_steps(make_trainer,
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
 
 
+class KilledAfter:
+    """A step that is killed when it has been made ``cut`` times."""
+
+    def __init__(self, step, cut):
+        self.step, self.left = step, cut
+
+    def __call__(self, *given):
+        if self.left == 0:
+            raise Killed
+        self.left -= 1
+        self.step(*given)
+
+    def __getattr__(self, name):
+        return getattr(self.step, name)
+
+
 @pytest.mark.parametrize("weight", [None, EMA, lambda: AWP(average=SWA(start=0.3))])
 def test_a_captured_run_cut_and_continued_ends_in_the_same_bits(make_trainer, weight):
     def trainer(folder):
@@ -114,16 +129,8 @@ def test_a_captured_run_cut_and_continued_ends_in_the_same_bits(make_trainer, we
     whole = trainer("whole")
     whole.fit()
     for cut in (2, 4):
-        part, made = trainer("cut"), itertools.count(1)
-        step = part.step
-
-        def stop(plan, phase, key, step=step, made=made, cut=cut):
-            if next(made) > cut:
-                raise Killed
-            step(plan, phase, key)
-
-        stop.set_lr, stop.set_eps, stop.meters = step.set_lr, step.set_eps, step.meters
-        part.step = stop
+        part = trainer("cut")
+        part.step = KilledAfter(part.step, cut)
         with pytest.raises(Killed):
             part.fit()
         part.folder.close()
