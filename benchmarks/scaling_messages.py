@@ -24,13 +24,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from common import make_parser, write_json
 from softdefend.core.processes import Processes
 from softdefend.execution.engine import Engine
-from softdefend.experiments.bench import CLASSES, SIZE, base_arguments
+from softdefend.experiments.bench import base_arguments
 from softdefend.experiments.config import resolve
+from softdefend.experiments.timed_step import ImageShape
 from softdefend.models import NetSettings, build
 from softdefend.training.step import METERS
 
 WORK = ("resnet18:256", "wrn34_10:256", "resnet18:1024", "wrn34_10:1024")
 """What is measured and predicted, as :meth:`Work.parse` reads it."""
+SHAPE = ImageShape()
+"""Of the images that ``softdefend bench`` times steps on."""
 INDEX, NUMBER = 8, 4
 """Bytes of a sample's number, and of a float32."""
 
@@ -51,10 +54,12 @@ class Work(NamedTuple):
 
 
 def make_net(name: str, *, device: str = "cpu") -> nn.Module:
-    """A network for the images that ``softdefend bench`` times steps on."""
-    size = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "image_size": (SIZE, SIZE)}
+    """A network for such images."""
+    size = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "image_size": (SHAPE.size, SHAPE.size)}
     with torch.device(device):
-        return build(NetSettings(name=name), num_classes=CLASSES, in_channels=3, pretrained=False, **size)
+        return build(
+            NetSettings(name=name), num_classes=SHAPE.classes, in_channels=3, pretrained=False, **size
+        )
 
 
 def gradient_bytes(net: nn.Module) -> int:
@@ -69,7 +74,7 @@ def channels(net: nn.Module) -> list[int]:
 
 def memory_bytes(batch: int) -> int:
     """Bytes of a batch's rows of label memory with their numbers."""
-    return batch * (INDEX + NUMBER * CLASSES)
+    return batch * (INDEX + NUMBER * SHAPE.classes)
 
 
 def statistics_bytes(net: nn.Module) -> tuple[list[int], list[int]]:
@@ -101,7 +106,7 @@ def messages(
     yield {"what": "meters", "bytes": NUMBER * len(METERS)}, partial(ours.sum, meters)
     for batch in dict.fromkeys(one.batch for one in work):
         index = ours.own(torch.arange(batch, device=device))
-        rows = torch.rand(len(index), CLASSES, device=device)
+        rows = torch.rand(len(index), SHAPE.classes, device=device)
         named = {"what": "memory", "batch_size": batch, "bytes": memory_bytes(batch)}
         yield named, partial(ours.gather, index, rows)
     for name in dict.fromkeys(one.net for one in work):
