@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +104,25 @@ def test_a_targeted_result_lies_beside_the_runs_own(
     assert (run_folder / "evaluation" / "last.json").read_bytes() == own
     assert not attacked_again(words, capsys, monkeypatch)
     assert attacked_again([*words, "--targeted", "random"], capsys, monkeypatch)
+
+
+def test_a_class_is_named_where_the_data_have_names(tmp_path: Path) -> None:
+    names = ("ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay")
+    data = replace(load(DataSettings("digits", train_size=64, validation=32)), classes=names)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    def targets(targeted: str) -> tuple[str, int]:
+        settings = EvaluateSettings(("pgd-2",), size=30, curve_size=0, examples=0, targeted=targeted)
+        found = evaluate_network(net, data, tmp_path / targeted, settings=settings)
+        return found["targeted"], found["left_out"]
+
+    assert targets("dog") == targets("3") == ("3", 3)
+    assert targets("next") == ("next", 0)
+    with pytest.raises(SettingError, match=r"^evaluate\.targeted: got 'cat'.* such as ant"):
+        targets("cat")
+    with pytest.raises(SettingError, match=r"did you mean ibis\?"):
+        targets("ibiss")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "dog", "next"]
 
 
 def test_targets_that_cannot_be_are_refused(run_folder: Path, refused: Refused) -> None:

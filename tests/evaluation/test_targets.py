@@ -106,6 +106,7 @@ def test_what_cannot_be_is_refused_before_anything_runs():
         (lambda: Evaluator(net, data, THREAT, targeted="5")([PGD(steps=1)]), "from 0 to 4"),
         (lambda: Evaluator(net, data, THREAT, targeted="next")([Own()]), "no targeted form"),
         (lambda: EvaluateSettings(targeted="-1"), "a class number"),
+        (lambda: EvaluateSettings(targeted=""), "a class number"),
     ):
         with pytest.raises(SettingError, match=word):
             make()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,7 +18,7 @@ from softdefend.core.threat import ThreatModel
 from softdefend.data import SubsetOrder
 from softdefend.evaluation.autoattack import Ensemble, parse
 from softdefend.evaluation.robustbench import check_standard, read_known
-from softdefend.evaluation.targets import check_targeted
+from softdefend.evaluation.targets import by_number, check_target_or_name, check_targeted
 from softdefend.execution.search_network import Precision, check_precision
 
 Size = int | Literal["all"]
@@ -70,8 +70,8 @@ class EvaluateSettings:
     """Of the attacks' random numbers."""
     targeted: str | None = None
     """The class that each image is to be taken for, and nothing less counts as success: next (after the
-    label), random (each image's own draw), least-likely (on the clean image) or a class number, whose images
-    are then left out. Any wrong class when null."""
+    label), random (each image's own draw), least-likely (on the clean image), or a class by number or name,
+    whose images are then left out. Any wrong class when null."""
 
     def __post_init__(self) -> None:
         check_fields(self, "evaluate")
@@ -82,7 +82,7 @@ class EvaluateSettings:
             parse(name)
         check_precision(self.precision)
         if self.targeted is not None:
-            check_targeted(self.targeted)
+            check_target_or_name(self.targeted)
         if self.subset not in get_args(SubsetOrder):
             raise SettingError("evaluate.subset", repr(self.subset), " or ".join(get_args(SubsetOrder)))
         check_size("evaluate.size", self.size, 1)
@@ -96,6 +96,14 @@ class EvaluateSettings:
                 raise SettingError(f"evaluate.{name}", value, f"a whole number >= {least}")
         if not 0 <= self.seed < 2**63:
             raise SettingError("evaluate.seed", self.seed, "a whole number from 0 to 2^63 - 1")
+
+    def with_classes(self, classes: Sequence[str]) -> EvaluateSettings:
+        """The same, with the class to be reached by its number.
+
+        Raises:
+            SettingError: there is no class of its name.
+        """
+        return self if self.targeted is None else replace(self, targeted=by_number(self.targeted, classes))
 
     def images(self, full: int) -> dict[str, Any]:
         """What tells the test images used from others, of ``full`` images: nothing where they are all."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from softdefend.core import rng
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import SettingError, did_you_mean
 from softdefend.execution.randomness import hashed
 
 RULES = ("next", "random", "least-likely")
@@ -29,6 +31,35 @@ def check_targeted(targeted: str, k: int | None = None) -> None:
     if not targeted.isdecimal() or len(targeted) > 9 or (k is not None and int(targeted) >= k):
         numbers = "a class number" if k is None else f"a class number from 0 to {k - 1}"
         raise SettingError("evaluate.targeted", repr(targeted), f"{', '.join(RULES)} or {numbers}")
+
+
+def check_target_or_name(targeted: str) -> None:
+    """Refuse what names no target and cannot be the name of a class.
+
+    Raises:
+        SettingError: nothing, or a number that is none of a class.
+    """
+    if not targeted or re.fullmatch(r"[-+.\d]+", targeted):
+        check_targeted(targeted)
+
+
+def by_number(targeted: str, classes: Sequence[str]) -> str:
+    """The same target, a class by its number where it is given by its name.
+
+    Args:
+        targeted: a rule, a class number or a class name; what can be read as a rule or a number is one.
+        classes: names, in the order of the logits.
+
+    Raises:
+        SettingError: none of these.
+    """
+    if targeted in RULES or targeted.isdecimal():
+        return targeted
+    if targeted in classes:
+        return str(list(classes).index(targeted))
+    names = f"{', '.join(RULES)}, a class number or a class name, such as {classes[0]}"
+    names += did_you_mean(targeted, [*RULES, *classes])
+    raise SettingError("evaluate.targeted", repr(targeted), names)
 
 
 def choose_targets(targeted: str, label: Tensor, logits: Tensor, index: Tensor, seed: int) -> Tensor:

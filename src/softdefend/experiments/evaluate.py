@@ -137,7 +137,7 @@ def evaluate_run(
     Under the trained threat the result is the run's own, ``evaluation/{which}.json``; under another one it
     is a file beside it, so that reports never mix threats.
     """
-    trained = experiment.recipe.threat
+    trained, settings = experiment.recipe.threat, settings.with_classes(bundle.classes)
     source = CheckpointSource(
         net,
         bundle,
@@ -236,6 +236,7 @@ def evaluate_network(
     check_state(net)
     net.to(chosen).eval()
     bundle = data if isinstance(data, DataBundle) else _test_only(net, *data, chosen)
+    settings = settings.with_classes(bundle.classes)
     check_requests(settings, requests, len(bundle.test))
     shape, k = tuple(bundle.test.images.shape[1:]), len(bundle.classes)
     check_logits(net, shape, k, chosen)

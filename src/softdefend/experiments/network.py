@@ -79,7 +79,7 @@ def check_trainable(net: nn.Module, bundle: DataBundle, config: TrainConfig) -> 
     net.to(device)
     check_logits(net, tuple(bundle.train.images.shape[1:]), k, device)
     if config.evaluate is not None:
-        check_attacks(config.evaluate, threat, k, device)
+        check_attacks(config.evaluate.with_classes(bundle.classes), threat, k, device)
     images = bundle.train.images
     check_pixels(images if isinstance(images, Tensor) else images[:LOOK])
     shown = _some(bundle.test, min(LOOK, max(config.optim.batch_size, 8)), device)
