@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -104,6 +105,29 @@ def test_a_targeted_result_lies_beside_the_runs_own(
     assert (run_folder / "evaluation" / "last.json").read_bytes() == own
     assert not attacked_again(words, capsys, monkeypatch)
     assert attacked_again([*words, "--targeted", "random"], capsys, monkeypatch)
+
+
+def test_a_mask_says_which_pixels_may_change(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused
+) -> None:
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[2:6, :3] = True
+    np.save(tmp_path / "mask.npy", mask.numpy())
+    own = (run_folder / "evaluation" / "last.json").read_bytes()
+    words = ["evaluate", str(run_folder), *LAST, "--attacks", "pgd-3", "--mask", str(tmp_path / "mask.npy")]
+    done([*words, "--save_adversarial"], capsys)
+    (path,) = (run_folder / "evaluation").glob("last-mask-*.json")
+    found = json.loads(path.read_text())
+    assert found["may_change"] == pytest.approx(12 / 64)
+    kept = load_file(path.with_name(f"{path.stem}-adversarial-pgd-3.safetensors"))
+    images = load(DataSettings("digits", train_size=64, validation=32)).test.images[kept["index"]] / 255
+    assert torch.equal(kept["adversarial"][..., ~mask], images[..., ~mask])
+    assert not torch.equal(kept["adversarial"], images)
+    assert (run_folder / "evaluation" / "last.json").read_bytes() == own
+    assert "as evaluated before" in done(words, capsys)
+    refused([*words, "--audit"], "--mask", "a mask", "--audit")
+    np.save(tmp_path / "mask.npy", mask[:5].numpy())
+    refused(words, "--mask", "bool [5, 8]", "[8, 8]")
 
 
 def test_a_class_is_named_where_the_data_have_names(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from softdefend.core.errors import SettingError
 from softdefend.core.threat import EXAMPLES, Budget, Norm, ThreatModel
 from softdefend.data import DataSettings
 from softdefend.evaluation import EvaluateSettings, Requests
+from softdefend.evaluation.mask import read_mask
 from softdefend.evaluation.settings import Size, check_size
 from softdefend.execution.engine import count_processes
 from softdefend.execution.launched import place_of_this_process
@@ -60,6 +61,9 @@ class EvaluateFlags:
     """Test images that they are compared on; subset says which."""
     union: bool = switch()
     """Print accuracy under all threats together that the checkpoint was evaluated under, now or earlier."""
+    mask: Path | None = None
+    """Values that may change: a .npy or .safetensors file of zeros and ones, [h, w], [c, h, w] or one for
+    each test image, or a PNG picture, black where nothing may change."""
     robustbench: Path | None = None
     """RobustBench's model_info JSON, to write."""
     log: Path | None = None
@@ -112,6 +116,7 @@ def run(words: Sequence[str]) -> None:
         optimality=flags.optimality,
         optimality_size=flags.optimality_size,
         union=flags.union,
+        mask=None if flags.mask is None else read_mask(flags.mask),
     )
     also: dict[str, Any] = {"requests": requests, "transfer": flags.transfer, "device": flags.device}
     changes = given.changes(EvaluateSettings)

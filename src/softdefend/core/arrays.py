@@ -1,4 +1,4 @@
-"""Files of NumPy arrays (.npz): nothing is unpickled, and nothing unpacked before its size is known."""
+"""Files of NumPy arrays (.npz, .npy): nothing is unpickled, and nothing unpacked before its size is known."""
 
 from __future__ import annotations
 
@@ -63,6 +63,28 @@ def open_arrays(path: Path) -> Iterator[ArrayFile]:
         raise
     except Exception as error:  # a damaged archive makes its reader fail in any way
         raise ValueError(f"{error or type(error).__name__}") from error
+
+
+def read_array(path: Path) -> np.ndarray[Any, Any]:
+    """The array in a .npy file.
+
+    Raises:
+        OSError: no such file, one that is no regular file, or a large one.
+        ValueError: it is none, holds Python objects, or is shorter than it says.
+    """
+    size = check_regular(path, _LARGEST)
+    try:
+        with open(path, "rb") as file:
+            dtype, shape = _read_header(file)
+            if math.prod(shape) * dtype.itemsize > size:
+                raise ValueError(f"an array {dtype} {list(shape)}, larger than its file")
+            file.seek(0)
+            array: np.ndarray[Any, Any] = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # a damaged header makes its reader fail in any way
+        raise ValueError(f"{error or type(error).__name__}") from error
+    return array
 
 
 def _read_header(file: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]:

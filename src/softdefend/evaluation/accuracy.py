@@ -20,6 +20,7 @@ from softdefend.evaluation.adversarial import save_adversarial, saved_images
 from softdefend.evaluation.autoattack import averages_draws, parse
 from softdefend.evaluation.checkpoint import Checkpoint
 from softdefend.evaluation.evaluate import Evaluator, cost_line
+from softdefend.evaluation.mask import mask_digest
 from softdefend.evaluation.records import Evaluation, Rate
 from softdefend.evaluation.resume import StateFile
 from softdefend.evaluation.settings import EvaluateSettings, count_of, own_losses
@@ -44,6 +45,8 @@ def accuracy_inputs(checkpoint: Checkpoint, settings: EvaluateSettings) -> dict[
         del known["subset"]
     if settings.targeted is None:
         del known["targeted"]
+    if checkpoint.source.mask is not None:
+        known["mask"] = mask_digest(checkpoint.source.mask)
     if losses := own_losses(settings.attacks):  # the name of a function does not say what is in it
         known["losses"] = {path: loss.digest() for path, loss in losses.items()}
     return checkpoint.inputs(known)
@@ -173,6 +176,7 @@ def _attack(
         **checkpoint.facts,
         "settings": plain({**asdict(settings), **threat}),
         **evaluation.to_dict(),
+        **({} if source.mask is None else {"may_change": float(source.mask.float().mean())}),
         "per_class": per_class(evaluation, source.bundle.classes),
         "eps_curve": eps_curve(evaluator, of_curve, evaluation),
     }
@@ -196,6 +200,7 @@ def make_evaluator(
         precision=settings.precision,
         compile=settings.compile,
         targeted=settings.targeted,
+        mask=checkpoint.source.mask,
         processes=processes,
     )
 

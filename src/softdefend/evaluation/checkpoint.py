@@ -19,6 +19,7 @@ from softdefend.core.threat import ThreatModel
 from softdefend.core.weight_files import load_weights, weights_digest
 from softdefend.data import Batch, DataBundle, Resident, SubsetOrder, fingerprint, subset
 from softdefend.evaluation.external import identity
+from softdefend.evaluation.mask import mask_digest
 from softdefend.evaluation.preflight import preflight
 from softdefend.evaluation.settings import Size, count_of
 
@@ -46,6 +47,8 @@ class CheckpointSource:
         additional_data: whether the network has seen more images than the training set; None if not known.
         progress: show bars.
         targeted: classes to be reached, whose results have names of their own.
+        mask: values that attacks may change, see :class:`~softdefend.evaluation.evaluate.Evaluator`; its
+            results have names of their own too.
         processes: those that evaluate together; the first one writes.
     """
 
@@ -61,18 +64,21 @@ class CheckpointSource:
     additional_data: bool | None = None
     progress: bool = False
     targeted: str | None = None
+    mask: Tensor | None = None
     processes: Processes = ALONE
 
     @property
     def under_trained_threat(self) -> bool:
-        """Whether the network is attacked under the threat that it was trained with, towards any class."""
-        return self.targeted is None and _same(self.threat, self.trained)
+        """Whether the network is attacked as it was trained: under that threat, towards any class, in all
+        pixels."""
+        return self.targeted is None and self.mask is None and _same(self.threat, self.trained)
 
     @property
     def name(self) -> str:
-        """Of the result files: under another threat than the trained one, or towards chosen classes, they lie
-        beside the run's own."""
+        """Of the result files: under another threat than the trained one, towards chosen classes, or in some
+        pixels alone, they lie beside the run's own."""
         end = "" if self.targeted is None else f"-targeted-{self.targeted}"
+        end += "" if self.mask is None else f"-mask-{mask_digest(self.mask)[:8]}"
         return result_name(self.which, self.trained, self.threat) + end
 
 

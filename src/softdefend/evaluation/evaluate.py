@@ -24,6 +24,7 @@ from softdefend.core.processes import ALONE, Processes
 from softdefend.core.threat import ThreatModel
 from softdefend.data import Resident
 from softdefend.evaluation.autoattack import Ensemble
+from softdefend.evaluation.mask import check_mask
 from softdefend.evaluation.records import AttackRecord as AttackRecord
 from softdefend.evaluation.records import Evaluation as Evaluation
 from softdefend.evaluation.records import Rate as Rate
@@ -32,7 +33,7 @@ from softdefend.evaluation.resume import Saved, StateFile
 from softdefend.evaluation.shares import Shares, carry_over
 from softdefend.evaluation.targets import check_targeted, choose_targets
 from softdefend.execution.context import AttackContext, SavedProgress
-from softdefend.execution.counting import CountingModel, Counts
+from softdefend.execution.counting import CountingModel, Counts, Mask
 from softdefend.execution.randomness import SeededRandomness
 from softdefend.execution.search_network import COMPILE_FROM, Precision, SearchNetwork
 
@@ -68,6 +69,8 @@ class Evaluator:
             GPU. ``fast`` is bf16. In both a success counts once an fp32 forward without TF32 has confirmed
             it, before that the search goes on. ``strict`` is fp32 without TF32; on a CPU ``exact`` is the
             same. Clean predictions, the final count and all other attacks' forwards are strict in each.
+        mask: values that attacks may change, bool [h, w], [c, h, w], or one for each image of the data,
+            [n, c, h, w]; all when None. Steps are then not captured.
         keep_images: keep what the attacks made, in :attr:`AttackRecord.adversarial`, in the CPU's memory.
         targeted: classes to reach, see :func:`~softdefend.evaluation.targets.choose_targets`: an image counts
             as robust unless it is taken for its target. Images of a class that all are to reach are left out.
@@ -78,7 +81,8 @@ class Evaluator:
             on a CPU is byte for byte that of one process.
 
     Raises:
-        SettingError: a batch below one image, an unknown precision, or compiling asked for on a CPU.
+        SettingError: a batch below one image, an unknown precision, compiling asked for on a CPU, or a mask
+            that does not fit the images.
     """
 
     def __init__(
@@ -93,11 +97,14 @@ class Evaluator:
         precision: Precision = "exact",
         compile: bool | None = False,
         targeted: str | None = None,
+        mask: Tensor | None = None,
         keep_images: bool = False,
         processes: Processes = ALONE,
     ) -> None:
         if targeted is not None:
             check_targeted(targeted)
+        if mask is not None:
+            check_mask(mask, data.n, data.image_shape, "evaluate.mask")
         microbatch = batch_size if microbatch is None else microbatch
         for name, size in (("batch_size", batch_size), ("physical_batch", microbatch)):
             if size < 1:
@@ -107,7 +114,7 @@ class Evaluator:
             raise SettingError("evaluate.compile", "true on a CPU", "false or null, or a CUDA device")
         self.data, self.threat, self.batch_size, self.seed = data, threat, batch_size, seed
         self.microbatch, self.compile, self.targeted = microbatch, compile, targeted
-        self.keep_images = keep_images
+        self.keep_images, self.mask = keep_images, mask
         self.processes = processes
 
     def __call__(
@@ -170,7 +177,8 @@ class Evaluator:
         """Images [m, c, h, w], their adversarial images, and both predictions as probabilities [m, k]."""
         with self.search_network.search_mode():
             clean = self._forward(index, self.microbatch)
-            net = self.search_network.counting_model(len(index), clean, self.microbatch)
+            mask = self._mask(index)
+            net = self.search_network.counting_model(len(index), clean, self.microbatch, mask)
             context = AttackContext(net, SeededRandomness([index.cpu()], self.seed, attack.name))
             adversarial, image = self._perturb(attack, index, context, self.data.labels[index])
             with torch.no_grad():
@@ -308,7 +316,8 @@ class Evaluator:
         numbers, parts = [number for number, _ in batches], [part for _, part in batches]
         logits, goal = known
         index = torch.cat(parts)
-        net = self.search_network.counting_model(len(index), logits.to(self._device), microbatch)
+        mask = self._mask(index)
+        net = self.search_network.counting_model(len(index), logits.to(self._device), microbatch, mask)
         random = SeededRandomness(parts, self.seed, attack.name, numbers)
         context = AttackContext(net, random, progress=_AttackProgress(run, net, self._device))
         adversarial, image = self._perturb(attack, index, context, goal)
@@ -318,6 +327,14 @@ class Evaluator:
             prediction = answers(net.exact()(adversarial), self.data.labels[index.to(self._device)])
         kept = adversarial.cpu().to(torch.float32) if self.keep_images else None
         return _Found(prediction.cpu(), distance.cpu().to(torch.float32), net.counts(), kept)
+
+    def _mask(self, index: Tensor) -> Mask | None:
+        """What the network is shown of some samples."""
+        if self.mask is None:
+            return None
+        image = self.data.take(index.to(self._device)).image
+        free = self.mask if self.mask.ndim < 4 else self.mask[index.to(self.mask.device)]
+        return Mask(free.to(self._device).expand(image.shape), image)
 
     def _perturb(
         self, attack: Attack, index: Tensor, context: AttackContext, goal: Tensor
@@ -329,6 +346,8 @@ class Evaluator:
             context.net, image, goal.to(image.device), self.threat, context
         ).detach()
         adversarial = torch.where(adversarial.isfinite(), adversarial.to(batch.image.dtype), batch.image)
+        if context.net.mask is not None:
+            adversarial = context.net.mask(adversarial, None)
         return self.threat.project(batch.image, adversarial), batch.image
 
 

@@ -19,6 +19,7 @@ from softdefend.evaluation.autoattack import averages_draws
 from softdefend.evaluation.autoattack_log import log_lines
 from softdefend.evaluation.checkpoint import Checkpoint, CheckpointSource
 from softdefend.evaluation.corruptions import corruption_measurement
+from softdefend.evaluation.mask import check_mask
 from softdefend.evaluation.measurement import measured
 from softdefend.evaluation.optimality import check_optimality, optimality_measurement
 from softdefend.evaluation.pictures import renew_pictures
@@ -113,6 +114,8 @@ def _check(
 ) -> None:
     """Refuse what would fail only after hours."""
     check_requests(settings, requests, len(source.bundle.test))
+    if source.mask is not None:
+        check_mask(source.mask, len(source.bundle.test), tuple(source.bundle.test.images.shape[1:]))
     check_writable("evaluation", source.folder / "evaluation" / f"{source.name}.json")
     check_attacks(settings, source.threat, len(source.bundle.classes), device)
     if source.threat.norm == "l0" and (requests.audit or requests.surrogates):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from softdefend.attacks.losses import OwnLoss, own_loss
 from softdefend.core.errors import SettingError
@@ -125,6 +125,8 @@ class Requests:
         optimality_size: images that they are compared on.
         adversarial: whether the adversarial images of every attack are saved.
         union: whether the kept evaluations under all threats are intersected, sample by sample.
+        mask: values that attacks may change, bool [h, w], [c, h, w], or one for each test image,
+            [n, c, h, w].
     """
 
     audit: Size = 0
@@ -136,6 +138,7 @@ class Requests:
     optimality: tuple[str, ...] = ()
     optimality_size: Size = 200
     union: bool = False
+    mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "requests")
@@ -201,10 +204,14 @@ def check_requests(settings: EvaluateSettings, requests: Requests, full: int) ->
         if path is not None:
             check_writable(flag, path)
     names = ("robustbench", "log", "audit", "optimality", "surrogates", "union")
-    if settings.targeted is not None and any(getattr(requests, name) for name in names):
+    if any(getattr(requests, name) for name in names):
         flags = "--robustbench, --log, --audit, --optimality, --transfer or --union"
-        accepted = f"null with {flags}, which are about any wrong class"
-        raise SettingError("evaluate.targeted", settings.targeted, accepted)
+        if settings.targeted is not None:
+            accepted = f"null with {flags}, which are about any wrong class"
+            raise SettingError("evaluate.targeted", settings.targeted, accepted)
+        if requests.mask is not None:
+            accepted = f"none with {flags}, which are about all pixels"
+            raise SettingError("--mask", "a mask", accepted)
     if requests.robustbench:
         if requests.robustbench.suffix == ".md":
             accepted = "a name with .json; the text of the issue gets .md"

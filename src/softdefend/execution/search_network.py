@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softdefend.core.errors import SettingError
-from softdefend.execution.counting import CountingModel, Forward
+from softdefend.execution.counting import CountingModel, Forward, Mask
 from softdefend.execution.fused import FusedNet, agree, fused
 from softdefend.execution.network_mode import frozen, no_kernel_search, on_device, tf32
 from softdefend.execution.step_graphs import (
@@ -100,7 +100,9 @@ class SearchNetwork:
             logits: Tensor = self.net(image)
         return logits[:n]
 
-    def counting_model(self, n: int, clean_logits: Tensor, microbatch: int) -> CountingModel:
+    def counting_model(
+        self, n: int, clean_logits: Tensor, microbatch: int, mask: Mask | None = None
+    ) -> CountingModel:
         """What an attack on n images asks, given their clean logits [n, k]."""
         return CountingModel(
             self._forward,
@@ -111,6 +113,7 @@ class SearchNetwork:
             clean_logits=clean_logits,
             microbatch=microbatch,
             step_graphs=self.step_graphs,
+            mask=mask,
         )
 
     def release_graphs(self) -> None:

@@ -116,6 +116,7 @@ def evaluate(
     compile: bool | None = None,
     seed: int = 0,
     targeted: str | None = None,
+    mask: Tensor | None = None,
     keep_images: bool = False,
     device: str | torch.device = "auto",
     progress: bool = False,
@@ -135,7 +136,7 @@ def evaluate(
         attacks: attacks, or names of them (docs/attacks.md) such as ``autoattack``; all different. A network
             that draws random numbers is refused unless one of them averages over its draws (``-eot``,
             ``autoattack-rand``).
-        batch_size, precision, compile, seed, targeted, keep_images: as
+        batch_size, precision, compile, seed, targeted, mask, keep_images: as
             :class:`softdefend.evaluation.Evaluator` has them.
         physical_batch: images computed at once; on a GPU found from its free memory when None.
 
@@ -180,6 +181,7 @@ def evaluate(
         precision=precision,
         compile=compile,
         targeted=check_type("targeted", targeted, str | None),
+        mask=check_type("mask", mask, Tensor | None),
         keep_images=check_type("keep_images", keep_images, bool),
     )
     return evaluator(made, progress=progress)

@@ -150,6 +150,7 @@ def evaluate_run(
         additional_data=None if experiment.init_from else False,
         progress=experiment.progress and processes.first,
         targeted=settings.targeted,
+        mask=None if requests is None else requests.mask,
         processes=processes,
     )
     return evaluate_checkpoint(source, settings, requests, device=device)
@@ -253,6 +254,7 @@ def evaluate_network(
         origin=str((origin or {}).get("model", type(net).__qualname__)),
         progress=progress and processes.first,
         targeted=settings.targeted,
+        mask=requests.mask,
         processes=processes,
     )
     processes.from_first(lambda: _write_folder(source, origin or {}))
