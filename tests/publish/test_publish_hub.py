@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -208,6 +210,27 @@ def test_the_card_says_what_the_run_measured(run_folder: Path, tmp_path: Path) -
     assert 'softdefend.from_pretrained("me/digits")' in card.text
     assert "arXiv 1706.06083" in card.text  # PGD-AT's paper
     assert (folder / "training_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_card_says_what_other_threats_leave(run_folder: Path, tmp_path: Path) -> None:
+    words = ["evaluate", str(run_folder), "--which", "best", "--curve_size", "0"]
+    assert main([*words, "--norm", "l2", "--eps", "0.3", "--attacks", "pgd-3"]) == 0
+    assert main([*words, "--norm", "l0", "--eps", "2", "--attacks", "sigma-zero-5", "sigma-zero-3"]) == 0
+    folder = tmp_path / "published"
+    assert main(["push", str(run_folder), "me/digits", "--dry_run", "--output", str(folder)]) == 0
+    text = (folder / "README.md").read_text()
+    robust = []
+    for name, shown in (
+        ("best", "ℓ∞ perturbations of 4/255: FGSM, PGD-20"),
+        ("best-l2-0.3", "ℓ₂ perturbations of 0.3: PGD-3"),
+        ("best-l0-2", "ℓ₀ perturbations of 2: SIGMA-ZERO-5, SIGMA-ZERO-3"),
+    ):
+        table = pq.read_table(run_folder / "evaluation" / f"{name}.parquet")
+        flags = [table[column].to_numpy() for column in table.column_names if column.endswith("/robust")]
+        robust.append(np.all(flags, axis=0))
+        assert f"| {shown} | {100 * robust[-1].mean():.2f} |" in text
+    assert f"| all of these, image by image | {100 * np.all(robust, axis=0).mean():.2f} |" in text
+    assert "The accuracies hold for these threats" in text
 
 
 def test_a_stated_license_is_in_front_matter_and_text(evaluated: Path, tmp_path: Path) -> None:

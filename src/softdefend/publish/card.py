@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from softdefend.core.version import VERSION
 from softdefend.data import DataBundle
+from softdefend.evaluation.records import Rate
+from softdefend.evaluation.union import of_same_images, robust_in_union
 from softdefend.experiments.catalog import weight_name
 from softdefend.experiments.config import Experiment
 from softdefend.models.factory import is_own
@@ -136,6 +139,7 @@ def _body(card: Card) -> str:
             data=card.data_name,
             threat=_words(threat),
             rows=[_row(name, rate) for name, rate in card.rates.items()],
+            threats=_threats(card),
             autoattack=any("autoattack" in name for name in attacks),
             selection=_selection(card),
             audit=_audit(card),
@@ -168,9 +172,26 @@ def _listed(classes: tuple[str, ...]) -> str:
 
 
 def _row(name: str, rate: Mapping[str, Any]) -> dict[str, str]:
+    return _cells({"clean": "clean", "worst": "worst of all"}.get(name) or attack_label(name), rate)
+
+
+def _cells(name: str, rate: Mapping[str, Any]) -> dict[str, str]:
     low, high = (f"{100 * float(rate[end]):.2f}" for end in ("low", "high"))
-    shown = {"clean": "clean", "worst": "worst of all"}.get(name) or attack_label(name)
-    return {"name": shown, "rate": f"{100 * float(rate['rate']):.2f}", "interval": f"{low} to {high}"}
+    return {"name": name, "rate": f"{100 * float(rate['rate']):.2f}", "interval": f"{low} to {high}"}
+
+
+def _threats(card: Card) -> list[dict[str, str]]:
+    """Worst cases under every threat that the checkpoint was evaluated under, and in their union; none where
+    that is its own alone."""
+    kept = card.run.details[card.which].threats
+    rows = []
+    for one in kept:
+        attacks = ", ".join(attack_label(name) for name in one.result["attacks"])
+        rows.append(_cells(f"{_words(one.threat)}: {attacks}", one.result["worst"]))
+    if kept and of_same_images(kept):
+        union = Rate.of(torch.from_numpy(robust_in_union(kept)))
+        rows.append(_cells("all of these, image by image", asdict(union)))
+    return rows
 
 
 def _selection(card: Card) -> str:
