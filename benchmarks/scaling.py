@@ -203,13 +203,13 @@ def read_rows(path: Path, seen: list[Row], add: Callable[[Row], None]) -> None:
 
 def steps(count: int, args: argparse.Namespace, results: Results) -> None:
     """Training steps, by one ``softdefend bench`` for networks that have the same batches."""
-    batches: dict[str, list[int]] = {}
+    divisors = args.counts if args.shares and count == 1 else [1]
+    batches: dict[str, set[int]] = {}
     for net, batch in args.work:
-        batches.setdefault(net, []).append(batch)
+        batches.setdefault(net, set()).update(batch // divisor for divisor in {1, *divisors})
     groups: dict[tuple[int, ...], list[str]] = {}
-    for net, sizes in batches.items():
-        own = [size // other for size in sizes for other in args.counts] if args.shares and count == 1 else []
-        groups.setdefault(tuple(sorted({*sizes, *own})), []).append(net)
+    for net, own in batches.items():
+        groups.setdefault(tuple(sorted(own)), []).append(net)
     for number, (sizes, nets) in enumerate(groups.items()):
         output = args.folder / f"steps-{count}-{number}.json"
         output.unlink(missing_ok=True)

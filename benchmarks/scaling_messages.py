@@ -55,7 +55,7 @@ class Work(NamedTuple):
 
 def make_net(name: str, *, device: str = "cpu") -> nn.Module:
     """A network for such images."""
-    size = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "image_size": (SHAPE.size, SHAPE.size)}
+    size: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "image_size": (SHAPE.size, SHAPE.size)}
     with torch.device(device):
         return build(
             NetSettings(name=name), num_classes=SHAPE.classes, in_channels=3, pretrained=False, **size
