@@ -44,7 +44,7 @@ Row = dict[str, Any]
 PRESETS = ("pgd-at", "sglr-reference")
 COUNTS = (1, 2, 4, 8)
 KEYS = {
-    "steps": ("net", "recipe", "batch_size", "processes"),
+    "steps": ("net", "recipe", "batch_size", "settings", "processes"),
     "messages": ("what", "net", "batch_size", "processes", "captured"),
     "kill": ("processes",),
     "autoattack": ("weights", "precision", "n", "processes"),
@@ -100,7 +100,7 @@ class Results:
     def _write(self) -> None:
         for part in KEYS:
             rows = self.content.get(part, [])
-            rows.sort(key=lambda row: [str(row.get(key)).zfill(6) for key in KEYS[part]])
+            rows.sort(key=lambda row: [str(row.get(key)).rjust(6) for key in KEYS[part]])
         add_ratios(self.content)
         add_shares(self.content.get("steps", []), self.content.get("messages", []))
         write_json(self.path, self.content)
@@ -139,7 +139,7 @@ def add_shares(steps: list[Row], messages: list[Row]) -> None:
         of_net = partial(_of, found, row["net"], None, where)
         spent = {"gradients": of_net("gradients")}
         ways = of_net("statistics forward"), of_net("statistics backward")
-        if None not in ways:
+        if None not in ways and "per_process" not in row["settings"]:
             spent["statistics"] = forwards(row["recipe"]) * ways[0] + ways[1]
         if remembers(row["recipe"]):
             spent["memory"] = _of(found, None, row["batch_size"], where, "memory")
@@ -203,13 +203,13 @@ def read_rows(path: Path, seen: list[Row], add: Callable[[Row], None]) -> None:
 
 def steps(count: int, args: argparse.Namespace, results: Results) -> None:
     """Training steps, by one ``softdefend bench`` for networks that have the same batches."""
-    batches: dict[str, list[int]] = {}
+    divisors = args.counts if args.shares and count == 1 else [1]
+    batches: dict[str, set[int]] = {}
     for net, batch in args.work:
-        batches.setdefault(net, []).append(batch)
+        batches.setdefault(net, set()).update(batch // divisor for divisor in {1, *divisors})
     groups: dict[tuple[int, ...], list[str]] = {}
-    for net, sizes in batches.items():
-        own = [size // other for size in sizes for other in args.counts] if args.shares and count == 1 else []
-        groups.setdefault(tuple(sorted({*sizes, *own})), []).append(net)
+    for net, own in batches.items():
+        groups.setdefault(tuple(sorted(own)), []).append(net)
     for number, (sizes, nets) in enumerate(groups.items()):
         output = args.folder / f"steps-{count}-{number}.json"
         output.unlink(missing_ok=True)
@@ -218,12 +218,12 @@ def steps(count: int, args: argparse.Namespace, results: Results) -> None:
         words += ["--steps", str(args.steps), "--repeats", "2" if args.quick else "5"]
         words += ["--warmup", "1" if args.quick else "3"]
         words += ["--runtime.devices", str(count), "--runtime.device", args.device, *args.settings]
-        add = partial(_add, results, "steps", count)
+        add = partial(_add, results, "steps", {"settings": " ".join(args.settings), "processes": count})
         launch(command_line(*words), args.limit, partial(read_rows, output, [], add))
 
 
-def _add(results: Results, part: str, count: int, row: Row) -> None:
-    results.add(part, {**row, "processes": count})
+def _add(results: Results, part: str, where: Row, row: Row) -> None:
+    results.add(part, row | where)
 
 
 def messages(count: int, args: argparse.Namespace, results: Results) -> None:
@@ -236,7 +236,7 @@ def messages(count: int, args: argparse.Namespace, results: Results) -> None:
     script = str(Path(__file__).with_name("scaling_messages.py"))
     words = [script, str(output), "--work", *(f"{net}:{batch}" for net, batch in args.work)]
     words += ["--device", args.device, "--times", "3" if args.quick else "50", "--settings", *args.settings]
-    add = partial(_add, results, "messages", count)
+    add = partial(_add, results, "messages", {"processes": count})
     launch([sys.executable, *launcher, *words], args.limit, partial(read_rows, output, [], add))
 
 

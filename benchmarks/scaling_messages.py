@@ -4,7 +4,7 @@
 
     torchrun --standalone --nproc-per-node 2 benchmarks/scaling_messages.py OUTPUT --work resnet18:256
 
-Each message is timed by itself, as ``softdefend.core.processes`` sends it: first launched by the host, then,
+Each kind of message is timed by itself, as a step sends it: first launched by the host, then,
 on GPUs, from a CUDA graph (``captured``), as a captured step sends it.
 """
 
@@ -22,12 +22,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import make_parser, write_json
-from softdefend.core.processes import Processes
+from softdefend.core.processes import Processes, packed, unpack
 from softdefend.execution.engine import Engine
 from softdefend.experiments.bench import base_arguments
 from softdefend.experiments.config import resolve
 from softdefend.experiments.timed_step import ImageShape
 from softdefend.models import NetSettings, build
+from softdefend.training.buckets import Buckets
 from softdefend.training.step import METERS
 
 WORK = ("resnet18:256", "wrn34_10:256", "resnet18:1024", "wrn34_10:1024")
@@ -55,7 +56,7 @@ class Work(NamedTuple):
 
 def make_net(name: str, *, device: str = "cpu") -> nn.Module:
     """A network for such images."""
-    size = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "image_size": (SHAPE.size, SHAPE.size)}
+    size: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "image_size": (SHAPE.size, SHAPE.size)}
     with torch.device(device):
         return build(
             NetSettings(name=name), num_classes=SHAPE.classes, in_channels=3, pretrained=False, **size
@@ -113,9 +114,10 @@ def messages(
         net = make_net(name).to(device)
         if channels_last:
             net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        gradients, flat = list(net.parameters()), torch.rand(gradient_bytes(net) // NUMBER, device=device)
+        buckets = Buckets(ours, list(net.parameters())).buckets
+        flat = torch.rand(gradient_bytes(net) // NUMBER, device=device)
         for what, message in (
-            ("gradients", partial(ours.average_, gradients)),
+            ("gradients", partial(_average, ours, buckets)),
             ("sum", partial(ours.sum, flat)),
         ):
             yield {"what": what, "net": name, "bytes": gradient_bytes(net)}, message
@@ -124,6 +126,16 @@ def messages(
             send = ours.gather if way == "forward" else ours.sum
             named = {"what": f"statistics {way}", "net": name, "bytes": sum(sizes), "count": len(sizes)}
             yield named, partial(_each, send, each)
+
+
+@torch.no_grad()
+def _average(ours: Processes, buckets: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Send what follows a backward pass with which nothing overlaps."""
+    sums = [packed(bucket) for bucket in buckets]
+    waits = [ours.begin_sum_(total) for total in sums]
+    for bucket, total, wait in zip(buckets, sums, waits, strict=True):
+        wait()
+        unpack(total.div_(ours.size), bucket)
 
 
 def _each(send: Callable[[torch.Tensor], object], tensors: Sequence[torch.Tensor]) -> None:

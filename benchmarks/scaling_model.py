@@ -205,7 +205,8 @@ def predictions(
         scaling: what ``scaling.py`` has measured.
         single: further rows of one GPU.
     """
-    steps, link, found = scaling.get("steps", []), fitted(scaling.get("messages", [])), []
+    steps = [row for row in scaling.get("steps", []) if not row["settings"]]
+    link, found = fitted(scaling.get("messages", [])), []
     for one in work:
         for recipe in dict.fromkeys(row["recipe"] for row in (*steps, *single) if row["net"] == one.net):
             own = points_of(steps, one.net, recipe)

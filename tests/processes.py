@@ -54,6 +54,13 @@ def start(size: int, *words: str, port: int | None = None, **more: str) -> list[
     ]
 
 
+def start_forked(size: int, *words: str) -> subprocess.Popen[str]:
+    """As :func:`start`, for many: one process, which imports what a script needs and is forked."""
+    command = [sys.executable, str(TESTS / "forked.py"), str(size), *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment(0, 1, 0), stdout=pipe, stderr=pipe, text=True)
+
+
 def ended(processes: list[subprocess.Popen[str]], seconds: float = 120) -> list[tuple[int, str]]:
     """Exit code and what each wrote to its standard error. They are killed if they take too long."""
     deadline = time.monotonic() + seconds

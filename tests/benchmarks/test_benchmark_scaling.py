@@ -31,7 +31,8 @@ def results(scaling, tmp_path):
 
 
 def step(count, ms, batch=100, **more):
-    return {"net": "n", "recipe": "pgd-at", "batch_size": batch, "processes": count, "ms": ms, **more}
+    row = {"net": "n", "recipe": "pgd-at", "batch_size": batch, "settings": "", "processes": count, "ms": ms}
+    return row | more
 
 
 def test_ratios_are_to_one_process_of_the_same_work_and_machine(scaling):
@@ -67,7 +68,8 @@ def test_rows_are_written_at_once_replace_the_same_work_and_keep_the_rest(scalin
 def test_shares_are_of_what_the_recipe_sends(results):
     """SGLR makes a clean forward more, and has a memory; what was captured counts."""
     for recipe in ("pgd-at", "sglr-reference"):
-        results.add("steps", step(2, 10.0) | {"recipe": recipe})
+        results.add("steps", step(2, 10.0, recipe=recipe))
+        results.add("steps", step(2, 10.0, recipe=recipe, settings="--runtime.batch_norm per_process"))
     known = {"net": "n", "captured": True}
     for row in (
         {"what": "gradients", "ms": 9.0, "net": "n", "captured": False},
@@ -78,7 +80,8 @@ def test_shares_are_of_what_the_recipe_sends(results):
     ):
         results.add("messages", {**row, "processes": 2})
         results.add("messages", {**row, "processes": 4, "ms": 7.0})
-    pgd, sglr = results.content["steps"]
+    pgd, apart, sglr, _ = results.content["steps"]
+    assert apart["messages_share"] == 0.1
     assert (pgd["gradients_share"], pgd["statistics_share"], pgd["messages_share"]) == (0.1, 0.05, 0.15)
     assert "memory_share" not in pgd
     assert (sglr["gradients_ms"], sglr["statistics_ms"], sglr["memory_ms"]) == (1.0, 0.7, 0.1)
@@ -138,7 +141,8 @@ def test_one_bench_takes_all_networks_with_the_same_batches(scaling, results, tm
     assert between(commands[1], "--batch_sizes", "--output") == ["2", "4", "8"]
     assert between(commands[2], "--batch_sizes", "--output") == ["8", "16"]
     assert commands[2][-2:] == ["--runtime.compile", "false"]
-    assert [row["processes"] for row in results.content["steps"]] == [1, 2, 4]
+    found = [(row["processes"], row["settings"]) for row in results.content["steps"]]
+    assert found == [(count, "--runtime.compile false") for count in (1, 2, 4)]
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,8 @@ def test_a_step_is_its_compute_and_its_messages(model):
 
 def test_measured_steps_stand_beside_and_odd_hosts_are_refused(model, tmp_path, monkeypatch, capsys):
     def step(batch, count, ms):
-        return {"net": "small_cnn", "recipe": "pgd-at", "batch_size": batch, "processes": count, "ms": ms}
+        named = {"net": "small_cnn", "recipe": "pgd-at", "settings": ""}
+        return {**named, "batch_size": batch, "processes": count, "ms": ms}
 
     scaling, output = tmp_path / "scaling.json", tmp_path / "model.json"
     scaling.write_text(json.dumps({"steps": [step(32, 1, 10.0), step(64, 1, 20.0), step(64, 2, 40.0)]}))

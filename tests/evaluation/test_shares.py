@@ -51,6 +51,14 @@ def test_several_processes_find_the_same_bytes(whole, tmp_path):
     assert results(tmp_path / "run") == whole
 
 
+def test_eight_processes_find_the_same_bytes(whole, tmp_path):
+    """Each has one batch, the last a part of one."""
+    (tmp_path / "run").mkdir()
+    run = processes.start_forked(8, SCRIPT, str(tmp_path / "run"), "0")
+    assert [code for code, _ in processes.ended([run])] == [0]
+    assert results(tmp_path / "run") == whole
+
+
 def test_killed_it_goes_on_with_the_same_and_with_another_number(whole, tmp_path):
     run = tmp_path / "run"
     codes = evaluate(run, 2, saves=9)

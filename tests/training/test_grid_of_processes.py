@@ -1,4 +1,4 @@
-"""Two and four processes train what one does, over the contract grid and beyond; see grid_of_processes.py."""
+"""Two, four and eight processes train what one does over the contract grid; see grid_of_processes.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from grid_of_processes import BATCH, FEW, LABELS, OBJECTIVES, PAIRS, VARIANTS, WEIGHTS, Wide, digest
+from grid_of_processes import (
+    BATCH,
+    FEW,
+    LABELS,
+    OBJECTIVES,
+    ONE,
+    PAIRS,
+    VARIANTS,
+    WEIGHTS,
+    Wide,
+    digest,
+    train,
+)
 
 import processes
 from softdefend.core import rng
@@ -50,6 +62,16 @@ def test_two_processes_train_what_one_does(ends, name):
 @pytest.mark.parametrize("name", ["-".join(names) for names in FEW])
 def test_four_processes_train_what_one_does(ends, name):
     assert_close(ends[4, 0][name], ends[1, 0][name], name)
+
+
+def test_eight_processes_train_what_one_does(tmp_path):
+    run = processes.start_forked(8, SCRIPT, str(tmp_path), "one")
+    ((code, errors),) = processes.ended([run])
+    assert code == 0, errors
+    ((name, eight),) = torch.load(tmp_path / "8-0.pt").items()
+    assert_close(eight, train(ONE[0], batch=16), name)
+    for rank in range(1, 8):
+        assert torch.load(tmp_path / f"8-{rank}.pt") == {name: digest(eight)}
 
 
 @pytest.mark.parametrize("size", [2, 4])
