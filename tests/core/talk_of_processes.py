@@ -30,6 +30,8 @@ def check_messages(ours: Processes) -> None:
     assert torch.equal(index, everything)
     assert halves.dtype == torch.bfloat16
     assert torch.equal(halves, everything.to(torch.bfloat16)[:, :1] / 2)
+    (column,) = ours.gather(everything[rank : rank + 1, 1])  # of a share of one row
+    assert torch.equal(column, everything[:size, 1])
     assert ours.tell({"rank": rank}) == [{"rank": one} for one in range(size)]
     tensors = [torch.full((2, 3), float(rank)), torch.full((4,), float(rank), dtype=torch.float64)]
     tensors.append(torch.full((1, 2, 2, 2), float(rank)).to(memory_format=torch.channels_last))

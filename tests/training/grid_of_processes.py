@@ -2,7 +2,7 @@
 
 Run as ``python grid_of_processes.py FOLDER WHICH``: FOLDER/SIZE-RANK.pt gets the tensors in which each ends.
 WHICH is ``all`` (the whole grid: minutes), ``pairs`` (each pair of rules in some combination, and VARIANTS),
-``few``, or ``one`` (in larger batches).
+``few``, or ``one``.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def train(names: tuple[str, str, str], batch_norm: str = "synchronized", **setti
         device=DEVICE, threads=1, batch_norm=batch_norm, capture=capture, deterministic=True
     )
     engine = Engine(runtime)
-    draw, batch = rng.stream(0, "images"), settings.pop("batch", BATCH)
-    labels = torch.arange(batch * STEPS) % K
+    draw = rng.stream(0, "images")
+    labels = torch.arange(BATCH * STEPS) % K
     split = Split(torch.rand(len(labels), 1, 6, 6, generator=draw), labels)
     data = Augmented(split, engine.device, settings.pop("augment", AugmentSettings("crop-flip", pad=1)))
     net = settings.pop("net", Wide)().to(engine.device)
@@ -91,20 +91,20 @@ def train(names: tuple[str, str, str], batch_norm: str = "synchronized", **setti
     )
     for part in recipe.rules:
         part.setup(RunInfo(data.labels, K, EPOCHS, net, engine.autocast, engine.processes))
-    optim = OptimSettings(EPOCHS, batch, **{"lr": 0.05, **settings.pop("optim", {})})
+    optim = OptimSettings(EPOCHS, BATCH, **{"lr": 0.05, **settings.pop("optim", {})})
     optimizer = make_optimizer(recipe.trained(net), optim, engine.device)
     step = TrainStep(net, data, recipe, optimizer, engine, optim)
     for epoch in range(EPOCHS):
         plan = data.plan(seed=0, epoch=epoch, views=recipe.objective.views)
         phase = Phase(*(part.phase(epoch) for part in recipe.rules))
-        for number, rows in enumerate(plan.split(batch)):
+        for number, rows in enumerate(plan.split(BATCH)):
             for part in recipe.rules:
                 part.advance(epoch + number / STEPS)
             step(rows, phase, rng.key(0, "step", epoch, number))
             for part in recipe.rules:
                 part.after_step()
         everything = torch.arange(data.n, device=engine.device)
-        shares = [data.take(engine.processes.own(part)).image for part in everything.split(batch)]
+        shares = [data.take(engine.processes.own(part)).image for part in everything.split(BATCH)]
         recipe.weight.end_epoch(epoch, lambda shares=shares: iter(shares))
     end = {
         "meters": step.meters,
@@ -165,7 +165,7 @@ def digest(state: dict[str, Tensor]) -> str:
 
 def main(folder: Path, which: list[tuple[str, str, str]]) -> None:
     place = Engine(RuntimeSettings(device=DEVICE)).processes
-    ends = {"-".join(names): train(names, batch=16 if which is ONE else BATCH) for names in which}
+    ends = {"-".join(names): train(names) for names in which}
     if which is PAIRS:
         ends |= {name: train(names, **settings) for name, (names, settings) in VARIANTS.items()}
         for batch_norm in ("synchronized", "per_process"):

@@ -69,7 +69,7 @@ def test_eight_processes_train_what_one_does(tmp_path):
     ((code, errors),) = processes.ended([run])
     assert code == 0, errors
     ((name, eight),) = torch.load(tmp_path / "8-0.pt").items()
-    assert_close(eight, train(ONE[0], batch=16), name)
+    assert_close(eight, train(ONE[0]), name)
     for rank in range(1, 8):
         assert torch.load(tmp_path / f"8-{rank}.pt") == {name: digest(eight)}
 

@@ -106,7 +106,9 @@ class Processes:
         """The rows of all processes, [b, ...] each, from those that :meth:`own` gives, by one message."""
         if self.size == 1:
             return rows
-        parts = [tensor.detach().contiguous().view(len(tensor), -1).view(torch.uint8) for tensor in rows]
+        # A copy in any case: what is contiguous may still have strides that no view of bytes allows.
+        copies = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in rows]
+        parts = [copy.view(len(copy), -1).view(torch.uint8) for copy in copies]
         message = torch.cat(parts, dim=1)
         everyone = message.new_empty(self.size, *message.shape)
         with _talking():
