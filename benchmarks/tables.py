@@ -63,6 +63,19 @@ def table1(wide: bool = True) -> str:
     return table(head, lines)
 
 
+def norms() -> str:
+    """Training in one norm and in several: clean, each norm and their union, and what the union gains."""
+    head = "| recipe | epochs | clean | l-inf | l2 | l1 | union | union, against PGD-AT in l-inf |"
+    lines = []
+    for row in read("norms")["rows"]:
+        cells = [row["recipe"].replace("linf", "l-inf"), row["epochs"]]
+        cells += [f"{row[name]:.1f}" for name in ("clean", "linf", "l2", "l1", "union")]
+        gain = row.get("beyond_linf", {}).get("union")
+        cells.append(f"{gain['difference']:+.1f} ± {gain['error']:.1f}" if gain else "–")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return table(head, lines)
+
+
 def beyond() -> str:
     """SGLR + AWP + EMA: what each candidate reached on validation images, and how long it stood at chance."""
     head = "| settings | validation clean | robust, PGD-10 | epochs at chance | |"
@@ -434,6 +447,7 @@ if __name__ == "__main__":
         analyze_digits(),
         digits_audit(),
         audits(),
+        norms(),
         demo(),
         demo("demo_seeds_clean"),
     )

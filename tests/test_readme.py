@@ -70,7 +70,7 @@ def test_every_results_table_is_what_the_result_files_say():
     runs = (ROOT / "docs" / "runs.md").read_text()
     assert tables["table1"](wide=False) in README
     demos = tables["demo"](), tables["demo"]("demo_seeds_clean")
-    studies = ("table1", "controls", "recipes", "beyond", "beyond_full", "first_steps")
+    studies = ("table1", "controls", "recipes", "beyond", "beyond_full", "first_steps", "norms")
     trained = [tables[name]() for name in (*studies, "short_schedule", "sixty_epochs", "analysis", "audits")]
     for table in (*trained, *demos):
         assert table in runs
