@@ -98,7 +98,7 @@ def test_captured_steps_are_the_same_steps(repeatable, norm):
     for captured in (True, False):
         made = evaluator(net, data, THREATS[norm])
         with made.search_network.search_mode():
-            made.search_network.compile(data.image)
+            made.search_network.prepare(data.image, compile=True)
         if not captured:
             made.search_network.step_graphs = StepGraphs(launched)
         results.append(made([Ensemble("all", MEMBERS)]))
@@ -123,9 +123,10 @@ def test_compiling_and_filling_change_verdicts_on_the_border_at_most(norm, attac
     data = sample(net, 277)
     results = [
         evaluator(net, data, THREATS[norm], compile=c, batch_size=93, microbatch=p)([attack])
-        for c, p in ((False, 277), (True, 277), (True, 100))
+        for c, p in ((False, 277), (None, 277), (True, 277), (True, 100))
     ]
-    assert [r.how["compiled"] for r in results] == [False, True, True]
+    assert [r.how["compiled"] for r in results] == [False, False, True, True]
+    assert [r.how["captured"] for r in results] == [False, True, True, True]
     eager, *others = (r.attacks[attack.name].robust for r in results)
     for other in others:
         assert (other != eager).sum() <= 2

@@ -18,7 +18,13 @@ from softdefend.evaluation import Ensemble, EvaluateSettings, Evaluator
 from softdefend.execution.context import AttackContext
 from softdefend.execution.counting import CountingModel
 from softdefend.execution.randomness import SeededRandomness
-from softdefend.execution.search_network import _check_equal, _compiled, _narrow, _optional
+from softdefend.execution.search_network import (
+    SearchNetwork,
+    _check_equal,
+    _compiled,
+    _narrow,
+    _optional,
+)
 from softdefend.execution.step_graphs import StepGraphs
 from softdefend.models.resnet import BasicBlock
 from softdefend.models.small_cnn import SmallCNN
@@ -156,7 +162,7 @@ def test_a_cpu_compiles_nothing_unless_told_to():
     net = rugged(SHAPE)
     data = sample(net, 300, SHAPE)
     result = Evaluator(net, data, THREATS["l2"], compile=None)([PGD(steps=1)])
-    assert result.how["compiled"] is False
+    assert result.how["compiled"] is result.how["captured"] is False
 
 
 # --- weights in bfloat16 ------------------------------------------------------------------------------------
@@ -237,3 +243,22 @@ def test_one_program_serves_all_batches():
                     (found,) = torch.autograd.grad(forward(given)[:, k].sum(), given)
                     (wanted,) = torch.autograd.grad(net(given)[:, k].sum(), given)
                     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_folded_search_follows_the_networks_weights():
+    """In double precision, where folding rounds nothing that shows."""
+    torch.manual_seed(0)
+    net = SmallCNN(num_classes=4, in_channels=2, width=4).double().eval()
+    image = torch.rand(3, *SHAPE, dtype=torch.float64)
+    search = SearchNetwork(net, torch.device("cpu"), "strict")
+    with search.search_mode(), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # there is no CUDA whose autocast could be off
+        search._adapt(image, net(image))
+    assert search._copy is not None
+    assert search._copy.pairs
+    with torch.no_grad():
+        for tensor in (*net.parameters(), *net.buffers()):
+            tensor.add_(torch.rand_like(tensor, dtype=torch.float64).to(tensor.dtype))
+    with search.search_mode(), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(search._plain(image), net(image), atol=1e-9, rtol=1e-9)

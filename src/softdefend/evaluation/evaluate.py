@@ -35,7 +35,7 @@ from softdefend.evaluation.targets import check_targeted, choose_targets
 from softdefend.execution.context import AttackContext, SavedProgress
 from softdefend.execution.counting import CountingModel, Counts, Mask
 from softdefend.execution.randomness import SeededRandomness
-from softdefend.execution.search_network import COMPILE_FROM, Precision, SearchNetwork
+from softdefend.execution.search_network import CAPTURE_FROM, COMPILE_FROM, Precision, SearchNetwork
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -74,9 +74,9 @@ class Evaluator:
         keep_images: keep what the attacks made, in :attr:`AttackRecord.adversarial`, in the CPU's memory.
         targeted: classes to reach, see :func:`~softdefend.evaluation.targets.choose_targets`: an image counts
             as robust unless it is taken for its target. Images of a class that all are to reach are left out.
-        compile: compile the searching network and capture the steps of searches, on a GPU; from
-            256 images on when None. Changes rounding, nothing else. A compiled copy follows changes of the
-            network's weights, not of its structure.
+        compile: compile the searching network and capture the steps of searches, on a GPU; when None,
+            capture from 256 images on, and compile too from 2,500. Changes rounding, nothing else. A copy
+            follows changes of the network's weights, not of its structure.
         processes: those that evaluate together, each some of the batches. All of them get the result, which
             on a CPU is byte for byte that of one process.
 
@@ -159,7 +159,8 @@ class Evaluator:
             result.how.update(targeted=self.targeted, left_out=asked - len(index))
         result.how.update(
             precision=self.search_network.precision,
-            compiled=self.search_network.step_graphs is not None,
+            compiled=self.search_network.compiled,
+            captured=self.search_network.step_graphs is not None,
             seed=self.seed,
             batch_size=self.batch_size,
             physical_batch=run.microbatch,
@@ -198,16 +199,18 @@ class Evaluator:
                 attack.check_target()
 
     def _prepare(self, index: Tensor, run: _Run) -> None:
-        """Compile the searching network, or fuse its kernels, where an evaluation of so many images does."""
+        """Capture and compile, or fuse kernels, where an evaluation of so many images does."""
 
         def images(index: Tensor) -> Tensor:
             return self.data.take(index.to(self._device)).image
 
-        compiles = self.compile
-        if compiles is None:
-            compiles = self._device.type == "cuda" and len(index) >= COMPILE_FROM
-        if compiles:
-            run.within_memory(lambda microbatch: self.search_network.compile(images(index[:microbatch])))
+        prepares, compiles = self.compile, self.compile
+        if self.compile is None:
+            prepares = self._device.type == "cuda" and len(index) >= CAPTURE_FROM
+            compiles = len(index) >= COMPILE_FROM
+        if prepares:
+            prepare = partial(self.search_network.prepare, compile=bool(compiles))
+            run.within_memory(lambda microbatch: prepare(images(index[:microbatch])))
         elif self.search_network.precision == "fast":
             run.within_memory(lambda microbatch: self.search_network.fuse(images(index[:microbatch])))
 

@@ -65,7 +65,8 @@ class EvaluateSettings:
     """exact (searches in torch's default precision: fp32, with TF32 in convolutions on a GPU), strict (fp32
     without TF32) or fast (bf16). A success counts once strict fp32 confirms it."""
     compile: bool | None = None
-    """Compile the network and capture the attacks' steps; null: on a GPU from 256 images on."""
+    """Compile the network and capture the attacks' steps; null: on a GPU, capture from 256 images on and
+    compile from 2,500."""
     seed: int = 0
     """Of the attacks' random numbers."""
     targeted: str | None = None
