@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from softdefend.core.digest import file_digest
-from softdefend.core.files import check_regular, parse_json, read_bytes
+from softdefend.core.files import cache_folder, check_regular, parse_json, read_bytes
 
 
 def test_a_regular_file_is_read_also_through_a_link(tmp_path: Path) -> None:
@@ -41,3 +41,11 @@ def test_json_nested_beyond_reading_is_a_value_error() -> None:
     assert parse_json('{"a": [1]}') == {"a": [1]}
     with pytest.raises(ValueError, match="nested too deeply"):
         parse_json("[" * 100_000 + "]" * 100_000)
+
+
+def test_the_cache_folder_follows_the_desktop_standard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_folder() == Path("/somewhere/softdefend")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cache_folder() == Path("/home/someone/.cache/softdefend")

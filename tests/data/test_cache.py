@@ -10,7 +10,7 @@ import torch
 from softdefend.core.digest import checksum
 from softdefend.core.errors import SettingError
 from softdefend.data import Split
-from softdefend.data.cache import default_folder, read_or_build, source_key
+from softdefend.data.cache import read_or_build, source_key
 from softdefend.data.raw import RawData
 
 
@@ -139,14 +139,6 @@ def test_the_checksum_sees_values_shapes_types_and_names() -> None:
     assert checksum([("x", half)]) != checksum([("x", half + 1)])
     assert checksum([("x", scalar)]) != checksum([("x", scalar + 1)])
     assert checksum([("x", x.view(2, 3).t())]) == checksum([("x", x.view(2, 3).t().contiguous())])
-
-
-def test_the_default_folder_follows_the_desktop_standard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert default_folder() == Path("/somewhere/softdefend")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert default_folder() == Path("/home/someone/.cache/softdefend")
 
 
 def test_a_cache_beyond_memory_is_refused_with_both_sizes(

@@ -16,10 +16,10 @@ from picture_tools import encode
 from PIL import Image
 
 from softdefend.core.errors import SettingError
+from softdefend.core.files import cache_folder
 from softdefend.core.memory import TooLargeError
 from softdefend.core.rng import stream
 from softdefend.data import Augmented, AugmentSettings, DataSettings, load
-from softdefend.data.cache import default_folder
 from softdefend.data.describe import channel_stats, describe
 from softdefend.data.encoded import RandomCrop
 from softdefend.data.jitter import STEPS, draw_jitter, jitter
@@ -287,7 +287,7 @@ def test_processes_that_start_together_list_the_images_once(source, monkeypatch)
     assert len({bundle.fingerprint for bundle in bundles}) == 1
     assert len(made) == 2  # training and test images
     (made_test,) = (name for name in made if ".test." in name)
-    next(default_folder().glob(made_test)).unlink()
+    next(cache_folder().glob(made_test)).unlink()
     assert load(settings(source)).fingerprint == bundles[0].fingerprint
     assert len(made) == 4
 

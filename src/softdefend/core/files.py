@@ -22,6 +22,11 @@ _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 """The name of a temporary file: that of the file to be, and the writing process."""
 
 
+def cache_folder() -> Path:
+    """``softdefend`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softdefend"
+
+
 def check_regular(path: Path, most: int | None = None) -> int:
     """The size of a file in bytes, of one that can be read to its end.
 

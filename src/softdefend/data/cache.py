@@ -27,11 +27,6 @@ _FORMAT = 3
 taken for it."""
 
 
-def default_folder() -> Path:
-    """``softdefend`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softdefend"
-
-
 def source_key(files: Iterable[Path], **options: object) -> str:
     """sha256 of the paths, sizes and modification times of a source's files, and of the reader's options."""
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from softdefend.core.errors import SettingError
 from softdefend.core.hints import check_fields
 from softdefend.core.processes import ALONE, Processes
+from softdefend.execution.compiled_code import keep_compiled_code
 from softdefend.execution.launched import Place, end_with_parent, place_of_this_process, started_here
 from softdefend.execution.network_mode import on_device, tf32
 
@@ -230,6 +231,8 @@ class Engine:
         if settings.capture and self.device.type != "cuda":
             raise SettingError("runtime.capture", f"true on {self.device.type}", "false, or a CUDA device")
         on_gpu = self.device.type == "cuda"
+        if on_gpu or settings.compile:
+            keep_compiled_code()
         self._refuse_more_than_started()
         self.processes = join(on_gpu)
         self._fabric = _fabric(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softdefend.core.errors import SettingError
+from softdefend.execution.compiled_code import keep_compiled_code
 from softdefend.execution.counting import CountingModel, Forward, Mask
 from softdefend.execution.folding import FoldedCopy
 from softdefend.execution.fused import FusedNet, agree, fused
@@ -141,6 +142,7 @@ class SearchNetwork:
         """
         if self.step_graphs is not None:
             return
+        keep_compiled_code()
         torch.cuda.synchronize(self.device)
         started = time.perf_counter()
         image = fill_up(image, captured_size(len(image)))
@@ -172,6 +174,7 @@ class SearchNetwork:
         """
         if self.precision != "fast" or self._fused is not None:
             return
+        keep_compiled_code()
         kernels = fused(self.net, tuple(image.shape[1:]), self.device)
         if kernels is None:
             return

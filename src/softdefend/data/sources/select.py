@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 
 from softdefend.core.errors import SettingError
+from softdefend.core.files import cache_folder
 from softdefend.core.memory import TooLargeError
-from softdefend.data.cache import default_folder
 from softdefend.data.raw import RawData
 from softdefend.data.settings import DataSettings
 from softdefend.data.sources.base import COLUMNS, DECODING, SOURCES, Source
@@ -21,7 +21,7 @@ def read(settings: DataSettings) -> RawData:
     Raises:
         SettingError: a source that does not exist or cannot be read, in one line.
     """
-    cache = _expand("data.cache", settings.cache) if settings.cache else default_folder()
+    cache = _expand("data.cache", settings.cache) if settings.cache else cache_folder()
     path = _expand("data.source", settings.source)
     try:
         source = _find(settings.source, path)
