@@ -7,8 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -47,19 +45,13 @@ RUN = [
 ]
 
 
-def start(folder: Path, devices: int) -> subprocess.Popen[str]:
-    words = ["train", *RUN, "--folder", str(folder), "--runtime.devices", str(devices)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SOFTDEFEND_COMMIT": "none"}
-    command = [sys.executable, "-m", "softdefend", *words]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+ALONE = {"OMP_NUM_THREADS": "1", "SOFTDEFEND_COMMIT": "none"}
 
 
-def finish(run: subprocess.Popen[str]) -> str:
-    """What a run says until it has ended well."""
-    out, errors = run.communicate(timeout=120)
-    assert run.returncode == 0, errors
-    return out
+def start(folder: Path, *more: str) -> processes.Program:
+    """The command on two processes."""
+    words = ["train", *RUN, "--folder", str(folder), "--runtime.devices", "2", *more]
+    return processes.Program(["-m", "softdefend", *words], {**os.environ, **ALONE})
 
 
 def rows(folder: Path) -> list[dict]:
@@ -67,10 +59,10 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for(run: subprocess.Popen[str], folder: Path, epochs: int) -> list[int]:
+def wait_for(run: processes.Program, folder: Path, epochs: int) -> list[int]:
     """Wait until a run has come so far; the processes that train it, in the order of their start."""
     while len(rows(folder)) < epochs:
-        assert run.poll() is None, run.communicate()
+        assert run.ended()[0] is None, run.ended()
         time.sleep(0.01)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     return sorted(map(int, children))
@@ -80,38 +72,44 @@ FILES = ("metrics.jsonl", "best.safetensors", "last.safetensors", "evaluation/la
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_others_and_leaves_no_trace(tmp_path):
-    """Six starts of Python take more than some seconds."""
-    finish(start(tmp_path / "whole", 2))
-    run = start(tmp_path / "killed", 2)
+def test_a_process_that_is_killed_ends_the_others_and_leaves_no_trace(tmp_path, capsys):
+    """Three starts of a command that starts two processes take more than some seconds.
+
+    What nobody disturbs is trained by two that torchrun would have started, and by this one.
+    """
+    whole = ("-m", "softdefend", "train", *RUN, "--folder", str(tmp_path / "whole"))
+    assert [code for code, _ in processes.ended(processes.start(2, *whole))] == [0, 0]
+    run = start(tmp_path / "killed")
     _, second = wait_for(run, tmp_path / "killed", 2)
     killed = time.monotonic()
     os.kill(second, signal.SIGKILL)
-    _, errors = run.communicate(timeout=60)
+    ((code, errors),) = processes.ended([run], 60)
     assert time.monotonic() - killed < 60
-    assert run.returncode == EXIT_LOST
+    assert code == EXIT_LOST
     lines = [line for line in errors.splitlines() if not line.startswith("softdefend: warning")]
     assert len(lines) == 1, errors
     assert lines[0].startswith("softdefend: stopped: process 1 of 2 was ended by SIGKILL; the others were")
     shutil.copytree(tmp_path / "killed", tmp_path / "other")
 
-    run = start(tmp_path / "killed", 2)  # and now the one that started them
+    run = start(tmp_path / "killed")  # and now the one that started them
     trained = wait_for(run, tmp_path / "killed", 6)
     run.kill()
-    run.communicate()
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{one}").exists() for one in trained):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    finish(start(tmp_path / "killed", 2))
+    ((code, errors),) = processes.ended([start(tmp_path / "killed")])
+    assert code == 0, errors
     for name in FILES:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    known = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())
+    known = yaml.safe_load((tmp_path / "killed" / "config.yaml").read_text())
     assert known["runtime"]["devices"] == 2
-    command = json.loads((tmp_path / "whole" / "environment.json").read_text())["command"]
+    command = json.loads((tmp_path / "killed" / "environment.json").read_text())["command"]
     assert command.endswith("--runtime.devices 2")
 
-    said = finish(start(tmp_path / "other", 1))
+    capsys.readouterr()
+    assert main(["train", *RUN, "--folder", str(tmp_path / "other"), "--runtime.devices", "1"]) == 0
+    said = capsys.readouterr().out
     assert "continues on 1 process(es), before on 2: sums are added in another order" in said
     for one, other in zip(rows(tmp_path / "whole"), rows(tmp_path / "other"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=0.05)
@@ -160,13 +158,10 @@ def test_runs_side_by_side_have_one_process_each(capsys, tmp_path):
 def test_what_all_processes_refuse_is_said_once(tmp_path):
     """Here the last batch of an epoch, which only the data tell."""
     odd = ["--data.train_size", "97", "--optim.drop_last", "false"]
-    words = [*RUN, "--folder", str(tmp_path / "run"), "--runtime.devices", "2", *odd]
-    done = subprocess.run(
-        [sys.executable, "-m", "softdefend", "train", *words], capture_output=True, text=True, check=False
-    )
+    ((code, errors),) = processes.ended([start(tmp_path / "run", *odd)])
     given = "optim.drop_last: got false with a last batch of 1 images on 2 processes"
-    assert done.returncode == 2
-    assert done.stderr == f"softdefend: error: {given}; accepted: true, or another optim.batch_size\n"
+    assert code == 2
+    assert errors == f"softdefend: error: {given}; accepted: true, or another optim.batch_size\n"
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
@@ -177,12 +172,7 @@ def test_processes_with_other_settings_are_refused_in_all_of_them(tmp_path):
         ["-m", "softdefend", "train", *RUN, "--folder", str(tmp_path / "run")],
     )
     group = [
-        subprocess.Popen(
-            [sys.executable, *words, "--optim.lr", lr],
-            env=processes.environment(rank, 2, port),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        processes.Program([*words, "--optim.lr", lr], processes.environment(rank, 2, port))
         for rank, lr in enumerate(("0.1", "0.2"))
     ]
     for (code, errors), who in zip(processes.ended(group), ("", " (process 1)"), strict=True):
@@ -199,12 +189,7 @@ def test_a_port_that_is_taken_is_named(tmp_path):
         other.listen()
         port = other.getsockname()[1]
         words = ["-m", "softdefend", "train", *RUN, "--folder", str(tmp_path / "run")]
-        first = subprocess.Popen(
-            [sys.executable, *words],
-            env=processes.environment(0, 2, port),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        first = processes.Program(words, processes.environment(0, 2, port))
         ((code, errors),) = processes.ended([first])
     assert code == 2
     assert errors.splitlines()[-1].startswith(

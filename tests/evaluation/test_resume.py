@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -16,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import processes
 from ensemble_tools import rugged
 from softdefend.attacks import APGD, FAB, PGD, Square, TargetedAPGD
 from softdefend.core.errors import SettingError
@@ -367,26 +365,28 @@ def test_a_real_kill(tmp_path):
             """
         )
     )
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
-    def start(folder: str, pause: float) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, script, tmp_path / folder, str(pause)], env=environment)
+    def start(folder: str, pause: float) -> processes.Program:
+        return processes.Program([str(script), str(tmp_path / folder), str(pause)], os.environ)
 
-    assert start("whole", 0).wait(120) == 0
+    def assert_ends_well(folder: str) -> None:
+        ((code, errors),) = processes.ended([start(folder, 0)])
+        assert code == 0, errors
+
+    assert_ends_well("whole")
     state, kills = tmp_path / "run" / "evaluation" / "last.state", 0
     for after in ("0.0", "1.0"):  # in the first attack, then in the second
         process = start("run", 0.01)
         deadline = time.time() + 100
-        while process.poll() is None and time.time() < deadline:
+        while process.ended()[0] is None and time.time() < deadline:
             saved = StateFile(state, {}).path.read_bytes() if state.exists() else b""
             if f'\\"{after}\\"'.encode() in saved and b"stage/" in saved:
-                process.send_signal(signal.SIGKILL)
+                process.kill()
                 kills += 1
                 break
             time.sleep(0.02)
-        process.wait(120)
     assert kills == 2
-    assert start("run", 0).wait(120) == 0
+    assert_ends_well("run")
     got, wanted = records(tmp_path / "run"), records(tmp_path / "whole")
     assert got[0].equals(wanted[0])
     assert got[1] == wanted[1]

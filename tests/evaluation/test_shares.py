@@ -53,9 +53,7 @@ def test_several_processes_find_the_same_bytes(whole, tmp_path):
 
 def test_eight_processes_find_the_same_bytes(whole, tmp_path):
     """Each has one batch, the last a part of one."""
-    (tmp_path / "run").mkdir()
-    run = processes.start_forked(8, SCRIPT, str(tmp_path / "run"), "0")
-    assert [code for code, _ in processes.ended([run])] == [0]
+    evaluate(tmp_path / "run", 8)
     assert results(tmp_path / "run") == whole
 
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import processes
 from softdefend.training import checkpoint
 
 KILLS = 20
 
-# Imports once, then forks: every training is a process of its own that dies by a real SIGKILL, and the twenty
-# restarts do not pay for twenty imports of torch. A kill waits until the run has come a given way, not for
-# a time: a fast machine must not finish before the last kill, nor a slow one fail to get anywhere.
+# Every training is forked, a process of its own that dies by a real SIGKILL, and the twenty restarts do not
+# pay for twenty imports of torch. A kill waits until the run has come a given way, not for a time: a fast
+# machine must not finish before the last kill, nor a slow one fail to get anywhere.
 NURSERY = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-import lightning_fabric
 from softdefend.cli.main import main
 
 arguments, kills, seed, epochs = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
@@ -46,7 +44,7 @@ for target in sorted(draw.randrange(epochs // 2) for _ in range(kills)):
     time.sleep(draw.uniform(0, 0.05))
     os.kill(pid, signal.SIGKILL)
     killed += os.waitpid(pid, 0)[1] == signal.SIGKILL
-print("killed", killed)
+print("killed", killed, file=sys.stderr)
 status = os.waitpid(start(), 0)[1]
 sys.exit(os.waitstatus_to_exitcode(status))
 """
@@ -58,11 +56,10 @@ RUN = f"""--config digits_demo --preset sglr-ema --data.train_size 96 --data.val
 --runtime.threads 1 --progress false"""
 
 
-def nursery(folder: Path, kills: int) -> subprocess.CompletedProcess[str]:
+def nursery(script: Path, folder: Path, kills: int) -> processes.Program:
     arguments = json.dumps(["train", *RUN.split(), "--folder", str(folder)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", NURSERY, arguments, str(kills), "7", str(EPOCHS)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    return processes.Program([str(script), arguments, str(kills), "7", str(EPOCHS)], environment)
 
 
 def assert_same(first: object, second: object) -> None:
@@ -81,10 +78,12 @@ def assert_same(first: object, second: object) -> None:
 
 @pytest.mark.slow
 def test_twenty_kills_leave_no_trace(tmp_path):
-    whole, killed = nursery(tmp_path / "whole", 0), nursery(tmp_path / "killed", KILLS)
-    assert whole.returncode == 0, whole.stderr
-    assert killed.returncode == 0, killed.stderr
-    assert f"killed {KILLS}" in killed.stdout, "the run ended before all kills: make it longer"
+    script = tmp_path / "nursery.py"
+    script.write_text(NURSERY)
+    started = [nursery(script, tmp_path / name, kills) for name, kills in (("whole", 0), ("killed", KILLS))]
+    for code, errors in (ends := processes.ended(started, 500)):
+        assert code == 0, errors
+    assert f"killed {KILLS}" in ends[1][1], "the run ended before all kills: make it longer"
     first, second = (
         checkpoint.load(checkpoint.CheckpointFolder(tmp_path / name / "checkpoints").paths()[-1])
         for name in ("whole", "killed")

@@ -8,11 +8,13 @@ import pytest
 import torch
 from grid_of_processes import (
     BATCH,
+    EPOCHS,
     FEW,
     LABELS,
     OBJECTIVES,
     ONE,
     PAIRS,
+    STEPS,
     VARIANTS,
     WEIGHTS,
     Wide,
@@ -65,9 +67,8 @@ def test_four_processes_train_what_one_does(ends, name):
 
 
 def test_eight_processes_train_what_one_does(tmp_path):
-    run = processes.start_forked(8, SCRIPT, str(tmp_path), "one")
-    ((code, errors),) = processes.ended([run])
-    assert code == 0, errors
+    for code, errors in processes.ended(processes.start(8, SCRIPT, str(tmp_path), "one")):
+        assert code == 0, errors
     ((name, eight),) = torch.load(tmp_path / "8-0.pt").items()
     assert_close(eight, train(ONE[0]), name)
     for rank in range(1, 8):
@@ -115,13 +116,13 @@ def test_each_process_may_normalize_by_its_own_images(ends):
 
 def _halves_by_hand():
     """PGD-AT without rules, trainer or step, each half of a batch by itself."""
-    labels = torch.arange(40) % K
-    split = Split(torch.rand(40, 1, 6, 6, generator=rng.stream(0, "images")), labels)
+    labels = torch.arange(BATCH * STEPS) % K
+    split = Split(torch.rand(len(labels), 1, 6, 6, generator=rng.stream(0, "images")), labels)
     data = Augmented(split, "cpu", AugmentSettings("crop-flip", pad=1))
     net, threat = Wide(), ThreatModel("linf", Budget("0.05"))
     inner = net.inner
     momentum = [torch.zeros_like(p) for p in net.parameters()]
-    for epoch in range(4):
+    for epoch in range(EPOCHS):
         for number, rows in enumerate(data.plan(seed=0, epoch=epoch).split(BATCH)):
             key = rng.key(0, "step", epoch, number)
             batch = data.batch(rows)
