@@ -24,6 +24,7 @@ from softdefend.evaluation.masking.finding import Check
 from softdefend.evaluation.masking.probe import Probe, random_signs
 from softdefend.evaluation.masking.rounding import MOST, least_precision, measure_rounding
 
+pytestmark = pytest.mark.slow  # together: some fifty audits, and as many networks trained
 ROOT = Path(__file__).parents[2]
 
 

@@ -29,6 +29,7 @@ from softdefend.data import Augmented, AugmentSettings, Split
 from softdefend.execution.network_mode import set_mode
 from tiny import K
 
+pytestmark = pytest.mark.slow  # the processes, once for all tests
 SCRIPT = str(Path(__file__).with_name("grid_of_processes.py"))
 GROUPS = {1: "pairs", 2: "pairs", 4: "few"}
 
