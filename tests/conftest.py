@@ -7,10 +7,12 @@ import os
 import pytest
 import torch
 
+from pictures import Drawn
 from softdefend.attacks import PGD
 from softdefend.core.rng import stream
 from softdefend.core.threat import Budget, ThreatModel
 from softdefend.data import AugmentSettings, DataBundle, from_tensors
+from softdefend.report import embed
 from softdefend.training import (
     OptimSettings,
     Recipe,
@@ -35,6 +37,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests begin first: whichever begins last should end soon."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _figures_that_look_alike_are_drawn_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embed, "svg", Drawn(embed.svg))
+        yield
+
+
+@pytest.fixture
+def every_figure_drawn(monkeypatch):
+    """For tests of what drawing itself does."""
+    monkeypatch.setattr(embed, "svg", embed.svg.draw)
 
 
 @pytest.fixture(scope="session")

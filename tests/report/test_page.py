@@ -173,6 +173,7 @@ def test_written_whole_or_not_at_all(full, tmp_path, monkeypatch) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
 
+@pytest.mark.usefixtures("every_figure_drawn")
 def test_same_runs_same_page(full, tmp_path) -> None:
     first = write_report(full, tmp_path / "a.html").read_bytes()
     assert write_report(full, tmp_path / "b.html").read_bytes() == first

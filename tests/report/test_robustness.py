@@ -278,6 +278,7 @@ def test_a_network_from_outside_has_no_learning_curves(make_run, make_evaluation
     assert "Learning curves" in read([ours, outside], tmp_path).text["h2"]
 
 
+@pytest.mark.usefixtures("every_figure_drawn")
 def test_same_files_same_page(folder, tmp_path) -> None:
     first = write_report([read_run(folder)], tmp_path / "a.html").read_bytes()
     assert write_report([read_run(folder)], tmp_path / "b.html").read_bytes() == first
