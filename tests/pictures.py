@@ -8,11 +8,12 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 SHOWN = [
     f"get_{name}"
     for name in (
-        *("visible", "text", "xydata", "path", "paths", "offsets", "array", "size_inches"),
+        *("visible", "xydata", "path", "paths", "offsets", "coordinates", "array", "size_inches"),
         *("color", "facecolor", "edgecolor", "alpha", "linestyle", "linewidth", "marker"),
         *("xlim", "ylim", "xscale", "yscale"),
     )
@@ -37,6 +38,7 @@ class Drawn:
 def looks(part: Artist) -> str:
     """All that a part of a figure says of how it looks."""
     said = [getattr(part, name)() for name in SHOWN if hasattr(part, name)]
+    said += [part.get_text()] if isinstance(part, Text) else []
     return f"{type(part).__name__} {list(map(_plain, said))}"
 
 
