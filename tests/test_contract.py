@@ -35,6 +35,7 @@ from softdefend.training.step import Phase
 from softdefend.weights import WeightRule
 from tiny import K, Killed, tiny_net
 
+pytestmark = pytest.mark.slow  # together
 ROOT = Path(__file__).parent.parent
 LABELS, OBJECTIVES, WEIGHTS = (RULES[kind].names() for kind in ("label", "objective", "weight"))
 BOTH = [f"AWP+{name}" for name in WEIGHTS if name != "Plain" and getattr(softdefend, name)().passes == 1]
@@ -100,9 +101,10 @@ def final(trainer) -> dict:
 
 @pytest.mark.parametrize(("label", "objective", "weight"), GRID)
 def test_a_run_cut_anywhere_and_continued_ends_in_the_same_bits(
-    make_trainer, digits, label, objective, weight
+    make_trainer, digits, monkeypatch, label, objective, weight
 ):
     """On digits: network, momentum, averages, memories, meters, best and metrics; then it is evaluated."""
+    monkeypatch.setenv("SOFTDEFEND_COMMIT", "none")  # asking git takes as long as three steps
 
     def start(folder):
         return make_trainer(
