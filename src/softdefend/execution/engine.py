@@ -199,6 +199,14 @@ def _fabric(on_gpu: bool, devices: Any, **options: Any) -> Any:
         return Fabric(accelerator="gpu" if on_gpu else "cpu", devices=devices, **options)
 
 
+@cache
+def _fabric_of(device: torch.device, precision: str) -> Any:
+    """For this process alone. Made once: Fabric looks through all installed packages, for some 15 ms."""
+    on_gpu = device.type == "cuda"
+    mixed = "bf16-mixed" if precision == "bf16" else "32-true"
+    return _fabric(on_gpu, [device.index] if on_gpu else 1, precision=mixed)
+
+
 def _resolve(settings: RuntimeSettings, on_gpu: bool) -> RuntimeSettings:
     """The same settings with every choice left open decided for the device."""
 
@@ -235,11 +243,7 @@ class Engine:
             keep_compiled_code()
         self._refuse_more_than_started()
         self.processes = join(on_gpu)
-        self._fabric = _fabric(
-            on_gpu,
-            [self.device.index] if on_gpu else 1,
-            precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
-        )
+        self._fabric = _fabric_of(self.device, settings.precision)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
 
