@@ -245,7 +245,7 @@ def test_harmless_settings_are_answered_from_the_files(
     words = ["evaluate", str(run_folder), *LAST]
     done(words, capsys)
     before = contents(run_folder)
-    assert not attacked_again([*words, "--physical_batch", "7"], capsys, monkeypatch)
+    assert not attacked_again([*words, "--microbatch", "7"], capsys, monkeypatch)
     assert not attacked_again([*words, "--examples", "3"], capsys, monkeypatch)
     place = run_folder / "evaluation"
     assert (place / "last.json").read_bytes() == before["evaluation/last.json"]

@@ -106,7 +106,7 @@ class Evaluator:
         if mask is not None:
             check_mask(mask, data.n, data.image_shape, "evaluate.mask")
         microbatch = batch_size if microbatch is None else microbatch
-        for name, size in (("batch_size", batch_size), ("physical_batch", microbatch)):
+        for name, size in (("batch_size", batch_size), ("microbatch", microbatch)):
             if size < 1:
                 raise SettingError(f"evaluate.{name}", size, "a whole number >= 1")
         self.search_network = SearchNetwork(net, data.labels.device, precision)
@@ -163,7 +163,7 @@ class Evaluator:
             captured=self.search_network.step_graphs is not None,
             seed=self.seed,
             batch_size=self.batch_size,
-            physical_batch=run.microbatch,
+            microbatch=run.microbatch,
             versions=versions(self._device),
         )
         return result
@@ -493,7 +493,7 @@ class _Run:
                 return work(self.microbatch)
             if self.microbatch == 1:
                 raise SettingError(
-                    "evaluate.physical_batch",
+                    "evaluate.microbatch",
                     "1 image at once, and out of memory",
                     "a smaller network or a smaller evaluate.batch_size",
                 )

@@ -58,9 +58,8 @@ class EvaluateSettings:
     """Example images kept for the report; 0 for none."""
     batch_size: int = 500
     """Images of a batch, which draws its own random numbers (AutoAttack's reference code: 250)."""
-    physical_batch: int | None = None
-    """Images of a microbatch, which is computed together; found from the free memory when null. Changes no
-    result."""
+    microbatch: int | None = None
+    """Images computed at once; found from the free memory when null. Changes no result."""
     precision: Precision = "exact"
     """exact (searches in torch's default precision: fp32, with TF32 in convolutions on a GPU), strict (fp32
     without TF32) or fast (bf16). A success counts once strict fp32 confirms it."""
@@ -91,7 +90,7 @@ class EvaluateSettings:
         for name, value, least in (
             ("examples", self.examples, 0),
             ("batch_size", self.batch_size, 1),
-            ("physical_batch", 1 if self.physical_batch is None else self.physical_batch, 1),
+            ("microbatch", 1 if self.microbatch is None else self.microbatch, 1),
         ):
             if value < least:
                 raise SettingError(f"evaluate.{name}", value, f"a whole number >= {least}")
