@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from killed_runs import assert_same_files
 from softdefend import __version__
 from softdefend.cli.main import COMMANDS, main
 from softdefend.experiments.config import packaged, resolve
@@ -102,8 +103,7 @@ def test_a_killed_run_is_continued(
     out = done(["train", *SMALL, "--folder", str(run_folder)], capsys)
     assert "epoch 1/2" not in out
     assert "epoch 2/2" in out
-    for name in ("metrics.jsonl", "best.safetensors", "last.safetensors"):
-        assert (run_folder / name).read_bytes() == (finished / name).read_bytes()
+    assert_same_files(run_folder, finished)
 
 
 def test_what_does_not_change_a_result_may_change(
