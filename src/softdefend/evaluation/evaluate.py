@@ -23,7 +23,7 @@ from softdefend.core.goals import to_reach
 from softdefend.core.processes import ALONE, Processes
 from softdefend.core.threat import ThreatModel
 from softdefend.data import Resident
-from softdefend.evaluation.autoattack import Ensemble
+from softdefend.evaluation.autoattack import Ensemble, check_list
 from softdefend.evaluation.mask import check_mask
 from softdefend.evaluation.records import AttackRecord as AttackRecord
 from softdefend.evaluation.records import Evaluation as Evaluation
@@ -141,7 +141,7 @@ class Evaluator:
             SettingError: two attacks share a name, or one is not made for the threat model, before anything
                 runs; not even one image fits into memory.
         """
-        self._check(attacks)
+        check_list(attacks, self.threat, targeted=self.targeted is not None)
         index = torch.arange(self.data.n) if index is None else index.cpu()
         # What is computed at once changes the rounding of sums: on a CPU it is what one process computes.
         unit = max(1, self.microbatch // self.batch_size) if self._device.type == "cpu" else 1
@@ -188,15 +188,6 @@ class Evaluator:
     @property
     def _device(self) -> torch.device:
         return self.data.labels.device
-
-    def _check(self, attacks: Sequence[Attack | Ensemble]) -> None:
-        names = [attack.name for attack in attacks]
-        if len(set(names)) < len(names):
-            raise SettingError("evaluate.attacks", ", ".join(names), "attacks with different names")
-        for attack in attacks:
-            attack.check(self.threat)
-            if self.targeted is not None:
-                attack.check_target()
 
     def _prepare(self, index: Tensor, run: _Run) -> None:
         """Capture and compile, or fuse kernels, where an evaluation of so many images does."""

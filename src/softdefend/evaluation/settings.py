@@ -16,7 +16,7 @@ from softdefend.core.errors import SettingError
 from softdefend.core.hints import check_fields, check_type
 from softdefend.core.threat import ThreatModel
 from softdefend.data import SubsetOrder
-from softdefend.evaluation.autoattack import Ensemble, parse
+from softdefend.evaluation.autoattack import Ensemble, check_list, parse
 from softdefend.evaluation.robustbench import check_standard, read_known
 from softdefend.evaluation.targets import by_number, check_target_or_name, check_targeted
 from softdefend.execution.search_network import Precision, check_precision
@@ -165,13 +165,7 @@ def check_attacks(settings: EvaluateSettings, threat: ThreatModel, k: int, devic
             is asked for on a CPU.
     """
     attacks = [parse(name, max(2, k)) for name in settings.attacks]
-    names = [attack.name for attack in attacks]
-    if len(set(names)) < len(names):
-        raise SettingError("evaluate.attacks", ", ".join(names), "attacks with different names")
-    for attack in attacks:
-        attack.check(threat)
-        if settings.targeted is not None:
-            attack.check_target()
+    check_list(attacks, threat, targeted=settings.targeted is not None)
     if settings.targeted is not None:
         check_targeted(settings.targeted, k)
     for loss in own_losses(settings.attacks).values():
