@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from cli_tools import SMALL, contents, pictures, write_parquet
+from cli_tools import SMALL, contents, done, pictures, write_parquet
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
@@ -42,15 +42,6 @@ FILES = {
     "evaluation/last-examples.safetensors",
     "report.html",
 }
-
-
-def done(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command prints that ends well and has nothing to warn of."""
-    capsys.readouterr()
-    assert main(words) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
-    return said.out
 
 
 def evaluation(folder: Path, name: str) -> dict[str, dict[str, float]]:
