@@ -179,13 +179,13 @@ class Keeping(Evaluator):
 def ours(case: Case, args: argparse.Namespace, precision: str) -> tuple[dict[str, Any], Tensor, Tensor]:
     """One evaluation by this package, which images stayed right, and their last adversarial versions."""
     name, net, data, threat, k = case
-    physical = args.physical_batch or fitting_microbatch(net, data.take(data.labels.new_zeros(1)).image)
+    microbatch = args.microbatch or fitting_microbatch(net, data.take(data.labels.new_zeros(1)).image)
     evaluator = Keeping(
         net,
         data,
         threat,
         batch_size=args.batch_size,
-        microbatch=physical,
+        microbatch=microbatch,
         seed=args.seed,
         precision=precision,  # type: ignore[arg-type]
         compile=None,
@@ -206,7 +206,7 @@ def ours(case: Case, args: argparse.Namespace, precision: str) -> tuple[dict[str
         "seconds": total - setup,
         "setup_seconds": setup,
         "total_seconds": total,
-        "physical_batch": result.how["physical_batch"],
+        "microbatch": result.how["microbatch"],
         "members": [{key: row[key] for key in kept} for row in result.members("autoattack")],
     }
     return summary, result.attacks["autoattack"].robust, evaluator.kept
@@ -444,7 +444,7 @@ def arguments() -> argparse.Namespace:
     modes = ("exact", "strict", "fast")
     parser.add_argument("--modes", nargs="+", default=["exact", "fast"], choices=modes)
     parser.add_argument("--batch-size", type=int, default=500, help="of a batch, as the authors'")
-    parser.add_argument("--physical-batch", type=int, default=None, help="found from the memory by default")
+    parser.add_argument("--microbatch", type=int, default=None, help="found from the memory by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--more-seeds", nargs="*", type=int, default=[], help="verdicts with these too")
     parser.add_argument("--steps", type=int, default=None, help="shorten APGD and FAB, for a trial")

@@ -366,7 +366,7 @@ def autoattack(count: int, args: argparse.Namespace, results: Results) -> None:
         "robust": own["count"],
         "seconds": round(own["seconds"], 2),
         "wall": round(wall, 2),
-        "physical_batch": found["physical_batch"],
+        "microbatch": found["microbatch"],
         "records": digest(table),
     }
     one = args.folder / f"autoattack-{args.precision}-{args.n}-1" / "evaluation" / "best.parquet"

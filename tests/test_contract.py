@@ -19,6 +19,7 @@ import torch
 
 import softdefend
 from captured import HostReads, as_on_a_device, places, python_values
+from killed_runs import train_whole_and_killed
 from softdefend.attacks import PGD
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
@@ -33,7 +34,7 @@ from softdefend.training.config import RULES, flat_hints
 from softdefend.training.plain import plain
 from softdefend.training.step import Phase
 from softdefend.weights import WeightRule
-from tiny import K, Killed, tiny_net
+from tiny import K, tiny_net
 
 pytestmark = pytest.mark.slow  # together
 ROOT = Path(__file__).parent.parent
@@ -111,32 +112,8 @@ def test_a_run_cut_anywhere_and_continued_ends_in_the_same_bits(
             rule(label, 10), rule(objective), rule(weight), folder, net=tiny_net(10), data=digits
         )
 
-    whole = start("whole")
-    whole.fit()
-    died = 0
-    cuts = CUTS.get(weight, (4, 4))
-    for cut in cuts:
-        part = start("cut")
-        made = itertools.count(1)
-        body = part.step._body
-
-        def stop(plan, phase, *more, made=made, cut=cut, body=body):
-            if next(made) > cut:
-                raise Killed
-            body(plan, phase, *more)
-
-        part.step._body = stop
-        try:
-            part.fit()
-        except Killed:
-            died += 1
-        part.folder.close()
-    assert died == len(cuts)
-    last = start("cut")
-    last.fit()
+    whole, last = train_whole_and_killed(start, CUTS.get(weight, (4, 4)))
     assert_same(final(whole), final(last))
-    for name in ("metrics.jsonl", "best.safetensors", "last.safetensors"):
-        assert (whole.folder.path / name).read_bytes() == (last.folder.path / name).read_bytes(), name
     evaluator = Evaluator(last.recipe.weight.prediction, last.validator.test_data, last.recipe.threat)
     evaluated = evaluator([PGD(steps=2)])
     assert 0 <= evaluated.robust("pgd-2").rate <= evaluated.clean.rate <= 1

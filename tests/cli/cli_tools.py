@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
+
+from softdefend.cli.main import main
 
 _SMALL = """
     --data.train_size 64 --data.validation 32 --optim.epochs 2 --optim.batch_size 8 --optim.lr 0.05
@@ -23,6 +26,15 @@ SMALL = _SMALL.split()
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def done(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command prints that ends well and has nothing to warn of."""
+    capsys.readouterr()
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    return said.out
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -183,7 +183,7 @@ OTHER = {
     "unknown key": ("evaluate RUN --steps 3", "steps", "unknown", "attacks", "eps", "batch_size"),
     "device": ("evaluate RUN --device tpu", "runtime.device", "tpu", "auto, cpu, cuda"),
     "precision": ("evaluate RUN --precision half", "precision", "half", "exact or strict or fast"),
-    "physical batch": ("evaluate RUN --physical_batch 0", "evaluate.physical_batch", "0", ">= 1"),
+    "microbatch": ("evaluate RUN --microbatch 0", "evaluate.microbatch", "0", ">= 1"),
     "audit of nothing": ("evaluate RUN --audit --audit_size 0", "--audit_size", "0", ">= 1"),
     "audit of letters": ("evaluate RUN --audit --audit_size x", "audit_size", "x", "a whole number"),
     "audit with a value": ("evaluate RUN --audit true", "command line", "'true'", "--name value"),

@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from cli_tools import SMALL, contents, pictures, write_parquet
+from cli_tools import SMALL, contents, done, pictures, write_parquet
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from killed_runs import assert_same_files
 from softdefend import __version__
 from softdefend.cli.main import COMMANDS, main
 from softdefend.experiments.config import packaged, resolve
@@ -41,15 +42,6 @@ FILES = {
     "evaluation/last-examples.safetensors",
     "report.html",
 }
-
-
-def done(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command prints that ends well and has nothing to warn of."""
-    capsys.readouterr()
-    assert main(words) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
-    return said.out
 
 
 def evaluation(folder: Path, name: str) -> dict[str, dict[str, float]]:
@@ -102,8 +94,7 @@ def test_a_killed_run_is_continued(
     out = done(["train", *SMALL, "--folder", str(run_folder)], capsys)
     assert "epoch 1/2" not in out
     assert "epoch 2/2" in out
-    for name in ("metrics.jsonl", "best.safetensors", "last.safetensors"):
-        assert (run_folder / name).read_bytes() == (finished / name).read_bytes()
+    assert_same_files(run_folder, finished)
 
 
 def test_what_does_not_change_a_result_may_change(

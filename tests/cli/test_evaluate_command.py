@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from cli_tools import contents, pictures, write_parquet
+from cli_tools import contents, done, pictures, write_parquet
 from safetensors import safe_open
 from safetensors.torch import load as from_bytes
 from safetensors.torch import load_file, save_file
@@ -37,14 +37,6 @@ from softdefend.experiments.evaluate import evaluate_network
 from softdefend.report.runs import read_run
 
 Refused = Callable[..., str]
-
-
-def done(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    assert main(words) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
-    return said.out
 
 
 def result(folder: Path, name: str) -> dict:
@@ -245,7 +237,7 @@ def test_harmless_settings_are_answered_from_the_files(
     words = ["evaluate", str(run_folder), *LAST]
     done(words, capsys)
     before = contents(run_folder)
-    assert not attacked_again([*words, "--physical_batch", "7"], capsys, monkeypatch)
+    assert not attacked_again([*words, "--microbatch", "7"], capsys, monkeypatch)
     assert not attacked_again([*words, "--examples", "3"], capsys, monkeypatch)
     place = run_folder / "evaluation"
     assert (place / "last.json").read_bytes() == before["evaluation/last.json"]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
 
+from killed_runs import train_whole_and_killed
 from softdefend.core.errors import SettingError
 from softdefend.data import Augmented, AugmentSettings, DataSettings, Extra, Split, from_tensors, load
 from softdefend.data.sources.digits import read_digits
 from softdefend.labels import SAT, SGLR, Hard, Smooth
 from softdefend.objectives import PGDAT, TE, TRADES
 from softdefend.training import OptimSettings
-from tiny import Killed, tiny_net
+from tiny import tiny_net
 
 N, M = 40, 25
 ORIGINAL = Split(torch.randint(0, 256, (N, 1, 6, 6), dtype=torch.uint8), torch.arange(N) % 4)
@@ -146,27 +145,9 @@ def test_a_run_cut_anywhere_and_continued_ends_in_the_same_bits(make_trainer, ha
         rule = SGLR(start=0.3) if isinstance(label, SGLR) else Smooth()
         return make_trainer(rule, TRADES(), None, folder, net=tiny_net(10), data=halves)
 
-    whole = start("whole")
-    whole.fit()
-    for cut in (2, 4):
-        part, made = start("cut"), itertools.count(1)
-        body = part.step._body
-
-        def stop(plan, phase, *more, made=made, cut=cut, body=body):
-            if next(made) > cut:
-                raise Killed
-            body(plan, phase, *more)
-
-        part.step._body = stop
-        with pytest.raises(Killed):
-            part.fit()
-        part.folder.close()
-    last = start("cut")
-    last.fit()
+    whole, last = train_whole_and_killed(start, (2, 4))
     for name, value in whole.net.state_dict().items():
         assert torch.equal(value, last.net.state_dict()[name]), name
-    for name in ("metrics.jsonl", "last.safetensors"):
-        assert (whole.folder.path / name).read_bytes() == (last.folder.path / name).read_bytes()
 
 
 @pytest.mark.parametrize(

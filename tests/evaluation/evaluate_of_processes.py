@@ -64,7 +64,7 @@ def evaluate(folder: Path, saves: int = 0) -> None:
     threat = ThreatModel("linf", Budget("0.02"))
     named = {"architecture": "x", "origin": "x", "processes": ours}
     source = CheckpointSource(net, bundle, folder, "last", trained=threat, threat=threat, **named)
-    asked = EvaluateSettings(attacks=("small", "pgd"), batch_size=6, physical_batch=12, curve_size=10)
+    asked = EvaluateSettings(attacks=("small", "pgd"), batch_size=6, microbatch=12, curve_size=10)
     evaluate_checkpoint(source, asked, Requests(corruptions=True), device=torch.device("cpu"))
 
 

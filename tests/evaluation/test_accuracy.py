@@ -92,7 +92,7 @@ ASKED = replace(QUICK, size=16, curve_size=8)
         ({"seed": 1}, False),
         ({"batch_size": 9}, False),
         ({"precision": "fast"}, False),
-        ({"physical_batch": 3, "examples": 5, "compile": False}, True),
+        ({"microbatch": 3, "examples": 5, "compile": False}, True),
     ],
     ids=str,
 )

@@ -469,7 +469,7 @@ def test_a_checkpoints_corruptions_are_those_of_its_network(bundle, tmp_path):
     result = measured(checkpoint, corruption_measurement(checkpoint, settings))
     wanted = evaluate_corruptions(checkpoint.net, bundle.test, index=subset(bundle.test.labels, 10), seed=2)
     assert {name: result[name] for name in wanted} == wanted
-    same = replace(settings, attacks=(), batch_size=3, physical_batch=2)
+    same = replace(settings, attacks=(), batch_size=3, microbatch=2)
     known = corruption_measurement(checkpoint, settings).settings
     assert corruption_measurement(checkpoint, same).settings == known
     assert corruption_measurement(checkpoint, replace(settings, seed=3)).settings != known

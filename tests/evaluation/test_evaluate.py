@@ -206,7 +206,7 @@ class Doubled(nn.Module):
         {"curve_size": -1},
         {"examples": -1},
         {"batch_size": 0},
-        {"physical_batch": 0},
+        {"microbatch": 0},
         {"precision": "bf16"},
     ],
 )
@@ -214,11 +214,10 @@ def test_impossible_settings_are_refused(case, wrong):
     name = next(iter(wrong))
     with pytest.raises(SettingError, match=f"evaluate.{name}"):
         EvaluateSettings(**wrong)
-    if name in ("batch_size", "physical_batch", "precision"):
+    if name in ("batch_size", "microbatch", "precision"):
         net, data = case
-        argument = {"microbatch" if name == "physical_batch" else name: wrong[name]}
         with pytest.raises(SettingError, match=f"evaluate.{name}"):
-            Evaluator(net, Resident(data, "cpu"), THREAT, **argument)
+            Evaluator(net, Resident(data, "cpu"), THREAT, **wrong)
 
 
 class Watched(nn.Module):
@@ -274,11 +273,11 @@ def test_memory_that_runs_out_halves_what_is_computed_at_once(case):
     wanted = Evaluator(net, Resident(data, "cpu"), THREAT, batch_size=8)(attacks)
     tight = Evaluator(Watched(net, most=3), Resident(data, "cpu"), THREAT, batch_size=8, microbatch=23)
     found = tight(attacks)
-    assert found.how["physical_batch"] == 2  # 23, 11, 5, 2
+    assert found.how["microbatch"] == 2  # 23, 11, 5, 2
     for name in wanted.attacks:
         assert torch.equal(found.attacks[name].robust, wanted.attacks[name].robust)
         assert found.attacks[name].forwards == wanted.attacks[name].forwards
-    with pytest.raises(SettingError, match=r"evaluate\.physical_batch: got 1 image at once"):
+    with pytest.raises(SettingError, match=r"evaluate\.microbatch: got 1 image at once"):
         Evaluator(Watched(net, most=0), Resident(data, "cpu"), THREAT)(attacks)
 
 
@@ -337,7 +336,7 @@ def test_what_was_used_is_written_down(case):
         net, Resident(data, "cpu"), THREAT, batch_size=7, microbatch=5, seed=3, precision="fast"
     )([FGSM()]).to_dict()
     assert summary["precision"] == "fast"
-    assert (summary["batch_size"], summary["physical_batch"], summary["seed"]) == (7, 5, 3)
+    assert (summary["batch_size"], summary["microbatch"], summary["seed"]) == (7, 5, 3)
     assert summary["versions"]["torch"] == torch.__version__
     json.dumps(summary, allow_nan=False)
 

@@ -21,7 +21,7 @@ from softdefend.evaluation.settings import check_requests, check_writable
         ({"curve_size": -1}, "evaluate.curve_size"),
         ({"examples": -1}, "evaluate.examples"),
         ({"batch_size": 0}, "evaluate.batch_size"),
-        ({"physical_batch": 0}, "evaluate.physical_batch"),
+        ({"microbatch": 0}, "evaluate.microbatch"),
         ({"precision": "half"}, "evaluate.precision"),
         ({"seed": -1}, "evaluate.seed"),
     ],

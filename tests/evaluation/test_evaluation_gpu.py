@@ -211,7 +211,7 @@ def test_memory_that_runs_out_halves_what_is_computed_at_once(monkeypatch):
     data, attacks = sample(net), [Ensemble("two", (APGD(steps=12), Square(queries=40)))]
     wanted = evaluator(net, data, THREATS["linf"])(attacks)
     found = evaluator(Tight(net, 128), data, THREATS["linf"])(attacks)
-    assert found.how["physical_batch"] == 85  # 340, 170, 85: filled up to 128
+    assert found.how["microbatch"] == 85  # 340, 170, 85: filled up to 128
     assert (found.attacks["two"].robust != wanted.attacks["two"].robust).sum() <= 2
     made, record, failed = evaluator(net, data, THREATS["linf"]), StepGraphs._record, []
 
@@ -223,7 +223,7 @@ def test_memory_that_runs_out_halves_what_is_computed_at_once(monkeypatch):
 
     monkeypatch.setattr(StepGraphs, "_record", once)
     found = made(attacks)
-    assert found.how["physical_batch"] == 170
+    assert found.how["microbatch"] == 170
     assert (found.attacks["two"].robust != wanted.attacks["two"].robust).sum() <= 2
 
 

@@ -36,7 +36,7 @@ def test_they_are_made_once_for_each_number(case):
     before = times(folder)
     assert before.keys() == {GALLERY, EXAMPLES}
     assert len(load_file(folder / EXAMPLES)["label"]) == 2
-    renew_pictures(checkpoint, replace(QUICK, physical_batch=3), result, table)
+    renew_pictures(checkpoint, replace(QUICK, microbatch=3), result, table)
     assert times(folder) == before
     renew_pictures(checkpoint, replace(QUICK, examples=3), result, table)
     assert len(load_file(folder / EXAMPLES)["label"]) == 3

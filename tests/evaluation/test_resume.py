@@ -96,14 +96,14 @@ def records(folder: Path):
 
 
 @pytest.mark.parametrize(
-    ("threat", "physical", "precision"),
+    ("threat", "microbatch", "precision"),
     [(THREATS[0], 20, "exact"), (THREATS[1], 5, "fast"), (THREATS[2], 5, "fast")],
     ids=["linf", "l2", "l1"],
 )
-def test_killed_at_every_save_it_ends_in_the_same_records(case, monkeypatch, threat, physical, precision):
+def test_killed_at_every_save_it_ends_in_the_same_records(case, monkeypatch, threat, microbatch, precision):
     """Each process makes one save more and dies right after it; the next one starts from the file."""
     evaluate, folder = case
-    evaluate("whole", threat, physical_batch=physical, precision=precision)
+    evaluate("whole", threat, microbatch=microbatch, precision=precision)
     save, kills, last = StateFile.save, 0, ""
 
     def deadly(self, state):
@@ -117,7 +117,7 @@ def test_killed_at_every_save_it_ends_in_the_same_records(case, monkeypatch, thr
     monkeypatch.setattr(StateFile, "save", deadly)
     while True:
         try:
-            evaluate("run", threat, physical_batch=physical, precision=precision)
+            evaluate("run", threat, microbatch=microbatch, precision=precision)
             break
         except Killed:
             kills += 1
@@ -149,15 +149,15 @@ def test_what_is_done_is_not_done_again(case, monkeypatch):
         return forward(self, image)
 
     monkeypatch.setattr(torch.nn.Flatten, "forward", watched)
-    evaluate("whole", curve_size=0, examples=0, physical_batch=20)
+    evaluate("whole", curve_size=0, examples=0, microbatch=20)
     whole = sum(calls)
     calls.clear()
     monkeypatch.setattr(StateFile, "save", counted)
     with pytest.raises(Killed):
-        evaluate("run", curve_size=0, examples=0, physical_batch=20)
+        evaluate("run", curve_size=0, examples=0, microbatch=20)
     first = sum(calls)
     calls.clear()
-    evaluate("run", curve_size=0, examples=0, physical_batch=20)
+    evaluate("run", curve_size=0, examples=0, microbatch=20)
     assert 0 < sum(calls) < whole / 2
     assert first + sum(calls) == whole
 
@@ -174,12 +174,12 @@ def test_harmless_settings_continue(case, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(StateFile, "save", deadly)
         with pytest.raises(Killed):
-            evaluate("run", physical_batch=20, examples=4)
+            evaluate("run", microbatch=20, examples=4)
     found, load = [], StateFile.load
     monkeypatch.setattr(StateFile, "load", lambda self: found.append(load(self)) or found[-1])
-    evaluate("run", physical_batch=7, examples=2)
+    evaluate("run", microbatch=7, examples=2)
     assert found[0] is not None
-    evaluate("whole", physical_batch=20, examples=2)
+    evaluate("whole", microbatch=20, examples=2)
     got, wanted = records(folder / "run"), records(folder / "whole")
     assert got[0].equals(wanted[0])
     assert got[2] == wanted[2]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from softdefend.execution.network_mode import frozen, no_kernel_search, set_mode, tf32
+from softdefend.execution.network_mode import frozen, kernel_search, set_mode, tf32
 
 
 def make() -> nn.Sequential:
@@ -58,8 +58,9 @@ def test_tf32_is_put_back():
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_kernels_are_tried_again_only_where_they_were(monkeypatch, before):
+@pytest.mark.parametrize("allowed", [True, False])
+def test_kernels_are_tried_again_only_where_they_were(monkeypatch, before, allowed):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
-    with no_kernel_search():
-        assert not torch.backends.cudnn.benchmark
+    with kernel_search(allowed):
+        assert torch.backends.cudnn.benchmark is allowed
     assert torch.backends.cudnn.benchmark is before

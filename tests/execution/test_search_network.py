@@ -118,7 +118,7 @@ def test_graphs_are_given_up_where_memory_runs_out_and_after_each_attack():
     release = graphs.release
     graphs.release = lambda: released.append(len(graphs._graphs)) or release()
     found = evaluator(attacks)
-    assert found.how["physical_batch"] == 15
+    assert found.how["microbatch"] == 15
     *short, first, second = released
     assert len(short) == 2
     assert first > 0

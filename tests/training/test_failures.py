@@ -102,14 +102,14 @@ def test_a_kill_between_the_best_weights_and_their_checkpoint_leaves_the_best_be
     """Where arithmetic is not exact the epoch that is made again may not be the best any more."""
     trainer = make_trainer(Hard(), PGDAT(), save=SaveSettings())
     validates(trainer, [0.2, 0.5, 0.9])
-    save = trainer._save
+    save = trainer.saves.save
 
     def killed():
         if trainer.state.epoch == 3:
             raise Killed
         save()
 
-    trainer._save = killed
+    trainer.saves.save = killed
     with pytest.raises(Killed):
         trainer.fit()
     trainer.folder.close()
@@ -165,7 +165,7 @@ def test_what_ends_training_is_not_hidden_by_what_could_not_be_written(make_trai
 
     def interrupted(phase):
         ends(phase)
-        trainer._save()
+        trainer.saves.save()
         raise KeyboardInterrupt
 
     trainer._end_epoch = interrupted

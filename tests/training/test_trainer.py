@@ -260,7 +260,7 @@ def test_normalization_per_process_needs_as_many_processes_as_before(make_traine
     """Statistics of other shares are another method."""
     runtime = RuntimeSettings(device="cpu", threads=1, batch_norm="per_process")
     trainer = make_trainer(Hard(), PGDAT(), runtime=runtime)
-    trainer._save()
+    trainer.saves.save()
     (path,) = trainer.folder.checkpoints.paths()
     checkpoint.save(path, {**checkpoint.load(path), "processes": 2})
     trainer.folder.close()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from killed_runs import train_whole_and_killed
 from softdefend import PGD, PGDAT, SGLR, TRADES, Hard, OptimSettings, Plain, ThreatModel
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
@@ -253,25 +254,7 @@ def test_a_run_with_an_average_inside_resumes_to_the_bit(make_trainer, average):
     def trainer(folder):
         return make_trainer(SGLR(), TRADES(), AWP(warmup=0.3, average=average()), folder=folder)
 
-    whole = trainer("whole")
-    whole.fit()
-    for cut in (2, 3, 2):
-        part, made = trainer("cut"), itertools.count(1)
-        body = part.step._body
-
-        def stop(plan, phase, made=made, cut=cut, body=body):
-            if next(made) > cut:
-                raise Killed
-            body(plan, phase)
-
-        part.step._body = stop
-        with pytest.raises(Killed):
-            part.fit()
-        part.folder.close()
-    last = trainer("cut")
-    last.fit()
-    for name in ("metrics.jsonl", "best.safetensors", "last.safetensors"):
-        assert (whole.folder.path / name).read_bytes() == (last.folder.path / name).read_bytes(), name
+    whole, last = train_whole_and_killed(trainer, (2, 3, 2))
     for ours, theirs in zip(
         whole.recipe.weight.prediction.state_dict().values(),
         last.recipe.weight.prediction.state_dict().values(),

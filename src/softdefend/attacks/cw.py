@@ -16,6 +16,7 @@ from softdefend.attacks.pgd import PGD, eot_suffix
 from softdefend.core.errors import check_values
 from softdefend.core.goals import fooled
 from softdefend.core.threat import Norm
+from softdefend.execution.context import AttackContext
 from softdefend.execution.counting import CountingModel, Forward
 
 
@@ -92,10 +93,16 @@ class CWL2(MinimalAttack):
         """``cw-l2``, or ``cw-l2-5x100`` where rounds and steps are not 9 and 1000."""
         return "cw-l2" if (self.rounds, self.steps) == (9, 1000) else f"cw-l2-{self.rounds}x{self.steps}"
 
-    def search(
-        self, net: CountingModel, image: Tensor, label: Tensor, norm: Norm, enough: float
+    def closest(
+        self,
+        net: CountingModel,
+        image: Tensor,
+        label: Tensor,
+        norm: Norm,
+        enough: float,
+        context: AttackContext,
     ) -> tuple[Tensor, Tensor]:
-        """See :meth:`MinimalAttack.search`. Cost: one forward, and at most ``rounds * steps`` forwards and
+        """See :meth:`MinimalAttack.closest`. Cost: one forward, and at most ``rounds * steps`` forwards and
         image gradients of each image that is right.
 
         Raises:

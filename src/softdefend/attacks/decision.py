@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softdefend.attacks.base import Attack, Randomness
-from softdefend.attacks.losses import check_classes, hard_label
-from softdefend.attacks.minimal import Closest
+from softdefend.attacks.base import Randomness
+from softdefend.attacks.losses import check_classes
+from softdefend.attacks.minimal import Closest, MinimalAttack
 from softdefend.core.errors import SettingError
 from softdefend.core.goals import classes_of, fooled, reaches
-from softdefend.core.threat import Norm, ThreatModel
+from softdefend.core.threat import Norm
 from softdefend.execution.context import AttackContext
-from softdefend.execution.counting import CountingModel, Forward
-from softdefend.execution.randomness import CallerRandomness
+from softdefend.execution.counting import CountingModel
 
 NUDGE = 1e-4
 """Share of its distance by which a closest image is moved on: at the boundary itself rounding, which depends
@@ -85,7 +84,7 @@ class Decisions:
 
 
 @dataclass(frozen=True)
-class DecisionAttack(Attack):
+class DecisionAttack(MinimalAttack):
     """An attack that minimises the distance by decisions alone, with a budget of queries for each image; a
     subclass writes :meth:`search`.
 
@@ -104,7 +103,6 @@ class DecisionAttack(Attack):
     """Queries of each image, >= 1."""
     randomness: ClassVar[Randomness] = "image"
     several_batches: ClassVar[bool] = True
-    minimizes_distance: ClassVar[bool] = True
     takes_target: ClassVar[bool] = True
     suffix: ClassVar[str | None] = "[-QUERIES]"
 
@@ -127,40 +125,7 @@ class DecisionAttack(Attack):
             state: where the search stands: at wrong images, where some were found.
         """
 
-    @final
-    def minimal(
-        self,
-        net: Forward,
-        image: Tensor,
-        label: Tensor,
-        norm: Norm,
-        *,
-        target: Tensor | None = None,
-        enough: float = 0.0,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The closest wrong image found; see :meth:`MinimalAttack.minimal`.
-
-        Args:
-            generator: source of every random draw, on the device of ``image``; torch's own when None.
-        """
-        self.check_norm(norm)
-        model = net if isinstance(net, CountingModel) else CountingModel(net, len(image))
-        context = AttackContext(model, CallerRandomness(generator, len(image)))
-        goal = hard_label(label) if target is None else self.goal(target, len(image))
-        return self._closest(model, image, goal, norm, enough, context)
-
-    def run(
-        self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
-    ) -> Tensor:
-        """See :meth:`Attack.run`. Cost: one forward, and at most ``queries`` forwards of each image that is
-        right."""
-        eps = float(threat.eps)
-        closest, distance = self._closest(net, image, hard_label(label), threat.norm, eps, context)
-        return torch.where((distance <= eps).view(-1, 1, 1, 1), closest, image)
-
-    @torch.no_grad()
-    def _closest(
+    def closest(
         self,
         net: CountingModel,
         image: Tensor,
@@ -169,6 +134,8 @@ class DecisionAttack(Attack):
         enough: float,
         context: AttackContext,
     ) -> tuple[Tensor, Tensor]:
+        """See :meth:`MinimalAttack.closest`. Cost: one forward, and at most ``queries`` forwards of each
+        image that is right."""
         closest, clean = Closest(image, norm), net.clean_logits(image)
         check_classes(clean)
         everyone = torch.arange(len(image), device=image.device)

@@ -15,6 +15,7 @@ from softdefend.attacks.names import ATTACKS
 from softdefend.core.errors import check_values
 from softdefend.core.goals import classes_of, fooled, reaches
 from softdefend.core.threat import Norm
+from softdefend.execution.context import AttackContext
 from softdefend.execution.counting import CountingModel
 
 NUDGE = 1e-4
@@ -62,10 +63,16 @@ class DeepFool(MinimalAttack):
         """``deepfool``, or ``deepfool-100`` where the steps are not 50."""
         return "deepfool" if self.steps == 50 else f"deepfool-{self.steps}"
 
-    def search(
-        self, net: CountingModel, image: Tensor, label: Tensor, norm: Norm, enough: float
+    def closest(
+        self,
+        net: CountingModel,
+        image: Tensor,
+        label: Tensor,
+        norm: Norm,
+        enough: float,
+        context: AttackContext,
     ) -> tuple[Tensor, Tensor]:
-        """See :meth:`MinimalAttack.search`. Cost: at most ``steps`` + 1 forwards and ``steps * targets``
+        """See :meth:`MinimalAttack.closest`. Cost: at most ``steps`` + 1 forwards and ``steps * targets``
         image gradients of each image; an image leaves the batch after the step that sees it wrong.
 
         ``enough`` changes nothing: an image is left at its first wrong point.

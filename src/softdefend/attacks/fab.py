@@ -15,21 +15,21 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from softdefend.attacks.base import Attack, value_and_gradient
-from softdefend.attacks.losses import check_classes, hard_label, image_gradient, margin
+from softdefend.attacks.base import Randomness, value_and_gradient
+from softdefend.attacks.losses import check_classes, image_gradient, margin
+from softdefend.attacks.minimal import MinimalAttack
 from softdefend.attacks.names import ATTACKS, COUNTS, count_suffix
 from softdefend.core.errors import check_values
 from softdefend.core.goals import fooled, reaches
-from softdefend.core.threat import Norm, ThreatModel
+from softdefend.core.threat import Norm
 from softdefend.execution.context import ActiveImages, AttackContext, steps_until_packing
-from softdefend.execution.counting import CountingModel, Forward, RowsModel
-from softdefend.execution.randomness import CallerRandomness
+from softdefend.execution.counting import CountingModel, RowsModel
 
 
 @ATTACKS.register("fab")
 @ATTACKS.register("fab-t")
 @dataclass(frozen=True)
-class FAB(Attack):
+class FAB(MinimalAttack):
     """FAB in l-inf, l2 or l1.
 
     Linearises the boundary to another class, steps beyond it, leaning back to the image, and goes part of
@@ -65,8 +65,8 @@ class FAB(Attack):
     """Searches per target, >= 1; all but the first begin at a random point."""
     targeted: bool = True
     """Towards one class after the other, or always towards the closest."""
+    randomness: ClassVar[Randomness] = "batch"
     several_batches: ClassVar[bool] = True
-    minimizes_distance: ClassVar[bool] = True
     takes_target: ClassVar[bool] = True
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
     pattern: ClassVar[str] = rf"fab(?:-t)?{COUNTS}"
@@ -95,56 +95,7 @@ class FAB(Attack):
         found = super().from_name(name)
         return None if found is None else replace(found, targeted=name.startswith("fab-t"))
 
-    def run(
-        self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
-    ) -> Tensor:
-        """See :meth:`Attack.run`. Cost: one forward, and per search and step up to two forwards and one
-        image gradient (untargeted: one for each class) of each image that no wrong point within ``eps`` has
-        been found for.
-
-        An image is returned unchanged where none is found. Without restarts a verdict depends on the image
-        alone; a restart's noise is drawn for the images of a batch that are still right, from a generator
-        that may live on the CPU wherever the images are.
-        """
-        eps = float(threat.eps)
-        closest, distance = self._closest(net, image, hard_label(label), threat.norm, eps, context)
-        return torch.where((distance <= eps).view(-1, 1, 1, 1), closest, image)
-
-    def minimal(
-        self,
-        net: Forward,
-        image: Tensor,
-        label: Tensor,
-        norm: Norm,
-        *,
-        target: Tensor | None = None,
-        enough: float = 0.0,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The closest wrong image found, at any distance.
-
-        Args:
-            net, image, label, target: see :meth:`Attack.__call__`.
-            norm: of the distance.
-            enough: a distance in pixel units at which the search for a sample stops. Restarts begin half of
-                it away from the image.
-            generator: of the restarts' random points.
-
-        Returns:
-            Images [b, c, h, w] and their distances [b]: the image itself at 0 where the network is wrong
-            from the start, and at infinity where no wrong image was found.
-
-        Raises:
-            SettingError: l0.
-        """
-        self.check_norm(norm)
-        model = CountingModel(net, len(image))
-        context = AttackContext(model, CallerRandomness(generator, len(image)))
-        goal = hard_label(label) if target is None else self.goal(target, len(image))
-        return self._closest(model, image, goal, norm, enough, context)
-
-    @torch.no_grad()
-    def _closest(
+    def closest(
         self,
         net: CountingModel,
         image: Tensor,
@@ -153,7 +104,14 @@ class FAB(Attack):
         enough: float,
         context: AttackContext,
     ) -> tuple[Tensor, Tensor]:
-        """Closest wrong images and distances; one within ``enough`` ends a sample's search."""
+        """See :meth:`MinimalAttack.closest`. Restarts begin half of ``enough`` away from the image.
+
+        Cost: one forward, and per search and step up to two forwards and one image gradient (untargeted: one
+        for each class) of each image that no wrong point within ``enough`` has been found for.
+
+        Without restarts the result depends on the image alone; a restart's noise is drawn for the images of a
+        batch that are still right, from a generator that may live on the CPU wherever the images are.
+        """
         logits = net.clean_logits(image)
         check_classes(logits)
         plan = [

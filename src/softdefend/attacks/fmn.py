@@ -15,6 +15,7 @@ from softdefend.core.errors import check_values
 from softdefend.core.goals import fooled
 from softdefend.core.projections import l1_correction
 from softdefend.core.threat import Norm, length
+from softdefend.execution.context import AttackContext
 from softdefend.execution.counting import CountingModel
 
 LEAST_GROWTH = 0.001
@@ -62,10 +63,16 @@ class FMN(MinimalAttack):
         """``fmn``, or ``fmn-200`` where the steps are not 100."""
         return "fmn" if self.steps == 100 else f"fmn-{self.steps}"
 
-    def search(
-        self, net: CountingModel, image: Tensor, label: Tensor, norm: Norm, enough: float
+    def closest(
+        self,
+        net: CountingModel,
+        image: Tensor,
+        label: Tensor,
+        norm: Norm,
+        enough: float,
+        context: AttackContext,
     ) -> tuple[Tensor, Tensor]:
-        """See :meth:`MinimalAttack.search`. Cost: at most ``steps`` + 1 forwards and ``steps`` image
+        """See :meth:`MinimalAttack.closest`. Cost: at most ``steps`` + 1 forwards and ``steps`` image
         gradients of each image; an image that is wrong from the start costs one of each."""
         closest = Closest(image, norm)
         rows = torch.arange(len(image), device=image.device)

@@ -16,21 +16,33 @@ from softdefend.core.goals import fooled
 from softdefend.core.threat import Norm, ThreatModel, length
 from softdefend.execution.context import AttackContext
 from softdefend.execution.counting import CountingModel, Forward
+from softdefend.execution.randomness import CallerRandomness
 
 
 @dataclass(frozen=True)
 class MinimalAttack(Attack):
-    """An attack that minimises the distance; a subclass writes :meth:`search`. Called with a threat model, it
-    returns what it found within ``eps``, and the image itself where that is nothing."""
+    """An attack that minimises the distance; a subclass writes :meth:`closest`. Called with a threat model,
+    it returns what it found within ``eps``, and the image itself where that is nothing."""
 
     randomness: ClassVar[Randomness] = "none"
     minimizes_distance: ClassVar[bool] = True
 
     @abstractmethod
-    def search(
-        self, net: CountingModel, image: Tensor, label: Tensor, norm: Norm, enough: float
+    def closest(
+        self,
+        net: CountingModel,
+        image: Tensor,
+        label: Tensor,
+        norm: Norm,
+        enough: float,
+        context: AttackContext,
     ) -> tuple[Tensor, Tensor]:
-        """The closest wrong image found; see :meth:`minimal`. ``label`` is [b] int64, or a goal to reach."""
+        """The closest wrong images and their distances; see :meth:`minimal`. Called without gradients.
+
+        Args:
+            label: [b] int64, or a goal to reach.
+            context: the source of every random draw.
+        """
 
     @final
     @torch.no_grad()
@@ -43,11 +55,12 @@ class MinimalAttack(Attack):
         *,
         target: Tensor | None = None,
         enough: float = 0.0,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The closest wrong image found, at any distance; nothing is random, and no image feels its batch.
+        """The closest wrong image found, at any distance.
 
         Args:
-            net, image, label, target: see :meth:`Attack.__call__`.
+            net, image, label, target, generator: see :meth:`Attack.__call__`.
             norm: of the distance.
             enough: a distance in pixel units at which the search for a sample stops.
 
@@ -57,24 +70,21 @@ class MinimalAttack(Attack):
 
         Raises:
             SettingError: a norm that the attack is not made for; a network with fewer than two classes, or
-                without gradients in the image.
+                without the gradients that the attack takes.
         """
         self.check_norm(norm)
         model = net if isinstance(net, CountingModel) else CountingModel(net, len(image))
+        context = AttackContext(model, CallerRandomness(generator, len(image)))
         goal = hard_label(label) if target is None else self.goal(target, len(image))
-        return self.search(model, image, goal, norm, enough)
+        return self.closest(model, image, goal, norm, enough, context)
 
+    @torch.no_grad()
     def run(
         self, net: CountingModel, image: Tensor, label: Tensor, threat: ThreatModel, context: AttackContext
     ) -> Tensor:
-        """See :meth:`Attack.run`; the cost is that of :meth:`search`, less what stopping at ``eps`` saves.
-        Nothing is drawn.
-
-        Raises:
-            SettingError: what :meth:`minimal` refuses.
-        """
+        """See :meth:`Attack.run`. Cost: that of :meth:`closest`, less what stopping at ``eps`` saves."""
         eps = float(threat.eps)
-        closest, distance = self.minimal(net, image, label, threat.norm, enough=eps)
+        closest, distance = self.closest(net, image, hard_label(label), threat.norm, eps, context)
         return torch.where((distance <= eps).view(-1, 1, 1, 1), closest, image)
 
 

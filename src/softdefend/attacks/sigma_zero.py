@@ -15,6 +15,7 @@ from softdefend.attacks.names import ATTACKS
 from softdefend.core.errors import check_values
 from softdefend.core.goals import fooled
 from softdefend.core.threat import Norm
+from softdefend.execution.context import AttackContext
 from softdefend.execution.counting import CountingModel, Forward
 
 LAST_STEP = 0.1
@@ -74,10 +75,16 @@ class SigmaZero(MinimalAttack):
         """``sigma-zero``, or ``sigma-zero-100`` where the steps are not 1000."""
         return "sigma-zero" if self.steps == 1000 else f"sigma-zero-{self.steps}"
 
-    def search(
-        self, net: CountingModel, image: Tensor, label: Tensor, norm: Norm, enough: float
+    def closest(
+        self,
+        net: CountingModel,
+        image: Tensor,
+        label: Tensor,
+        norm: Norm,
+        enough: float,
+        context: AttackContext,
     ) -> tuple[Tensor, Tensor]:
-        """See :meth:`MinimalAttack.search`. Cost: at most ``steps`` forwards and image gradients of each
+        """See :meth:`MinimalAttack.closest`. Cost: at most ``steps`` forwards and image gradients of each
         image; an image that is wrong from the start costs one of each."""
         closest, rows = Closest(image, norm), torch.arange(len(image), device=image.device)
         delta, mean, square = (torch.zeros_like(image) for _ in range(3))

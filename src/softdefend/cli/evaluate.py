@@ -14,10 +14,11 @@ from softdefend.core.threat import EXAMPLES, Budget, Norm, ThreatModel
 from softdefend.data import DataSettings
 from softdefend.evaluation import EvaluateSettings, Requests
 from softdefend.evaluation.mask import read_mask
+from softdefend.evaluation.robustbench_networks import RobustBenchNetwork
 from softdefend.evaluation.settings import Size, check_size
 from softdefend.execution.engine import count_processes
 from softdefend.execution.launched import place_of_this_process
-from softdefend.experiments.evaluate import evaluate, evaluate_external, evaluate_robustbench, open_run
+from softdefend.experiments.evaluate import evaluate, evaluate_external, open_run
 from softdefend.experiments.launch import run_on_processes
 from softdefend.experiments.pipeline import WHICH
 from softdefend.models import NetSettings
@@ -120,21 +121,25 @@ def run(words: Sequence[str]) -> None:
     )
     also: dict[str, Any] = {"requests": requests, "transfer": flags.transfer, "device": flags.device}
     changes = given.changes(EvaluateSettings)
-    if flags.model is not None and flags.weights is not None and flags.output is not None:
-        (threat,) = _threats(flags, ThreatModel())
-        settings = EvaluateSettings(**changes)
-        paths = replace(flags.net, name=flags.model), flags.weights, flags.data, flags.output
-        evaluate_external(*paths, key=flags.weights_key, threat=threat, settings=settings, **also)
-    if flags.robustbench_model is not None and flags.architecture is not None and flags.output is not None:
-        theirs = flags.architecture, flags.robustbench_model, flags.data, flags.output
-        also |= {"mean": flags.mean, "std": flags.std, "key": flags.weights_key}
+    external = _external(flags)
+    if external is not None and flags.output is not None:
         (threat,), settings = _threats(flags, ThreatModel()), EvaluateSettings(**changes)
-        evaluate_robustbench(*theirs, threat=threat, settings=settings, **also)
+        paths = *external, flags.data, flags.output
+        evaluate_external(*paths, key=flags.weights_key, threat=threat, settings=settings, **also)
     for folder in map(Path, flags.run):
         experiment = open_run(folder)
         threats = _threats(flags, experiment.recipe.threat)
         _log.info(str(folder))
         evaluate(experiment, flags.which, replace(experiment.evaluate, **changes), threats, **also)
+
+
+def _external(flags: EvaluateFlags) -> tuple[NetSettings | RobustBenchNetwork, Path] | None:
+    """The network that was not trained here and the file of its weights; None where runs are evaluated."""
+    if flags.robustbench_model is not None and flags.architecture is not None:
+        return RobustBenchNetwork(flags.architecture, flags.mean, flags.std), flags.robustbench_model
+    if flags.model is not None and flags.weights is not None:
+        return replace(flags.net, name=flags.model), flags.weights
+    return None
 
 
 def _threats(flags: EvaluateFlags, trained: ThreatModel) -> list[ThreatModel]:

@@ -24,6 +24,11 @@ def _printable(character: str) -> str:
     return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()
 
 
+def one_line(reason: object) -> str:
+    """What somebody else's code says of its failure, on one line of at most 160 characters."""
+    return " ".join(str(reason).split())[:160]
+
+
 class SettingError(ValueError):
     """A setting, file or tensor from outside that cannot be used. The command line exits with code 2.
 

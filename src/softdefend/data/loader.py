@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import SettingError, one_line
 from softdefend.data.encoded import Decoder, EncodedImages, RandomCrop
 
 CHUNK = 32
@@ -130,7 +130,7 @@ class Loader:
             try:
                 part = next(self._ready)
             except RuntimeError as error:  # of torch, about a process
-                reason = " ".join(str(error).split())[:160]
+                reason = one_line(error)
                 accepted = "fewer processes, memory for them, and __name__ == '__main__' in your own script"
                 raise SettingError("data.workers", f"{self.images.workers} ({reason})", accepted) from error
             if isinstance(part, tuple):

@@ -33,7 +33,7 @@ CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 SAVE_EVERY = 30.0
 """Least seconds between two saves. AutoAttack's members save within a group of batches, all other attacks at
 its end: a killed evaluation begins such a group again."""
-_WITHOUT_EFFECT = ("physical_batch", "compile", "examples")
+_WITHOUT_EFFECT = ("microbatch", "compile", "examples")
 """Settings that change no figure but by rounding. With another value of these it is the same evaluation."""
 
 
@@ -166,7 +166,7 @@ def _attack(
     )
     evaluation = evaluator(attacks, index=index, progress=source.progress, state=state, log_costs=True)
     evaluator.keep_images = False
-    evaluator.microbatch = evaluation.how["physical_batch"]  # as many as have fitted into memory
+    evaluator.microbatch = evaluation.how["microbatch"]  # as many as have fitted into memory
     threat = {"norm": source.threat.norm, "eps": str(source.threat.eps)}
     return evaluation, {
         "which": source.which,
@@ -186,7 +186,7 @@ def make_evaluator(
     checkpoint: Checkpoint, settings: EvaluateSettings, processes: Processes = ALONE
 ) -> Evaluator:
     """The evaluator of a checkpoint under its threat; of these processes, which all have to use it."""
-    microbatch = settings.physical_batch
+    microbatch = settings.microbatch
     if microbatch is None:
         fitting = fitting_microbatch(checkpoint.net, checkpoint.test_images(1).image)
         microbatch = min(processes.tell(fitting))

@@ -137,3 +137,19 @@ def parse(name: str, k: int = 10) -> Attack | Ensemble:
         hint = did_you_mean(re.sub(r"-\d.*", "", name), [*ATTACKS.names(), *names])
         accepted = f"{error.accepted}; or {', '.join(names)}{hint}"
         raise SettingError(error.setting, error.given, accepted) from error
+
+
+def check_list(attacks: Sequence[Attack | Ensemble], threat: ThreatModel, *, targeted: bool) -> None:
+    """Refuse attacks that one evaluation cannot make.
+
+    Raises:
+        SettingError: two share a name, or one is not made for the threat, or has no targeted form where that
+            is asked for.
+    """
+    names = [attack.name for attack in attacks]
+    if len(set(names)) < len(names):
+        raise SettingError("evaluate.attacks", ", ".join(names), "attacks with different names")
+    for attack in attacks:
+        attack.check(threat)
+        if targeted:
+            attack.check_target()

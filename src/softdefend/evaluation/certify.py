@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from softdefend.core.environment import versions
@@ -24,6 +21,7 @@ from softdefend.evaluation.records import Rate
 from softdefend.evaluation.resume import StateFile
 from softdefend.evaluation.settings import Size, check_size, check_writable, count_of
 from softdefend.evaluation.smoothing import Certificates, Smoothed, Smoothing
+from softdefend.evaluation.table import parquet_bytes
 from softdefend.execution.microbatch import fitting_microbatch
 
 _log = logging.getLogger(__name__)
@@ -160,9 +158,7 @@ def _point(radius: float, flags: torch.Tensor) -> dict[str, Any]:
 def to_parquet(certificates: Certificates) -> bytes:
     """One row a sample: ``index``, ``label``, ``prediction`` (-1: it abstains), ``radius``, ``count``."""
     names = ("index", "label", "prediction", "radius", "count")
-    buffer = io.BytesIO()
-    pq.write_table(pa.table({name: getattr(certificates, name).numpy() for name in names}), buffer)
-    return buffer.getvalue()
+    return parquet_bytes({name: getattr(certificates, name).numpy() for name in names})
 
 
 def certificate_text(name: str, result: dict[str, Any]) -> str:

@@ -185,7 +185,7 @@ def corruption_measurement(checkpoint: Checkpoint, settings: EvaluateSettings) -
             checkpoint.source.bundle.test,
             device=checkpoint.device,
             index=checkpoint.subset(settings.size, settings.subset),
-            batch_size=settings.physical_batch or settings.batch_size,
+            batch_size=settings.microbatch or settings.batch_size,
             seed=settings.seed,
             progress=checkpoint.source.progress,
             processes=checkpoint.source.processes,

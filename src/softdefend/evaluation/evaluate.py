@@ -23,7 +23,7 @@ from softdefend.core.goals import to_reach
 from softdefend.core.processes import ALONE, Processes
 from softdefend.core.threat import ThreatModel
 from softdefend.data import Resident
-from softdefend.evaluation.autoattack import Ensemble
+from softdefend.evaluation.autoattack import Ensemble, check_list
 from softdefend.evaluation.mask import check_mask
 from softdefend.evaluation.records import AttackRecord as AttackRecord
 from softdefend.evaluation.records import Evaluation as Evaluation
@@ -106,7 +106,7 @@ class Evaluator:
         if mask is not None:
             check_mask(mask, data.n, data.image_shape, "evaluate.mask")
         microbatch = batch_size if microbatch is None else microbatch
-        for name, size in (("batch_size", batch_size), ("physical_batch", microbatch)):
+        for name, size in (("batch_size", batch_size), ("microbatch", microbatch)):
             if size < 1:
                 raise SettingError(f"evaluate.{name}", size, "a whole number >= 1")
         self.search_network = SearchNetwork(net, data.labels.device, precision)
@@ -141,7 +141,7 @@ class Evaluator:
             SettingError: two attacks share a name, or one is not made for the threat model, before anything
                 runs; not even one image fits into memory.
         """
-        self._check(attacks)
+        check_list(attacks, self.threat, targeted=self.targeted is not None)
         index = torch.arange(self.data.n) if index is None else index.cpu()
         # What is computed at once changes the rounding of sums: on a CPU it is what one process computes.
         unit = max(1, self.microbatch // self.batch_size) if self._device.type == "cpu" else 1
@@ -163,7 +163,7 @@ class Evaluator:
             captured=self.search_network.step_graphs is not None,
             seed=self.seed,
             batch_size=self.batch_size,
-            physical_batch=run.microbatch,
+            microbatch=run.microbatch,
             versions=versions(self._device),
         )
         return result
@@ -188,15 +188,6 @@ class Evaluator:
     @property
     def _device(self) -> torch.device:
         return self.data.labels.device
-
-    def _check(self, attacks: Sequence[Attack | Ensemble]) -> None:
-        names = [attack.name for attack in attacks]
-        if len(set(names)) < len(names):
-            raise SettingError("evaluate.attacks", ", ".join(names), "attacks with different names")
-        for attack in attacks:
-            attack.check(self.threat)
-            if self.targeted is not None:
-                attack.check_target()
 
     def _prepare(self, index: Tensor, run: _Run) -> None:
         """Capture and compile, or fuse kernels, where an evaluation of so many images does."""
@@ -493,7 +484,7 @@ class _Run:
                 return work(self.microbatch)
             if self.microbatch == 1:
                 raise SettingError(
-                    "evaluate.physical_batch",
+                    "evaluate.microbatch",
                     "1 image at once, and out of memory",
                     "a smaller network or a smaller evaluate.batch_size",
                 )

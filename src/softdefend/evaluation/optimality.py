@@ -7,18 +7,15 @@ over eps comes to that one's.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from softdefend.attacks import FAB, Attack, DecisionAttack, MinimalAttack
+from softdefend.attacks import Attack, MinimalAttack
 from softdefend.core.errors import SettingError
 from softdefend.core.files import write_atomic
 from softdefend.core.threat import LARGEST, ThreatModel
@@ -29,6 +26,7 @@ from softdefend.evaluation.checkpoint import Checkpoint
 from softdefend.evaluation.evaluate import Evaluator, answers
 from softdefend.evaluation.measurement import Measurement
 from softdefend.evaluation.settings import EvaluateSettings, Size, count_of, own_losses
+from softdefend.evaluation.table import parquet_bytes
 
 SUFFIX = "-optimality"
 """Of the result files, behind the checkpoint's name."""
@@ -113,7 +111,7 @@ def find_distances(evaluator: Evaluator, attack: Attack | Ensemble, index: Tenso
     An attack that looks for the closest image is asked for it; any other is run at the eps of
     :data:`LADDER` on the images that are left. No distance is believed before the network was asked again.
     """
-    if isinstance(attack, MinimalAttack | DecisionAttack | FAB):
+    if isinstance(attack, MinimalAttack):
         return _minimal(evaluator, attack, index)
     distance = torch.full((len(index),), math.inf, dtype=torch.float64)
     left = torch.arange(len(index))
@@ -131,7 +129,7 @@ def find_distances(evaluator: Evaluator, attack: Attack | Ensemble, index: Tenso
     return distance
 
 
-def _minimal(evaluator: Evaluator, attack: MinimalAttack | DecisionAttack | FAB, index: Tensor) -> Tensor:
+def _minimal(evaluator: Evaluator, attack: MinimalAttack, index: Tensor) -> Tensor:
     network, threat, parts = evaluator.search_network, evaluator.threat, []
     device = evaluator.data.labels.device
     with network.search_mode():
@@ -200,9 +198,7 @@ def to_parquet(index: Tensor, label: Tensor, distances: Mapping[str, Tensor]) ->
     for name, distance in distances.items():
         gap = torch.where(distance == best, torch.zeros_like(best), distance - best)
         columns |= {f"{name}/distance": distance.numpy(), f"{name}/gap": gap.numpy()}
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer)
-    return buffer.getvalue()
+    return parquet_bytes(columns)
 
 
 def optimality_report(distances: Mapping[str, Tensor]) -> dict[str, Any]:

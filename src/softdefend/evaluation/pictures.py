@@ -43,7 +43,7 @@ def renew_pictures(
     evaluated = replace(
         settings,
         attacks=result["settings"]["attacks"],
-        physical_batch=settings.physical_batch or settings.batch_size,
+        microbatch=settings.microbatch or settings.batch_size,
     )
     examples = f"{source.name}-examples"
     _renew(checkpoint, examples, inputs, classes, lambda: _examples(checkpoint, evaluated, table))
@@ -71,7 +71,7 @@ def _gallery(checkpoint: Checkpoint, settings: EvaluateSettings, table: Table) -
         table,
         eps=float(checkpoint.source.threat.eps),
         count=settings.examples,
-        batch_size=settings.physical_batch or settings.batch_size,
+        batch_size=settings.microbatch or settings.batch_size,
     )
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import ThreatModel
+from softdefend.evaluation.table import parquet_bytes
 
 
 @dataclass(frozen=True)
@@ -243,9 +242,7 @@ class Evaluation:
                 for member, trial in record.trials.items():
                     fooled = hits(trial.prediction, self.label, self.target)
                     columns[f"{name}/{member}/fooled"] = _nullable(fooled, trial.attacked)
-        buffer = io.BytesIO()
-        pq.write_table(pa.table(columns), buffer)
-        return buffer.getvalue()
+        return parquet_bytes(columns)
 
     def __str__(self) -> str:
         rows = [("clean", self.clean)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,25 @@ from softdefend.models.robustbench import (
 
 _DEPTH = 6
 """Of nested mappings."""
+
+
+@dataclass(frozen=True)
+class RobustBenchNetwork:
+    """A network of RobustBench's, by the arguments of :func:`load_robustbench` that say which."""
+
+    architecture: str
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What tells it from networks by other names or factories."""
+        return f"robustbench:{self.architecture}"
+
+    @property
+    def shown(self) -> str:
+        """The architecture without an activation, as tables show it."""
+        return self.architecture.removesuffix("-ReLU").removesuffix("-SiLU")
 
 
 def load_robustbench(

@@ -16,7 +16,7 @@ from softdefend.core.errors import SettingError
 from softdefend.core.hints import check_fields, check_type
 from softdefend.core.threat import ThreatModel
 from softdefend.data import SubsetOrder
-from softdefend.evaluation.autoattack import Ensemble, parse
+from softdefend.evaluation.autoattack import Ensemble, check_list, parse
 from softdefend.evaluation.robustbench import check_standard, read_known
 from softdefend.evaluation.targets import by_number, check_target_or_name, check_targeted
 from softdefend.execution.search_network import Precision, check_precision
@@ -58,9 +58,8 @@ class EvaluateSettings:
     """Example images kept for the report; 0 for none."""
     batch_size: int = 500
     """Images of a batch, which draws its own random numbers (AutoAttack's reference code: 250)."""
-    physical_batch: int | None = None
-    """Images of a microbatch, which is computed together; found from the free memory when null. Changes no
-    result."""
+    microbatch: int | None = None
+    """Images computed at once; found from the free memory when null. Changes no result."""
     precision: Precision = "exact"
     """exact (searches in torch's default precision: fp32, with TF32 in convolutions on a GPU), strict (fp32
     without TF32) or fast (bf16). A success counts once strict fp32 confirms it."""
@@ -91,7 +90,7 @@ class EvaluateSettings:
         for name, value, least in (
             ("examples", self.examples, 0),
             ("batch_size", self.batch_size, 1),
-            ("physical_batch", 1 if self.physical_batch is None else self.physical_batch, 1),
+            ("microbatch", 1 if self.microbatch is None else self.microbatch, 1),
         ):
             if value < least:
                 raise SettingError(f"evaluate.{name}", value, f"a whole number >= {least}")
@@ -166,13 +165,7 @@ def check_attacks(settings: EvaluateSettings, threat: ThreatModel, k: int, devic
             is asked for on a CPU.
     """
     attacks = [parse(name, max(2, k)) for name in settings.attacks]
-    names = [attack.name for attack in attacks]
-    if len(set(names)) < len(names):
-        raise SettingError("evaluate.attacks", ", ".join(names), "attacks with different names")
-    for attack in attacks:
-        attack.check(threat)
-        if settings.targeted is not None:
-            attack.check_target()
+    check_list(attacks, threat, targeted=settings.targeted is not None)
     if settings.targeted is not None:
         check_targeted(settings.targeted, k)
     for loss in own_losses(settings.attacks).values():

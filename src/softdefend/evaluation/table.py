@@ -1,7 +1,8 @@
-"""Read the per-sample table of an evaluation, ``evaluation/NAME.parquet``, and count in it."""
+"""Tables with a row for each sample: write them; read that of an evaluation and count in it."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from softdefend.core.errors import SettingError
+
+
+def parquet_bytes(columns: Mapping[str, Any]) -> bytes:
+    """A table as a Parquet file, from its columns by name."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(dict(columns)), buffer)
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import SettingError, one_line
 from softdefend.core.hints import check_fields
 from softdefend.core.processes import ALONE, Processes
 from softdefend.execution.compiled_code import keep_compiled_code
@@ -176,7 +176,7 @@ def join(on_gpu: bool) -> Processes:
         fabric.launch()
     except dist.DistError as error:
         at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        given = f"{at} ({' '.join(str(error).split())[:160]})"
+        given = f"{at} ({one_line(error)})"
         raise SettingError("MASTER_ADDR, MASTER_PORT", given, "a free port of the first machine") from error
     atexit.register(_leave)
     if started_here():

@@ -96,9 +96,10 @@ def on_device(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_kernel_search() -> Iterator[None]:
-    """cuDNN chooses by rule, not by trial: a trial for every size of batch costs seconds where sizes vary."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+def kernel_search(allowed: bool) -> Iterator[None]:
+    """Have cuDNN choose its kernels by trial, or by rule: a trial for every size of batch costs seconds where
+    sizes vary."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, allowed
     try:
         yield
     finally:

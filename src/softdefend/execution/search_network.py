@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import SettingError, one_line
 from softdefend.execution.compiled_code import keep_compiled_code
 from softdefend.execution.counting import CountingModel, Forward, Mask
 from softdefend.execution.folding import FoldedCopy
 from softdefend.execution.fused import FusedNet, agree, fused
-from softdefend.execution.network_mode import frozen, no_kernel_search, on_device, tf32
+from softdefend.execution.network_mode import frozen, kernel_search, on_device, tf32
 from softdefend.execution.step_graphs import (
     SMALLEST,
     CudaGraphCapture,
@@ -90,7 +90,7 @@ class SearchNetwork:
         """Device, modes, gradients, choice of kernels and TF32 as searches want them, put back after."""
         with (
             on_device(self.device),
-            no_kernel_search(),
+            kernel_search(False),
             frozen(self.net, "eval"),
             tf32(self._tf32, products=False),
         ):
@@ -313,5 +313,5 @@ def _optional(consequence: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         warnings.warn(f"{consequence}: {reason}", RuntimeWarning, stacklevel=3)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import SettingError, one_line
 
 Fields = tuple[Tensor, ...]
 """What a step works on is a named tuple of tensors."""
@@ -150,7 +150,7 @@ class StepGraphs:
         except Exception as error:
             # A network may do anything in its forward; what cannot be captured is still evaluated.
             self.enabled = False
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error)
             consequence = "steps are not captured, which is slower"
             warnings.warn(f"{consequence}: {reason}", RuntimeWarning, stacklevel=2)
             return None

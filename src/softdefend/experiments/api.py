@@ -111,7 +111,7 @@ def evaluate(
     threat: ThreatModel | None = None,
     attacks: Sequence[str | Attack | Ensemble] = ("pgd-20",),
     batch_size: int = 500,
-    physical_batch: int | None = None,
+    microbatch: int | None = None,
     precision: Precision = "exact",
     compile: bool | None = None,
     seed: int = 0,
@@ -138,7 +138,7 @@ def evaluate(
             ``autoattack-rand``).
         batch_size, precision, compile, seed, targeted, mask, keep_images: as
             :class:`softdefend.evaluation.Evaluator` has them.
-        physical_batch: images computed at once; on a GPU found from its free memory when None.
+        microbatch: images computed at once; on a GPU found from its free memory when None.
 
     Raises:
         SettingError: images, labels, a threat or a network that do not fit.
@@ -148,7 +148,7 @@ def evaluate(
     threat = check_type("threat", threat, ThreatModel | None) or ThreatModel()
     attacks = _attacks(attacks)
     batch_size = check_type("batch_size", batch_size, int)
-    physical_batch = check_type("physical_batch", physical_batch, int | None)
+    microbatch = check_type("microbatch", microbatch, int | None)
     compile = check_type("compile", compile, bool | None)
     seed = check_type("seed", seed, int, None)
     if not -(2**63) <= seed < 2**64:
@@ -169,15 +169,15 @@ def evaluate(
     with frozen(net, "eval"):
         shown = data.take(subset(checked.labels, LOOK).to(chosen))
         preflight(net, shown.image, shown.label, threat, classes=k, assumes_determinism=steady)
-    if physical_batch is None and chosen.type == "cuda":
-        physical_batch = fitting_microbatch(net, data.take(data.labels.new_zeros(1)).image)
+    if microbatch is None and chosen.type == "cuda":
+        microbatch = fitting_microbatch(net, data.take(data.labels.new_zeros(1)).image)
     evaluator = Evaluator(
         net,
         data,
         threat,
         batch_size=batch_size,
         seed=seed,
-        microbatch=physical_batch,
+        microbatch=microbatch,
         precision=precision,
         compile=compile,
         targeted=check_type("targeted", targeted, str | None),

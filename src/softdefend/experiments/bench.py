@@ -25,6 +25,7 @@ from softdefend.core.errors import SettingError
 from softdefend.core.files import write_atomic
 from softdefend.core.hints import check_fields
 from softdefend.execution.engine import Engine
+from softdefend.execution.network_mode import kernel_search
 from softdefend.experiments.catalog import units
 from softdefend.experiments.config import Experiment, resolve
 from softdefend.experiments.timed_step import ImageShape, TimedStep, forward_flops
@@ -271,7 +272,7 @@ def _time_reference(
             optimizer.step()
             _read(loss, logits, label)
 
-        with _tuned_convolutions():
+        with kernel_search(True):  # as the reference has it
             _seconds(once, settings.warmup, device)
             times = [_seconds(once, settings.steps, device) / settings.steps for _ in range(settings.repeats)]
     return 1e3 * median(times)
@@ -294,14 +295,3 @@ def _importable(folder: Path) -> Iterator[None]:
         for name in set(sys.modules) - before:
             if name.partition(".")[0] in ("models", "losses"):
                 del sys.modules[name]
-
-
-@contextmanager
-def _tuned_convolutions() -> Iterator[None]:
-    """cuDNN as the reference sets it: it tries its kernels, and convolutions may use TF32."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before

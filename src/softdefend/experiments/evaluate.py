@@ -25,7 +25,7 @@ from softdefend.core.yaml_files import read_yaml
 from softdefend.data import DataBundle, DataSettings, channel_stats, load, split
 from softdefend.evaluation import CheckpointSource, EvaluateSettings, Requests, evaluate_checkpoint
 from softdefend.evaluation.external import load_network
-from softdefend.evaluation.robustbench_networks import load_robustbench
+from softdefend.evaluation.robustbench_networks import RobustBenchNetwork, load_robustbench
 from softdefend.evaluation.settings import check_requests
 from softdefend.evaluation.surrogates import surrogate_names
 from softdefend.execution.engine import join, resolve_device
@@ -289,7 +289,7 @@ def _write_folder(source: CheckpointSource, origin: dict[str, Any]) -> None:
 
 
 def evaluate_external(
-    network: NetSettings,
+    network: NetSettings | RobustBenchNetwork,
     weights: Path,
     data: DataSettings,
     folder: Path,
@@ -302,22 +302,14 @@ def evaluate_external(
     device: str = "auto",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """:func:`evaluate_network` of a file of weights and the name or factory of its network.
+    """:func:`evaluate_network` of a network with the weights of a file.
 
-    ``network``, ``weights`` and ``key`` are those of :func:`~softdefend.evaluation.external.load_network`.
+    ``network``, ``weights`` and ``key`` are those of :func:`~softdefend.evaluation.external.load_network`, or
+    of :func:`~softdefend.evaluation.robustbench_networks.load_robustbench`.
     """
     _refuse_run(folder)
     bundle = load(replace(data, validation=1, train_size=None))  # the test split is drawn before either
-    mean, std = channel_stats(bundle.train)
-    net, notes = load_network(
-        network,
-        weights,
-        num_classes=len(bundle.classes),
-        mean=mean,
-        std=std,
-        image_size=bundle.test.images.shape[2:],
-        key=key,
-    )
+    net, notes = _load_external(network, weights, bundle, key)
     _log.info(f"{weights}: {'; '.join(notes) if notes else 'loaded as it is'}")
     return evaluate_network(
         net,
@@ -328,55 +320,28 @@ def evaluate_external(
         requests=replace(requests or Requests(), surrogates=load_surrogates(transfer, net, bundle)),
         device=device,
         origin={"model": network.name, "weights": str(weights), "done_to_names": notes},
+        architecture=network.shown if isinstance(network, RobustBenchNetwork) else None,
         progress=progress,
     )
 
 
-def evaluate_robustbench(
-    architecture: str,
-    weights: Path,
-    data: DataSettings,
-    folder: Path,
-    *,
-    mean: Sequence[float] = (),
-    std: Sequence[float] = (),
-    key: str = "",
-    threat: ThreatModel,
-    settings: EvaluateSettings,
-    requests: Requests | None = None,
-    transfer: Sequence[str] = (),
-    device: str = "auto",
-    progress: bool = True,
-) -> dict[str, Any]:
-    """:func:`evaluate_network` of a checkpoint of RobustBench's.
-
-    ``architecture``, ``weights``, ``mean``, ``std`` and ``key`` are those of
-    :func:`~softdefend.evaluation.robustbench_networks.load_robustbench`.
-    """
-    _refuse_run(folder)
-    bundle = load(replace(data, validation=1, train_size=None))
-    net, notes = load_robustbench(
-        architecture,
-        weights,
-        num_classes=len(bundle.classes),
-        in_channels=bundle.test.images.shape[1],
-        mean=mean,
-        std=std,
-        key=key,
-    )
-    _log.info(f"{weights}: {'; '.join(notes)}")
-    return evaluate_network(
-        net,
-        bundle,
-        folder,
-        threat=threat,
-        settings=settings,
-        requests=replace(requests or Requests(), surrogates=load_surrogates(transfer, net, bundle)),
-        device=device,
-        origin={"model": f"robustbench:{architecture}", "weights": str(weights), "done_to_names": notes},
-        architecture=architecture.removesuffix("-ReLU").removesuffix("-SiLU"),
-        progress=progress,
-    )
+def _load_external(
+    network: NetSettings | RobustBenchNetwork, weights: Path, bundle: DataBundle, key: str
+) -> tuple[nn.Module, list[str]]:
+    """The network for a bundle's images and classes, and what had to be done to find its weights."""
+    k, shape = len(bundle.classes), bundle.test.images.shape[1:]
+    if isinstance(network, RobustBenchNetwork):
+        return load_robustbench(
+            network.architecture,
+            weights,
+            num_classes=k,
+            in_channels=shape[0],
+            mean=network.mean,
+            std=network.std,
+            key=key,
+        )
+    mean, std = channel_stats(bundle.train)
+    return load_network(network, weights, num_classes=k, mean=mean, std=std, image_size=shape[1:], key=key)
 
 
 def _refuse_run(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from softdefend.execution.network_mode import frozen_copy
 
@@ -31,3 +31,11 @@ class OwnAverage:
         torch._foreach_lerp_(averages, live, 1 - decay)
         for count, now in self._copied:  # batches that BatchNorm has seen
             count.copy_(now)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Live tensors, by names that no other part of a rule's state has."""
+        return {f"teacher.{name}": value for name, value in self.net.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state_dict` gave, in place."""
+        self.net.load_state_dict({name.removeprefix("teacher."): value for name, value in state.items()})

@@ -92,8 +92,8 @@ class ReBAT(LabelRule):
         self._average.move(self.decay if self._begun else 0.0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
+        return self._average.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._cached = None
-        self.teacher.load_state_dict({name.removeprefix("teacher."): value for name, value in state.items()})
+        self._average.load_state_dict(state)

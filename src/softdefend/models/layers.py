@@ -1,7 +1,9 @@
-"""What the built-in networks share: convolutions, activations, pooling and the draw of first weights."""
+"""What the built-in networks share: convolutions, stages, activations, pooling and the draw of weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor, nn
@@ -17,6 +19,23 @@ def make_activation(name: Activation) -> nn.Module:
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
     """A convolution that keeps height and width at stride 1; no bias, because a BatchNorm follows."""
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def stages(
+    block: Callable[[int, int, int], nn.Module], widths: Sequence[int], strides: Sequence[int], blocks: int
+) -> nn.Sequential:
+    """The blocks of a residual network, stage after stage.
+
+    Args:
+        block: makes one from its channels before and after it, and its stride.
+        widths: channels before the first stage, and after each.
+        strides: of the first block of each stage; that of the others is 1.
+        blocks: of a stage.
+    """
+    made: list[nn.Module] = []
+    for (inputs, outputs), stride in zip(pairwise(widths), strides, strict=True):
+        made += [block(inputs, outputs, stride), *(block(outputs, outputs, 1) for _ in range(blocks - 1))]
+    return nn.Sequential(*made)
 
 
 def global_average(features: Tensor) -> Tensor:

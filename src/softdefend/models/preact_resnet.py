@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
-from softdefend.models.layers import Activation, conv, global_average, make_activation
+from softdefend.models.layers import Activation, conv, global_average, make_activation, stages
 
 
 class PreActBlock(nn.Module):
@@ -49,13 +51,8 @@ class PreActResNet18(nn.Module):
         super().__init__()
         self.activate = make_activation(activation)
         self.stem = conv(in_channels, 64)
-        blocks: list[nn.Module] = []
-        for inputs, outputs, stride in [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]:
-            blocks += [
-                PreActBlock(inputs, outputs, stride, activation),
-                PreActBlock(outputs, outputs, 1, activation),
-            ]
-        self.blocks = nn.Sequential(*blocks)
+        block = partial(PreActBlock, activation=activation)
+        self.blocks = stages(block, (64, 64, 128, 256, 512), (1, 2, 2, 2), 2)
         self.bn = nn.BatchNorm2d(512)
         self.linear = nn.Linear(512, num_classes)
 

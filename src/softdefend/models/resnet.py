@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
-from softdefend.models.layers import Activation, conv, global_average, make_activation
+from softdefend.models.layers import Activation, conv, global_average, make_activation, stages
 
 
 class BasicBlock(nn.Module):
@@ -47,13 +49,8 @@ class ResNet18(nn.Module):
     def __init__(self, num_classes: int, in_channels: int, activation: Activation = "relu") -> None:
         super().__init__()
         self.stem = nn.Sequential(conv(in_channels, 64), nn.BatchNorm2d(64), make_activation(activation))
-        blocks: list[nn.Module] = []
-        for inputs, outputs, stride in [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]:
-            blocks += [
-                BasicBlock(inputs, outputs, stride, activation),
-                BasicBlock(outputs, outputs, 1, activation),
-            ]
-        self.blocks = nn.Sequential(*blocks)
+        block = partial(BasicBlock, activation=activation)
+        self.blocks = stages(block, (64, 64, 128, 256, 512), (1, 2, 2, 2), 2)
         self.linear = nn.Linear(512, num_classes)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
-from softdefend.models.layers import Activation, conv, global_average, init_weights, make_activation
+from softdefend.models.layers import (
+    Activation,
+    conv,
+    global_average,
+    init_weights,
+    make_activation,
+    stages,
+)
 from softdefend.models.preact_resnet import PreActBlock
 
 
@@ -29,12 +38,9 @@ class WideResNet(nn.Module):
         super().__init__()
         self.activate = make_activation(activation)
         self.stem = conv(in_channels, 16)
-        widths = [16, 16 * widen, 32 * widen, 64 * widen]
-        blocks: list[nn.Module] = []
-        for inputs, outputs, stride in zip(widths, widths[1:], [1, 2, 2], strict=False):
-            blocks.append(PreActBlock(inputs, outputs, stride, activation))
-            blocks += [PreActBlock(outputs, outputs, 1, activation) for _ in range((depth - 4) // 6 - 1)]
-        self.blocks = nn.Sequential(*blocks)
+        widths = (16, 16 * widen, 32 * widen, 64 * widen)
+        block = partial(PreActBlock, activation=activation)
+        self.blocks = stages(block, widths, (1, 2, 2), (depth - 4) // 6)
         self.bn = nn.BatchNorm2d(widths[-1])
         self.linear = nn.Linear(widths[-1], num_classes)
         init_weights(self)

@@ -57,11 +57,7 @@ class MultiNormAttack(Attack):
         found = [self._pgd(ball, threat).run(net, image, label, ball, context) for ball in balls]
         if self.how == "average":
             return torch.cat(found)
-        with torch.no_grad():
-            best, value = found[0], loss(net(found[0]))
-            for x_adv in found[1:]:
-                best, value = larger(x_adv, loss(net(x_adv)), best, value)
-        return best
+        return _highest(net, loss, found)
 
     def _one_search(
         self,
@@ -83,13 +79,7 @@ class MultiNormAttack(Attack):
         for _ in range(self.pgd.steps):
             _, grad = value_and_gradient(net, loss, x_adv)
             moved = [ball.move(image, x_adv, grad, self._step_size(ball, threat)) for ball in balls]
-            if self.how == "mixed":
-                x_adv = _of_own(own, moved)
-                continue
-            with torch.no_grad():
-                x_adv, value = moved[0], loss(net(moved[0]))
-                for candidate in moved[1:]:
-                    x_adv, value = larger(candidate, loss(net(candidate)), x_adv, value)
+            x_adv = _of_own(own, moved) if self.how == "mixed" else _highest(net, loss, moved)
         return x_adv
 
     def _step_size(self, ball: ThreatModel, threat: ThreatModel) -> float:
@@ -106,6 +96,15 @@ def _of_own(own: Tensor, each: list[Tensor]) -> Tensor:
     for number, images in enumerate(each[1:], 1):
         chosen = pick(own == number, images, chosen)
     return chosen
+
+
+@torch.no_grad()
+def _highest(net: CountingModel, loss: AttackLoss, candidates: list[Tensor]) -> Tensor:
+    """Of each image the candidate [b, c, h, w] with the largest loss, the earliest on a tie."""
+    best, value = candidates[0], loss(net(candidates[0]))
+    for x_adv in candidates[1:]:
+        best, value = larger(x_adv, loss(net(x_adv)), best, value)
+    return best
 
 
 @OBJECTIVES.register("MultiNorm")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import SettingError, one_line
 from softdefend.core.hints import arguments_of, import_path
 from softdefend.core.rule import Rule
 from softdefend.training.checkpoint import CheckpointError
@@ -158,7 +158,7 @@ class RunState:
         except SettingError:
             raise
         except Exception as error:  # a rule of the user's own fails in any way
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            reason = one_line(f"{type(error).__name__}: {error}")
             raise CheckpointError(
                 str(self.place),
                 f"a checkpoint whose state {type(rule).__name__} does not take ({reason})",

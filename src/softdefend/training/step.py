@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from softdefend.attacks import AttackLoss, Forward
 from softdefend.core import rng
-from softdefend.core.errors import SettingError
+from softdefend.core.errors import SettingError, one_line
 from softdefend.core.threat import ThreatModel
 from softdefend.data import Batch, Resident
 from softdefend.execution.batch_norm import statistics
@@ -322,7 +322,7 @@ class TrainStep:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler fails in many ways
-            return " ".join(str(error).split())[:160]
+            return one_line(error)
         return "their logits or gradients are not the network's"
 
     def _check(self, supervision: Supervision, seen: Predictions, phase: str) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from softdefend.execution.engine import Engine
 from softdefend.execution.network_mode import keep_frozen
 from softdefend.models.recompute import recompute_blocks
 from softdefend.training.alarm import Alarms, Failure
-from softdefend.training.checkpoint import CheckpointError
 from softdefend.training.config import TrainConfig
 from softdefend.training.divergence import divergence
 from softdefend.training.extra import check_extra, steps_with_extra
@@ -35,6 +34,7 @@ from softdefend.training.network_checks import check_script, check_smallest_batc
 from softdefend.training.optim import make_optimizer
 from softdefend.training.plain import plain_config
 from softdefend.training.ramp import ramp
+from softdefend.training.saves import RunSaves
 from softdefend.training.shares import check_agreement, check_shares
 from softdefend.training.start import has_checkpoints, load_start, record_start
 from softdefend.training.state import RunState
@@ -90,7 +90,7 @@ class Trainer:
         )
         check_extra(self.train_data, self.recipe, self.optim)
         self.validator = Validator(bundle, config, self.engine)
-        self.test_fingerprint = fingerprint(bundle.test)
+        test_data = fingerprint(bundle.test)
         self.batch_size = self.optim.batch_size
         self.steps_per_epoch = self._steps_per_epoch()
         check_shares(self.train_data, self.recipe, self.optim, processes)
@@ -128,6 +128,15 @@ class Trainer:
             log.info(f"starts from {config.init_from}, after epoch {self.state.epoch}; {what}")
         check_agreement(processes, self.identity)
         self._open_folder(Path(folder), recorded)
+        self.saves = RunSaves(
+            config=config,
+            engine=self.engine,
+            state=self.state,
+            folder=self.folder,
+            run=self.identity,
+            test_data=test_data,
+            steps_per_epoch=self.steps_per_epoch,
+        )
 
     def _open_folder(self, path: Path, recorded: dict[str, Any]) -> None:
         """The run folder and the trackers; what was asked for is written there."""
@@ -165,7 +174,7 @@ class Trainer:
                 of the first step, or ``validate.alarm`` is ``stop`` and rings; the last good checkpoint is
                 kept.
         """
-        self._restore(resume)
+        self.saves.restore(resume)
         try:
             with self.engine.training_numerics():
                 while self.state.epoch < self.optim.epochs:
@@ -174,7 +183,7 @@ class Trainer:
                     self.folder.append("timing.jsonl", self._timing(time.perf_counter() - started))
                     if on_epoch is not None:
                         on_epoch(row)
-            self._release("last", {"epoch": self.state.epoch})
+            self.saves.release("last", {"epoch": self.state.epoch})
         except BaseException as error:
             # What ended training is raised; what could not be written besides is a warning.
             try:
@@ -203,7 +212,7 @@ class Trainer:
         row, failure = self._end_epoch(phase.label)
         if failure is not None:
             self.alarms.raise_or_warn(failure, self.state.best)
-        self._save()
+        self.saves.save()
         self.folder.settle("best")
         return row
 
@@ -239,7 +248,7 @@ class Trainer:
                     bar.set_postfix(loss=f"{self._check()['loss']:.3f}", refresh=False)
                 if self.config.save.every_steps and state.done % self.config.save.every_steps == 0:
                     self._check()
-                    self._save()
+                    self.saves.save()
 
     def _make_step(self, rows: Tensor, phase: Phase) -> None:
         state = self.state
@@ -278,7 +287,7 @@ class Trainer:
         state.epoch, state.done = state.epoch + 1, 0
         row: dict[str, Any] = {
             "epoch": state.epoch,
-            "step": state.epoch * self.steps_per_epoch,
+            "step": self.saves.steps,
             "phase": phase,
             "lr": lr,
             **({"eps": self.step.eps} if self.recipe.eps_ramp else {}),
@@ -291,7 +300,7 @@ class Trainer:
         row = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
         failure = self.alarms.inspect(row)
         if not self.alarms.stops(failure):  # otherwise no checkpoint will know of this epoch
-            self._keep_if_best(row["val_robust"])
+            self.saves.keep_if_best(row["val_robust"])
         state.metrics += self.folder.append("metrics.jsonl", row)
         self.trackers.log([json.loads(line) for line in state.metrics.splitlines()])
         return row, failure
@@ -309,99 +318,9 @@ class Trainer:
         if how := divergence(self.net, means["loss"], self.state.first_loss, self.k):
             raise DivergenceError(
                 f"training diverged in epoch {self.state.epoch + 1}, step {self.state.done}: {how}; "
-                f"{self._last_checkpoint()}; a lower optim.lr or fp32 precision may help"
+                f"{self.saves.newest()}; a lower optim.lr or fp32 precision may help"
             )
         return means
-
-    def _last_checkpoint(self) -> str:
-        """Where one can go on, in words."""
-        try:
-            paths = self.folder.checkpoints.paths()
-        except SettingError as error:
-            return f"the last checkpoint could not be written ({error.setting}: {error.given})"
-        return f"the last good checkpoint is {paths[-1]}" if paths else "no checkpoint had been written"
-
-    def _keep_if_best(self, robust: float | None) -> None:
-        if robust is not None and robust > self.state.best.get("val_robust", -1.0):
-            self.state.best = {"epoch": self.state.epoch, "val_robust": robust}
-            self._release("best", self.state.best, pending=True)
-
-    def _release(self, which: str, metadata: Mapping[str, Any], *, pending: bool = False) -> None:
-        """Write the weights that predict, with what tells whose they are, and the digest of the test images
-        that they are to be measured on."""
-        metadata = {
-            **metadata,
-            "step": self._steps_made(),
-            "checkpoint": which,
-            "run": self.identity._asdict(),
-            "test_data": self.test_fingerprint,
-        }
-        self.folder.save_model(which, self.recipe.weight.prediction, metadata, pending=pending)
-
-    def _save(self) -> None:
-        step = self._steps_made()
-        content = {"step": step, "processes": self.processes.size, **self.state.state_dict()}
-        self.folder.checkpoints.save(step, content)
-
-    def _steps_made(self) -> int:
-        return self.state.epoch * self.steps_per_epoch + self.state.done
-
-    def _restore(self, resume: Path | None) -> None:
-        """Continue from a checkpoint, if there is one.
-
-        Raises:
-            CheckpointError: it is damaged or of another run, or was removed from beside weights.
-        """
-        content = self.processes.from_first(lambda: self._load(resume))
-        if content is None:
-            return
-        before, now = content.get("processes", 1), self.processes.size
-        if before != now and self.config.runtime.batch_norm == "per_process":
-            given = f"{now} with batch normalization per process"
-            raise SettingError("runtime.devices", given, f"{before} processes, with which the run began")
-        self.state.load_state_dict(content)
-        self.processes.from_first(lambda: self._restore_files(resume))
-        if before != now:
-            why = "sums are added in another order, which changes rounding"
-            log.info(f"continues on {now} process(es), before on {before}: {why}")
-        self._recall_best()
-
-    def _load(self, resume: Path | None) -> dict[str, Any] | None:
-        """The content of the checkpoint to continue from; None where a run begins."""
-        place = self.engine.device if self.processes.size == 1 else "cpu"
-        content = self.folder.checkpoints.load(resume, place)
-        if content is None:
-            self._refuse_without_checkpoints()
-            self.folder.restore("metrics.jsonl", self.state.metrics)
-        return content
-
-    def _restore_files(self, resume: Path | None) -> None:
-        """Make the other files what the checkpoint knows of them."""
-        self.folder.check_weights(self.identity)
-        self.folder.restore("metrics.jsonl", self.state.metrics)
-        if resume is not None:
-            self.folder.checkpoints.abandon(self._steps_made())
-
-    def _refuse_without_checkpoints(self) -> None:
-        """Weights are in place only once a checkpoint knows of them, so the checkpoints have been removed."""
-        for name in ("last", "best"):
-            if (path := self.folder.path / f"{name}.safetensors").exists():
-                raise CheckpointError(
-                    str(self.folder.path / "checkpoints"),
-                    f"no checkpoint beside {path.name}",
-                    "the run's checkpoints, or another --folder; softdefend evaluate needs none",
-                )
-
-    def _recall_best(self) -> None:
-        """Make ``best.safetensors`` and the checkpoint agree on which epoch is the best."""
-        best = self.state.best
-        if self.processes.from_first(lambda: self.folder.recall("best", best.get("epoch"))) or not best:
-            return
-        rest = "it is chosen anew from the epochs to come"
-        if self.state.epoch >= self.optim.epochs:
-            rest = "no epoch is left to choose it from; evaluate --which last needs none"
-        log.warning("best.safetensors is not of epoch %d, the best so far; %s", best["epoch"], rest)
-        self.state.best = {}
 
 
 def _prepare(net: nn.Module, engine: Engine) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from killed_runs import assert_same_files
 from softdefend.core.errors import SettingError
 from softdefend.training import SaveSettings
 from softdefend.training.trackers import TRACKERS, Outcome, TrackedRun, Tracker, Trackers
@@ -77,11 +78,9 @@ def test_tensorboards_events_hold_the_metrics(tracked, rows, killed_after, lost)
 
 
 def test_trackers_do_not_change_the_run(tracked):
-    names = ("metrics.jsonl", "best.safetensors", "last.safetensors")
     plain = tracked([], folder="plain").folder.path
     watched = tracked(["csv", "tensorboard"], 2, folder="watched").folder.path
-    for name in names:
-        assert (plain / name).read_bytes() == (watched / name).read_bytes()
+    assert_same_files(plain, watched)
     assert not (plain / "trackers.json").exists()
 
 
