@@ -107,17 +107,36 @@ def _threats(folder: Path, which: str, evaluation: dict[str, Any]) -> tuple[Kept
     return tuple(kept) if len(kept) > 1 else ()
 
 
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        SettingError: it cannot be read, or holds something else.
+    """
+    try:
+        content = parse_json(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise SettingError(str(path), f"unreadable JSON ({error})", "the file as it was written") from error
+    return check_mapping(path, content)
+
+
+def check_mapping(path: Path, value: Any) -> dict[str, Any]:
+    """``value``, which stands in the file at ``path``.
+
+    Raises:
+        SettingError: it is no mapping.
+    """
+    if not isinstance(value, dict):
+        raise SettingError(str(path), f"a {type(value).__name__}", "a mapping of names to values")
+    return value
+
+
 def _read_companion(
     path: Path, evaluation: dict[str, Any], about: Sequence[str] = ABOUT
 ) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
-        content = parse_json(path.read_bytes())
-    except (ValueError, OSError) as error:
-        raise SettingError(str(path), f"unreadable JSON ({error})", "the file as it was written") from error
-    if not isinstance(content, dict):
-        raise SettingError(str(path), f"a {type(content).__name__}", "a mapping of names to values")
+    content = read_mapping(path)
     matches = all(content.get(name) == evaluation.get(name) for name in ("epoch", *about))
     return content if matches else None
 

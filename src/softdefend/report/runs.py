@@ -17,7 +17,7 @@ from softdefend.core.files import parse_json
 from softdefend.core.safetensors_files import open_safetensors
 from softdefend.core.weight_files import read_metadata
 from softdefend.core.yaml_files import flatten, read_yaml
-from softdefend.report.details import Details, is_number, read_details
+from softdefend.report.details import Details, check_mapping, is_number, read_details, read_mapping
 
 CHECKPOINTS = ("best", "last")
 
@@ -131,7 +131,7 @@ def read_run(folder: Path) -> RunRecord:
         name=str(config.get("name") or folder.name),
         seed=_seed(config_path, config),
         config=config,
-        environment=_mapping(environment, _read_json(environment)) if environment.is_file() else {},
+        environment=read_mapping(environment) if environment.is_file() else {},
         metrics=[by_epoch[epoch] for epoch in sorted(by_epoch)],
         evaluations=evaluations,
         examples=next(filter(None, (_examples(folder, which) for which in reversed(CHECKPOINTS))), None),
@@ -185,13 +185,6 @@ def _label(key: _Key, keys: list[_Key]) -> str:
     return f"{name} ({', '.join(parts)})" if parts else name
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return parse_json(path.read_bytes())
-    except (ValueError, OSError) as error:
-        raise SettingError(str(path), f"unreadable JSON ({error})", "the file as it was written") from error
-
-
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
@@ -199,7 +192,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(_mapping(path, parse_json(line)))
+            rows.append(check_mapping(path, parse_json(line)))
         except ValueError as error:
             if number == len(lines) and not isinstance(error, SettingError):
                 break  # the run is still going: the writer has not finished this line
@@ -225,12 +218,6 @@ def _timing(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and isinstance(row.get("epoch"), int) and is_number(row.get("seconds")):
             rows.append(row)
     return rows
-
-
-def _mapping(path: Path, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise SettingError(str(path), f"a {type(value).__name__}", "a mapping of names to values")
-    return value
 
 
 def _seed(path: Path, config: dict[str, Any]) -> int:
@@ -260,7 +247,7 @@ def _writer(weights: Path) -> str | None:
 
 def _evaluation(path: Path, writer: str | None) -> dict[str, Any]:
     """Read an evaluation of weights that ``writer`` has written."""
-    evaluation = _mapping(path, _read_json(path))
+    evaluation = read_mapping(path)
     if writer is not None and evaluation.get("run", writer) != writer:
         accepted = "one of the weights in the folder; softdefend evaluate makes it anew"
         raise SettingError(str(path), "an evaluation of another run's weights", accepted)
