@@ -74,16 +74,24 @@ def check_agreements(ours: Processes) -> None:
             shares.check_agreement(ours, run)
 
 
+def without(layer: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        setattr(layer, name, None)
+    return layer
+
+
 def check_batch_norm(ours: Processes, compiled: bool = False) -> None:
     """Against torch's own layer on the whole batch: outputs, slopes, running statistics."""
     layers = (
         (nn.BatchNorm2d(3), (2 * ours.size + 1, 3, 4, 4)),
         (nn.BatchNorm1d(3, momentum=None), (ours.size, 3)),
         (nn.BatchNorm3d(3, affine=False), (2 * ours.size, 3, 2, 2, 2)),
+        (without(nn.BatchNorm1d(3), "weight"), (2 * ours.size, 3)),
+        (without(nn.BatchNorm1d(3), "bias", "num_batches_tracked"), (2 * ours.size, 3)),
         (nn.BatchNorm2d(3, track_running_stats=False), (ours.size, 3, 2, 2)),
         (nn.Sequential(nn.SyncBatchNorm(3)), (2 * ours.size, 3, 4, 4)),
     )
-    for layer, shape in layers[:3] if compiled else layers:
+    for layer, shape in layers[:5] if compiled else layers:
         draw = stream(0, "layer")
         image = 3 * torch.randn(shape, generator=draw) + 7
         scale = torch.randn(shape, generator=draw)
@@ -122,6 +130,31 @@ def check_compiled_batch_norm(ours: Processes) -> None:
         check_batch_norm(ours, compiled=True)
 
 
+class Reused(nn.Module):
+    """Normalizes twice by one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.norm(torch.tanh(self.norm(image)))
+
+
+def check_program_of_a_reused_layer(ours: Processes) -> None:
+    """The compiler, which saves copies, adds up each process's own slopes."""
+    image, scale = (torch.randn(2 * ours.size, 3, generator=stream(0, name)) for name in ("x", "scale"))
+    whole = Reused()
+    net = copy.deepcopy(whole)
+    synchronize(net, ours)
+    (whole(image) * scale).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (torch.compile(net)(ours.own(image)) * ours.own(scale)).sum().backward()
+    for one, other in zip(net.parameters(), whole.parameters(), strict=True):
+        assert_close(ours.sum(one.grad), other.grad)
+
+
 def check_draws(ours: Processes) -> None:
     """Rows of two views of the whole batch's numbers, from the same state of the generator."""
     for function in (
@@ -156,6 +189,7 @@ if __name__ == "__main__":
         check_agreements,
         check_batch_norm,
         check_compiled_batch_norm,
+        check_program_of_a_reused_layer,
         check_draws,
     ):
         check(together)

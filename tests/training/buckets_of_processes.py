@@ -292,6 +292,36 @@ def check_loss(ours: Processes) -> None:
         Buckets(ours, list(net.parameters())).backward(*once(net, images(ours)))
 
 
+class Planned(nn.Module):
+    """A network for the images of the grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = normalized()
+        self.inner.first = nn.Linear(36, 8).double()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.inner(image.double().flatten(1))
+
+
+def check_loss_in_a_program(ours: Processes) -> None:
+    """The second process dies before a compiled network's first message."""
+    step._compiled = lambda net: torch.compile(net, backend="aot_eager", dynamic=False)
+    body, made = step.TrainStep._body, []
+
+    def run(self: step.TrainStep, *given: object) -> None:
+        made.append(given)
+        if len(made) == 3 and not ours.first:
+            os._exit(0)
+        body(self, *given)
+
+    step.TrainStep._body = run
+    warnings.filterwarnings("ignore", ".*should not be instantiated")  # torch's compiler does so
+    with pytest.raises(LostProcessError, match="has ended"):
+        train(("Hard", "PGDAT", "Plain"), net=Planned, compile=True)
+    assert len(made) == 3
+
+
 def main(checks: list[str]) -> None:
     buckets.LIMIT = 256  # a layer of Net
     engine = Engine(RuntimeSettings(device=DEVICE, precision="fp32", deterministic=True))

@@ -24,6 +24,11 @@ def test_two_processes_average_during_the_pass_as_after_it_and_notice_a_loss():
         assert code == 0, errors
 
 
+def test_a_loss_is_noticed_in_a_compiled_network():
+    for code, errors in processes.ended(processes.start(2, SCRIPT, "loss_in_a_program")):
+        assert code == 0, errors
+
+
 def test_alone_a_pass_is_torchs_own():
     net, other = tiny_net().eval(), tiny_net().eval()
     image = torch.rand(4, 1, 6, 6)
