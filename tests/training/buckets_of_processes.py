@@ -292,6 +292,31 @@ def check_loss(ours: Processes) -> None:
         Buckets(ours, list(net.parameters())).backward(*once(net, images(ours)))
 
 
+class Reused(nn.Module):
+    """Normalizes twice by one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.norm(torch.tanh(self.norm(image)))
+
+
+def check_reused_layer(ours: Processes) -> None:
+    """Inductor, which saves copies, adds up the gradients that this process has, not sums over all."""
+    image, scale = (torch.randn(2 * ours.size, 3, generator=stream(0, name)) for name in ("x", "scale"))
+    whole = Reused()
+    net = copy.deepcopy(whole)
+    synchronize(net, ours)
+    (whole(image) * scale).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (torch.compile(net)(ours.own(image)) * ours.own(scale)).sum().backward()
+    for one, other in zip(net.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours.sum(one.grad), other.grad, rtol=1e-4, atol=1e-5)
+
+
 class Planned(nn.Module):
     """A network for the images of the grid."""
 

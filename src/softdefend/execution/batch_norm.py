@@ -225,9 +225,11 @@ class _Compiled(torch.autograd.Function):
         level, along = torch.ops._c10d_functional.wait_tensor(both).unbind()
         of_image = _slope_of_image(slope, normal, weight, scale, level, along).to(slopes[0].dtype)
         # Each process's own, as of every other parameter: the update takes their mean.
-        of_weight = None if weight is None else of_weight.to(weight.dtype)
-        of_bias = None if ctx.type_of_bias is None else of_bias.to(ctx.type_of_bias)
-        return of_image, of_weight, of_bias, None, None, None, None
+        learned = (
+            None if weight is None else of_weight.to(weight.dtype),
+            None if ctx.type_of_bias is None else of_bias.to(ctx.type_of_bias),
+        )
+        return of_image, *learned, None, None, None, None
 
 
 class _OnCPU(torch.autograd.Function):
@@ -247,7 +249,8 @@ class _OnCPU(torch.autograd.Function):
     ) -> Tensor:
         dims, shape = _layout(image)
         wide = _wide(image)
-        mean = wide.mean(dims)
+        # A batch may have fewer images than there are processes.
+        mean = wide.mean(dims) if len(image) else wide.new_zeros(image.shape[1])
         squares = (wide - mean.view(shape)).square().sum(dims)
         count = torch.full_like(mean, image.numel() / image.shape[1])
         rows = processes.gather(torch.stack([mean, squares, count])[None])[0]
