@@ -37,7 +37,10 @@ import pyarrow.parquet as pq
 from common import RESULTS, make_parser, write_json
 from scaling_messages import WORK, Work, forwards, remembers
 from softdefend.core.environment import environment
+from softdefend.core.errors import SettingError
 from softdefend.execution.engine import resolve_device
+from softdefend.experiments.bench import base_arguments
+from softdefend.experiments.config import resolve
 from softdefend.experiments.parallel import command_line
 
 Row = dict[str, Any]
@@ -424,7 +427,13 @@ def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     if args.quick:
         args.device, args.steps, args.n = "cpu", 1, "8" if args.n == "all" else args.n
     args.work = args.work or [Work.parse(one) for one in (("small_cnn:16",) if args.quick else WORK)]
-    args.counts = sorted(args.counts or [count for count in COUNTS if count <= args.gpus])
+    args.counts = sorted(set(args.counts or [count for count in COUNTS if count <= args.gpus]))
+    if not args.counts or args.counts[0] < 1:
+        parser.error("--gpus and --counts take whole numbers >= 1")
+    if args.limit <= 0 or args.steps < 1:
+        parser.error("--limit takes seconds > 0, --steps a whole number >= 1")
+    if args.n != "all" and not (args.n.isdecimal() and int(args.n) > 0):
+        parser.error(f"--n: {args.n}; accepted: all, or a whole number >= 1")
     made = "kill" in args.parts and args.counts[-1] > 1
     there = args.run or (args.folder and short_run_folder(args))
     if "autoattack" in args.parts and not made and not (there and (there / "best.safetensors").is_file()):
@@ -432,6 +441,11 @@ def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     uneven = [f"{net}:{batch}" for net, batch in args.work if any(batch % count for count in args.counts)]
     if uneven:
         parser.error(f"--work: {', '.join(uneven)} cannot be shared by each of {args.counts}")
+    try:
+        args.device = resolve_device(args.device).type
+        resolve(base_arguments(args.settings))
+    except SettingError as error:
+        parser.error(str(error))
     return args
 
 

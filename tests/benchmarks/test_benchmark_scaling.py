@@ -155,13 +155,31 @@ def test_one_bench_takes_all_networks_with_the_same_batches(scaling, results, tm
             "a:6 cannot be shared by each of [1, 2, 4]",
         ),
         (["--work", "a"], "invalid parse value: 'a'"),
+        (["--gpus", "0"], "--gpus and --counts take whole numbers >= 1"),
+        (["--counts", "2", "0"], "--gpus and --counts take whole numbers >= 1"),
+        (["--limit", "0"], "--limit takes seconds > 0"),
+        (["--steps", "0"], "--steps a whole number >= 1"),
+        (["--n", "some"], "--n: some; accepted: all, or a whole number >= 1"),
+        (["--device", "tpu"], "runtime.device: got 'tpu'"),
+        (["--quick", "--settings", "--nope", "3"], "nope: got an unknown setting"),
     ],
-    ids=["no run", "no run was made", "uneven", "no batch"],
+    ids=[
+        *("no run", "no run was made", "uneven", "no batch", "no processes", "none among others", "no time"),
+        *("no steps", "no number", "no device", "no setting"),
+    ],
 )
 def test_what_cannot_be_measured_is_refused(scaling, words, line, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as refused:
         scaling.read_arguments(words)
-    assert line in capsys.readouterr().err
+    assert refused.value.code == 2
+    assert line in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_numbers_of_processes_and_the_device_are_filled_in(scaling, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    args = scaling.read_arguments(["--parts", "kill", "--counts", "4", "2", "4"])
+    assert args.counts == [2, 4]
+    assert args.device == "cpu"  # whose steps are not captured
 
 
 def test_bytes_of_messages_are_those_of_published_networks(scaling, monkeypatch):

@@ -74,16 +74,25 @@ def check_agreements(ours: Processes) -> None:
             shares.check_agreement(ours, run)
 
 
+def without(layer: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        setattr(layer, name, None)
+    return layer
+
+
 def check_batch_norm(ours: Processes, compiled: bool = False) -> None:
     """Against torch's own layer on the whole batch: outputs, slopes, running statistics."""
     layers = (
         (nn.BatchNorm2d(3), (2 * ours.size + 1, 3, 4, 4)),
         (nn.BatchNorm1d(3, momentum=None), (ours.size, 3)),
         (nn.BatchNorm3d(3, affine=False), (2 * ours.size, 3, 2, 2, 2)),
+        (without(nn.BatchNorm1d(3), "weight"), (2 * ours.size, 3)),
+        (without(nn.BatchNorm1d(3), "bias", "num_batches_tracked"), (2 * ours.size, 3)),
         (nn.BatchNorm2d(3, track_running_stats=False), (ours.size, 3, 2, 2)),
         (nn.Sequential(nn.SyncBatchNorm(3)), (2 * ours.size, 3, 4, 4)),
+        (nn.BatchNorm1d(3), (ours.size - 1, 3)),  # the first has no image
     )
-    for layer, shape in layers[:3] if compiled else layers:
+    for layer, shape in layers[:5] if compiled else layers:
         draw = stream(0, "layer")
         image = 3 * torch.randn(shape, generator=draw) + 7
         scale = torch.randn(shape, generator=draw)

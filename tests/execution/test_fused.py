@@ -10,6 +10,7 @@ from torch import nn
 from softdefend.core.errors import SettingError
 from softdefend.core.threat import ThreatModel
 from softdefend.execution.fused import FusedThreat, agree, fused, refusal
+from softdefend.execution.fused.residual import _compiled_together
 from softdefend.labels import Hard
 from softdefend.models import NetSettings, build
 from softdefend.objectives import PGDAT
@@ -129,6 +130,17 @@ def test_nothing_is_compiled_after_the_sizes_were_named(monkeypatch):
     for size in (24, 200):
         assert agree(kernels, net, torch.rand(size, 3, 32, 32, device="cuda"))
     assert compiled == []
+
+
+def test_a_kernel_that_cannot_be_compiled_is_no_hindrance_to_others():
+    mode = pytest.importorskip("triton.runtime._async_compile").active_mode
+
+    def fail() -> None:
+        raise ValueError
+
+    with _compiled_together():
+        mode.get().submit("kernel", fail, lambda kernel: None)
+    assert mode.get() is None
 
 
 @pytest.mark.gpu

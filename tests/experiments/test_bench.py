@@ -199,6 +199,21 @@ def test_an_eager_step_is_not_timed_against_itself():
         bench_train(BenchSettings(nets=("small_cnn",), against_eager=True), QUICK)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words", "message"),
+    [
+        ({"batch_sizes": (8, 2)}, ["--optim.accumulate", "4"], r"optim\.accumulate: got 4"),
+        ({"presets": ("sglr-reference", "pgd-at")}, ["--label.start", "0.5"], "start"),
+        ({"output": "/proc/none/step.json"}, [], "/proc/none/step.json: got No such file"),
+    ],
+    ids=["parts of the second batch", "a setting that one recipe lacks", "nowhere to write"],
+)
+def test_what_does_not_fit_a_later_row_is_refused_before_the_first(monkeypatch, settings, words, message):
+    monkeypatch.setattr("softdefend.experiments.bench._time_ours", lambda *_: pytest.fail("a step was timed"))
+    with pytest.raises(SettingError, match=message):
+        bench_train(BenchSettings(nets=("small_cnn",), **{**FEW, **settings}), [*QUICK, *words])
+
+
 def test_the_references_networks_get_no_large_images(tmp_path):
     (tmp_path / "losses").mkdir()
     (tmp_path / "losses" / "loss.py").touch()
@@ -213,6 +228,8 @@ def test_the_references_networks_get_no_large_images(tmp_path):
         ({"image_size": 0}, r"bench\.image_size: got 0"),
         ({"image_size": 10**6}, r"bench\.image_size: got 1000000"),
         ({"classes": 1}, r"bench\.classes: got 1"),
+        ({"classes": 10**8}, r"bench\.classes: got 100000000"),
+        ({"images": 127}, r"bench\.images: got 127; accepted: at least bench\.batch_sizes, here 128"),
         ({"steps": 0}, r"bench\.steps: got 0"),
         ({"batch_sizes": (128, 0)}, r"bench\.batch_sizes: got 0"),
         ({"presets": ("pgd-it",)}, "--preset: got 'pgd-it'"),

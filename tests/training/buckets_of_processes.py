@@ -292,6 +292,61 @@ def check_loss(ours: Processes) -> None:
         Buckets(ours, list(net.parameters())).backward(*once(net, images(ours)))
 
 
+class Reused(nn.Module):
+    """Normalizes twice by one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.norm(torch.tanh(self.norm(image)))
+
+
+def check_reused_layer(ours: Processes) -> None:
+    """Inductor, which saves copies, adds up the gradients that this process has, not sums over all."""
+    image, scale = (torch.randn(2 * ours.size, 3, generator=stream(0, name)) for name in ("x", "scale"))
+    whole = Reused()
+    net = copy.deepcopy(whole)
+    synchronize(net, ours)
+    (whole(image) * scale).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (torch.compile(net)(ours.own(image)) * ours.own(scale)).sum().backward()
+    for one, other in zip(net.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours.sum(one.grad), other.grad, rtol=1e-4, atol=1e-5)
+
+
+class Planned(nn.Module):
+    """A network for the images of the grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = normalized()
+        self.inner.first = nn.Linear(36, 8).double()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.inner(image.double().flatten(1))
+
+
+def check_loss_in_a_program(ours: Processes) -> None:
+    """The second process dies before a compiled network's first message."""
+    step._compiled = lambda net: torch.compile(net, backend="aot_eager", dynamic=False)
+    body, made = step.TrainStep._body, []
+
+    def run(self: step.TrainStep, *given: object) -> None:
+        made.append(given)
+        if len(made) == 3 and not ours.first:
+            os._exit(0)
+        body(self, *given)
+
+    step.TrainStep._body = run
+    warnings.filterwarnings("ignore", ".*should not be instantiated")  # torch's compiler does so
+    with pytest.raises(LostProcessError, match="has ended"):
+        train(("Hard", "PGDAT", "Plain"), net=Planned, compile=True)
+    assert len(made) == 3
+
+
 def main(checks: list[str]) -> None:
     buckets.LIMIT = 256  # a layer of Net
     engine = Engine(RuntimeSettings(device=DEVICE, precision="fp32", deterministic=True))

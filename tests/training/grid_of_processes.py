@@ -70,10 +70,8 @@ def rule(name: str):
 
 def train(names: tuple[str, str, str], batch_norm: str = "synchronized", **settings) -> dict[str, Tensor]:
     """Eight steps in four epochs; all that they have changed, by name."""
-    capture = settings.pop("capture", False)
-    runtime = RuntimeSettings(
-        device=DEVICE, threads=1, batch_norm=batch_norm, capture=capture, deterministic=True
-    )
+    how = {name: settings.pop(name, False) for name in ("capture", "compile")}
+    runtime = RuntimeSettings(device=DEVICE, threads=1, batch_norm=batch_norm, deterministic=True, **how)
     engine = Engine(runtime)
     draw = rng.stream(0, "images")
     labels = torch.arange(BATCH * STEPS) % K

@@ -24,6 +24,15 @@ def test_two_processes_average_during_the_pass_as_after_it_and_notice_a_loss():
         assert code == 0, errors
 
 
+def test_a_compiled_network_uses_a_layer_twice_and_notices_a_loss():
+    """Compiling C++ takes some seconds."""
+    checks = "reused_layer", "loss_in_a_program"
+    for code, errors in processes.ended(
+        processes.start(2, SCRIPT, *checks, TORCHINDUCTOR_COMPILE_THREADS="1")
+    ):
+        assert code == 0, errors
+
+
 def test_alone_a_pass_is_torchs_own():
     net, other = tiny_net().eval(), tiny_net().eval()
     image = torch.rand(4, 1, 6, 6)

@@ -17,6 +17,7 @@ from torch import Tensor
 from softdefend.core.errors import LostProcessError, SettingError
 
 T = TypeVar("T")
+_LOST = "another process of this run has ended, or does not answer"
 
 
 class Processes:
@@ -182,7 +183,25 @@ def _talking() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise LostProcessError("another process of this run has ended, or does not answer") from error
+        raise LostProcessError(_LOST) from error
+
+
+@contextlib.contextmanager
+def messages_within() -> Iterator[None]:
+    """Work that may send messages of its own, as a compiled network does.
+
+    Raises:
+        LostProcessError: a message failed, for one of the other processes has ended or does not answer.
+    """
+    try:
+        yield
+    except LostProcessError:
+        raise
+    except RuntimeError as error:
+        # NCCL's errors have a type of their own, gloo's only the name of its source files.
+        if isinstance(error, dist.DistError) or "gloo/" in str(error):
+            raise LostProcessError(_LOST) from error
+        raise
 
 
 def packed(tensors: Sequence[Tensor]) -> Tensor:

@@ -90,7 +90,8 @@ class _Synchronized(nn.Module):
         with torch.no_grad():
             mean, scale, total, variance = _common(image.detach(), layer.eps, self.processes.size, self.group)
             if layer.training and layer.track_running_stats and layer.running_mean is not None:
-                layer.num_batches_tracked.add_(1)
+                if layer.num_batches_tracked is not None:
+                    layer.num_batches_tracked.add_(1)
                 layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), layer.momentum)
                 layer.running_var.lerp_(variance.to(layer.running_var.dtype), layer.momentum)
         normalization: Any = _Compiled
@@ -206,7 +207,7 @@ class _Compiled(torch.autograd.Function):
         _, shape = _layout(image)
         out = (_wide(image) - mean.view(shape)) * scale.view(shape)
         ctx.save_for_backward(image, weight, mean, scale, total)
-        ctx.group = group
+        ctx.group, ctx.type_of_bias = group, None if bias is None else bias.dtype
         out = out if weight is None else out * weight.view(shape)
         return (out if bias is None else out + bias.view(shape)).to(image.dtype)
 
@@ -217,11 +218,17 @@ class _Compiled(torch.autograd.Function):
         normal = (_wide(image) - mean.view(shape)) * scale.view(shape)
         slope = slopes[0].to(normal.dtype)
         of_bias, of_weight = slope.sum(dims), (slope * normal).sum(dims)
-        both = torch.ops._c10d_functional.all_reduce(torch.stack([of_bias, of_weight]), "sum", ctx.group)
-        level, along = (torch.ops._c10d_functional.wait_tensor(both) / total).unbind()
+        # Quotients, not the sums that are returned: the compiler adds up in place, and what is stacked may be
+        # no copy.
+        message = torch.stack([of_bias / total, of_weight / total])
+        both = torch.ops._c10d_functional.all_reduce(message, "sum", ctx.group)
+        level, along = torch.ops._c10d_functional.wait_tensor(both).unbind()
         of_image = _slope_of_image(slope, normal, weight, scale, level, along).to(slopes[0].dtype)
         # Each process's own, as of every other parameter: the update takes their mean.
-        learned = None if weight is None else of_weight.to(weight.dtype), None if weight is None else of_bias
+        learned = (
+            None if weight is None else of_weight.to(weight.dtype),
+            None if ctx.type_of_bias is None else of_bias.to(ctx.type_of_bias),
+        )
         return of_image, *learned, None, None, None, None
 
 
@@ -242,7 +249,8 @@ class _OnCPU(torch.autograd.Function):
     ) -> Tensor:
         dims, shape = _layout(image)
         wide = _wide(image)
-        mean = wide.mean(dims)
+        # A batch may have fewer images than there are processes.
+        mean = wide.mean(dims) if len(image) else wide.new_zeros(image.shape[1])
         squares = (wide - mean.view(shape)).square().sum(dims)
         count = torch.full_like(mean, image.numel() / image.shape[1])
         rows = processes.gather(torch.stack([mean, squares, count])[None])[0]

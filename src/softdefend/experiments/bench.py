@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,6 +35,8 @@ _log = logging.getLogger(__name__)
 
 LARGEST = 4096
 """Side in pixels of the largest images; of larger ones not even small batches fit into memory."""
+MOST_CLASSES = 1_000_000
+"""Likewise, the last layer."""
 REFERENCE_SIZE = 32
 """Side in pixels of the images that the reference code's networks are made for."""
 EAGER = ("--runtime.compile", "false", "--runtime.capture", "false", "--runtime.fused", "false")
@@ -62,7 +64,7 @@ class BenchSettings:
     image_size: int = 32
     """Height and width in pixels of the random RGB images, 1 to 4096."""
     classes: int = 10
-    """Classes of their random labels, >= 2."""
+    """Classes of their random labels, 2 to 1,000,000."""
     against_eager: bool = False
     """Time the same step neither compiled nor captured in the same run."""
     steps: int = 50
@@ -76,7 +78,7 @@ class BenchSettings:
     reference: str | None = None
     """A checkout of devicerxx/SGLS to time in the same run; none when null."""
     output: str | None = None
-    """JSON file to write, after every row; none when null."""
+    """JSON file to write, at the start and after every row; none when null."""
 
     def __post_init__(self) -> None:
         check_fields(self, "bench")
@@ -88,8 +90,11 @@ class BenchSettings:
                 raise SettingError(f"bench.{name}", value, "a whole number >= 1")
         if not 1 <= self.image_size <= LARGEST:
             raise SettingError("bench.image_size", self.image_size, f"a whole number from 1 to {LARGEST}")
-        if self.classes < 2:
-            raise SettingError("bench.classes", self.classes, "a whole number >= 2")
+        if not 2 <= self.classes <= MOST_CLASSES:
+            raise SettingError("bench.classes", self.classes, f"a whole number from 2 to {MOST_CLASSES}")
+        if self.batch_sizes and self.images < max(self.batch_sizes):
+            accepted = f"at least bench.batch_sizes, here {max(self.batch_sizes)}"
+            raise SettingError("bench.images", self.images, accepted)
         for preset in self.presets:
             if isinstance(resolve(["--preset", preset]).recipe.label, KD):
                 raise SettingError("bench.presets", preset, "recipes without trained teachers")
@@ -114,18 +119,21 @@ def bench_train(settings: BenchSettings, overrides: Sequence[str] | None = None)
             ``--runtime.device cpu``.
 
     Returns:
-        The rows, with ceiling and machine, as the first process writes them to ``settings.output`` after each
-        row.
+        The rows, with ceiling and machine, as the first process writes them to ``settings.output`` at the
+        start and after each row.
 
     Raises:
-        SettingError: a network that does not take such images; ``against_eager`` where the step is neither
-            compiled nor captured.
+        SettingError: a network that does not take such images; a recipe or a batch that does not fit what was
+            given besides; ``against_eager`` where the step is neither compiled nor captured.
     """
     arguments = base_arguments(overrides or [])
     engine = Engine(resolve(arguments).runtime)
     if settings.against_eager and not (engine.settings.compile or engine.settings.capture):
         accepted = "false, or runtime.compile true or runtime.capture true"
         raise SettingError("bench.against_eager", "true with a step that is eager itself", accepted)
+    work = list(itertools.product(settings.nets, settings.batch_sizes, settings.presets))
+    for name, size, preset in work:  # before the first is timed
+        _check([*arguments, "--preset", preset, "--net.name", name], size, engine.processes.size)
     flops = {name: _flops([*arguments, "--net.name", name], settings.shape) for name in settings.nets}
     dtype = torch.bfloat16 if engine.settings.precision == "bf16" else torch.float32
     peak = measure_ceiling(engine.device, dtype)
@@ -143,7 +151,8 @@ def bench_train(settings: BenchSettings, overrides: Sequence[str] | None = None)
         "rows": [],
         "environment": environment(engine.device),
     }
-    for name, size, preset in itertools.product(settings.nets, settings.batch_sizes, settings.presets):
+    _write(result, settings, engine)
+    for name, size, preset in work:
         words = [*arguments, "--preset", preset, "--net.name", name]
         row: dict[str, Any] = {"net": name, "recipe": preset, "batch_size": size}
         row |= _time_ours(resolve(words), size, settings, flops[name], peak)
@@ -156,9 +165,25 @@ def bench_train(settings: BenchSettings, overrides: Sequence[str] | None = None)
             row = {"ratio": ratio, **row, "reference_ms": round(reference, 4)}
         result["rows"].append(row)
         _log.info("%s", format_row(row))
-        if settings.output and engine.processes.first:
-            write_atomic(Path(settings.output), json.dumps(result, indent=1).encode() + b"\n")
+        _write(result, settings, engine)
     return result
+
+
+def _check(words: Sequence[str], size: int, processes: int) -> None:
+    """Refuse a recipe or a batch that does not fit the other settings.
+
+    Raises:
+        SettingError: naming what does not.
+    """
+    replace(resolve(words).optim, batch_size=size)
+    if size % processes:
+        accepted = f"a multiple of {processes}, so that each of {processes} processes has as many images"
+        raise SettingError("bench.batch_sizes", f"{size} on {processes} processes", accepted)
+
+
+def _write(result: dict[str, Any], settings: BenchSettings, engine: Engine) -> None:
+    if settings.output and engine.processes.first:
+        write_atomic(Path(settings.output), json.dumps(result, indent=1).encode() + b"\n")
 
 
 def _flops(words: Sequence[str], shape: ImageShape) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from softdefend.attacks import AttackLoss, Forward
 from softdefend.core import rng
 from softdefend.core.errors import SettingError, one_line
+from softdefend.core.processes import messages_within
 from softdefend.core.threat import ThreatModel
 from softdefend.data import Batch, Resident
 from softdefend.execution.batch_norm import statistics
@@ -168,12 +169,13 @@ class TrainStep:
         self.data.load(self.own_rows(plan))
         self.generator.manual_seed(key)
         _seed_dropout(key, self.engine.device)
-        if not self.engine.settings.capture:
-            self._body(plan, phase)
-            return
-        graph, static_plan = self._graphs.get((phase, len(plan))) or self._capture(plan, phase, key)
-        static_plan.copy_(plan)
-        graph.replay()
+        with messages_within():
+            if not self.engine.settings.capture:
+                self._body(plan, phase)
+                return
+            graph, static_plan = self._graphs.get((phase, len(plan))) or self._capture(plan, phase, key)
+            static_plan.copy_(plan)
+            graph.replay()
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the steps that follow."""
