@@ -59,7 +59,7 @@ def evaluate_checkpoint(
         SettingError: weights, data or a network that do not fit, or a file that cannot be written or filled.
     """
     requests = requests or Requests()
-    _check(source, settings, requests, device)
+    check_evaluation(source, settings, requests, device)
     _say_which_images(source.bundle.test.labels, settings, requests)
     steady = not averages_draws(settings.attacks)
     checkpoint = Checkpoint(source, device, assumes_determinism=steady and not requests.audit)
@@ -109,10 +109,15 @@ def _say_which_images(labels: Tensor, settings: EvaluateSettings, requests: Requ
             _log.info(f"{setting}: {describe_subset(labels, part, settings.subset)}")
 
 
-def _check(
+def check_evaluation(
     source: CheckpointSource, settings: EvaluateSettings, requests: Requests, device: torch.device
 ) -> None:
-    """Refuse what would fail only after hours."""
+    """Refuse what would fail only after hours; nothing is written.
+
+    Raises:
+        SettingError: files that cannot be written or filled, attacks, requests or a mask that do not fit the
+            threat, the classes or the images.
+    """
     check_requests(settings, requests, len(source.bundle.test))
     if source.mask is not None:
         check_mask(source.mask, len(source.bundle.test), tuple(source.bundle.test.images.shape[1:]))
