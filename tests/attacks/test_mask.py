@@ -99,3 +99,8 @@ def test_a_transfer_hands_the_mask_on():
 def test_masks_that_do_not_fit_are_refused(mask):
     with pytest.raises(SettingError, match=r"attack\.mask: got .*; accepted: bool \[h, w\]"):
         PGD()(NET, IMAGE, LABEL, ThreatModel(), mask=mask)
+
+
+def test_a_mask_that_is_no_tensor_is_refused():
+    with pytest.raises(SettingError, match=r"^attack\.mask: got a list; accepted: .*Tensor"):
+        PGD()(NET, IMAGE, LABEL, ThreatModel(), mask=MASK.tolist())

@@ -50,7 +50,7 @@ def test_several_norms_in_one_call(run_folder: Path, capsys, refused) -> None:
     both = ["--norm", "l2", "l1", "--eps", "0.25", "1"]
     refused([*words, *both, *targeted], "evaluate.targeted", "next", "--union")
     refused([*words, "--norm", "l2", "l0", "--eps", "0.25", "3"], "threat.norm", "l0", "under pgd-2")
-    refused([*words, "--norm", "l2", "l0", "--eps", "0.25", "3", "--audit"], "l0")
+    refused([*words, "--norm", "l2", "l0", "--eps", "0.25", "3", "--audit"], "threat.norm", "l0", "")
     assert not list((run_folder / "evaluation").glob("*-l2-*"))
     capsys.readouterr()
     assert main([*words, *both, "--union"]) == 0

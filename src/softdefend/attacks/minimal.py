@@ -10,7 +10,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from softdefend.attacks.base import Attack, Randomness
+from softdefend.attacks.base import Attack, Randomness, knowing
 from softdefend.attacks.losses import hard_label, image_gradient, margin
 from softdefend.core.goals import fooled
 from softdefend.core.threat import Norm, ThreatModel, length
@@ -73,9 +73,10 @@ class MinimalAttack(Attack):
                 without the gradients that the attack takes.
         """
         self.check_norm(norm)
+        goal = hard_label(label) if target is None else self.goal(target, len(image))
+        net = net if target is None else knowing(net, target)
         model = net if isinstance(net, CountingModel) else CountingModel(net, len(image))
         context = AttackContext(model, CallerRandomness(generator, len(image)))
-        goal = hard_label(label) if target is None else self.goal(target, len(image))
         return self.closest(model, image, goal, norm, enough, context)
 
     @torch.no_grad()

@@ -158,6 +158,9 @@ class Evaluator:
                 self._measure(attack, str(number), logits, result, run, progress, log_costs)
         if self.targeted is not None:
             result.how.update(targeted=self.targeted, left_out=asked - len(index))
+        if self.mask is not None:
+            free = self.mask if self.mask.ndim < 4 else self.mask[index.to(self.mask.device)]
+            result.how["may_change"] = float(free.float().mean())
         result.how.update(
             precision=self.search_network.precision,
             compiled=self.search_network.compiled,
