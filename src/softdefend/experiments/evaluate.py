@@ -25,7 +25,7 @@ from softdefend.core.yaml_files import read_yaml
 from softdefend.data import DataBundle, DataSettings, channel_stats, load, split
 from softdefend.evaluation import CheckpointSource, EvaluateSettings, Requests, evaluate_checkpoint
 from softdefend.evaluation.external import load_network
-from softdefend.evaluation.pipeline import check_evaluation
+from softdefend.evaluation.pipeline import check_evaluation, check_union
 from softdefend.evaluation.robustbench_networks import RobustBenchNetwork, load_robustbench
 from softdefend.evaluation.settings import check_requests
 from softdefend.evaluation.surrogates import surrogate_names
@@ -107,6 +107,8 @@ def evaluate(
     ]
     for source in sources:  # before hours go into the first
         check_evaluation(source, settings, requests, chosen)
+    for name in which if requests.union else ():
+        check_union([source for source in sources if source.which == name], settings, chosen)
     early, apart = len(sources) - len(which), replace(requests, union=False)
     results = [
         evaluate_checkpoint(source, settings, apart if number < early else requests, device=chosen)
