@@ -170,7 +170,7 @@ class Attack(ABC):
         if loss is not None and self.minimizes_distance:
             raise SettingError("attack.loss", "a loss", f"none: {self.name} minimises the distance")
         self.check(threat)
-        masked = None if mask is None else Mask(_free(mask, image), image)
+        masked = None if mask is None else Mask(free_values(mask, image), image)
         model = CountingModel(net, len(image), mask=masked)
         context = AttackContext(model, CallerRandomness(generator, len(image)), loss=loss)
         x_adv = self.run(model, image, label, threat, context)
@@ -225,7 +225,7 @@ class Attack(ABC):
         return torch.cat(found)
 
 
-def _free(mask: Tensor, image: Tensor) -> Tensor:
+def free_values(mask: Tensor, image: Tensor) -> Tensor:
     """A mask for each image, [b, c, h, w] bool.
 
     Raises:
