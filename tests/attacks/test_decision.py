@@ -110,6 +110,31 @@ def test_called_with_a_threat_nothing_leaves_it_and_an_image_is_left_once_it_is_
 
 
 @each
+def test_nothing_is_spent_on_values_that_may_not_change(name, norm):
+    """Twelve free values of 192: the exact distance is that of a network of them alone."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).requires_grad_(False)
+    net[1].weight.copy_(torch.randn(2, 192, generator=stream(2, "weight")))
+    net[1].bias.copy_(-net[1].weight.sum(1) / 2)
+    image = 0.4 + 0.2 * torch.rand(24, 3, 8, 8, generator=stream(3, "image"))
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[3:5, 3:5] = True
+    across = (net[1].weight[1] - net[1].weight[0]).view(3, 8, 8)[:, mask].flatten()
+    gap = net(image).diff(dim=1).flatten()
+    wanted = gap.abs() / (across.norm() if norm == "l2" else across.abs().sum())
+    inside = wanted * (across.abs().max() / across.norm() if norm == "l2" else 1) < 0.4  # of the box
+    threat = ThreatModel(norm, Budget(float(wanted[inside].median())))
+    attack = parse_attack(f"{name}-1000")
+    label = (gap > 0).long()
+    adversarial = attack(net, image, label, threat, mask=mask, generator=stream(0, "attack"))
+    fooled = net(adversarial).argmax(1) != label
+    near = inside & (wanted < 0.85 * threat.eps)
+    assert 3 <= int(near.sum()) < int(inside.sum())
+    assert fooled[near].all()
+    assert not fooled[wanted > threat.eps].any()
+    assert torch.equal(adversarial[..., ~mask], image[..., ~mask])
+
+
+@each
 def test_verdicts_depend_on_the_image_and_the_seed_alone(name, norm):
     net = rugged((1, 5, 5)).float()
     image = torch.rand(15, 1, 5, 5, generator=stream(0, "x"))

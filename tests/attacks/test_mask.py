@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from softdefend.attacks import PGD, Transfer, margin
+from softdefend.attacks import PGD, MinimalAttack, Transfer, margin
 from softdefend.attacks.names import ATTACKS, parse_attack
 from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
@@ -50,6 +50,36 @@ def test_only_what_may_change_changes_and_that_is_enough(name, norm):
     broken = (NET(made).argmax(1) != LABEL).float().mean()
     # A single step, or no random wrong image to start from.
     assert broken >= {"fgsm": 0.3, "hop-skip-jump-1000": 0.7, "surfree-1000": 0.7}.get(name, 0.8)
+
+
+CLOSEST = [(name, norm) for name, norm in CASES if isinstance(parse_attack(name), MinimalAttack)]
+
+
+@pytest.mark.parametrize(("name", "norm"), CLOSEST)
+def test_the_closest_wrong_image_is_looked_for_among_those_that_may_be(name, norm):
+    attack = parse_attack(name)
+    made, distance = attack.minimal(NET, IMAGE, LABEL, norm, mask=MASK, generator=stream(0, "a"))
+    found = distance.isfinite()
+    assert found.float().mean() >= 0.7
+    assert torch.equal(made[..., ~MASK], IMAGE[..., ~MASK])
+    assert torch.equal(NET(made).argmax(1) != LABEL, found)
+    torch.testing.assert_close(distance[found], ThreatModel(norm, 1).distance(IMAGE, made)[found])
+
+
+@pytest.mark.parametrize("name", ["fmn", "fab-t-40", "deepfool"])
+def test_it_is_as_far_as_for_a_network_of_the_free_values_alone(name):
+    inside = IMAGE[..., 1:5, :4].clone()
+
+    def cropped(image):
+        whole = IMAGE[rows].expand(len(image), *SHAPE).clone()
+        whole[..., 1:5, :4] = image
+        return NET(whole)
+
+    attack, wanted = parse_attack(name), []
+    for rows in range(6):
+        wanted.append(attack.minimal(cropped, inside[rows : rows + 1], LABEL[rows : rows + 1], "l2")[1])
+    _, distance = attack.minimal(NET, IMAGE[:6], LABEL[:6], "l2", mask=MASK)
+    torch.testing.assert_close(distance, torch.cat(wanted), rtol=1e-3, atol=1e-5)
 
 
 def test_each_image_may_have_its_own():
@@ -99,3 +129,8 @@ def test_a_transfer_hands_the_mask_on():
 def test_masks_that_do_not_fit_are_refused(mask):
     with pytest.raises(SettingError, match=r"attack\.mask: got .*; accepted: bool \[h, w\]"):
         PGD()(NET, IMAGE, LABEL, ThreatModel(), mask=mask)
+
+
+def test_a_mask_that_is_no_tensor_is_refused():
+    with pytest.raises(SettingError, match=r"^attack\.mask: got a list; accepted: .*Tensor"):
+        PGD()(NET, IMAGE, LABEL, ThreatModel(), mask=MASK.tolist())

@@ -23,6 +23,7 @@ NAMES = (
 CASES = [
     (name, norm) for name in NAMES for norm in parse_attack(name).norms if name != "fgsm" or norm != "l1"
 ]
+BY_NAME = ("pgd-2", "apgd-ce-6", "apgd-t-6", "square-5", "fmn-3", "fab-t-3", "deepfool", "hop-skip-jump-20")
 EPS = {"linf": 0.3, "l2": 1.6, "l1": 9, "l0": 14}
 
 
@@ -155,6 +156,8 @@ class Own(Attack):
         (PGD(), TARGET[:3], "int64 [3]"),
         (PGD(), TARGET.float(), "float32"),
         (PGD(), -TARGET - 1, "from 0"),
+        (PGD(), TARGET.tolist(), "a list"),
+        *((parse_attack(name), TARGET + 1, "from 0 to 3") for name in BY_NAME),
         (PGD(loss="kl"), TARGET, "ce or margin"),
         (Own(), TARGET, "own has no targeted form"),
         (Transfer(NET, Own()), TARGET, "own has no targeted form"),
@@ -164,6 +167,12 @@ def test_targets_that_do_not_fit_are_refused(attack, target, word):
     with pytest.raises(SettingError) as error:
         attack(NET, IMAGE, LABEL, ThreatModel(), target=target)
     assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["fmn", "fab-t", "hop-skip-jump-20"])
+def test_a_search_for_the_closest_image_refuses_what_is_no_class(name):
+    with pytest.raises(SettingError, match=r"^attack\.target: got 4; accepted: .* from 0 to 3"):
+        parse_attack(name).minimal(NET, IMAGE, LABEL, "linf", target=torch.full((N,), 4))
 
 
 def test_a_target_beside_a_loss_is_refused():

@@ -132,13 +132,13 @@ def test_a_class_is_named_where_the_data_have_names(tmp_path: Path) -> None:
         found = evaluate_network(net, data, tmp_path / targeted, settings=settings)
         return found["targeted"], found["left_out"]
 
-    assert targets("dog") == targets("3") == ("3", 3)
+    assert targets("dog") == targets("3") == targets("03") == ("3", 3)
     assert targets("next") == ("next", 0)
     with pytest.raises(SettingError, match=r"^evaluate\.targeted: got 'cat'.* such as ant"):
         targets("cat")
     with pytest.raises(SettingError, match=r"did you mean ibis\?"):
         targets("ibiss")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "dog", "next"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["03", "3", "dog", "next"]
 
 
 def test_targets_that_cannot_be_are_refused(run_folder: Path, refused: Refused) -> None:
@@ -614,6 +614,9 @@ OUTSIDE = {
         "--robustbench",
         "9 of 10",
     ),
+    "norm of an attack": ("--norm l1 --eps 1 --attacks cw-linf", "threat.norm", "l1", "linf under cw-linf"),
+    "mask": ("--mask mask.npy", "--mask", "bool [3, 3]", "[8, 8]"),
+    "target": ("--targeted 10", "evaluate.targeted", "10", "from 0 to 1"),
     "surrogate": ("--transfer none", "--transfer", "none", "safetensors"),
 }
 
@@ -624,6 +627,7 @@ def test_what_does_not_fit_leaves_nothing_behind(
 ) -> None:
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pt")
     torch.save({"0.1.weight": torch.zeros(2, 64), "0.1.bias": torch.zeros(2)}, tmp_path / "soft.pt")
+    np.save(tmp_path / "mask.npy", np.ones((3, 3)))
     refused([*outside, *case[0].split()], *case[1:])
     assert not (tmp_path / "theirs").exists()
     assert not (tmp_path / "i.json").exists()

@@ -13,7 +13,9 @@ from softdefend.cli.main import main
 def test_the_union_is_counted_image_by_image(run_folder: Path, capsys, refused) -> None:
     words = ["evaluate", str(run_folder), "--which", "last", "--curve_size", "0"]
     assert main([*words, "--norm", "l2", "--eps", "1.5", "--targeted", "next"]) == 0
+    files = sorted((run_folder / "evaluation").iterdir())
     refused([*words, "--union"], "--union", "linf 4/255 alone", "--norm l2")
+    assert sorted((run_folder / "evaluation").iterdir()) == files
     capsys.readouterr()
     assert main([*words, "--norm", "l2", "--eps", "0.25", "--attacks", "pgd-3", "fgsm", "--union"]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -28,7 +30,13 @@ def test_the_union_is_counted_image_by_image(run_folder: Path, capsys, refused) 
     assert f"{100 * robust.mean():.1f}%" in said[place + 3]
 
     fewer = [*words, "--norm", "l2", "--eps", "0.25", "--attacks", "pgd-4", "--size", "60", "--union"]
+    made = (run_folder / "evaluation" / "last-l2-0.25.json").read_bytes()
     refused(fewer, "--union", "other images under l2 0.25 than under linf 4/255", "same images")
+    assert (run_folder / "evaluation" / "last-l2-0.25.json").read_bytes() == made  # refused first
+    refused([*fewer, "--which", "best", "last"], "--union", "other images under l2 0.25", "same images")
+    more = [*words, "--norm", "l2", "l1", "--eps", "0.25", "1", "--attacks", "pgd-3", "--union"]
+    assert main(more) == 0  # l2 is kept
+    assert "as evaluated before" in capsys.readouterr().out
     (run_folder / "evaluation" / "last.parquet").unlink()
     refused(fewer, f"{run_folder}/evaluation/last.parquet", "no table", "last.json")
 
@@ -49,6 +57,8 @@ def test_several_norms_in_one_call(run_folder: Path, capsys, refused) -> None:
     targeted = ["--union", "--targeted", "next"]
     both = ["--norm", "l2", "l1", "--eps", "0.25", "1"]
     refused([*words, *both, *targeted], "evaluate.targeted", "next", "--union")
+    refused([*words, "--norm", "l2", "l0", "--eps", "0.25", "3"], "threat.norm", "l0", "under pgd-2")
+    refused([*words, "--norm", "l2", "l0", "--eps", "0.25", "3", "--audit"], "threat.norm", "l0", "")
     assert not list((run_folder / "evaluation").glob("*-l2-*"))
     capsys.readouterr()
     assert main([*words, *both, "--union"]) == 0

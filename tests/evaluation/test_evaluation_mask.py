@@ -49,6 +49,9 @@ def test_only_what_may_change_changes_whatever_the_batches(mask):
     evaluator = Evaluator(NET, data, threat, batch_size=7, microbatch=5, mask=mask, keep_images=True)
     result = evaluator(attacks, index=INDEX)
     own = mask[INDEX] if mask.ndim == 4 else mask.expand(20, *SHAPE)
+    share = float(own.float().mean())
+    assert result.to_dict()["may_change"] == pytest.approx(share)
+    assert f"{100 * share:.1f}% of the values may change" in str(result)
     for record in result.attacks.values():
         made = torch.where(record.attacked.view(-1, 1, 1, 1), record.adversarial, IMAGE[INDEX])
         assert torch.equal(made[~own], IMAGE[INDEX][~own])
@@ -74,6 +77,9 @@ def test_files_of_three_kinds_say_the_same(tmp_path):
     save_file({"mask": PIXELS, "other": torch.zeros(2)}, tmp_path / "d.safetensors")
     gray = np.where(PIXELS, np.arange(1, 31, dtype=np.uint8).reshape(5, 6), 0).astype(np.uint8)
     Image.fromarray(gray).save(tmp_path / "e.png")
+    blue = np.zeros((5, 6, 3), np.uint8)
+    blue[..., 2] = np.where(PIXELS, 1, 0)  # its gray is black
+    Image.fromarray(blue).save(tmp_path / "f.png")
     for path in tmp_path.iterdir():
         assert torch.equal(read_mask(path), PIXELS), path
 
@@ -86,6 +92,7 @@ def test_files_that_are_no_mask_are_refused(tmp_path):
     np.lib.format.write_array_header_1_0(buffer, {"descr": "<f8", "fortran_order": False, "shape": (2**40,)})
     (tmp_path / "short.npy").write_bytes(buffer.getvalue())
     save_file({"a": PIXELS, "b": PIXELS.clone()}, tmp_path / "several.safetensors")
+    save_file({}, tmp_path / "none.safetensors")
     for name in ("bad.npy", "bad.safetensors", "bad.png", "bad.txt"):
         (tmp_path / name).write_bytes(b"no mask")
     for path in [*tmp_path.iterdir(), tmp_path / "missing.npy", tmp_path]:
@@ -93,6 +100,7 @@ def test_files_that_are_no_mask_are_refused(tmp_path):
             read_mask(path)
         assert len(str(caught.value).splitlines()) == 1
         assert caught.value.setting == "--mask"
+        assert ("several tensors" in str(caught.value)) == (path.name == "several.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,22 @@ def test_balls_are_no_override(tmp_path, word):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--evaluate.targeted", "next"], r"evaluate\.targeted: got next"),
+        (["--evaluate", '{"targeted": "3"}'], r"evaluate\.targeted: got 3"),
+        (["--evaluate.attacks", "[]"], r"evaluate\.attacks: got none"),
+        (["--evaluate.attacks", "[pgd-2, hop-skip-jump-10]"], r"threat\.norm: got l1"),
+        (["--evaluate.attacks", "[autoattack-plus]"], r"threat\.norm: got l1"),
+    ],
+)
+def test_an_evaluation_without_the_figures_of_the_table_is_refused_before_a_training(tmp_path, words, said):
+    with pytest.raises(SettingError, match=f"^{said}"):
+        reproduce(make_quick(norms()), tmp_path, words, only=["linf"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_in_parallel_a_run_waits_for_its_start_and_other_threats_for_the_run(tmp_path, monkeypatch):
     jobs = []
     monkeypatch.setattr(pipeline, "run_all", lambda given, parallel, spread: jobs.extend(given))

@@ -231,6 +231,12 @@ def test_the_card_says_what_other_threats_leave(run_folder: Path, tmp_path: Path
         assert f"| {shown} | {100 * robust[-1].mean():.2f} |" in text
     assert f"| all of these, image by image | {100 * np.all(robust, axis=0).mean():.2f} |" in text
     assert "The accuracies hold for these threats" in text
+    l2 = ["--norm", "l2", "--eps", "0.3", "--attacks", "pgd-2", "--size", "20"]
+    assert main([*words, *l2]) == 0
+    assert main(["push", str(run_folder), "me/digits", "--dry_run", "--output", str(folder)]) == 0
+    text = (folder / "README.md").read_text()
+    assert "| ℓ₂ perturbations of 0.3: PGD-2, 20 images |" in text
+    assert "all of these" not in text
 
 
 def test_a_stated_license_is_in_front_matter_and_text(evaluated: Path, tmp_path: Path) -> None:

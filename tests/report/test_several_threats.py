@@ -30,18 +30,20 @@ def folder(make_run, make_evaluation) -> Path:
     return made
 
 
-def write(made: Path, make_evaluation, name: str, first: int = 0, weights: str = "w") -> None:
+def write(
+    made: Path, make_evaluation, name: str, first: int = 0, weights: str = "w", by: str = "pgd-20"
+) -> None:
     norm, eps, bits = ROBUST[name]
     robust = np.array([bool(bits >> (7 - i) & 1) for i in range(8)])
     share = float(robust.mean())
     rate = {"count": int(robust.sum()), "n": 8, "rate": share, "low": share - 0.05, "high": share + 0.05}
     more = {"norm": norm, "eps": eps, "weights": weights, "test_data": "d", "n": 8, "worst": rate}
     attack = {**rate, "forwards": 160, "backwards": 160, "seconds": 1.0}
-    result = {**make_evaluation(1.0, share, **more), "attacks": {"pgd-20": attack}}
+    result = {**make_evaluation(1.0, share, **more), "attacks": {by: attack}}
     ResultStore(made / "evaluation").write(name, {}, result)
     columns = {"index": np.arange(first, first + 8), "label": LABEL, "clean_prediction": LABEL}
-    columns |= {"pgd-20/prediction": LABEL, "pgd-20/distance": np.zeros(8, np.float32)}
-    table = pa.table({**columns, "pgd-20/robust": robust})
+    columns |= {f"{by}/prediction": LABEL, f"{by}/distance": np.zeros(8, np.float32)}
+    table = pa.table({**columns, f"{by}/robust": robust})
     pq.write_table(table, made / "evaluation" / f"{name}.parquet")
 
 
@@ -56,6 +58,7 @@ def test_the_union_is_what_all_threats_leave(folder, tmp_path) -> None:
     assert head == ["recipe", "checkpoint", "images", "clean", "linf 8/255", "l0 24", "l2 0.5", "union"]
     shares = [cell.split("[")[0].strip() for cell in row[3:]]
     assert shares == ["100.00", "50.00", "87.50", "50.00", "25.00"]  # images 2 and 3 in all
+    assert not any("images" in cell for cell in row[3:])
     assert row[1:3] == ["best", "8"]
 
 
@@ -64,6 +67,7 @@ def test_other_images_have_no_union_and_other_weights_no_column(folder, tmp_path
     write(folder, make_evaluation, "best-l2-0.5", first=3)
     head, row = rows_of(folder, tmp_path)
     assert head[4:] == ["linf 8/255", "l2 0.5", "union"]
+    assert [", 8 images" in cell for cell in row[4:-1]] == [True, True]
     assert row[-1] == "–"
 
 
@@ -72,3 +76,10 @@ def test_a_result_without_its_table_is_left_out(folder, tmp_path) -> None:
         assert rows_of(folder, tmp_path)
         (folder / "evaluation" / f"{name}.parquet").unlink()
     assert rows_of(folder, tmp_path) == []
+
+
+def test_each_threat_names_its_own_attacks(folder, tmp_path, make_evaluation) -> None:
+    assert "In the worst case of PGD-20." in read([read_run(folder)], tmp_path).text["html"][0]
+    write(folder, make_evaluation, "best-l2-0.5", by="apgd-ce")
+    text = read([read_run(folder)], tmp_path).text["html"][0]
+    assert "(linf 8/255: PGD-20; l0 24: PGD-20; l2 0.5: APGD-CE)" in text

@@ -13,7 +13,7 @@ from torch import Tensor
 from softdefend.attacks.losses import AttackLoss, image_gradient
 from softdefend.core.errors import SettingError
 from softdefend.core.goals import reaches, to_reach
-from softdefend.core.hints import check_fields
+from softdefend.core.hints import check_fields, check_type
 from softdefend.core.threat import Norm, ThreatModel
 from softdefend.execution.context import AttackContext
 from softdefend.execution.counting import CountingModel, Mask
@@ -159,17 +159,18 @@ class Attack(ABC):
 
         Raises:
             SettingError: what :meth:`check` refuses; a ``loss`` for an attack that minimises the distance; a
-                ``target`` of another shape or type, beside a ``loss``, or for an attack without a targeted
-                form; a ``mask`` of another shape or type.
+                ``target`` of another shape or type, beside a ``loss``, that is no class, or for an attack
+                without a targeted form; a ``mask`` of another shape or type.
         """
         if target is not None:
             if loss is not None:
                 raise SettingError("attack.target", "a target and a loss", "one of both")
             label = self.goal(target, len(image))
+            net = knowing(net, target)
         if loss is not None and self.minimizes_distance:
             raise SettingError("attack.loss", "a loss", f"none: {self.name} minimises the distance")
         self.check(threat)
-        masked = None if mask is None else Mask(_free(mask, image), image)
+        masked = None if mask is None else Mask(free_values(mask, image), image)
         model = CountingModel(net, len(image), mask=masked)
         context = AttackContext(model, CallerRandomness(generator, len(image)), loss=loss)
         x_adv = self.run(model, image, label, threat, context)
@@ -183,6 +184,7 @@ class Attack(ABC):
             SettingError: not n integers, one below zero, or an attack without a targeted form.
         """
         self.check_target()
+        target = check_type("attack.target", target, Tensor)
         if target.shape != (n,) or target.is_floating_point() or target.dtype == torch.bool:
             given = f"{target.dtype} {list(target.shape)}".removeprefix("torch.")
             raise SettingError("attack.target", given, f"class numbers [{n}] int64")
@@ -223,12 +225,13 @@ class Attack(ABC):
         return torch.cat(found)
 
 
-def _free(mask: Tensor, image: Tensor) -> Tensor:
+def free_values(mask: Tensor, image: Tensor) -> Tensor:
     """A mask for each image, [b, c, h, w] bool.
 
     Raises:
         SettingError: another type, or a shape that does not fit.
     """
+    mask = check_type("attack.mask", mask, Tensor)
     fits = mask.ndim in (2, 3, 4) and all(
         m in (1, i) for m, i in zip(mask.shape[::-1], image.shape[::-1], strict=False)
     )
@@ -236,6 +239,19 @@ def _free(mask: Tensor, image: Tensor) -> Tensor:
         given = f"{mask.dtype} {list(mask.shape)}".removeprefix("torch.")
         raise SettingError("attack.mask", given, f"bool [h, w], [c, h, w] or {list(image.shape)}")
     return mask.expand(image.shape)
+
+
+def knowing(net: Forward, target: Tensor) -> Forward:
+    """A network that refuses classes to be reached, [b], that it has no logits for."""
+    last = int(target.amax()) if len(target) else 0
+
+    def forward(image: Tensor) -> Tensor:
+        logits = net(image)
+        if last >= logits.shape[1]:
+            raise SettingError("attack.target", last, f"class numbers from 0 to {logits.shape[1] - 1}")
+        return logits
+
+    return forward
 
 
 def _count(setting: str, digits: str) -> int:

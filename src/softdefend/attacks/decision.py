@@ -61,6 +61,16 @@ class Decisions:
         place[rows] = torch.arange(len(rows), device=rows.device)
         return place
 
+    def masked(self, rows: Tensor, x_adv: Tensor) -> Tensor:
+        """``x_adv`` [m, c, h, w], clean where the images at ``rows`` [m] may not change."""
+        return x_adv if self.net.mask is None else self.net.mask(x_adv, rows)
+
+    def noise(self, context: AttackContext, image: Tensor, rows: Tensor, number: int) -> Tensor:
+        """Standard normal numbers shaped like ``image`` [m, c, h, w], zero where the images at ``rows`` [m]
+        may not change: what is spent there would be missing elsewhere."""
+        noise = context.random.normal_like(image, rows, number)
+        return noise if self.net.mask is None else noise * self.net.mask.free[rows]
+
     def wrong(self, rows: Tensor, x_adv: Tensor) -> Tensor:
         """Whether the network gets ``x_adv`` [m, c, h, w], made of the images at ``rows`` [m], wrong, [m]."""
         self.used[rows] += 1
@@ -204,6 +214,7 @@ def _start(decisions: Decisions, image: Tensor, state: SearchState, context: Att
             break
         noise = context.random.normal_like(image[rows], rows, number)
         start = _blocks(0.5 * (1 + torch.erf(noise / math.sqrt(2))), 2 ** (number % 4))
+        start = decisions.masked(rows, start)
         wrong = decisions.wrong(rows, start)
         state.point[rows[wrong]], state.found[rows[wrong]] = start[wrong], True
         rows = rows[~wrong]
@@ -218,7 +229,7 @@ def _start_in_batch(
     has = batch[:, None] == batch
     has &= clean.argmax(dim=1) == classes_of(decisions.label)[:, None]
     rows = decisions.active(has.any(dim=1).nonzero().flatten())
-    start = image[has[rows].int().argmax(dim=1)]
+    start = decisions.masked(rows, image[has[rows].int().argmax(dim=1)])
     reached = decisions.wrong(rows, start)
     state.point[rows[reached]], state.found[rows[reached]] = start[reached], True
 

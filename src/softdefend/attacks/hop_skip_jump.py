@@ -97,8 +97,8 @@ def _normal(
         if not len(left):
             break
         at = place[left]
-        noise = context.random.normal_like(image[left], left, number)
-        noise = noise / torch.linalg.vector_norm(noise, dim=(1, 2, 3), keepdim=True)
+        noise = decisions.noise(context, image[left], left, number)
+        noise = noise / torch.linalg.vector_norm(noise, dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
         probe = (point[at] + radius[at].view(-1, 1, 1, 1) * noise).clamp(0, 1)
         moved = (probe - point[at]) / radius[at].view(-1, 1, 1, 1).clamp_min(1e-12)
         vote = torch.where(decisions.wrong(left, probe), 1.0, -1.0).to(point)

@@ -10,12 +10,12 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from softdefend.attacks.base import Attack, Randomness
+from softdefend.attacks.base import Attack, Randomness, free_values, knowing
 from softdefend.attacks.losses import hard_label, image_gradient, margin
 from softdefend.core.goals import fooled
 from softdefend.core.threat import Norm, ThreatModel, length
 from softdefend.execution.context import AttackContext
-from softdefend.execution.counting import CountingModel, Forward
+from softdefend.execution.counting import CountingModel, Forward, Mask
 from softdefend.execution.randomness import CallerRandomness
 
 
@@ -54,13 +54,14 @@ class MinimalAttack(Attack):
         norm: Norm,
         *,
         target: Tensor | None = None,
+        mask: Tensor | None = None,
         enough: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The closest wrong image found, at any distance.
 
         Args:
-            net, image, label, target, generator: see :meth:`Attack.__call__`.
+            net, image, label, target, mask, generator: see :meth:`Attack.__call__`.
             norm: of the distance.
             enough: a distance in pixel units at which the search for a sample stops.
 
@@ -73,10 +74,16 @@ class MinimalAttack(Attack):
                 without the gradients that the attack takes.
         """
         self.check_norm(norm)
-        model = net if isinstance(net, CountingModel) else CountingModel(net, len(image))
-        context = AttackContext(model, CallerRandomness(generator, len(image)))
         goal = hard_label(label) if target is None else self.goal(target, len(image))
-        return self.closest(model, image, goal, norm, enough, context)
+        net = net if target is None else knowing(net, target)
+        masked = None if mask is None else Mask(free_values(mask, image), image)
+        model = net if isinstance(net, CountingModel) else CountingModel(net, len(image), mask=masked)
+        context = AttackContext(model, CallerRandomness(generator, len(image)))
+        closest, distance = self.closest(model, image, goal, norm, enough, context)
+        if masked is not None:  # rounding may have moved the others
+            closest = masked(closest, None)
+            distance = torch.where(distance.isfinite(), length(closest - image, norm), distance)
+        return closest, distance
 
     @torch.no_grad()
     def run(

@@ -56,7 +56,8 @@ class SurFree(DecisionAttack):
             point[rows] = to_boundary(decisions, image, rows, point[rows], norm, 2.0**-10)
             state.next_step()
         while len(rows := state.rows()):
-            circle = _Circle.through(image[rows], point[rows], rows, context, STARTS + state.step)
+            noise = decisions.noise(context, image[rows], rows, STARTS + state.step)
+            circle = _Circle.through(image[rows], point[rows], noise)
             angle = _first_wrong(decisions, rows, circle, FIRST_ANGLE * state.scale[rows])
             turned = angle != 0
             angle = _largest_wrong(decisions, rows, circle, angle)
@@ -80,14 +81,11 @@ class _Circle:
     """[m, 1, 1, 1]."""
 
     @classmethod
-    def through(
-        cls, image: Tensor, point: Tensor, rows: Tensor, context: AttackContext, number: int
-    ) -> _Circle:
-        """In a random plane."""
+    def through(cls, image: Tensor, point: Tensor, noise: Tensor) -> _Circle:
+        """In the plane that ``noise`` [m, c, h, w] lies in."""
         delta = point - image
         diameter = torch.linalg.vector_norm(delta, dim=(1, 2, 3), keepdim=True)
         way = delta / diameter.clamp_min(1e-12)
-        noise = context.random.normal_like(image, rows, number)
         across = noise - (noise * way).sum(dim=(1, 2, 3), keepdim=True) * way
         size = torch.linalg.vector_norm(across, dim=(1, 2, 3), keepdim=True)
         return cls(image, way, across / size.clamp_min(1e-12), diameter)

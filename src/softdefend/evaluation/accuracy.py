@@ -176,7 +176,6 @@ def _attack(
         **checkpoint.facts,
         "settings": plain({**asdict(settings), **threat}),
         **evaluation.to_dict(),
-        **({} if source.mask is None else {"may_change": float(source.mask.float().mean())}),
         "per_class": per_class(evaluation, source.bundle.classes),
         "eps_curve": eps_curve(evaluator, of_curve, evaluation),
     }

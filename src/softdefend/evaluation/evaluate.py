@@ -72,8 +72,9 @@ class Evaluator:
         mask: values that attacks may change, bool [h, w], [c, h, w], or one for each image of the data,
             [n, c, h, w]; all when None. Steps are then not captured.
         keep_images: keep what the attacks made, in :attr:`AttackRecord.adversarial`, in the CPU's memory.
-        targeted: classes to reach, see :func:`~softdefend.evaluation.targets.choose_targets`: an image counts
-            as robust unless it is taken for its target. Images of a class that all are to reach are left out.
+        targeted: classes to reach, see :func:`~softdefend.evaluation.targets.choose_targets`: an image that
+            is right as it is counts as robust unless it is taken for its target. Images of a class that all
+            are to reach are left out.
         compile: compile the searching network and capture the steps of searches, on a GPU; when None,
             capture from 256 images on, and compile too from 2,500. Changes rounding, nothing else. A copy
             follows changes of the network's weights, not of its structure.
@@ -157,6 +158,9 @@ class Evaluator:
                 self._measure(attack, str(number), logits, result, run, progress, log_costs)
         if self.targeted is not None:
             result.how.update(targeted=self.targeted, left_out=asked - len(index))
+        if self.mask is not None:
+            free = self.mask if self.mask.ndim < 4 else self.mask[index.to(self.mask.device)]
+            result.how["may_change"] = float(free.float().mean())
         result.how.update(
             precision=self.search_network.precision,
             compiled=self.search_network.compiled,

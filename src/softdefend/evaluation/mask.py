@@ -58,12 +58,12 @@ def _values(path: Path) -> Tensor:
             names = list(file.keys())
             name = names[0] if len(names) == 1 else "mask"
             if name not in names:
-                raise ValueError("several tensors, none of them called mask")
+                raise ValueError("several tensors, none of them called mask" if names else "no tensor")
             tensor: Tensor = file.get_tensor(name)
             return tensor
     if kind == ".png":
-        gray = picture(read_bytes(path, _LARGEST), path.name, "L", DataSettings())
-        return torch.from_numpy(np.array(gray) > 0)
+        colors = picture(read_bytes(path, _LARGEST), path.name, "RGB", DataSettings())
+        return torch.from_numpy((np.array(colors) > 0).any(axis=2))
     raise ValueError("another kind of file")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from softdefend.core.errors import SettingError
 from softdefend.core.files import write_atomic
 from softdefend.data import describe_subset, subset
-from softdefend.evaluation.accuracy import evaluate_attacks, summary_line
+from softdefend.evaluation.accuracy import evaluate_attacks, find_accuracies, summary_line
 from softdefend.evaluation.audit import audit_measurement
 from softdefend.evaluation.autoattack import averages_draws
 from softdefend.evaluation.autoattack_log import log_lines
@@ -34,7 +35,7 @@ from softdefend.evaluation.settings import (
 )
 from softdefend.evaluation.surrogates import transfer_measurement, transfer_warning
 from softdefend.evaluation.table import Table, read_table
-from softdefend.evaluation.union import kept_evaluations, union_text
+from softdefend.evaluation.union import check_images, kept_evaluations, title_of, union_text
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def evaluate_checkpoint(
         SettingError: weights, data or a network that do not fit, or a file that cannot be written or filled.
     """
     requests = requests or Requests()
-    _check(source, settings, requests, device)
+    check_evaluation(source, settings, requests, device)
     _say_which_images(source.bundle.test.labels, settings, requests)
     steady = not averages_draws(settings.attacks)
     checkpoint = Checkpoint(source, device, assumes_determinism=steady and not requests.audit)
@@ -95,6 +96,33 @@ def evaluate_checkpoint(
     return result
 
 
+def check_union(
+    sources: Sequence[CheckpointSource], settings: EvaluateSettings, device: torch.device
+) -> None:
+    """Refuse evaluations whose union will not be known, before they are made.
+
+    Args:
+        sources: of one checkpoint, under each threat that it is to be evaluated under.
+        settings: of the evaluations.
+        device: of the checkpoint.
+
+    Raises:
+        SettingError: with what is kept there are fewer than two threats, or other images under one.
+    """
+    asked = {source.name for source in sources}
+    any_ = Checkpoint(sources[0], device)
+    about = {**any_.facts, "which": any_.source.which}
+    kept = kept_evaluations(any_.store.folder, any_.source.which, any_.source.trained, about)
+    known = {one.name: one for one in kept}
+    images = {one.title: one.table.index for one in kept if one.name not in asked}
+    for source in sources:
+        if source.name in known and find_accuracies(Checkpoint(source, device), settings) is not None:
+            images[known[source.name].title] = known[source.name].table.index
+        else:
+            images[title_of(source.threat)] = any_.subset(settings.size, settings.subset).numpy()
+    check_images(images)
+
+
 def _say_which_images(labels: Tensor, settings: EvaluateSettings, requests: Requests) -> None:
     """A line for each part of the test images that may not have all classes."""
     classes = len(set(labels.tolist()))
@@ -109,10 +137,15 @@ def _say_which_images(labels: Tensor, settings: EvaluateSettings, requests: Requ
             _log.info(f"{setting}: {describe_subset(labels, part, settings.subset)}")
 
 
-def _check(
+def check_evaluation(
     source: CheckpointSource, settings: EvaluateSettings, requests: Requests, device: torch.device
 ) -> None:
-    """Refuse what would fail only after hours."""
+    """Refuse what would fail only after hours; nothing is written.
+
+    Raises:
+        SettingError: files that cannot be written or filled, attacks, requests or a mask that do not fit the
+            threat, the classes or the images.
+    """
     check_requests(settings, requests, len(source.bundle.test))
     if source.mask is not None:
         check_mask(source.mask, len(source.bundle.test), tuple(source.bundle.test.images.shape[1:]))

@@ -150,7 +150,8 @@ class Evaluation:
     target: Tensor | None = None
     """Classes to be reached, [n] int64; None where any wrong class is a success."""
     how: dict[str, Any] = field(default_factory=dict)
-    """Precision, batch sizes, seed and versions, as they go into the JSON."""
+    """Precision, batch sizes, seed and versions, as they go into the JSON; ``may_change``, the share of the
+    images' values, where a mask said which."""
 
     @property
     def clean(self) -> Rate:
@@ -255,6 +256,8 @@ class Evaluation:
         width = max(7, *(len(name) for name, _ in rows))
         lines = [f"{name:<{width}} {rate}" for name, rate in rows]
         where = f"{self.threat.norm}, eps {self.threat.eps}, {len(self.label)} images, 95% Wilson intervals"
+        if "may_change" in self.how:
+            where += f", {100 * self.how['may_change']:.1f}% of the values may change"
         return "\n".join([*lines, f"({where})"])
 
 

@@ -53,8 +53,10 @@ def by_number(targeted: str, classes: Sequence[str]) -> str:
     Raises:
         SettingError: none of these.
     """
-    if targeted in RULES or targeted.isdecimal():
+    if targeted in RULES:
         return targeted
+    if targeted.isdecimal():
+        return str(int(targeted))  # 3 and 03 are one class, whose result has one name
     if targeted in classes:
         return str(list(classes).index(targeted))
     names = f"{', '.join(RULES)}, a class number or a class name, such as {classes[0]}"

@@ -24,11 +24,13 @@ class KeptEvaluation:
     """What is kept of a checkpoint under one threat.
 
     Attributes:
+        name: of its files, NAME.
         threat: that it was attacked under.
         result: ``evaluation/NAME.json``.
         table: ``evaluation/NAME.parquet``.
     """
 
+    name: str
     threat: ThreatModel
     result: dict[str, Any]
     table: Table
@@ -41,7 +43,12 @@ class KeptEvaluation:
     @property
     def title(self) -> str:
         """The threat in words: ``l2 128/255``."""
-        return f"{self.threat.norm} {self.threat.eps}"
+        return title_of(self.threat)
+
+
+def title_of(threat: ThreatModel) -> str:
+    """A threat in words: ``l2 128/255``."""
+    return f"{threat.norm} {threat.eps}"
 
 
 def kept_evaluations(
@@ -71,7 +78,7 @@ def kept_evaluations(
             continue
         table = read_table(store.path(path.stem, ".parquet"))
         if table is not None and int(_left(table).sum()) == known["worst"]["count"]:
-            kept.append(KeptEvaluation(threat, known, table))
+            kept.append(KeptEvaluation(path.stem, threat, known, table))
         elif not skip:
             given = "no table" if table is None else "a table of another evaluation"
             accepted = f"the one of {path.name}; without both it is evaluated anew"
@@ -90,15 +97,27 @@ def robust_in_union(kept: Sequence[KeptEvaluation]) -> NDArray[np.bool_]:
     Raises:
         SettingError: fewer than two threats, or evaluations of other images.
     """
-    if len(kept) < 2:
-        accepted = "evaluations under two threats; first, for example, --norm l2 --eps 128/255"
-        raise SettingError("--union", f"{', '.join(one.title for one in kept)} alone", accepted)
-    first = kept[0]
-    for one in kept:
-        if not _same_images(first.table, one.table):
-            given = f"other images under {one.title} than under {first.title}"
-            raise SettingError("--union", given, "evaluations of the same images (--size)")
+    check_images({one.title: one.table.index for one in kept})
     return np.asarray(np.logical_and.reduce([one.robust for one in kept]))
+
+
+def check_images(index: Mapping[str, NDArray[np.int64]]) -> None:
+    """Refuse threats that have no union.
+
+    Args:
+        index: positions in the data of the images under each threat, by its title.
+
+    Raises:
+        SettingError: fewer than two threats, or other images in one.
+    """
+    if len(index) < 2:
+        accepted = "evaluations under two threats; first, for example, --norm l2 --eps 128/255"
+        raise SettingError("--union", f"{', '.join(index)} alone", accepted)
+    (first, images), *others = index.items()
+    for title, other in others:
+        if not np.array_equal(images, other):
+            given = f"other images under {title} than under {first}"
+            raise SettingError("--union", given, "evaluations of the same images (--size)")
 
 
 def union_text(which: str, kept: Sequence[KeptEvaluation]) -> str:

@@ -25,6 +25,7 @@ from softdefend.core.yaml_files import read_yaml
 from softdefend.data import DataBundle, DataSettings, channel_stats, load, split
 from softdefend.evaluation import CheckpointSource, EvaluateSettings, Requests, evaluate_checkpoint
 from softdefend.evaluation.external import load_network
+from softdefend.evaluation.pipeline import check_evaluation, check_union
 from softdefend.evaluation.robustbench_networks import RobustBenchNetwork, load_robustbench
 from softdefend.evaluation.settings import check_requests
 from softdefend.evaluation.surrogates import surrogate_names
@@ -98,21 +99,20 @@ def evaluate(
     bundle = load(experiment.data)
     net = make_net(experiment, bundle)
     requests = replace(requests or Requests(), surrogates=load_surrogates(transfer, net, bundle))
-    check_requests(settings, requests, len(bundle.test))
-    results = [
-        evaluate_run(
-            experiment,
-            bundle,
-            net,
-            name,
-            settings,
-            device=chosen,
-            threat=threat,
-            requests=replace(requests, union=requests.union and number == len(threats)),
-            processes=processes,
-        )
-        for number, threat in enumerate(threats, 1)
+    settings = settings.with_classes(bundle.classes)
+    sources = [
+        _source(experiment, bundle, net, name, settings, threat, requests, processes)
+        for threat in threats
         for name in which
+    ]
+    for source in sources:  # before hours go into the first
+        check_evaluation(source, settings, requests, chosen)
+    for name in which if requests.union else ():
+        check_union([source for source in sources if source.which == name], settings, chosen)
+    early, apart = len(sources) - len(which), replace(requests, union=False)
+    results = [
+        evaluate_checkpoint(source, settings, apart if number < early else requests, device=chosen)
+        for number, source in enumerate(sources)
     ]
     if processes.first:
         write_report([read_run(experiment.folder)], experiment.folder / "report.html")
@@ -137,23 +137,38 @@ def evaluate_run(
     Under the trained threat the result is the run's own, ``evaluation/{which}.json``; under another one it
     is a file beside it, so that reports never mix threats.
     """
-    trained, settings = experiment.recipe.threat, settings.with_classes(bundle.classes)
-    source = CheckpointSource(
+    settings, requests = settings.with_classes(bundle.classes), requests or Requests()
+    threat = threat or experiment.recipe.threat
+    source = _source(experiment, bundle, net, which, settings, threat, requests, processes)
+    return evaluate_checkpoint(source, settings, requests, device=device)
+
+
+def _source(
+    experiment: Experiment,
+    bundle: DataBundle,
+    net: nn.Module,
+    which: str,
+    settings: EvaluateSettings,
+    threat: ThreatModel,
+    requests: Requests,
+    processes: Processes,
+) -> CheckpointSource:
+    """A checkpoint of a run under a threat."""
+    return CheckpointSource(
         net,
         bundle,
         experiment.folder,
         which,
-        trained=trained,
-        threat=threat or trained,
+        trained=experiment.recipe.threat,
+        threat=threat,
         architecture=experiment.net.name,
         run=run_identity(experiment, bundle),
         additional_data=None if experiment.init_from else False,
         progress=experiment.progress and processes.first,
         targeted=settings.targeted,
-        mask=None if requests is None else requests.mask,
+        mask=requests.mask,
         processes=processes,
     )
-    return evaluate_checkpoint(source, settings, requests, device=device)
 
 
 def load_surrogates(paths: Sequence[str], net: nn.Module, bundle: DataBundle) -> dict[str, nn.Module]:
@@ -257,6 +272,7 @@ def evaluate_network(
         mask=requests.mask,
         processes=processes,
     )
+    check_evaluation(source, settings, requests, chosen)
     processes.from_first(lambda: _write_folder(source, origin or {}))
     result = evaluate_checkpoint(source, settings, requests, device=chosen)
     if processes.first:

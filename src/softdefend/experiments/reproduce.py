@@ -17,6 +17,8 @@ from softdefend.core.errors import SettingError
 from softdefend.core.files import write_atomic
 from softdefend.core.store import ResultStore
 from softdefend.core.threat import Budget, Norm, ThreatModel
+from softdefend.evaluation import EvaluateSettings
+from softdefend.evaluation.autoattack import parse
 from softdefend.evaluation.table import read_table
 from softdefend.evaluation.union import KeptEvaluation, kept_evaluations, robust_in_union
 from softdefend.experiments import paired, pipeline
@@ -315,7 +317,7 @@ def reproduce(
 
     Raises:
         SettingError: a name in ``only`` that the study does not have, a run to start from that is neither
-            made nor there, or an override of what the study sets.
+            made nor there, an override of what the study sets, or one that its figures cannot come from.
     """
     set_by_study = _SET_WITH_THREATS if study.threats else _SET_BY_STUDY
     if given := first_given(overrides, set_by_study):
@@ -323,10 +325,10 @@ def reproduce(
     runs = _selected(study, only)
     _check_source(study, runs, overrides)
     selected = [(run, seed) for run in runs for seed in seeds]
-    protocols = {
-        run.name: _protocol(plain_config(resolve(_arguments(study, run, 0, folder, overrides))))
-        for run in study.runs
-    }
+    resolved = {run.name: resolve(_arguments(study, run, 0, folder, overrides)) for run in study.runs}
+    for run in runs:
+        _check_evaluation(study, resolved[run.name].evaluate)
+    protocols = {name: _protocol(plain_config(made)) for name, made in resolved.items()}
     _check_starts(folder, selected, protocols)
     store = ResultStore(folder)
     folders = [folder / _stem(run.name, seed) for run, seed in selected]
@@ -371,6 +373,18 @@ def _check_source(study: Study, runs: Sequence[StudyRun], overrides: Sequence[st
     if len(sources) > 1:
         given = f"one source for runs on {' and '.join(sorted(sources))}"
         raise SettingError("--data.source", given, "it beside --only with the settings of one data set")
+
+
+def _check_evaluation(study: Study, settings: EvaluateSettings) -> None:
+    """Refuse an evaluation that does not give a row's figures."""
+    if settings.targeted is not None:
+        accepted = "null: a study counts every wrong class"
+        raise SettingError("evaluate.targeted", settings.targeted, accepted)
+    if study.threats and not settings.attacks:
+        raise SettingError("evaluate.attacks", "none", "an attack for the columns of the norms")
+    for threat in study.threats:
+        for name in settings.attacks:
+            parse(name).check(threat)
 
 
 def _check_starts(

@@ -184,11 +184,12 @@ def _threats(card: Card) -> list[dict[str, str]]:
     """Worst cases under every threat that the checkpoint was evaluated under, and in their union; none where
     that is its own alone."""
     kept = card.run.details[card.which].threats
-    rows = []
+    rows, same = [], bool(kept) and of_same_images(kept)
     for one in kept:
         attacks = ", ".join(attack_label(name) for name in one.result["attacks"])
-        rows.append(_cells(f"{_words(one.threat)}: {attacks}", one.result["worst"]))
-    if kept and of_same_images(kept):
+        count = "" if same else f", {one.result['n']} images"
+        rows.append(_cells(f"{_words(one.threat)}: {attacks}{count}", one.result["worst"]))
+    if same:
         union = Rate.of(torch.from_numpy(robust_in_union(kept)))
         rows.append(_cells("all of these, image by image", asdict(union)))
     return rows

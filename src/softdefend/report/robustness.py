@@ -181,25 +181,39 @@ def several_threats(comparison: Comparison) -> Section | None:
         for one in checkpoints
     ]
     head = ["recipe", "checkpoint", "images", "clean", *titles, "union"]
-    results = [kept.result for one in checkpoints for kept in one.details.threats]
-    attacks = dict.fromkeys(attack_label(name) for result in results for name in result["attacks"])
+    worst_cases = _worst_cases([kept for one in checkpoints for kept in one.details.threats])
     note = (
-        f"In the worst case of {', '.join(attacks)}. Union: right under every threat of its row, image by "
-        "image; a dash where those were not of the same images."
+        f"{worst_cases} Union: right under every threat of its row, image by image; a dash where those were "
+        "not of the same images."
     )
     table = Table("Accuracy under several threats, %", head, body)
     return Section("Several threats", [table, Paragraph(note)])
 
 
+def _worst_cases(kept: Sequence[KeptEvaluation]) -> str:
+    """Which attacks the figures are of, by threat where they differ."""
+    attacks: dict[str, dict[str, None]] = {}
+    for one in kept:
+        names = ", ".join(attack_label(name) for name in one.result["attacks"]) or "no attack"
+        attacks.setdefault(one.title, {})[names] = None
+    if len(all_ := {names for each in attacks.values() for names in each}) == 1:
+        return f"In the worst case of {all_.pop()}."
+    different = "; ".join(f"{title}: {' or '.join(each)}" for title, each in attacks.items())
+    return f"In the worst case of other attacks in each threat ({different})."
+
+
 def _threat_cells(kept: Sequence[KeptEvaluation], titles: Sequence[str]) -> list[Cell | str]:
-    worst = {one.title: one.result["worst"] for one in kept}
-    if of_same_images(kept):
-        worst["union"] = asdict(Rate.of(torch.from_numpy(robust_in_union(kept))))
-    return [_rate_cell(worst[title]) if title in worst else ABSENT for title in (*titles, "union")]
+    same = of_same_images(kept)
+    cells = {one.title: _rate_cell(one.result["worst"], with_count=not same) for one in kept}
+    if same:
+        cells["union"] = _rate_cell(asdict(Rate.of(torch.from_numpy(robust_in_union(kept)))))
+    return [cells.get(title, ABSENT) for title in (*titles, "union")]
 
 
-def _rate_cell(rate: dict[str, Any]) -> Cell:
-    return Cell(f"{100 * rate['rate']:.2f}", small=f"[{100 * rate['low']:.2f}, {100 * rate['high']:.2f}]")
+def _rate_cell(rate: dict[str, Any], *, with_count: bool = False) -> Cell:
+    count = f", {number_text(rate['n'])} images" if with_count else ""
+    interval = f"[{100 * rate['low']:.2f}, {100 * rate['high']:.2f}]"
+    return Cell(f"{100 * rate['rate']:.2f}", small=interval + count)
 
 
 def confusions(comparison: Comparison) -> Section | None:
