@@ -25,7 +25,7 @@ WORDS = {
     "evaluate": (["evaluate", "PATH"], "run"),
     "evaluate into": (
         ["evaluate", *OUTSIDE, "--weights", "RUN/best.safetensors", "--output", "PATH"],
-        "PATH/last.safetensors",
+        "--output",
     ),
     "transfer from": (["evaluate", "RUN", "--transfer", "PATH"], "--transfer"),
     "log to": (["evaluate", "RUN", "--which", "best", "--log", "PATH/log"], "--log"),

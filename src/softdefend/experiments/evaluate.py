@@ -27,7 +27,7 @@ from softdefend.evaluation import CheckpointSource, EvaluateSettings, Requests, 
 from softdefend.evaluation.external import load_network
 from softdefend.evaluation.pipeline import check_evaluation, check_union
 from softdefend.evaluation.robustbench_networks import RobustBenchNetwork, load_robustbench
-from softdefend.evaluation.settings import check_requests
+from softdefend.evaluation.settings import check_requests, check_writable
 from softdefend.evaluation.surrogates import surrogate_names
 from softdefend.execution.engine import join, resolve_device
 from softdefend.experiments.config import Experiment, resolve
@@ -272,6 +272,7 @@ def evaluate_network(
         mask=requests.mask,
         processes=processes,
     )
+    check_writable("--output", folder / "last.safetensors")
     check_evaluation(source, settings, requests, chosen)
     processes.from_first(lambda: _write_folder(source, origin or {}))
     result = evaluate_checkpoint(source, settings, requests, device=chosen)
