@@ -115,24 +115,30 @@ def test_a_captured_run_cut_and_continued_ends_in_the_same_bits(make_trainer, we
     assert torch.equal(weights(whole), weights(last))
 
 
-def test_every_replay_draws_new_noise(make_trainer):
-    """The same batch, two keys: different random starts, so different updates; the same key: the same."""
-    trainer = make_trainer(Hard(), PGDAT(), runtime=runtime(capture=True))
-    for module in trainer.net.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+def weights_after(trainer, keys):
+    """The weights after one step from the same state and batch, for each key."""
     plan = torch.zeros(16, 4, dtype=torch.long, device="cuda")
     plan[:, 0] = torch.arange(16)
     results = []
-    for key in (1, 2, 1):
+    for key in keys:
         before = [t.detach().clone() for t in trainer.step._state()]
         trainer.step(plan, Phase("fixed", "fixed", "fixed"), key)
         results.append(weights(trainer))
         with torch.no_grad():
             for tensor, value in zip(trainer.step._state(), before, strict=True):
                 tensor.copy_(value)
-    assert torch.equal(results[0], results[2])
-    assert not torch.equal(results[0], results[1])
+    return results
+
+
+def test_every_replay_draws_new_noise(make_trainer):
+    """The same batch, two keys: different random starts, so different updates; the same key: the same."""
+    trainer = make_trainer(Hard(), PGDAT(), runtime=runtime(capture=True))
+    for module in trainer.net.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    one, other, again = weights_after(trainer, (1, 2, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -141,19 +147,10 @@ def test_every_replay_draws_new_dropout(make_trainer, compiled):
     trainer = make_trainer(
         Hard(), PGDAT(), attack=PGD(steps=1, start="none"), runtime=runtime(capture=True, compile=compiled)
     )
-    plan = torch.zeros(16, 4, dtype=torch.long, device="cuda")
-    plan[:, 0] = torch.arange(16)
-    results = []
-    for key in (1, 2, 1):
-        before = [t.detach().clone() for t in trainer.step._state()]
-        trainer.step(plan, Phase("fixed", "fixed", "fixed"), key)
-        results.append(weights(trainer))
-        with torch.no_grad():
-            for tensor, value in zip(trainer.step._state(), before, strict=True):
-                tensor.copy_(value)
+    one, other, again = weights_after(trainer, (1, 2, 1))
     assert trainer.step.captured == 1
-    assert torch.equal(results[0], results[2])
-    assert not torch.equal(results[0], results[1])
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
 
 
 def test_the_fast_path_trains(make_trainer):

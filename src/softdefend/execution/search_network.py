@@ -36,8 +36,7 @@ Precision = Literal["exact", "strict", "fast"]
 CAPTURE_FROM = 256
 """Images of an evaluation from which on capturing pays, unless the user says otherwise."""
 COMPILE_FROM = 2500
-"""Likewise for torch.compile, which takes some 25 s for a ResNet-18 and saves a quarter of AutoAttack's time:
-25 s of so many images on an H200."""
+"""Likewise for torch.compile: for fewer it takes longer than it saves."""
 _AGREE = 0.05
 """Largest difference of logits, by Euclidean length as a share of theirs, between two ways of computing them
 that are held for the same: bfloat16 makes about a per cent, a wrong program more."""

@@ -113,8 +113,8 @@ _THREADS = 16
 
 @contextlib.contextmanager
 def _compiled_together() -> Iterator[None]:
-    """Kernels of calls in here are compiled, side by side, and not run: one by one they take 0.3 s each. One
-    that cannot be compiled says so when it is run."""
+    """Kernels of calls in here are compiled, side by side, and not run. One that cannot be compiled says so
+    when it is run."""
     from triton import AsyncCompileMode
 
     # With errors Triton 3.6 would not leave its mode: no later kernel could be compiled.
