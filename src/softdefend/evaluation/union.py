@@ -101,6 +101,11 @@ def robust_in_union(kept: Sequence[KeptEvaluation]) -> NDArray[np.bool_]:
     return np.asarray(np.logical_and.reduce([one.robust for one in kept]))
 
 
+def rate_in_union(kept: Sequence[KeptEvaluation]) -> Rate:
+    """The share of samples that :func:`robust_in_union` names, with its interval."""
+    return Rate.of(torch.from_numpy(robust_in_union(kept)))
+
+
 def check_images(index: Mapping[str, NDArray[np.int64]]) -> None:
     """Refuse threats that have no union.
 

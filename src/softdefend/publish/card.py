@@ -8,14 +8,12 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
-import torch
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from softdefend.core.version import VERSION
 from softdefend.data import DataBundle
-from softdefend.evaluation.records import Rate
-from softdefend.evaluation.union import of_same_images, robust_in_union
+from softdefend.evaluation.union import of_same_images, rate_in_union
 from softdefend.experiments.catalog import weight_name
 from softdefend.experiments.config import Experiment
 from softdefend.models.factory import is_own
@@ -190,8 +188,7 @@ def _threats(card: Card) -> list[dict[str, str]]:
         count = "" if same else f", {one.result['n']} images"
         rows.append(_cells(f"{_words(one.threat)}: {attacks}{count}", one.result["worst"]))
     if same:
-        union = Rate.of(torch.from_numpy(robust_in_union(kept)))
-        rows.append(_cells("all of these, image by image", asdict(union)))
+        rows.append(_cells("all of these, image by image", asdict(rate_in_union(kept))))
     return rows
 
 

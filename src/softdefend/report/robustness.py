@@ -11,13 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from softdefend.evaluation.records import Rate
 from softdefend.evaluation.table import Table as PredictionTable
 from softdefend.evaluation.table import after_each
-from softdefend.evaluation.union import KeptEvaluation, of_same_images, robust_in_union
+from softdefend.evaluation.union import KeptEvaluation, of_same_images, rate_in_union
 from softdefend.report.comparison import Comparison
 from softdefend.report.content import (
     Block,
@@ -206,7 +204,7 @@ def _threat_cells(kept: Sequence[KeptEvaluation], titles: Sequence[str]) -> list
     same = of_same_images(kept)
     cells = {one.title: _rate_cell(one.result["worst"], with_count=not same) for one in kept}
     if same:
-        cells["union"] = _rate_cell(asdict(Rate.of(torch.from_numpy(robust_in_union(kept)))))
+        cells["union"] = _rate_cell(asdict(rate_in_union(kept)))
     return [cells.get(title, ABSENT) for title in (*titles, "union")]
 
 
