@@ -77,6 +77,21 @@ def test_tensorboards_events_hold_the_metrics(tracked, rows, killed_after, lost)
     assert b"batch_size: 16" in reader.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("restarts", [0, 1], ids=["one process", "two"])
+def test_tensorboard_reads_quick_epochs_in_order(tmp_path, restarts):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    rows = [{"epoch": epoch, "loss": float(epoch)} for epoch in range(1, 13)]
+    for logged in [range(12), range(9, 12)][: 1 + restarts]:
+        tracker = TRACKERS["tensorboard"](TrackedRun(tmp_path, "run", {}), {})
+        for epoch in logged:
+            tracker.log(rows[: epoch + 1], epoch)
+        tracker.close(finished=False)
+    reader = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    reader.Reload()
+    assert [event.step for event in reader.Scalars("loss")] == list(range(1, 13))
+
+
 def test_trackers_do_not_change_the_run(tracked):
     plain = tracked([], folder="plain").folder.path
     watched = tracked(["csv", "tensorboard"], 2, folder="watched").folder.path
