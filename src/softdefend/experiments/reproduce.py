@@ -150,7 +150,7 @@ def settings() -> Study:
         "settings",
         "PGD-AT and SGLR in several settings",
         (),
-        ("pgd-100", "pgd-30-margin", "autoattack", "square"),
+        ("pgd-20", "pgd-100", "pgd-30-margin", "autoattack", "square"),
         tuple(runs),
         pairs=tuple((f"{setting} pgd-at", f"{setting} sglr-reference") for setting in _SETTINGS),
         transfer=True,
