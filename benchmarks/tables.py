@@ -76,6 +76,38 @@ def norms() -> str:
     return table(head, lines)
 
 
+def settings() -> str:
+    """PGD-AT and SGLR in other settings than table 1: best, last and their difference."""
+    head = "| setting | recipe | epochs | clean best | last |"
+    measures = {"pgd-20": "PGD-20", "autoattack": "AutoAttack"}
+    head += "".join(f" {shown} best | last | diff. |" for shown in measures.values())
+    head += " PGD-100, last | CW, last | Square, last | transfer |"
+    lines = []
+    for row in read("settings")["rows"]:
+        best, last = row["best"], row["last"]
+        cells = [row["setting"], row["recipe"], row["epochs"], f"{best['clean']:.1f}", f"{last['clean']:.1f}"]
+        for name in measures:
+            cells += [f"{best[name]:.1f}", f"{last[name]:.1f}", f"{best[name] - last[name]:+.1f}"]
+        others = ("pgd-100", "pgd-30-margin", "square", "transfer")
+        cells += [f"{last[name]:.1f}" if name in last else "–" for name in others]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return table(head, lines)
+
+
+def setting_differences() -> str:
+    """What SGLR's last checkpoint has beyond PGD-AT's, image by image."""
+    measures = {"clean": "clean", "pgd-20": "PGD-20", "autoattack": "AutoAttack"}
+    lines = []
+    for pair in read("settings")["pairs"]:
+        cells = [pair["reference"].removesuffix(" pgd-at")]
+        for name in measures:
+            one = pair["differences"][name]
+            p = "p < 0.001" if one["p"] < 0.001 else f"p {one['p']:.3f}"
+            cells.append(f"{100 * one['difference']:+.1f} ± {100 * one['error']:.1f}, {p}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return table("| setting | " + " | ".join(measures.values()) + " |", lines)
+
+
 def beyond() -> str:
     """SGLR + AWP + EMA: what each candidate reached on validation images, and how long it stood at chance."""
     head = "| settings | validation clean | robust, PGD-10 | epochs at chance | |"
