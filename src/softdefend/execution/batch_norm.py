@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from softdefend.core.errors import SettingError
-from softdefend.core.processes import Processes
+from softdefend.core.processes import Processes, messages_within
 
 
 def synchronize(net: nn.Module, processes: Processes) -> None:
@@ -80,23 +80,20 @@ class _Synchronized(nn.Module):
     # A compiled network is cut here: only messages of plain layers are part of its graphs.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _together(self, *given: Any) -> Any:
-        with _WholeBatch(self.processes):
+        with messages_within(), _WholeBatch(self.processes.size, self.group):
             return super().forward(*given)
 
     def _compiled(self, image: Tensor) -> Tensor:
-        """What :meth:`_together` does, in operations that a compiler joins with those around them."""
+        """What the layer's own ``forward`` does, without the mode that a compiler cannot look into."""
         layer: Any = self
         layer._check_input_dim(image)
-        with torch.no_grad():
-            mean, scale, total, variance = _common(image.detach(), layer.eps, self.processes.size, self.group)
-            if layer.training and layer.track_running_stats and layer.running_mean is not None:
-                if layer.num_batches_tracked is not None:
-                    layer.num_batches_tracked.add_(1)
-                layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), layer.momentum)
-                layer.running_var.lerp_(variance.to(layer.running_var.dtype), layer.momentum)
-        normalization: Any = _Compiled
-        out: Tensor = normalization.apply(image, layer.weight, layer.bias, mean, scale, total, self.group)
-        return out
+        running = None, None
+        if layer.training and layer.track_running_stats:
+            running = layer.running_mean, layer.running_var
+            if layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.add_(1)
+        group = self.processes.size, self.group
+        return _normalize(image, *running, layer.weight, layer.bias, layer.momentum, layer.eps, *group)
 
 
 def _plain(kind: type) -> type:
@@ -120,9 +117,9 @@ def _synchronized(kind: Any) -> type:
 class _WholeBatch(TorchFunctionMode):
     """``batch_norm`` over all processes, wherever it is called in here."""
 
-    def __init__(self, processes: Processes) -> None:
+    def __init__(self, size: int, group: str) -> None:
         super().__init__()
-        self.processes = processes
+        self.size, self.group = size, group
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (self._normalize if func is F.batch_norm else func)(*args, **(kwargs or {}))
@@ -138,16 +135,47 @@ class _WholeBatch(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        if not training:
-            return F.batch_norm(image, running_mean, running_var, weight, bias, False, momentum, eps)
         running = running_mean, running_var
-        if image.is_cuda:
-            with_whom: tuple[Any, ...] = (dist.group.WORLD, self.processes.size)
-        else:
-            with_whom = (self.processes,)
-        kind: Any = _OnGPU if image.is_cuda else _OnCPU
-        out: Tensor = kind.apply(image, weight, bias, *running, eps, momentum, *with_whom)
-        return out
+        if not training:
+            return F.batch_norm(image, *running, weight, bias, False, momentum, eps)
+        if not image.is_cuda:
+            return _normalize(image, *running, weight, bias, momentum, eps, self.size, self.group)
+        # torch's kernels, which uncompiled operations cannot match. They send statistics in float32, but
+        # those of no image in the type of the images: another length, for which the others would wait.
+        kernels: Any = _OnGPU
+        given = image if image.numel() else _wide(image)
+        out: Tensor = kernels.apply(
+            given, weight, bias, *running, eps, momentum, dist.group.WORLD, self.size
+        )
+        return out.to(image.dtype)
+
+
+def _normalize(
+    image: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    size: int,
+    group: str,
+) -> Tensor:
+    """``batch_norm`` of this process's images [b, c, ...] in training mode, by the statistics of all ``size``
+    processes in ``group``; on a CPU, and in compiled networks, whose graphs have its messages in them.
+
+    Alone it would be ``F.batch_norm``, which also changes the running statistics.
+    """
+    with torch.no_grad():
+        mean, variance, total = _common(_moments(image.detach()), size, group)
+        if running_mean is not None and running_var is not None:
+            unbiased = variance * (total / (total - 1))
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        scale = (variance + eps).rsqrt()
+    normalization: Any = _Normalization
+    out: Tensor = normalization.apply(image, weight, bias, mean, scale, total, group)
+    return out
 
 
 def _wide(image: Tensor) -> Tensor:
@@ -159,39 +187,38 @@ def _layout(image: Tensor) -> tuple[list[int], list[int]]:
     return [0, *range(2, image.ndim)], [1, image.shape[1], *[1] * (image.ndim - 2)]
 
 
-def _merged(rows: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, 1 / standard deviation, count and unbiased variance of all images, [c] each, from the means,
-    squares around them and counts of each process's, [processes, 3, c]."""
-    means, squared, counts = rows.unbind(1)
+def _moments(image: Tensor) -> Tensor:
+    """Mean, sum of squares around it and count of each channel's values, [3, c]."""
+    (dims, shape), image = _layout(image), _wide(image)
+    if not image.numel():  # a batch may have fewer images than there are processes
+        return image.new_zeros(3, image.shape[1])
+    count = image.numel() // image.shape[1]
+    if torch.compiler.is_compiling():  # one pass over the images
+        variance, mean = torch.var_mean(image, dims, correction=0)
+        squares = variance * count
+    else:  # two, of which each is several times as fast as var_mean's on a CPU
+        mean = image.mean(dims)
+        squares = (image - mean.view(shape)).square_().sum(dims)
+    return torch.stack([mean, squares, torch.full_like(mean, count)])
+
+
+def _common(moments: Tensor, size: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and count of the values of all processes, [c] each, from each one's moments."""
+    everyone = torch.ops._c10d_functional.all_gather_into_tensor(moments, size, group)
+    rows = torch.ops._c10d_functional.wait_tensor(everyone).view(size, *moments.shape)
+    means, squares, counts = rows.unbind(1)
     total = counts.sum(0)
     mean = (counts * means).sum(0) / total
     # Squares around each process's mean, moved to the common one (Chan, Golub & LeVeque 1983).
-    squares = (squared + counts * (means - mean).square()).sum(0)
-    return mean, (squares / total + eps).rsqrt(), total, squares / (total - 1)
+    moved = squares + counts * (means - mean).square()
+    return mean, moved.sum(0) / total, total
 
 
-def _common(image: Tensor, eps: float, size: int, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`_merged` has them, of this process's images and those of the others."""
-    dims, _ = _layout(image)
-    variance, mean = torch.var_mean(_wide(image), dims, correction=0)
-    count = torch.full_like(mean, image.numel() // image.shape[1])
-    own = torch.stack([mean, variance * count, count])
-    everyone = torch.ops._c10d_functional.all_gather_into_tensor(own, size, group)
-    return _merged(torch.ops._c10d_functional.wait_tensor(everyone).view(size, *own.shape), eps)
+class _Normalization(torch.autograd.Function):
+    """The layer from common statistics, with the gradient that these have.
 
-
-def _slope_of_image(
-    slope: Tensor, normal: Tensor, weight: Tensor | None, scale: Tensor, level: Tensor, along: Tensor
-) -> Tensor:
-    """The gradient in the image, from means over all images: ``level`` of the gradient, ``along`` of the
-    gradient times the normalized image."""
-    _, shape = _layout(slope)
-    factor = scale if weight is None else scale * weight
-    return (slope - level.view(shape) - normal * along.view(shape)) * factor.view(shape)
-
-
-class _Compiled(torch.autograd.Function):
-    """The layer from common statistics, with the gradient that these have; for compiled networks."""
+    What is changed in place was made here: uncompiled, new memory costs more than arithmetic.
+    """
 
     @staticmethod
     def forward(
@@ -205,25 +232,31 @@ class _Compiled(torch.autograd.Function):
         group: str,
     ) -> Tensor:
         _, shape = _layout(image)
-        out = (_wide(image) - mean.view(shape)) * scale.view(shape)
         ctx.save_for_backward(image, weight, mean, scale, total)
         ctx.group, ctx.type_of_bias = group, None if bias is None else bias.dtype
-        out = out if weight is None else out * weight.view(shape)
-        return (out if bias is None else out + bias.view(shape)).to(image.dtype)
+        out = _normal(image, mean, scale)
+        if weight is not None:
+            out = out.mul_(weight.view(shape))
+        if bias is not None:
+            out = out.add_(bias.view(shape))
+        return out.to(image.dtype)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Any:
         image, weight, mean, scale, total = ctx.saved_tensors
         dims, shape = _layout(image)
-        normal = (_wide(image) - mean.view(shape)) * scale.view(shape)
-        slope = slopes[0].to(normal.dtype)
+        normal, slope = _normal(image, mean, scale), slopes[0].to(mean.dtype)
         of_bias, of_weight = slope.sum(dims), (slope * normal).sum(dims)
-        # Quotients, not the sums that are returned: the compiler adds up in place, and what is stacked may be
-        # no copy.
-        message = torch.stack([of_bias / total, of_weight / total])
-        both = torch.ops._c10d_functional.all_reduce(message, "sum", ctx.group)
-        level, along = torch.ops._c10d_functional.wait_tensor(both).unbind()
-        of_image = _slope_of_image(slope, normal, weight, scale, level, along).to(slopes[0].dtype)
+        of_image = None
+        if ctx.needs_input_grad[0]:
+            # Quotients, not the sums that are returned: the compiler adds up in place, and what is stacked
+            # may be no copy.
+            message = torch.stack([of_bias / total, of_weight / total])
+            both = torch.ops._c10d_functional.all_reduce(message, "sum", ctx.group)
+            level, along = torch.ops._c10d_functional.wait_tensor(both).unbind()
+            common = normal.mul_(along.view(shape)).add_(level.view(shape))
+            factor = scale if weight is None else scale * weight
+            of_image = (slope - common).mul_(factor.view(shape)).to(slopes[0].dtype)
         # Each process's own, as of every other parameter: the update takes their mean.
         learned = (
             None if weight is None else of_weight.to(weight.dtype),
@@ -232,49 +265,7 @@ class _Compiled(torch.autograd.Function):
         return of_image, *learned, None, None, None, None
 
 
-class _OnCPU(torch.autograd.Function):
-    """Batch normalization by the statistics of all processes, with their gradient; torch has it for GPUs."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        image: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        eps: float,
-        momentum: float,
-        processes: Processes,
-    ) -> Tensor:
-        dims, shape = _layout(image)
-        wide = _wide(image)
-        # A batch may have fewer images than there are processes.
-        mean = wide.mean(dims) if len(image) else wide.new_zeros(image.shape[1])
-        squares = (wide - mean.view(shape)).square().sum(dims)
-        count = torch.full_like(mean, image.numel() / image.shape[1])
-        rows = processes.gather(torch.stack([mean, squares, count])[None])[0]
-        mean, scale, total, variance = _merged(rows, eps)
-        if running_mean is not None and running_var is not None:
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_(variance.to(running_var.dtype), momentum)
-        normal = (wide - mean.view(shape)) * scale.view(shape)
-        ctx.save_for_backward(normal, weight, scale, total)
-        ctx.processes = processes
-        out = normal if weight is None else normal * weight.view(shape)
-        return (out if bias is None else out + bias.view(shape)).to(image.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> Any:
-        normal, weight, scale, total = ctx.saved_tensors
-        slope, (dims, _) = slopes[0].to(normal.dtype), _layout(normal)
-        of_bias, of_weight = slope.sum(dims), (slope * normal).sum(dims)
-        of_image = None
-        if ctx.needs_input_grad[0]:
-            together = ctx.processes.sum(torch.stack([of_bias, of_weight])) / total
-            level, along = together.unbind()
-            of_image = _slope_of_image(slope, normal, weight, scale, level, along).to(slopes[0].dtype)
-        wanted = ctx.needs_input_grad
-        # Each process's own, as of every other parameter: the update takes their mean.
-        learned = of_weight if wanted[1] else None, of_bias if wanted[2] else None
-        return of_image, *learned, None, None, None, None, None
+def _normal(image: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """The image around 0 with a variance of 1 in each channel, in the type of the statistics; new memory."""
+    _, shape = _layout(image)
+    return (image - mean.view(shape)).mul_(scale.view(shape))
