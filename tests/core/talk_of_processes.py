@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 
@@ -15,7 +14,6 @@ from softdefend.core.errors import SettingError
 from softdefend.core.identity import RunIdentity
 from softdefend.core.processes import Processes
 from softdefend.core.rng import stream
-from softdefend.execution.batch_norm import separate, statistics, synchronize
 from softdefend.execution.draws import WholeBatchDraws
 from softdefend.execution.engine import Engine, RuntimeSettings
 from softdefend.training import shares
@@ -74,63 +72,6 @@ def check_agreements(ours: Processes) -> None:
             shares.check_agreement(ours, run)
 
 
-def without(layer: nn.Module, *names: str) -> nn.Module:
-    for name in names:
-        setattr(layer, name, None)
-    return layer
-
-
-def check_batch_norm(ours: Processes, compiled: bool = False) -> None:
-    """Against torch's own layer on the whole batch: outputs, slopes, running statistics."""
-    layers = (
-        (nn.BatchNorm2d(3), (2 * ours.size + 1, 3, 4, 4)),
-        (nn.BatchNorm1d(3, momentum=None), (ours.size, 3)),
-        (nn.BatchNorm3d(3, affine=False), (2 * ours.size, 3, 2, 2, 2)),
-        (without(nn.BatchNorm1d(3), "weight"), (2 * ours.size, 3)),
-        (without(nn.BatchNorm1d(3), "bias", "num_batches_tracked"), (2 * ours.size, 3)),
-        (nn.BatchNorm2d(3, track_running_stats=False), (ours.size, 3, 2, 2)),
-        (nn.Sequential(nn.SyncBatchNorm(3)), (2 * ours.size, 3, 4, 4)),
-        (nn.BatchNorm1d(3), (ours.size - 1, 3)),  # the first has no image
-    )
-    for layer, shape in layers[:5] if compiled else layers:
-        draw = stream(0, "layer")
-        image = 3 * torch.randn(shape, generator=draw) + 7
-        scale = torch.randn(shape, generator=draw)
-        whole = nn.BatchNorm2d(3) if isinstance(layer, nn.Sequential) else copy.deepcopy(layer)
-        synchronize(layer, ours)
-        assert type(copy.deepcopy(layer)) is type(layer)
-        uncut = getattr(layer, "momentum", 0.1) is not None
-        called = torch.compile(layer, backend="aot_eager", fullgraph=uncut) if compiled else layer
-        for _ in range(2):
-            outs, slopes = {}, {}
-            for name, module, part, factor in (
-                ("whole", whole, image.clone(), scale),
-                ("share", called, ours.own(image).clone(), ours.own(scale)),
-            ):
-                part.requires_grad_(True)
-                outs[name] = module(part)
-                (outs[name] * factor).sum().backward()
-                slopes[name] = part.grad
-        assert_close(outs["share"], ours.own(outs["whole"]))
-        assert_close(slopes["share"], ours.own(slopes["whole"]))
-        for one, other in zip(statistics(layer), statistics(whole), strict=True):
-            assert_close(one, other)
-        for one, other in zip(layer.parameters(), whole.parameters(), strict=True):
-            assert_close(ours.sum(one.grad), other.grad)
-        layer.eval(), whole.eval()
-        assert_close(layer(image), whole(image))
-        kind = nn.SyncBatchNorm if isinstance(layer, nn.Sequential) else type(whole)
-        separate(layer)
-        assert type(next(m for m in layer.modules() if not isinstance(m, nn.Sequential))) is kind
-
-
-def check_compiled_batch_norm(ours: Processes) -> None:
-    """Messages of plain layers are part of one graph with the rest."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*should not be instantiated")  # torch's compiler does so
-        check_batch_norm(ours, compiled=True)
-
-
 def check_draws(ours: Processes) -> None:
     """Rows of two views of the whole batch's numbers, from the same state of the generator."""
     for function in (
@@ -151,10 +92,6 @@ def check_draws(ours: Processes) -> None:
         assert torch.equal(found, torch.cat([ours.own(view) for view in wanted.chunk(2)]))
 
 
-def assert_close(one: torch.Tensor, other: torch.Tensor) -> None:
-    torch.testing.assert_close(one, other, atol=2e-6, rtol=2e-5)
-
-
 if __name__ == "__main__":
     warnings.simplefilter("error")
     together = Engine(RuntimeSettings(device="cpu")).processes
@@ -163,8 +100,6 @@ if __name__ == "__main__":
         check_messages,
         check_errors,
         check_agreements,
-        check_batch_norm,
-        check_compiled_batch_norm,
         check_draws,
     ):
         check(together)

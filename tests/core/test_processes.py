@@ -15,7 +15,7 @@ from softdefend.training.checkpoint import CheckpointError
 SCRIPT = str(Path(__file__).with_name("talk_of_processes.py"))
 
 
-def test_messages_normalization_and_random_numbers_are_those_of_the_whole_batch():
+def test_messages_and_random_numbers_are_those_of_the_whole_batch():
     for code, errors in processes.ended(processes.start(3, SCRIPT, "3")):
         assert code == 0, errors
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules._functions import SyncBatchNorm as _OnGPU
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -28,13 +29,14 @@ def synchronize(net: nn.Module, processes: Processes) -> None:
     """
     if processes.size == 1:
         return
+    layers = [module for module in net.modules() if getattr(module, "running_mean", None) is not None]
+    if any(isinstance(layer, torch.jit.ScriptModule) for layer in layers):
+        given = "synchronized with a TorchScript network"
+        accepted = "per_process, or the torch.nn.Module that the network was made from"
+        raise SettingError("runtime.batch_norm", given, accepted)
     for module in net.modules():
-        if isinstance(module, torch.jit.ScriptModule) and getattr(module, "running_mean", None) is not None:
-            given = "synchronized with a TorchScript network"
-            accepted = "per_process, or the torch.nn.Module that the network was made from"
-            raise SettingError("runtime.batch_norm", given, accepted)
         if isinstance(module, _BatchNorm):
-            kind: Any = type(module)
+            kind: Any = module.original if isinstance(module, _Synchronized) else type(module)
             module.__class__ = _synchronized(kind)
             module.processes = processes  # type: ignore[assignment]
             module.group = _group()
@@ -144,9 +146,7 @@ class _WholeBatch(TorchFunctionMode):
         # those of no image in the type of the images: another length, for which the others would wait.
         kernels: Any = _OnGPU
         given = image if image.numel() else _wide(image)
-        out: Tensor = kernels.apply(
-            given, weight, bias, *running, eps, momentum, dist.group.WORLD, self.size
-        )
+        out: Tensor = kernels.apply(given, weight, bias, *running, eps, momentum, dist.group.WORLD, self.size)
         return out.to(image.dtype)
 
 
@@ -242,6 +242,7 @@ class _Normalization(torch.autograd.Function):
         return out.to(image.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> Any:
         image, weight, mean, scale, total = ctx.saved_tensors
         dims, shape = _layout(image)

@@ -70,11 +70,13 @@ def train(
     bundle = data if isinstance(data, DataBundle) else from_tensors(*data)
     with torch.enable_grad():
         check_trainable(net, bundle, config)
-        trainer = Trainer(net, bundle, config, place, progress=progress)
         try:
-            trainer.fit()
+            trainer = Trainer(net, bundle, config, place, progress=progress)
+            try:
+                trainer.fit()
+            finally:
+                trainer.close()
         finally:
-            trainer.close()
             separate(net)
             keep_blocks(net)
     return read_run(place)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from softdefend.core.processes import Processes, packed, unpack
+from softdefend.core.processes import Processes, messages_within, packed, unpack
 
 LIMIT = 25 * 2**20
 """Bytes at which a bucket is full, as in torch's DistributedDataParallel."""
@@ -45,7 +45,8 @@ class Buckets:
             for parameter in bucket
         ]
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            with messages_within():  # of synchronized batch normalization
+                loss.backward()  # type: ignore[no-untyped-call]
         finally:
             for hook in hooks:
                 hook.remove()
