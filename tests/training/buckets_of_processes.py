@@ -145,8 +145,16 @@ def normalized() -> nn.Module:
     return net
 
 
+def frozen_in_part() -> nn.Module:
+    net = Net()
+    net.third.requires_grad_(False)
+    net.first.bias.requires_grad_(False)
+    return net
+
+
 CASES = {
     "one forward": (Net, once),
+    "frozen parameters": (frozen_in_part, twice),
     "two forwards": (Net, twice),
     "parts": (Net, halves),
     "no gradient": (Net, without_gradient),
@@ -290,6 +298,18 @@ def check_loss(ours: Processes) -> None:
         net.second.weight.register_hook(lambda slope: os._exit(0))
     with pytest.raises(LostProcessError):
         Buckets(ours, list(net.parameters())).backward(*once(net, images(ours)))
+
+
+def check_loss_in_normalization(ours: Processes) -> None:
+    """The second process dies before normalization's message of a pass."""
+    net = normalized()
+    synchronize(net, ours)
+    if not ours.first:
+        net.last.weight.register_hook(lambda slope: os._exit(0))
+    buckets.LIMIT = 2**20  # one bucket, which is complete at the end
+    with pytest.raises(LostProcessError, match="has ended"):
+        Buckets(ours, list(net.parameters())).backward(*once(net, images(ours)))
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in net.parameters())
 
 
 class Reused(nn.Module):

@@ -24,6 +24,11 @@ def test_two_processes_average_during_the_pass_as_after_it_and_notice_a_loss():
         assert code == 0, errors
 
 
+def test_a_loss_is_noticed_by_normalization():
+    for code, errors in processes.ended(processes.start(2, SCRIPT, "loss_in_normalization")):
+        assert code == 0, errors
+
+
 def test_a_compiled_network_uses_a_layer_twice_and_notices_a_loss():
     """Compiling C++ takes some seconds."""
     checks = "reused_layer", "loss_in_a_program"

@@ -43,6 +43,7 @@ class Buckets:
             parameter.register_post_accumulate_grad_hook(messages.arrived)  # type: ignore[no-untyped-call]
             for bucket in self.buckets
             for parameter in bucket
+            if parameter.requires_grad  # a rule may freeze some for a while
         ]
         try:
             with messages_within():  # of synchronized batch normalization
