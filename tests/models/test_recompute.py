@@ -151,6 +151,24 @@ def test_a_network_trained_from_python_is_of_its_own_classes_again(tmp_path):
     pickle.dumps(net)
 
 
+def test_a_network_that_was_refused_is_of_its_own_classes_again(tmp_path):
+    """Found where the trainer is set up, after the blocks are: weights of another network."""
+    net = deep_net()
+    before = [type(module) for module in net.modules()]
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
+    with pytest.raises(SettingError, match=r"other\.pt"):
+        softdefend.train(
+            net,
+            (torch.rand(40, 1, 6, 6), torch.arange(40) % K),
+            folder=tmp_path / "run",
+            optim=OptimSettings(epochs=1, batch_size=8),
+            runtime=RuntimeSettings(device="cpu", threads=1, recompute=True),
+            init_from=str(tmp_path / "other.pt"),
+            progress=False,
+        )
+    assert [type(module) for module in net.modules()] == before
+
+
 def test_a_network_without_blocks_is_refused():
     with pytest.raises(SettingError, match=r"runtime\.recompute: got true with Sequential"):
         recompute_blocks(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))

@@ -95,7 +95,7 @@ class _Synchronized(nn.Module):
             if layer.num_batches_tracked is not None:
                 layer.num_batches_tracked.add_(1)
         group = self.processes.size, self.group
-        return _normalize(image, *running, layer.weight, layer.bias, layer.momentum, layer.eps, *group)
+        return _normalized(image, *running, layer.weight, layer.bias, layer.momentum, layer.eps, *group)
 
 
 def _plain(kind: type) -> type:
@@ -141,7 +141,7 @@ class _WholeBatch(TorchFunctionMode):
         if not training:
             return F.batch_norm(image, *running, weight, bias, False, momentum, eps)
         if not image.is_cuda:
-            return _normalize(image, *running, weight, bias, momentum, eps, self.size, self.group)
+            return _normalized(image, *running, weight, bias, momentum, eps, self.size, self.group)
         # torch's kernels, which uncompiled operations cannot match. They send statistics in float32, but
         # those of no image in the type of the images: another length, for which the others would wait.
         kernels: Any = _OnGPU
@@ -150,7 +150,7 @@ class _WholeBatch(TorchFunctionMode):
         return out.to(image.dtype)
 
 
-def _normalize(
+def _normalized(
     image: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -161,10 +161,10 @@ def _normalize(
     size: int,
     group: str,
 ) -> Tensor:
-    """``batch_norm`` of this process's images [b, c, ...] in training mode, by the statistics of all ``size``
-    processes in ``group``; on a CPU, and in compiled networks, whose graphs have its messages in them.
+    """What ``F.batch_norm`` does in training mode to a batch [b, c, ...] of which each of ``size`` processes
+    in ``group`` has a share, running statistics included.
 
-    Alone it would be ``F.batch_norm``, which also changes the running statistics.
+    Its messages are operations that a compiler takes into its graphs.
     """
     with torch.no_grad():
         mean, variance, total = _common(_moments(image.detach()), size, group)
