@@ -14,13 +14,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from softdefend.core.errors import LostProcessError
 from softdefend.core.processes import Processes
 from softdefend.core.rng import stream
 from softdefend.execution.batch_norm import separate, statistics, synchronize
 from softdefend.execution.engine import Engine, RuntimeSettings
+
+DEVICE = os.environ.get("GRID_DEVICE", "cpu")
 
 
 def without(layer: nn.Module, *names: str) -> nn.Module:
@@ -49,12 +50,16 @@ def check_layers(ours: Processes, compiled: bool = False) -> None:
         (without(nn.BatchNorm1d(3), "bias", "num_batches_tracked"), (2 * ours.size, 3)),
         (nn.BatchNorm1d(3), (ours.size - 1, 3)),  # the first has no image
     )
-    for layer, shape in layers[3:] if compiled else layers:
+    if compiled:
+        layers = layers[3:]
+    elif DEVICE != "cpu":
+        layers = layers[:-1]  # torch has no gradients, instead of zeros, where there is no image
+    for layer, shape in layers:
         draw = stream(0, "layer")
-        image = 3 * torch.randn(shape, generator=draw, dtype=torch.float64) + 7
-        scale = torch.randn(shape, generator=draw, dtype=torch.float64)
-        layer.double()
-        whole = nn.BatchNorm2d(3).double() if isinstance(layer, nn.Sequential) else copy.deepcopy(layer)
+        image = 3 * torch.randn(shape, generator=draw, dtype=torch.float64).to(DEVICE) + 7
+        scale = torch.randn(shape, generator=draw, dtype=torch.float64).to(DEVICE)
+        layer.to(DEVICE, torch.float64)
+        whole = nn.BatchNorm2d(3).to(image) if isinstance(layer, nn.Sequential) else copy.deepcopy(layer)
         plain = copy.deepcopy(layer)
         synchronize(layer, ours)
         assert type(copy.deepcopy(layer)) is type(layer)
@@ -101,13 +106,13 @@ class Small(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         hidden = self.conv(image)
-        return F.softplus(self.norm(hidden)) + hidden
+        return torch.tanh(self.norm(hidden)) + hidden
 
 
 def ends(net: Small, called: Callable[[Tensor], Tensor], image: Tensor, scale: Tensor) -> list[Tensor]:
     """Output, its slopes in image and weights, and running statistics of one step in bfloat16."""
     image = image.clone(memory_format=torch.channels_last).requires_grad_(True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         out = called(image)
     assert out.dtype == torch.bfloat16
     assert out.is_contiguous(memory_format=torch.channels_last)
@@ -120,8 +125,8 @@ def check_bfloat16(ours: Processes, backend: str | None = None) -> None:
     """Under autocast and in channels_last, of uneven shares."""
     draw = stream(0, "half")
     image = torch.randn(9, 4, 6, 6, generator=draw) + torch.arange(9).view(9, 1, 1, 1)
-    scale = torch.randn(9, 4, 6, 6, generator=draw)
-    whole = Small().to(memory_format=torch.channels_last)
+    scale = torch.randn(9, 4, 6, 6, generator=draw).to(DEVICE)
+    image, whole = image.to(DEVICE), Small().to(DEVICE, memory_format=torch.channels_last)
     net, alone = copy.deepcopy(whole), copy.deepcopy(whole)
     synchronize(net, ours)
     called = net if backend is None else torch.compile(net, backend=backend, fullgraph=True)
@@ -146,6 +151,20 @@ def check_compiled_bfloat16(ours: Processes) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check_bfloat16(ours, "inductor")
+
+
+def check_no_image(ours: Processes) -> None:
+    """A share of none, in half precision: the others get what they wait for."""
+    image = torch.randn(ours.size - 1, 3, 4, 4, generator=stream(0, "image")).to(DEVICE, torch.bfloat16)
+    layer, whole = nn.BatchNorm2d(3).to(DEVICE), nn.BatchNorm2d(3).to(DEVICE)
+    synchronize(layer, ours)
+    with torch.no_grad():
+        whole(image.float())
+        out = layer(ours.own(image))
+    assert out.dtype == torch.bfloat16
+    assert out.shape == ours.own(image).shape
+    for one, other in zip(statistics(layer), statistics(whole), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def check_second_slopes(ours: Processes) -> None:
@@ -194,7 +213,9 @@ def assert_close(one: Tensor, other: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("error")
-    together = Engine(RuntimeSettings(device="cpu", threads=1)).processes
-    for check in sys.argv[1:]:
-        globals()[f"check_{check}"](together)
+    if DEVICE == "cpu":
+        warnings.simplefilter("error")
+    engine = Engine(RuntimeSettings(device=DEVICE, precision="fp32", threads=1))
+    with engine.training_numerics():
+        for check in sys.argv[1:]:
+            globals()[f"check_{check}"](engine.processes)

@@ -146,6 +146,8 @@ class _WholeBatch(TorchFunctionMode):
         # those of no image in the type of the images: another length, for which the others would wait.
         kernels: Any = _OnGPU
         given = image if image.numel() else _wide(image)
+        if weight is None and bias is not None:  # they have no gradient of a bias alone
+            weight = torch.ones_like(bias)
         out: Tensor = kernels.apply(given, weight, bias, *running, eps, momentum, dist.group.WORLD, self.size)
         return out.to(image.dtype)
 
