@@ -16,13 +16,15 @@ most GPUs there; without them, and between hosts, they are nominal (``measured``
 step whose gradients are wholly sent during the backward.
 
 Where scaling.json has the step, the ratio of its images per second to the predicted ones stands beside it.
-Inputs are of one H200: scaling.json if it has two batch sizes of the work, else train_step.json.
+Inputs are of one H200: scaling.json if it has two batch sizes of the work, else train_step.json. Networks of
+which neither has a step are left out: a line names them, and the exit code is 2.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -226,6 +228,15 @@ def beside(row: Row, steps: Sequence[Row]) -> Row:
     return {}
 
 
+def left_out(work: Sequence[Work], measured: Sequence[Row], scaling: Path) -> str | None:
+    """A line about the networks of which no step of one GPU is known, and the command that measures them into
+    the file ``scaling``; None without such."""
+    known = {row["net"] for row in measured if row.get("processes", 1) == 1}
+    missing = " ".join(f"{one.net}:{one.batch}" for one in work if one.net not in known)
+    command = f"python benchmarks/scaling.py --gpus 1 --parts steps --work {missing} --output {scaling}"
+    return f"--work: no step was measured of {missing}; first {command}" if missing else None
+
+
 def read(path: Path) -> dict[str, Any]:
     """A result file's content; nothing where there is no file."""
     content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -252,11 +263,17 @@ def main() -> None:
     args = parser.parse_args()
     check_counts(parser, args.counts)
     scaling, work = read(args.scaling), args.work or [Work.parse(one) for one in WORK]
-    rows = predictions(work, args.counts, scaling, read(args.single).get("rows", []))
+    single = read(args.single).get("rows", [])
+    rows = predictions(work, args.counts, scaling, single)
     for row in rows:
         print(show(row))
-    inputs = [path.name for path in (args.scaling, args.single) if path.exists()]
-    write_json(args.output, {"inputs": inputs, "rows": rows})
+    if rows:
+        inputs = [path.name for path in (args.scaling, args.single) if path.exists()]
+        write_json(args.output, {"inputs": inputs, "rows": rows})
+    steps = [row for row in scaling.get("steps", []) if not row["settings"]]
+    if line := left_out(work, [*steps, *single], args.scaling):
+        print(line, file=sys.stderr)
+        sys.exit(2)
 
 
 def check_counts(parser: argparse.ArgumentParser, counts: Sequence[int]) -> None:

@@ -124,3 +124,35 @@ def test_measured_steps_stand_beside_and_odd_hosts_are_refused(model, tmp_path, 
     with pytest.raises(SystemExit):
         model.main()
     assert "--counts: [12]; accepted: 1 to 8, or a multiple of 8" in capsys.readouterr().err
+
+
+def test_networks_without_a_measured_step_are_named_with_the_command_that_measures_them(
+    model, tmp_path, monkeypatch, capsys
+):
+    def step(net, **changes):
+        named = {"net": net, "recipe": "pgd-at", "settings": "", "batch_size": 32, "processes": 1, "ms": 9.0}
+        return {**named, **changes}
+
+    scaling, output = tmp_path / "scaling.json", tmp_path / "model.json"
+    words = ["model", "--scaling", str(scaling), "--single", str(tmp_path / "none"), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", [*words, "--work", "small_cnn:32", "resnet18:64"])
+    one_gpu, others = step("small_cnn"), [step("resnet18", processes=2), step("resnet18", settings="x")]
+    for steps, missing in (
+        (others, "small_cnn:32 resnet18:64"),
+        ([one_gpu, *others], "resnet18:64"),
+        ([one_gpu, step("resnet18")], ""),
+    ):
+        scaling.write_text(json.dumps({"steps": steps}))
+        code = 0
+        try:
+            model.main()
+        except SystemExit as error:
+            code = error.code
+        said = capsys.readouterr()
+        known = {"small_cnn", "resnet18"} - {one.split(":")[0] for one in missing.split()}
+        assert {line.split()[0] for line in said.out.splitlines()} == known
+        assert output.exists() == bool(known)
+        assert code == (2 if missing else 0)
+        command = f"benchmarks/scaling.py --gpus 1 --parts steps --work {missing} --output {scaling}\n"
+        assert said.err.endswith(command) if missing else not said.err
+        assert said.err.count("\n") == bool(missing)
