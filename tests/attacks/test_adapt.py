@@ -188,3 +188,31 @@ def test_a_stand_in_of_another_shape_is_refused():
     adapted = adapt(rounded(), backward={"0": lambda x: x.flatten(1)})
     with pytest.raises(SettingError, match=r"backward\['0'\]: got .*\[6, 16\].*\[6, 1, 4, 4\]"):
         value_and_gradient(adapted, first, IMAGE)
+
+
+class Two(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+@pytest.mark.parametrize(
+    ("adapted", "said"),
+    [
+        (
+            lambda: adapt(linear(), transform=lambda x: x[:4]),
+            "transform: got a function that returns shape [4,",
+        ),
+        (lambda: adapt(linear(), transform=lambda x: None), "transform: got a function that returns a None"),
+        (lambda: adapt(linear(), backward=lambda x: x[:4, 0, 0, :3]), "backward['net']: got a function that"),
+        (lambda: adapt(linear(), backward=lambda x: 3), "backward['net']: got a function that returns a int"),
+        (
+            lambda: adapt(nn.Sequential(Two()), backward={"0": "identity"}),
+            "backward['0']: got a layer that returns a tuple",
+        ),
+    ],
+    ids=["rows", "nothing", "rows of a network", "number", "layer"],
+)
+def test_a_function_of_the_users_that_does_not_fit_is_one_line(adapted, said):
+    with pytest.raises(SettingError) as caught:
+        value_and_gradient(adapted(), first, IMAGE)
+    assert str(caught.value).startswith(said)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from softdefend.attacks import PGD, Transfer, cross_entropy
 from softdefend.attacks.names import ATTACKS, parse_attack
+from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 from softdefend.core.threat import ThreatModel
 
@@ -114,3 +115,19 @@ def test_of_several_surrogates_the_largest_loss_on_the_attacked_network_is_kept(
     alone = [gap(net(Transfer(s, inner)(net, IMAGE, LABEL, threat, loss=gap))) for s in surrogates]
     made = Transfer(tuple(surrogates), inner)(net, IMAGE, LABEL, threat, loss=gap)
     torch.testing.assert_close(gap(net(made)), torch.stack(alone).amax(0))
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd-2", "apgd-ce-2", "apgd-t-2", "cw-linf", "square-2"])
+def test_a_loss_that_is_none_is_one_line(name):
+    attack = parse_attack(name)
+    for loss, said in (
+        (lambda logits: gap(logits).mean(), "a function, which returned float32 of shape []"),
+        (lambda logits: gap(logits)[:5], "a function, which returned float32 of shape [5]"),
+        (lambda logits: logits.argmax(1), "a function, which returned int64 of shape [24]"),
+        (lambda logits: 3.0, "a function, which returned a float"),
+        ("ce", "a str"),
+    ):
+        with pytest.raises(SettingError) as caught:
+            attack(linear(), IMAGE, LABEL, ThreatModel("linf", "0.1"), loss=loss)
+        assert caught.value.setting == "attack.loss"
+        assert caught.value.given == said

@@ -1,8 +1,18 @@
 import numpy as np
+import pytest
 import torch
 from scipy.special import log_softmax, rel_entr, softmax
 
-from softdefend.attacks import cross_entropy, kl_divergence, kl_from, margin
+from softdefend.attacks import (
+    cross_entropy,
+    dlr,
+    kl_divergence,
+    kl_from,
+    margin,
+    match_logits,
+    targeted_dlr,
+)
+from softdefend.core.errors import SettingError
 from softdefend.core.rng import stream
 
 LOGITS = 3 * torch.randn(7, 5, generator=stream(0, "z"), dtype=torch.float64)
@@ -38,3 +48,32 @@ def test_losses_stay_finite_on_saturated_logits():
         kl_from(extreme)(-extreme),
     ):
         assert value.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: cross_entropy(LOGITS, LABEL[:6]), "target: got shape [6] for logits [7, 5]"),
+        (lambda: cross_entropy(LOGITS, LOGITS[:, :4]), "target: got shape [7, 4] for logits [7, 5]"),
+        (lambda: margin(LOGITS, LABEL[:1]), "target: got shape [1]"),
+        (lambda: dlr(LOGITS, LABEL[:, None]), "target: got shape [7, 1]"),
+        (lambda: targeted_dlr(LOGITS, LABEL, LABEL[:2]), "target: got shape [2]"),
+        (lambda: targeted_dlr(LOGITS, LABEL[:2], LABEL), "target: got shape [2]"),
+        (lambda: kl_from(LOGITS[:3])(LOGITS), "attack.loss: got logits of 3 images to measure from"),
+        (lambda: kl_from(LOGITS)(LOGITS[:, :4]), "attack.loss: got 5 logits to measure from"),
+        (lambda: match_logits(LOGITS[:3])(LOGITS), "attack.loss: got logits of 3 images to match"),
+        (lambda: match_logits(LOGITS[0]), "attack.loss: got float64 of shape [5] as logits"),
+        (lambda: match_logits(LABEL[:, None]), "attack.loss: got int64 of shape [7, 1] as logits"),
+        (lambda: match_logits(LOGITS.tolist()), "attack.loss: got a list as logits"),
+    ],
+    ids=range(12),
+)
+def test_numbers_of_other_images_are_one_line(call, said):
+    with pytest.raises(SettingError) as caught:
+        call()
+    assert str(caught.value).startswith(said)
+
+
+def test_one_images_logits_are_matched_by_all():
+    everyone = match_logits(LOGITS[:1].expand(7, 5))(LOGITS)
+    assert torch.equal(match_logits(LOGITS[:1])(LOGITS), everyone)

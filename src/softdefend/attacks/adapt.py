@@ -73,7 +73,13 @@ class Adapted(nn.Module):
         return logits if self.eot == 1 else logits / self.eot
 
     def _once(self, image: Tensor) -> Tensor:
-        logits: Tensor = self.net(image if self.transform is None else self.transform(image))
+        if self.transform is not None:
+            seen: Any = self.transform(image)
+            if not isinstance(seen, Tensor) or seen.shape[:1] != image.shape[:1]:
+                given = f"a function that returns {_shown(seen)}"
+                raise SettingError("transform", given, f"one of as many images, {list(image.shape)}")
+            image = seen
+        logits: Tensor = self.net(image)
         return logits
 
 
@@ -96,6 +102,10 @@ def _function(setting: str, backward: Any) -> Callable[[Tensor], Tensor]:
     return function
 
 
+def _shown(value: Any) -> str:
+    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
 class _Replaced:
     """The forward of a layer, with another function's gradient.
 
@@ -109,12 +119,15 @@ class _Replaced:
     def __call__(self, value: Tensor, *rest: Any, **named: Any) -> Tensor:
         with torch.no_grad():
             # A copy: layers that work in place would change what the stand-in sees.
-            result: Tensor = self.forward(value.detach().clone(), *rest, **named)
+            result = self.forward(value.detach().clone(), *rest, **named)
+        if not isinstance(result, Tensor):
+            given = f"a layer that returns {_shown(result)}"
+            raise SettingError(f"backward[{self.name!r}]", given, "one that returns a tensor")
         if not torch.is_grad_enabled():
             return result
-        smooth = self.backward(value)
-        if smooth.shape != result.shape:
-            given = f"a function that returns shape {list(smooth.shape)}"
+        smooth: Any = self.backward(value)
+        if not isinstance(smooth, Tensor) or smooth.shape != result.shape:
+            given = f"a function that returns {_shown(smooth)}"
             raise SettingError(f"backward[{self.name!r}]", given, f"the layer's shape {list(result.shape)}")
         replaced: Tensor = _WithGradientOf.apply(result, smooth)  # type: ignore[no-untyped-call]
         return replaced

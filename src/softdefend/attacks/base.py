@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Self, final
 import torch
 from torch import Tensor
 
-from softdefend.attacks.losses import AttackLoss, image_gradient
+from softdefend.attacks.losses import AttackLoss, checked, image_gradient
 from softdefend.core.errors import SettingError
 from softdefend.core.goals import reaches, to_reach
 from softdefend.core.hints import check_fields, check_type
@@ -158,9 +158,9 @@ class Attack(ABC):
             generator: source of every random draw, on the device of ``image``; torch's own when None.
 
         Raises:
-            SettingError: what :meth:`check` refuses; a ``loss`` for an attack that minimises the distance; a
-                ``target`` of another shape or type, beside a ``loss``, that is no class, or for an attack
-                without a targeted form; a ``mask`` of another shape or type.
+            SettingError: what :meth:`check` refuses; a ``loss`` for an attack that minimises the distance, or
+                one that does not return [b]; a ``target`` of another shape or type, beside a ``loss``, that
+                is no class, or for an attack without a targeted form; a ``mask`` of another shape or type.
         """
         if target is not None:
             if loss is not None:
@@ -172,7 +172,8 @@ class Attack(ABC):
         self.check(threat)
         masked = None if mask is None else Mask(free_values(mask, image), image)
         model = CountingModel(net, len(image), mask=masked)
-        context = AttackContext(model, CallerRandomness(generator, len(image)), loss=loss)
+        climbed = None if loss is None else checked(loss)
+        context = AttackContext(model, CallerRandomness(generator, len(image)), loss=climbed)
         x_adv = self.run(model, image, label, threat, context)
         return x_adv if masked is None else masked(x_adv, None)
 

@@ -44,6 +44,19 @@ def check_classes(logits: Tensor) -> None:
         raise SettingError("net", given, "logits of two or more classes")
 
 
+def check_target(logits: Tensor, target: Tensor) -> None:
+    """Refuse logits [b, k] with k < 2, and a target of other images; looks at shapes only.
+
+    Raises:
+        SettingError: a target that is neither [b] nor [b, k].
+    """
+    check_classes(logits)
+    if target.shape not in (logits.shape[:1], logits.shape):
+        b, k = logits.shape
+        given = f"shape {list(target.shape)} for logits {[b, k]}"
+        raise SettingError("target", given, f"labels [{b}], or probabilities {[b, k]}")
+
+
 def check_differentiable(logits: Tensor) -> None:
     """Refuse logits, or what was made of them, that no gradient in the image can come from; looks at a flag
     of the host, reads nothing from a device.
@@ -90,9 +103,9 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         target: labels [b] int64, probabilities [b, k], or a goal (:mod:`softdefend.core.goals`).
 
     Raises:
-        SettingError: k < 2.
+        SettingError: k < 2, or a target of other images.
     """
-    check_classes(logits)
+    check_target(logits, target)
     if reaches(target):
         return -F.cross_entropy(logits, classes_of(target), reduction="none")
     return F.cross_entropy(logits, target, reduction="none")
@@ -108,9 +121,9 @@ def margin(logits: Tensor, target: Tensor) -> Tensor:
             (:mod:`softdefend.core.goals`).
 
     Raises:
-        SettingError: k < 2.
+        SettingError: k < 2, or a target of other images.
     """
-    check_classes(logits)
+    check_target(logits, target)
     if reaches(target):
         return -margin(logits, classes_of(target))
     label = hard_label(target)
@@ -129,8 +142,9 @@ def dlr(logits: Tensor, target: Tensor) -> Tensor:
         target: labels [b] int64, or probabilities [b, k], of which the largest names the class.
 
     Raises:
-        SettingError: k < 2.
+        SettingError: k < 2, or a target of other images.
     """
+    check_target(logits, target)
     if logits.shape[1] < 3:
         return margin(logits, target)
     label = hard_label(target)
@@ -151,9 +165,10 @@ def targeted_dlr(logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
         target: the class to reach, [b] int64.
 
     Raises:
-        SettingError: k < 2.
+        SettingError: k < 2, or labels or targets of other images.
     """
-    check_classes(logits)
+    for one in (label, target):
+        check_target(logits, one)
     pair = logits.gather(1, torch.stack([target, label], dim=1))
     difference = pair[:, 0] - pair[:, 1]
     if logits.shape[1] < 4:
@@ -166,12 +181,13 @@ def kl_from(clean_logits: Tensor) -> AttackLoss:
     """KL(p(x) || p(x')) of each sample against clean logits [b, k], k >= 2 (TRADES, arXiv 1901.08573, eq. 3).
 
     Raises:
-        SettingError: k < 2.
+        SettingError: k < 2; in the loss, logits of other images or classes.
     """
-    check_classes(clean_logits)
+    _check_reference(clean_logits)
     log_clean = F.log_softmax(clean_logits.detach(), dim=1)
 
     def loss(logits: Tensor) -> Tensor:
+        _check_alike(logits, log_clean, "measure from")
         return kl_divergence(log_clean, F.log_softmax(logits, dim=1))
 
     return loss
@@ -183,22 +199,72 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def match_logits(wanted: Tensor) -> AttackLoss:
-    """Minus the squared Euclidean distance of each sample's logits from ``wanted`` [b, k]: an image whose
-    logits are those of another class's image has its class (Tramer et al., arXiv 2002.08347, section 4).
+    """Minus the squared Euclidean distance of each sample's logits from ``wanted`` [b, k], or [1, k] for all:
+    an image whose logits are those of another class's image has its class (Tramer et al., arXiv 2002.08347,
+    section 4).
 
     Raises:
-        SettingError: k < 2, or logits of another number of classes than ``wanted``.
+        SettingError: k < 2; in the loss, logits of other images or classes than ``wanted``.
     """
-    check_classes(wanted)
+    _check_reference(wanted)
     wanted = wanted.detach()
 
     def loss(logits: Tensor) -> Tensor:
-        if logits.shape[1] != wanted.shape[1]:
-            given = f"{wanted.shape[1]} logits to match"
-            raise SettingError("attack.loss", given, f"the network's {logits.shape[1]} classes")
+        _check_alike(logits, wanted, "match")
         return -(logits - wanted).square().sum(dim=1)
 
     return loss
+
+
+def _check_reference(reference: Any) -> None:
+    """Refuse what logits cannot be compared with.
+
+    Raises:
+        SettingError: no floating point numbers [b, k] with k >= 2.
+    """
+    if not isinstance(reference, Tensor) or reference.ndim != 2 or not reference.is_floating_point():
+        raise SettingError("attack.loss", f"{_made(reference)} as logits", "floating point numbers [b, k]")
+    check_classes(reference)
+
+
+def _check_alike(logits: Tensor, reference: Tensor, verb: str) -> None:
+    """Refuse logits that are not of the images, or have not the classes, of ``reference``; of one image it is
+    for all."""
+    (b, k), (rows, classes) = logits.shape, reference.shape
+    if classes != k:
+        raise SettingError("attack.loss", f"{classes} logits to {verb}", f"the network's {k} classes")
+    if rows not in (1, b):
+        raise SettingError("attack.loss", f"logits of {rows} images to {verb}", f"those of the {b} images")
+
+
+def _made(value: Any) -> str:
+    """What somebody gave, or a function returned, in words."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype} of shape {list(value.shape)}".removeprefix("torch.")
+
+
+def _check_values(value: Any, rows: int, who: str) -> Tensor:
+    """What a user's loss returned for so many images.
+
+    Raises:
+        SettingError: something else than one floating point number for each.
+    """
+    if not isinstance(value, Tensor) or value.shape != (rows,) or not value.is_floating_point():
+        accepted = "one floating point number for each image, shape [b]"
+        raise SettingError("attack.loss", f"{who}, which returned {_made(value)}", accepted)
+    return value
+
+
+def checked(loss: Any) -> AttackLoss:
+    """A caller's loss that is refused where it is none.
+
+    Raises:
+        SettingError: it is no function; in the loss, it returned something else than [b].
+    """
+    if not callable(loss):
+        raise SettingError("attack.loss", _made(loss), "a function of logits [b, k] that returns [b]")
+    return lambda logits: _check_values(loss(logits), len(logits), "a function")
 
 
 def exchanged(clean_logits: Tensor, target: Tensor) -> Tensor:
@@ -209,9 +275,9 @@ def exchanged(clean_logits: Tensor, target: Tensor) -> Tensor:
         target: labels [b] int64, or probabilities [b, k].
 
     Raises:
-        SettingError: k < 2.
+        SettingError: k < 2, or a target of other images.
     """
-    check_classes(clean_logits)
+    check_target(clean_logits, target)
     true = hard_label(target)[:, None]
     wrong = clean_logits.scatter(1, true, -torch.inf).argmax(dim=1, keepdim=True)
     pair = torch.cat([true, wrong], dim=1)
@@ -241,12 +307,7 @@ class OwnLoss:
         label = hard_label(target)
 
         def loss(logits: Tensor) -> Tensor:
-            value = self.function(logits, label)
-            if not isinstance(value, Tensor) or value.shape != label.shape or not value.is_floating_point():
-                made = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                accepted = "one floating point number for each image, shape [b]"
-                raise SettingError("attack.loss", f"{self.path}, which returned {made}", accepted)
-            return value
+            return _check_values(self.function(logits, label), len(label), self.path)
 
         return loss
 
