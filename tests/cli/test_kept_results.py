@@ -92,3 +92,81 @@ def test_seeds_that_no_generator_takes(seed: int, refused: Refused, tmp_path: Pa
 def test_a_step_in_levels_of_255_is_refused(refused: Refused, tmp_path: Path) -> None:
     words = ["train", *SMALL, "--attack.step_size", "2", "--folder", str(tmp_path / "r")]
     refused(words, "attack.step_size", "2", "2/255")
+
+
+@pytest.fixture
+def theirs(run_folder: Path, tmp_path: Path) -> list[str]:
+    """Words that evaluate the run's network as one from outside, into ``theirs``."""
+    words = ["evaluate", "--model", "small_cnn", "--net.width", "4", "--output", str(tmp_path / "theirs")]
+    words += ["--weights", str(run_folder / "best.safetensors"), "--size", "16", "--curve_size", "0"]
+    return [*words, "--examples", "0", "--attacks", "fgsm", "--device", "cpu"]
+
+
+def test_a_network_from_outside_keeps_what_it_did_under_each_threat(
+    theirs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "theirs"
+    assert main([*theirs, "--eps", "4/255", "--corruptions"]) == 0
+    before = contents(folder / "evaluation")
+    threats = {
+        "last": ("linf", "4/255"),
+        "last-linf-8_255": ("linf", "8/255"),
+        "last-l2-0.5": ("l2", "0.5"),
+        "last-l2-0.5-targeted-next": ("l2", "0.5"),
+    }
+    for name, threat in threats.items():
+        targeted = ["--targeted", "next"] if "targeted" in name else []
+        assert main([*theirs, "--norm", threat[0], "--eps", threat[1], *targeted]) == 0
+        found = evaluation(folder, name)
+        assert (found["norm"], found["eps"]) == threat
+    after = contents(folder / "evaluation")
+    assert {name: after[name] for name in before} == before
+    assert not (folder / "evaluation" / "earlier").exists()
+    assert {f"{name}.json" for name in threats} <= after.keys()
+    page = (folder / "report.html").read_text()
+    for shown in ("linf 4/255", "linf 8/255", "l2 0.5"):
+        assert shown in page
+    capsys.readouterr()
+    assert main(["report", str(folder), "--output", str(tmp_path / "x.html")]) == 0
+    row = capsys.readouterr().out
+    assert f"{100 * evaluation(folder)['worst']['rate']:.2f}" in row
+
+
+def test_another_network_in_the_folder_leaves_a_copy_and_has_a_threat_of_its_own(
+    theirs: list[str], run_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "theirs"
+    assert main([*theirs, "--eps", "4/255", "--corruptions"]) == 0
+    assert main([*theirs, "--eps", "2/255"]) == 0
+    first, corruptions = evaluation(folder), evaluation(folder, "last-corruptions")
+    other = [*theirs, "--weights", str(run_folder / "last.safetensors"), "--eps", "8/255", "--corruptions"]
+    assert main(other) == 0
+    assert evaluation(folder)["eps"] == "8/255"
+    assert evaluation(folder)["weights"] != first["weights"]
+    assert evaluation(folder, "earlier/last-1") == first
+    assert evaluation(folder, "earlier/last-corruptions-1") == corruptions
+    assert evaluation(folder, "last-linf-2_255")["weights"] == first["weights"]
+    assert "linf 2/255" not in (folder / "report.html").read_text()  # of the other network
+
+
+def test_another_measurement_of_a_checkpoint_leaves_a_copy(run_folder: Path) -> None:
+    words = ["evaluate", str(run_folder), "--which", "last", "--size", "64", "--save_adversarial"]
+    measured = ["--audit", "--audit_size", "8", "--optimality", "fgsm", "--optimality_size", "4"]
+    assert main([*words, *measured]) == 0
+    certified = ["certify", str(run_folder), "--which", "last", "--samples", "20", "--size", "4"]
+    certified += ["--attack_draws", "0"]
+    assert main([*certified, "--sigma", "0.25"]) == 0
+    names = ("last-audit", "last-optimality", "last-certificate", "last")
+    before = {name: evaluation(run_folder, name) for name in names}
+    images = contents(run_folder)["evaluation/last-adversarial-pgd-20.safetensors"]
+    again = [*words, "--seed", "5", "--attacks", "fgsm", "--audit", "--audit_size", "6"]
+    assert main([*again, "--optimality", "fgsm", "pgd-2", "--optimality_size", "4"]) == 0
+    assert main([*certified, "--sigma", "0.5"]) == 0
+    for name in names:
+        number = 2 if name == "last" else 1  # without images it was evaluated before
+        kept = evaluation(run_folder, f"earlier/{name}-{number}")
+        assert kept == before[name] != evaluation(run_folder, name)
+    kept = contents(run_folder)
+    assert kept["evaluation/earlier/last-2-adversarial-pgd-20.safetensors"] == images
+    for name in ("last-optimality", "last-certificate"):
+        assert f"evaluation/earlier/{name}-1.parquet" in kept

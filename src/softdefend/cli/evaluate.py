@@ -87,7 +87,7 @@ class EvaluateFlags:
     std: tuple[float, ...] = ()
     """With --mean: what it divides by."""
     output: Path | None = None
-    """With --model or --robustbench_model: the result folder."""
+    """With --model or --robustbench_model: the result folder, which keeps one result a threat."""
     data: DataSettings = field(default_factory=DataSettings)
     """With --model or --robustbench_model: the data."""
 
@@ -169,10 +169,12 @@ def _check(flags: EvaluateFlags, given: Given) -> None:
     else:
         _check_model(flags, given)
     if flags.union and not flags.run:
-        raise SettingError("--union", "given without a run", "run folders, which keep one result a threat")
+        accepted = "run folders; the report in an --output folder shows the union of its threats"
+        raise SettingError("--union", "given without a run", accepted)
     outside = flags.model or flags.robustbench_model
     if outside and len(flags.norm) > 1:
-        raise SettingError("--norm", " ".join(flags.norm), "one of them: an --output folder holds one threat")
+        accepted = "one of them: a call with --output evaluates under one threat, and keeps those of others"
+        raise SettingError("--norm", " ".join(flags.norm), accepted)
     checkpoints = 1 if outside else len(flags.which) * len(flags.run) * max(1, len(flags.norm))
     for name in ("robustbench", "log"):
         if getattr(flags, name) and checkpoints > 1:

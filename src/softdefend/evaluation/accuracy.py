@@ -108,8 +108,8 @@ def measure_accuracies(
 
     Killed at any moment, the same call continues from ``evaluation/NAME.state``, which is removed at the
     end, and writes the same records, on another number of processes too. With other inputs, versions or
-    another device it starts anew. A result about the same network, data and threat that this one replaces is
-    kept in ``evaluation/earlier``.
+    another device it starts anew. What it replaces is kept in ``evaluation/earlier``, see
+    :meth:`~softdefend.evaluation.checkpoint.Checkpoint.set_aside`.
 
     Returns:
         What went into ``evaluation/NAME.json``.
@@ -135,16 +135,16 @@ def _write(
 ) -> dict[str, Any]:
     """The files of a finished evaluation; the content of the JSON file."""
     name, store = checkpoint.source.name, checkpoint.store
-    if store.find(name, inputs, ignoring=("settings",)) is not None:
-        kept = store.set_aside(name, store.path(name, ".parquet"))
-        if kept is not None:
-            _log.info(f"{name}: what was evaluated before is kept as {kept}")
+    kept = checkpoint.set_aside(name, inputs)
     # Killed between these, no file is left that speaks of another evaluation than the others.
     pictures = f"{name}-gallery", f"{name}-examples"
     for stale in (store.path(name), *(store.path(picture, ".safetensors") for picture in pictures)):
         stale.unlink(missing_ok=True)
     for stale in store.folder.glob(f"{name}-adversarial-*.safetensors"):
-        stale.unlink()
+        if kept is None:
+            stale.unlink()
+        else:
+            stale.rename(kept.with_name(kept.stem + stale.name.removeprefix(name)))
     if save_images:
         save_adversarial(checkpoint, inputs, evaluation)
     write_atomic(store.path(name, ".parquet"), evaluation.to_parquet())

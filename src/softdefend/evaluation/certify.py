@@ -59,7 +59,7 @@ def certify_checkpoint(
     """Certify a checkpoint on test images, unless the same certificate already lies in its folder.
 
     Killed at any moment, the same call continues from ``evaluation/NAME-certificate.state`` and writes the
-    same records.
+    same records. A certificate by other settings is kept in ``evaluation/earlier``.
 
     Returns:
         What stands in ``evaluation/NAME-certificate.json``.
@@ -79,6 +79,7 @@ def certify_checkpoint(
             store.path(name, ".state"), {**inputs, "versions": versions(device)}, every=_SAVE_EVERY
         )
         certificates, report = _certify(checkpoint, settings, state)
+        checkpoint.set_aside(name, inputs)
         # Killed between these, no file is left that speaks of another certificate than the other.
         store.path(name).unlink(missing_ok=True)
         write_atomic(table, to_parquet(certificates))

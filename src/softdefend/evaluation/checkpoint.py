@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from softdefend.evaluation.mask import mask_digest
 from softdefend.evaluation.preflight import preflight
 from softdefend.evaluation.settings import Size, count_of
 
+_log = logging.getLogger(__name__)
 _PREFLIGHT_IMAGES = 1024
 """Images that preflight is shown: a whole test set in float32 may not fit the device."""
 _IDENTITY_IMAGES = 64
@@ -38,7 +40,8 @@ class CheckpointSource:
         bundle: of which the test images are used.
         folder: results go to ``folder/evaluation``.
         which: the checkpoint.
-        trained: the threat of the training, whose results carry the checkpoint's bare name.
+        trained: the threat of the training, whose results carry the checkpoint's bare name; of a network from
+            outside that of its first evaluation.
         threat: what the network is attacked under.
         architecture: what the network is called in other people's tables.
         origin: where a network from outside comes from. None for one trained here, which its run's
@@ -191,6 +194,27 @@ class Checkpoint:
         """
         threat = {"norm": self.source.threat.norm, "eps": str(self.source.threat.eps)}
         return {**self.facts, "threat": threat, "settings": settings}
+
+    def set_aside(self, name: str, inputs: dict[str, Any]) -> Path | None:
+        """Copy a result that another is about to replace, and its table, to ``earlier/``.
+
+        Of a run only where both are about the same weights, data and threat: older weights are those of a
+        training that has gone on. A folder of networks from outside keeps everything.
+
+        Args:
+            name: of the result.
+            inputs: of the one to come.
+
+        Returns:
+            The copy; None where there is none.
+        """
+        store = self.store
+        if self.source.origin is None and store.find(name, inputs, ignoring=("settings",)) is None:
+            return None
+        kept = store.set_aside(name, store.path(name, ".parquet"))
+        if kept is not None:
+            _log.info(f"{name}: what was evaluated before is kept as {kept}")
+        return kept
 
     def require_determinism(self) -> None:
         """Refuse a network that moves, unless that was looked at when it was loaded.

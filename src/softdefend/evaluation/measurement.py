@@ -35,6 +35,7 @@ class Measurement:
 
 def measured(checkpoint: Checkpoint, measurement: Measurement) -> dict[str, Any]:
     """The result of a measurement: what lies in its file where that was made from the same, else a new one.
+    What it replaces is kept in ``evaluation/earlier``.
 
     Returns:
         What stands in ``evaluation/NAME{suffix}.json``.
@@ -57,6 +58,7 @@ def measured(checkpoint: Checkpoint, measurement: Measurement) -> dict[str, Any]
     processes = checkpoint.source.processes if measurement.together else ALONE
     result = processes.from_first(lambda: store.find(name, inputs))
     if result is None:
+        processes.from_first(lambda: checkpoint.set_aside(name, inputs))
         made = make()
         result = processes.from_first(lambda: store.write(name, inputs, made))
     _log.info(measurement.text(result))

@@ -70,7 +70,7 @@ def kept_evaluations(
     kept = []
     for path in sorted(folder.glob(f"{which}*.json"), key=lambda path: path.stem):
         known = store.read(path.stem)
-        about = ("weights", "test_data", "which")
+        about = ("weights", "test_data", "which", "network")
         if known is None or any(known.get(name) != result.get(name) for name in about):
             continue
         threat = ThreatModel(known["norm"], known["eps"])

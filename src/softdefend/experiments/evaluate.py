@@ -24,6 +24,7 @@ from softdefend.core.weight_files import load_weights, load_weights_file, save_w
 from softdefend.core.yaml_files import read_yaml
 from softdefend.data import DataBundle, DataSettings, channel_stats, load, split
 from softdefend.evaluation import CheckpointSource, EvaluateSettings, Requests, evaluate_checkpoint
+from softdefend.evaluation.checkpoint import Checkpoint
 from softdefend.evaluation.external import load_network
 from softdefend.evaluation.pipeline import check_evaluation, check_union
 from softdefend.evaluation.robustbench_networks import RobustBenchNetwork, load_robustbench
@@ -217,7 +218,9 @@ def evaluate_network(
 ) -> dict[str, Any]:
     """Evaluate any network; write the result files and the report page of a run without a training.
 
-    A network from outside has one checkpoint, which tables show as ``last``.
+    A network from outside has one checkpoint, which tables show as ``last``. Under another threat than that
+    of its first evaluation in the folder the result is a file beside it, as in a run. Results of another
+    network or other images are kept in ``evaluation/earlier`` where new ones replace them.
 
     Args:
         net: images [b, c, h, w] float32 in [0, 1] to logits [b, k]; put into eval mode.
@@ -233,10 +236,11 @@ def evaluate_network(
         progress: show bars.
 
     Returns:
-        What stands in ``evaluation/last.json``.
+        What stands in ``evaluation/NAME.json``.
 
     Raises:
-        SettingError: a folder that holds a training run, or a network, images or labels that do not fit.
+        SettingError: a folder that holds a training run, a network, images or labels that do not fit, or a
+            union that will not be known.
     """
     folder = check_folder(folder)
     threat = check_type("threat", threat, ThreatModel | None) or ThreatModel()
@@ -274,7 +278,10 @@ def evaluate_network(
     )
     check_writable("--output", folder / "last.safetensors")
     check_evaluation(source, settings, requests, chosen)
-    processes.from_first(lambda: _write_folder(source, origin or {}))
+    own = processes.from_first(lambda: _write_folder(source, origin or {}, chosen))
+    source = replace(source, trained=own)
+    if requests.union:
+        check_union([source], settings, chosen)
     result = evaluate_checkpoint(source, settings, requests, device=chosen)
     if processes.first:
         page = write_report([read_run(folder)], folder / "report.html", "Robustness report")
@@ -291,18 +298,43 @@ def _check_plain(setting: str, value: Any) -> None:
         raise SettingError(setting, error.args[0], "plain values by name") from error
 
 
-def _write_folder(source: CheckpointSource, origin: dict[str, Any]) -> None:
-    """What makes a folder one of a network from outside: its weights, and where they are from."""
+def _write_folder(source: CheckpointSource, origin: dict[str, Any], device: torch.device) -> ThreatModel:
+    """Write what makes a folder one of a network from outside, its weights and where they are from, and
+    return the threat whose results carry the bare name."""
+    save_weights(source.net, source.folder / "last.safetensors", {"epoch": None})
+    threat = _first_threat(source, device)
     config = {
         "name": source.folder.name,
         "seed": 0,
         "data": {"source": source.bundle.name},
         "net": {"name": source.architecture},
-        "threat": {"norm": source.threat.norm, "eps": str(source.threat.eps)},
+        "threat": {"norm": threat.norm, "eps": str(threat.eps)},
         OUTSIDE: origin,
     }
-    save_weights(source.net, source.folder / "last.safetensors", {"epoch": None})
     write_atomic(source.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+    return threat
+
+
+def _first_threat(source: CheckpointSource, device: torch.device) -> ThreatModel:
+    """The threat of a network's first evaluation in its folder; the one asked for where there is none."""
+    checkpoint = Checkpoint(source, device, assumes_determinism=False)
+    store, facts, path = checkpoint.store, checkpoint.facts, source.folder / "config.yaml"
+    kept = [store.read(file.stem) or {} for file in sorted(store.folder.glob(f"{source.which}*.json"))]
+    known = any(all(one.get(name) == fact for name, fact in facts.items()) for one in kept)
+    return outside_threat(source.folder) if known and path.is_file() else source.threat
+
+
+def outside_threat(folder: Path) -> ThreatModel:
+    """The threat whose results carry the bare name in the folder of a network from outside.
+
+    Raises:
+        SettingError: no such folder, or a configuration that names none.
+    """
+    path = folder / "config.yaml"
+    threat = read_yaml(path).get("threat")
+    if not isinstance(threat, dict) or threat.keys() < {"norm", "eps"}:
+        raise SettingError(f"{path}: threat", threat, "norm and eps")
+    return ThreatModel(threat["norm"], threat["eps"])
 
 
 def evaluate_external(

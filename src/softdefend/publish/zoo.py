@@ -19,8 +19,9 @@ from softdefend.core.threat import Budget, Norm, ThreatModel
 from softdefend.core.yaml_files import read_yaml
 from softdefend.data import DataBundle, DataSettings, fingerprint, load
 from softdefend.evaluation import EvaluateSettings, Requests
+from softdefend.evaluation.checkpoint import result_name
 from softdefend.evaluation.settings import Size
-from softdefend.experiments.evaluate import evaluate_network
+from softdefend.experiments.evaluate import evaluate_network, outside_threat
 from softdefend.publish.download import locate
 from softdefend.publish.folder import AUDIT, open_network, read_published
 from softdefend.publish.network import WEIGHTS, check_digest, read_config
@@ -214,11 +215,12 @@ def verify(
     bundle = _data(folder, name, data)
     _check_test_data(bundle, published)
     as_evaluated = published.get("settings") or {}
+    threat = ThreatModel(cast(Norm, entry.norm), Budget(entry.eps))
     result = evaluate_network(
         net,
         bundle,
         output,
-        threat=ThreatModel(cast(Norm, entry.norm), Budget(entry.eps)),
+        threat=threat,
         settings=EvaluateSettings(
             attacks=tuple(entry.robust),
             curve_size=0,
@@ -235,7 +237,8 @@ def verify(
     for attack, rate in entry.robust.items():
         rows.append(Compared(attack_label(attack), rate, _percent(result["attacks"][attack])))
     if audit:
-        found = parse_json((output / "evaluation" / "last-audit.json").read_bytes())["verdict"]
+        name = result_name("last", outside_threat(output), threat)
+        found = parse_json((output / "evaluation" / f"{name}-audit.json").read_bytes())["verdict"]
         rows.append(Compared("audit", entry.audit or "none", found))
     return rows
 

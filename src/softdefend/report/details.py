@@ -132,7 +132,7 @@ def check_mapping(path: Path, value: Any) -> dict[str, Any]:
 
 
 def _read_companion(
-    path: Path, evaluation: dict[str, Any], about: Sequence[str] = ABOUT
+    path: Path, evaluation: dict[str, Any], about: Sequence[str] = (*ABOUT, "network")
 ) -> dict[str, Any] | None:
     if not path.is_file():
         return None
