@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -214,6 +216,100 @@ def started(counted: Counted, net: Net, losses, image: Tensor) -> list[int]:
     averaging.backward(last)
     watch.remove()
     return [*seen, counted.started]
+
+
+class Branched(Net):
+    """A network that goes through layers of the branches named in ``ways`` alone."""
+
+    ways: tuple[str, ...] = ()
+
+    def forward(self, image: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(image))
+        for way in self.ways:
+            hidden = hidden + torch.tanh(getattr(self, way)(hidden))
+        return self.last(hidden)
+
+
+NOWHERE: tuple[tuple[str, ...], ...] = ((), ())
+EVERYWHERE = (("second", "third", "idle"), ("second", "third", "idle"))
+WAYS = {
+    "in one process": [(("second",), ("third",)), (("second", "third"), ()), (("third",), ("third",))],
+    "in one process later": [NOWHERE, ((), ("second", "third")), NOWHERE, (("third",), ("second",))],
+    "in all and then in one": [EVERYWHERE, (("idle",), ()), NOWHERE, EVERYWHERE],
+    "in all later": [NOWHERE, EVERYWHERE, NOWHERE, EVERYWHERE],
+}
+"""The branches of the first and of the second process, pass by pass."""
+
+
+def check_branches(ours: Processes) -> None:
+    """A missing gradient counts as zero where the other process has one; with none anywhere there is none."""
+    for limit, (name, passes) in itertools.product((256, 2**20), WAYS.items()):
+        buckets.LIMIT = limit
+        net = Branched().to(DEVICE)
+        alone = copy.deepcopy(net)
+        averaging = Buckets(ours, list(net.parameters()))
+        for number, ways in enumerate(passes):
+            net.ways = alone.ways = ways[ours.rank]
+            net.zero_grad(), alone.zero_grad()
+            cost(alone(images(ours, number))).backward()
+            averaging.backward(cost(net(images(ours, number))))
+            for (parameter, found), mine in zip(
+                ((name, p.grad) for name, p in net.named_parameters()), gradients(alone), strict=True
+            ):
+                everyone = ours.tell(mine)
+                known = [one for one in everyone if one is not None]
+                message = f"{name}, pass {number}, {parameter}, buckets of {limit}"
+                assert (found is None) == (not known), message
+                if known:
+                    wanted = sum(known) / ours.size
+                    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12, msg=message)
+    buckets.LIMIT = 256
+
+
+def check_branches_cost_no_message(ours: Processes) -> None:
+    """Passes after the first send as many as there are layers with gradients, one more where one wakes up."""
+    counted, net = Counted(ours.rank, ours.size), Branched().to(DEVICE)
+    averaging, sent = Buckets(counted, list(net.parameters())), []
+    told, tell = [], counted.tell
+    counted.tell = lambda value: told.append(value) or tell(value)
+    for ways in (NOWHERE, NOWHERE, (("second",), ()), NOWHERE):
+        net.zero_grad()
+        net.ways, counted.started = ways[ours.rank], 0
+        averaging.backward(cost(net(images(ours))))
+        sent.append(counted.started)
+    assert sent == [2, 2, 3, 3]
+    assert len(told) == 1
+
+
+class Sorted(nn.Module):
+    """Sends shares of a batch through other layers if their first image is dark in the middle."""
+
+    taken: ClassVar[list[tuple[str, ...]]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Branched()
+        self.inner.first = nn.Linear(36, 8).double()
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.inner.ways = ("second",) if float(image[0, 0, 3, 3].detach()) < 0.5 else ("third",)
+        self.taken.append(self.inner.ways)
+        return self.inner(image.double().flatten(1))
+
+
+def check_branched_training(ours: Processes) -> None:
+    """The processes go other ways, end alike, and both branches have been trained."""
+    for names, settings in ((("Hard", "PGDAT", "Plain"), {}), (("SGLR", "TRADES", "AWP+EMA"), {})):
+        Sorted.taken.clear()
+        end = train(names, net=Sorted, **settings)
+        one, other = ours.tell(Sorted.taken)
+        assert one != other
+        for key, value in end.items():
+            for one in ours.tell(value):
+                torch.testing.assert_close(one, value, rtol=0, atol=0, equal_nan=True, msg=key)
+        start = Sorted().state_dict()
+        for way in ("second", "third"):
+            assert not torch.equal(end[f"net.inner.{way}.weight"].cpu(), start[f"inner.{way}.weight"]), way
 
 
 def check_overlap(ours: Processes) -> None:

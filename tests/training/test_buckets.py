@@ -29,6 +29,12 @@ def test_a_loss_is_noticed_by_normalization():
         assert code == 0, errors
 
 
+def test_a_gradient_that_one_process_alone_has_is_averaged():
+    checks = "branches", "branches_cost_no_message", "branched_training"
+    for code, errors in processes.ended(processes.start(2, SCRIPT, *checks), 60):
+        assert code == 0, errors
+
+
 def test_a_compiled_network_uses_a_layer_twice_and_notices_a_loss():
     """Compiling C++ takes some seconds."""
     checks = "reused_layer", "loss_in_a_program"

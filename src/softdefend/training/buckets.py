@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from softdefend.core.processes import Processes, messages_within, packed, unpack
+from softdefend.core.processes import Processes, packed
 
 LIMIT = 25 * 2**20
 """Bytes at which a bucket is full, as in torch's DistributedDataParallel."""
@@ -16,8 +16,14 @@ LIMIT = 25 * 2**20
 class Buckets:
     """The parameters, by the messages in which their gradients are averaged.
 
-    A message starts once the gradients of its bucket are complete and those before it have started, so that
-    all processes send the same ones in the same order. Nothing is kept from one backward pass to the next.
+    A message starts once the gradients of its bucket are complete and those before it have started. All
+    processes send the same ones in the same order, whatever has a gradient where: a parameter without one
+    counts as zero where another process has one, and has none where nobody has. Buckets that nobody had a
+    gradient for in the first pass cost no message, until a process says in the last message of a pass that it
+    has one.
+
+    A process reads such a word back from its device only where it lacks a gradient itself, and never while a
+    graph is recorded: what has a gradient is then as in the pass before.
 
     Args:
         processes: of this run; alone, gradients are computed and no more.
@@ -27,6 +33,10 @@ class Buckets:
     def __init__(self, processes: Processes, parameters: Sequence[Tensor]) -> None:
         self.processes = processes
         self.buckets = _filled(reversed(parameters))
+        self._idle: list[int] | None = None
+        """Numbers of the buckets without a message, the same in all processes."""
+        self._elsewhere: set[Tensor] = set()
+        """Parameters that in the pass before had a gradient in other processes alone."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of ``loss`` to those that the parameters have, and take the mean of the sums over
@@ -38,24 +48,44 @@ class Buckets:
         if self.processes.size == 1:
             loss.backward()  # type: ignore[no-untyped-call]
             return
-        messages = _Messages(self.processes, self.buckets, _leaves(loss))
+        leaves = _leaves(loss)
+        idle = self._without_message(leaves)
+        sent = [bucket for number, bucket in enumerate(self.buckets) if number not in idle]
+        messages = _Messages(self.processes, sent, leaves)
         hooks = [
             parameter.register_post_accumulate_grad_hook(messages.arrived)  # type: ignore[no-untyped-call]
-            for bucket in self.buckets
+            for bucket in sent
             for parameter in bucket
-            if parameter.requires_grad  # a rule may freeze some for a while
         ]
         try:
-            with messages_within():  # of synchronized batch normalization
-                loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]
         finally:
             for hook in hooks:
                 hook.remove()
-        messages.finish()
+        woken = messages.finish(self._elsewhere, [self.buckets[number] for number in idle])
+        for number in [number for number, wakes in zip(idle, woken, strict=False) if wakes]:
+            _Mean(self.processes, self.buckets[number]).put(self._elsewhere)
+            idle.remove(number)
+
+    def _without_message(self, leaves: set[Tensor]) -> list[int]:
+        """Numbers of buckets; in the first pass those that it comes to in no process."""
+        if self._idle is not None:
+            return self._idle
+        wanted = {
+            number
+            for number, bucket in enumerate(self.buckets)
+            if any(parameter in leaves or parameter.grad is not None for parameter in bucket)
+        }
+        recorded = any(_is_recorded(bucket[0]) for bucket in self.buckets)
+        anywhere = set().union(*([wanted] if recorded else self.processes.tell(wanted)))
+        idle = [number for number in range(len(self.buckets)) if anywhere and number not in anywhere]
+        if not recorded:
+            self._idle = idle
+        return idle
 
 
 class _Messages:
-    """Those of one backward pass.
+    """Those of one backward pass. The last one starts after it.
 
     Args:
         leaves: the parameters that the pass comes to, and others.
@@ -76,39 +106,90 @@ class _Messages:
         if number < started:
             self._late.add(number)
         self._missing[number].discard(parameter)
-        for bucket, missing in zip(self._buckets[started:], self._missing[started:], strict=True):
+        for bucket, missing in zip(self._buckets[started:-1], self._missing[started:-1], strict=True):
             if missing:
                 return
             self._means.append(_Mean(self._processes, bucket))
 
-    def finish(self) -> None:
-        """Send the rest, and put the means into the gradients."""
-        self._means += [_Mean(self._processes, bucket) for bucket in self._buckets[len(self._means) :]]
+    def finish(self, elsewhere: set[Tensor], idle: Sequence[Sequence[Tensor]]) -> list[bool]:
+        """Send the rest, and put the means into the gradients.
+
+        Args:
+            elsewhere: parameters with gradients in other processes alone; brought up to date.
+            idle: buckets without a message.
+
+        Returns:
+            For each of these whether some process has a gradient for it.
+        """
+        for bucket in self._buckets[len(self._means) : -1]:
+            self._means.append(_Mean(self._processes, bucket))
+        words = [any(parameter.grad is not None for parameter in bucket) for bucket in idle]
+        self._means += [_Mean(self._processes, bucket, words) for bucket in self._buckets[-1:]]
         # Reentrant activation checkpointing adds to a gradient more than once in a pass.
         for number in sorted(self._late):
             self._means[number].wait()
             self._means[number] = _Mean(self._processes, self._buckets[number])
         for mean in self._means:
-            mean.put()
+            mean.put(elsewhere)
+        return self._means[-1].further() if idle else []
 
 
 class _Mean:
     """The mean of a bucket's gradients, under way from the start; the gradients stay this process's own until
-    it is put into them."""
+    it is put into them.
 
-    def __init__(self, processes: Processes, bucket: Sequence[Tensor]) -> None:
-        self._gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
-        self._size = processes.size
-        self.wait: Callable[[], None] = lambda: None
-        if self._gradients:
-            self._sum = packed(self._gradients)
-            self.wait = processes.begin_sum_(self._sum)
+    The message also counts the processes that have a gradient, for each parameter, and for which each of the
+    ``further`` words is true; not while a graph is recorded.
+    """
+
+    def __init__(self, processes: Processes, bucket: Sequence[Tensor], further: Sequence[bool] = ()) -> None:
+        self._bucket, self._size = bucket, processes.size
+        self._recorded = _is_recorded(bucket[0])
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        words = [] if self._recorded else [*(p.grad is not None for p in bucket), *further]
+        self._words = len(words)
+        self._sum = packed([*grads, *_numbers(words, grads[0])])
+        self.wait = processes.begin_sum_(self._sum)
 
     @torch.no_grad()
-    def put(self) -> None:
+    def put(self, elsewhere: set[Tensor]) -> None:
+        """Wait for the mean, and put it into the gradients that any process has.
+
+        Args:
+            elsewhere: parameters with gradients in other processes alone; brought up to date, but not while
+                a graph is recorded.
+        """
         self.wait()
-        if self._gradients:
-            unpack(self._sum.div_(self._size), self._gradients)
+        *sums, counts = torch.split(self._sum, [*(p.numel() for p in self._bucket), self._words])
+        lacking = [p for p in self._bucket if p.grad is None]
+        if lacking and not self._recorded:
+            anywhere = dict(zip(self._bucket, counts.tolist(), strict=False))
+            elsewhere.difference_update(self._bucket)
+            elsewhere.update(p for p in lacking if anywhere[p])
+        for parameter, total in zip(self._bucket, sums, strict=True):
+            if parameter in elsewhere and parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            if parameter.grad is not None:
+                parameter.grad.copy_(total.div_(self._size).view(parameter.shape))
+
+    def further(self) -> list[bool]:
+        """For each of the further words whether it is true in some process, once the mean has come; nothing
+        while a graph is recorded."""
+        words = self._sum[len(self._sum) - self._words :][len(self._bucket) :]
+        return [count > 0 for count in words.tolist()] if self._words else []
+
+
+def _is_recorded(parameter: Tensor) -> bool:
+    """Whether what is computed from it now goes into a CUDA graph."""
+    return parameter.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _numbers(words: Sequence[bool], like: Tensor) -> list[Tensor]:
+    """Ones and zeros that need no copy from the host."""
+    if all(words):
+        return [like.new_ones(len(words))]
+    one, zero = like.new_ones(1), like.new_zeros(1)
+    return [one if word else zero for word in words]
 
 
 def _filled(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
