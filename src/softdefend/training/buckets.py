@@ -48,10 +48,11 @@ class Buckets:
         if self.processes.size == 1:
             loss.backward()  # type: ignore[no-untyped-call]
             return
+        recorded = loss.is_cuda and torch.cuda.is_current_stream_capturing()
         leaves = _leaves(loss)
-        idle = self._without_message(leaves)
+        idle = self._without_message(leaves, recorded)
         sent = [bucket for number, bucket in enumerate(self.buckets) if number not in idle]
-        messages = _Messages(self.processes, sent, leaves)
+        messages = _Messages(self.processes, sent, leaves, recorded)
         hooks = [
             parameter.register_post_accumulate_grad_hook(messages.arrived)  # type: ignore[no-untyped-call]
             for bucket in sent
@@ -64,10 +65,10 @@ class Buckets:
                 hook.remove()
         woken = messages.finish(self._elsewhere, [self.buckets[number] for number in idle])
         for number in [number for number, wakes in zip(idle, woken, strict=False) if wakes]:
-            _Mean(self.processes, self.buckets[number]).put(self._elsewhere)
+            _Mean(self.processes, self.buckets[number], recorded).put(self._elsewhere)
             idle.remove(number)
 
-    def _without_message(self, leaves: set[Tensor]) -> list[int]:
+    def _without_message(self, leaves: set[Tensor], recorded: bool) -> list[int]:
         """Numbers of buckets; in the first pass those that it comes to in no process."""
         if self._idle is not None:
             return self._idle
@@ -76,7 +77,6 @@ class Buckets:
             for number, bucket in enumerate(self.buckets)
             if any(parameter in leaves or parameter.grad is not None for parameter in bucket)
         }
-        recorded = any(_is_recorded(bucket[0]) for bucket in self.buckets)
         anywhere = set().union(*([wanted] if recorded else self.processes.tell(wanted)))
         idle = [number for number in range(len(self.buckets)) if anywhere and number not in anywhere]
         if not recorded:
@@ -89,12 +89,17 @@ class _Messages:
 
     Args:
         leaves: the parameters that the pass comes to, and others.
+        recorded: whether a CUDA graph is recorded.
     """
 
     def __init__(
-        self, processes: Processes, buckets: Sequence[Sequence[Tensor]], leaves: set[Tensor]
+        self,
+        processes: Processes,
+        buckets: Sequence[Sequence[Tensor]],
+        leaves: set[Tensor],
+        recorded: bool,
     ) -> None:
-        self._processes, self._buckets = processes, buckets
+        self._processes, self._buckets, self._recorded = processes, buckets, recorded
         self._missing = [leaves.intersection(bucket) for bucket in buckets]
         self._number = {parameter: number for number, bucket in enumerate(buckets) for parameter in bucket}
         self._means: list[_Mean] = []
@@ -109,7 +114,7 @@ class _Messages:
         for bucket, missing in zip(self._buckets[started:-1], self._missing[started:-1], strict=True):
             if missing:
                 return
-            self._means.append(_Mean(self._processes, bucket))
+            self._means.append(self._mean(bucket))
 
     def finish(self, elsewhere: set[Tensor], idle: Sequence[Sequence[Tensor]]) -> list[bool]:
         """Send the rest, and put the means into the gradients.
@@ -122,16 +127,19 @@ class _Messages:
             For each of these whether some process has a gradient for it.
         """
         for bucket in self._buckets[len(self._means) : -1]:
-            self._means.append(_Mean(self._processes, bucket))
+            self._means.append(self._mean(bucket))
         words = [any(parameter.grad is not None for parameter in bucket) for bucket in idle]
-        self._means += [_Mean(self._processes, bucket, words) for bucket in self._buckets[-1:]]
+        self._means += [self._mean(bucket, words) for bucket in self._buckets[-1:]]
         # Reentrant activation checkpointing adds to a gradient more than once in a pass.
         for number in sorted(self._late):
             self._means[number].wait()
-            self._means[number] = _Mean(self._processes, self._buckets[number])
+            self._means[number] = self._mean(self._buckets[number])
         for mean in self._means:
             mean.put(elsewhere)
         return self._means[-1].further() if idle else []
+
+    def _mean(self, bucket: Sequence[Tensor], further: Sequence[bool] = ()) -> _Mean:
+        return _Mean(self._processes, bucket, self._recorded, further)
 
 
 class _Mean:
@@ -142,11 +150,12 @@ class _Mean:
     ``further`` words is true; not while a graph is recorded.
     """
 
-    def __init__(self, processes: Processes, bucket: Sequence[Tensor], further: Sequence[bool] = ()) -> None:
-        self._bucket, self._size = bucket, processes.size
-        self._recorded = _is_recorded(bucket[0])
+    def __init__(
+        self, processes: Processes, bucket: Sequence[Tensor], recorded: bool, further: Sequence[bool] = ()
+    ) -> None:
+        self._bucket, self._size, self._recorded = bucket, processes.size, recorded
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-        words = [] if self._recorded else [*(p.grad is not None for p in bucket), *further]
+        words = [] if recorded else [*(p.grad is not None for p in bucket), *further]
         self._words = len(words)
         self._sum = packed([*grads, *_numbers(words, grads[0])])
         self.wait = processes.begin_sum_(self._sum)
@@ -177,11 +186,6 @@ class _Mean:
         while a graph is recorded."""
         words = self._sum[len(self._sum) - self._words :][len(self._bucket) :]
         return [count > 0 for count in words.tolist()] if self._words else []
-
-
-def _is_recorded(parameter: Tensor) -> bool:
-    """Whether what is computed from it now goes into a CUDA graph."""
-    return parameter.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _numbers(words: Sequence[bool], like: Tensor) -> list[Tensor]:
