@@ -253,17 +253,42 @@ def check_branches(ours: Processes) -> None:
             net.zero_grad(), alone.zero_grad()
             cost(alone(images(ours, number))).backward()
             averaging.backward(cost(net(images(ours, number))))
-            for (parameter, found), mine in zip(
-                ((name, p.grad) for name, p in net.named_parameters()), gradients(alone), strict=True
-            ):
-                everyone = ours.tell(mine)
-                known = [one for one in everyone if one is not None]
-                message = f"{name}, pass {number}, {parameter}, buckets of {limit}"
-                assert (found is None) == (not known), message
-                if known:
-                    wanted = sum(known) / ours.size
-                    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12, msg=message)
+            assert_means(ours, net, alone, f"{name}, pass {number}, buckets of {limit}")
     buckets.LIMIT = 256
+
+
+def assert_means(ours: Processes, net: nn.Module, alone: nn.Module, message: str) -> None:
+    """The gradients of ``net`` are the means of those that ``alone`` has in each process."""
+    for parameter, mine in zip(net.parameters(), gradients(alone), strict=True):
+        everyone = ours.tell(None if mine is None else mine.cpu())
+        known = [one for one in everyone if one is not None]
+        assert (parameter.grad is None) == (not known), message
+        if known:
+            wanted = sum(known) / ours.size
+            torch.testing.assert_close(parameter.grad.cpu(), wanted, rtol=0, atol=1e-12, msg=message)
+
+
+def check_captured_branches(ours: Processes) -> None:
+    """Each process records a way of its own."""
+    net, image = Branched().to(DEVICE), images(ours)
+    net.ways = (("second",), ("third",))[ours.rank]
+    alone, averaging = copy.deepcopy(net), Buckets(ours, list(net.parameters()))
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            net.zero_grad()
+            averaging.backward(cost(net(image)))
+    torch.cuda.current_stream().wait_stream(side)
+    net.zero_grad()
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        averaging.backward(cost(net(image)))
+    for number in range(1, 3):
+        image.copy_(images(ours, number))
+        graph.replay()
+        alone.zero_grad()
+        cost(alone(image)).backward()
+        assert_means(ours, net, alone, f"replay {number}")
 
 
 def check_branches_cost_no_message(ours: Processes) -> None:

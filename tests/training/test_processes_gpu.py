@@ -75,7 +75,10 @@ def test_two_gpus_end_in_the_same_bits_twice(tmp_path):
     assert one == other
 
 
-@pytest.mark.parametrize("check", ["averages", "overlap", "capture", "training", "captured_training"])
+CHECKS = ["averages", "overlap", "capture", "training", "captured_training", "branches", "captured_branches"]
+
+
+@pytest.mark.parametrize("check", CHECKS)
 def test_two_gpus_average_gradients_during_the_backward_pass(check):
     """Eager and captured; as in test_buckets.py."""
     for code, errors in processes.ended(processes.start(2, BUCKETS, check, **GPUS), 500):
