@@ -257,6 +257,22 @@ def check_branches(ours: Processes) -> None:
     buckets.LIMIT = 256
 
 
+def check_frozen_in_turn(ours: Processes) -> None:
+    """Layers that a rule trains in turn, each a bucket of its own; both are idle before."""
+    net = Branched().to(DEVICE)
+    alone, averaging = copy.deepcopy(net), Buckets(ours, list(net.parameters()))
+    turns = [("last",), ("first", "second"), ("second",), ("first", "last")]
+    for number, turn in enumerate(turns):
+        for one in (net, alone):
+            one.zero_grad()
+            one.ways = ("second",) if number else ()
+            for name, parameter in one.named_parameters():
+                parameter.requires_grad_(name.startswith(turn))
+        cost(alone(images(ours, number))).backward()
+        averaging.backward(cost(net(images(ours, number))))
+        assert_means(ours, net, alone, f"{turn}")
+
+
 def assert_means(ours: Processes, net: nn.Module, alone: nn.Module, message: str) -> None:
     """The gradients of ``net`` are the means of those that ``alone`` has in each process."""
     for parameter, mine in zip(net.parameters(), gradients(alone), strict=True):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from softdefend.core.processes import Processes, packed
+from softdefend.core.processes import Processes, messages_within, packed
 
 LIMIT = 25 * 2**20
 """Bytes at which a bucket is full, as in torch's DistributedDataParallel."""
@@ -51,7 +51,10 @@ class Buckets:
         recorded = loss.is_cuda and torch.cuda.is_current_stream_capturing()
         leaves = _leaves(loss)
         idle = self._without_message(leaves, recorded)
-        sent = [bucket for number, bucket in enumerate(self.buckets) if number not in idle]
+        sent = self._trained(number for number in range(len(self.buckets)) if number not in idle)
+        if not sent:
+            idle.clear()
+            sent = self._trained(range(len(self.buckets)))
         messages = _Messages(self.processes, sent, leaves, recorded)
         hooks = [
             parameter.register_post_accumulate_grad_hook(messages.arrived)  # type: ignore[no-untyped-call]
@@ -59,14 +62,21 @@ class Buckets:
             for parameter in bucket
         ]
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            with messages_within():  # of synchronized batch normalization
+                loss.backward()  # type: ignore[no-untyped-call]
         finally:
             for hook in hooks:
                 hook.remove()
         woken = messages.finish(self._elsewhere, [self.buckets[number] for number in idle])
-        for number in [number for number, wakes in zip(idle, woken, strict=False) if wakes]:
-            _Mean(self.processes, self.buckets[number], recorded).put(self._elsewhere)
-            idle.remove(number)
+        numbers = [number for number, wakes in zip(idle, woken, strict=False) if wakes]
+        for bucket in self._trained(numbers):
+            _Mean(self.processes, bucket, recorded).put(self._elsewhere)
+        idle[:] = [number for number in idle if number not in numbers]
+
+    def _trained(self, numbers: Iterable[int]) -> list[list[Tensor]]:
+        """Of these buckets what is trained, alike in all processes: a rule may freeze some for a while."""
+        live = ([p for p in self.buckets[number] if p.requires_grad] for number in numbers)
+        return [bucket for bucket in live if bucket]
 
     def _without_message(self, leaves: set[Tensor], recorded: bool) -> list[int]:
         """Numbers of buckets; in the first pass those that it comes to in no process."""
