@@ -258,7 +258,7 @@ def check_branches(ours: Processes) -> None:
 
 
 def check_frozen_in_turn(ours: Processes) -> None:
-    """Layers that a rule trains in turn, each a bucket of its own; both are idle before."""
+    """Layers that a rule trains in turn, each a bucket of its own."""
     net = Branched().to(DEVICE)
     alone, averaging = copy.deepcopy(net), Buckets(ours, list(net.parameters()))
     turns = [("last",), ("first", "second"), ("second",), ("first", "last")]
@@ -307,21 +307,6 @@ def check_captured_branches(ours: Processes) -> None:
         assert_means(ours, net, alone, f"replay {number}")
 
 
-def check_branches_cost_no_message(ours: Processes) -> None:
-    """Passes after the first send as many as there are layers with gradients, one more where one wakes up."""
-    counted, net = Counted(ours.rank, ours.size), Branched().to(DEVICE)
-    averaging, sent = Buckets(counted, list(net.parameters())), []
-    told, tell = [], counted.tell
-    counted.tell = lambda value: told.append(value) or tell(value)
-    for ways in (NOWHERE, NOWHERE, (("second",), ()), NOWHERE):
-        net.zero_grad()
-        net.ways, counted.started = ways[ours.rank], 0
-        averaging.backward(cost(net(images(ours))))
-        sent.append(counted.started)
-    assert sent == [2, 2, 3, 3]
-    assert len(told) == 1
-
-
 class Sorted(nn.Module):
     """Sends shares of a batch through other layers if their first image is dark in the middle."""
 
@@ -354,19 +339,18 @@ def check_branched_training(ours: Processes) -> None:
 
 
 def check_overlap(ours: Processes) -> None:
-    """Weights and biases of each layer are a bucket; that of the first layer is the last. No message is for
-    layers without a gradient."""
+    """Weights and biases of each layer are a bucket; that of the first layer is the last."""
     counted, net = Counted(ours.rank, ours.size), Net().to(DEVICE)
     assert len(Buckets(counted, list(net.parameters())).buckets) == 5
     image = images(ours)
-    assert started(counted, net, once, image) == [3, 4]
+    assert started(counted, net, once, image) == [4, 5]
     net.zero_grad()
-    assert started(counted, net, twice, image) == [3, 4]
+    assert started(counted, net, twice, image) == [4, 5]
     net.zero_grad()
     assert started(counted, net, halves, image) == [0, 4, 5]
     net.zero_grad()
     compiled = torch.compile(net, backend="aot_eager")
-    assert started(counted, net, lambda net, image: once(compiled, image), image)[-1] == 4
+    assert started(counted, net, lambda net, image: once(compiled, image), image)[-1] == 5
     mine = copy.deepcopy(net)
     mine.zero_grad()
     once(mine, image)[0].backward()
@@ -416,7 +400,7 @@ def check_capture(ours: Processes) -> None:
     net.zero_grad()
     with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         seen = started(counted, net, twice, image)
-    assert seen == [3, 4]
+    assert seen == [4, 5]
     for number in range(1, 4):
         image.copy_(images(ours, number))
         graph.replay()

@@ -18,12 +18,9 @@ class Buckets:
 
     A message starts once the gradients of its bucket are complete and those before it have started. All
     processes send the same ones in the same order, whatever has a gradient where: a parameter without one
-    counts as zero where another process has one, and has none where nobody has. Buckets that nobody had a
-    gradient for in the first pass cost no message, until a process says in the last message of a pass that it
-    has one.
-
-    A process reads such a word back from its device only where it lacks a gradient itself, and never while a
-    graph is recorded: what has a gradient is then as in the pass before.
+    counts as zero where another process has one, and has none where nobody has. Which of the two it is, a
+    process reads back from its device where it lacks a gradient itself; while a graph is recorded it is as in
+    the pass before.
 
     Args:
         processes: of this run; alone, gradients are computed and no more.
@@ -33,8 +30,6 @@ class Buckets:
     def __init__(self, processes: Processes, parameters: Sequence[Tensor]) -> None:
         self.processes = processes
         self.buckets = _filled(reversed(parameters))
-        self._idle: list[int] | None = None
-        """Numbers of the buckets without a message, the same in all processes."""
         self._elsewhere: set[Tensor] = set()
         """Parameters that in the pass before had a gradient in other processes alone."""
 
@@ -48,17 +43,16 @@ class Buckets:
         if self.processes.size == 1:
             loss.backward()  # type: ignore[no-untyped-call]
             return
+        # A rule may freeze some parameters for a while, alike in all processes.
+        live = ([p for p in bucket if p.requires_grad] for bucket in self.buckets)
+        trained = [bucket for bucket in live if bucket]
         recorded = loss.is_cuda and torch.cuda.is_current_stream_capturing()
-        leaves = _leaves(loss)
-        idle = self._without_message(leaves, recorded)
-        sent = self._trained(number for number in range(len(self.buckets)) if number not in idle)
-        if not sent:
-            idle.clear()
-            sent = self._trained(range(len(self.buckets)))
-        messages = _Messages(self.processes, sent, leaves, recorded)
+        messages = _Messages(
+            self.processes, [bucket for bucket in trained if bucket], _leaves(loss), recorded
+        )
         hooks = [
             parameter.register_post_accumulate_grad_hook(messages.arrived)  # type: ignore[no-untyped-call]
-            for bucket in sent
+            for bucket in trained
             for parameter in bucket
         ]
         try:
@@ -67,35 +61,11 @@ class Buckets:
         finally:
             for hook in hooks:
                 hook.remove()
-        woken = messages.finish(self._elsewhere, [self.buckets[number] for number in idle])
-        numbers = [number for number, wakes in zip(idle, woken, strict=False) if wakes]
-        for bucket in self._trained(numbers):
-            _Mean(self.processes, bucket, recorded).put(self._elsewhere)
-        idle[:] = [number for number in idle if number not in numbers]
-
-    def _trained(self, numbers: Iterable[int]) -> list[list[Tensor]]:
-        """Of these buckets what is trained, alike in all processes: a rule may freeze some for a while."""
-        live = ([p for p in self.buckets[number] if p.requires_grad] for number in numbers)
-        return [bucket for bucket in live if bucket]
-
-    def _without_message(self, leaves: set[Tensor], recorded: bool) -> list[int]:
-        """Numbers of buckets; in the first pass those that it comes to in no process."""
-        if self._idle is not None:
-            return self._idle
-        wanted = {
-            number
-            for number, bucket in enumerate(self.buckets)
-            if any(parameter in leaves or parameter.grad is not None for parameter in bucket)
-        }
-        anywhere = set().union(*([wanted] if recorded else self.processes.tell(wanted)))
-        idle = [number for number in range(len(self.buckets)) if anywhere and number not in anywhere]
-        if not recorded:
-            self._idle = idle
-        return idle
+        messages.finish(self._elsewhere)
 
 
 class _Messages:
-    """Those of one backward pass. The last one starts after it.
+    """Those of one backward pass.
 
     Args:
         leaves: the parameters that the pass comes to, and others.
@@ -121,53 +91,41 @@ class _Messages:
         if number < started:
             self._late.add(number)
         self._missing[number].discard(parameter)
-        for bucket, missing in zip(self._buckets[started:-1], self._missing[started:-1], strict=True):
+        for bucket, missing in zip(self._buckets[started:], self._missing[started:], strict=True):
             if missing:
                 return
             self._means.append(self._mean(bucket))
 
-    def finish(self, elsewhere: set[Tensor], idle: Sequence[Sequence[Tensor]]) -> list[bool]:
+    def finish(self, elsewhere: set[Tensor]) -> None:
         """Send the rest, and put the means into the gradients.
 
         Args:
             elsewhere: parameters with gradients in other processes alone; brought up to date.
-            idle: buckets without a message.
-
-        Returns:
-            For each of these whether some process has a gradient for it.
         """
-        for bucket in self._buckets[len(self._means) : -1]:
-            self._means.append(self._mean(bucket))
-        words = [any(parameter.grad is not None for parameter in bucket) for bucket in idle]
-        self._means += [self._mean(bucket, words) for bucket in self._buckets[-1:]]
+        self._means += [self._mean(bucket) for bucket in self._buckets[len(self._means) :]]
         # Reentrant activation checkpointing adds to a gradient more than once in a pass.
         for number in sorted(self._late):
             self._means[number].wait()
             self._means[number] = self._mean(self._buckets[number])
         for mean in self._means:
             mean.put(elsewhere)
-        return self._means[-1].further() if idle else []
 
-    def _mean(self, bucket: Sequence[Tensor], further: Sequence[bool] = ()) -> _Mean:
-        return _Mean(self._processes, bucket, self._recorded, further)
+    def _mean(self, bucket: Sequence[Tensor]) -> _Mean:
+        return _Mean(self._processes, bucket, self._recorded)
 
 
 class _Mean:
     """The mean of a bucket's gradients, under way from the start; the gradients stay this process's own until
     it is put into them.
 
-    The message also counts the processes that have a gradient, for each parameter, and for which each of the
-    ``further`` words is true; not while a graph is recorded.
+    The message also counts for each parameter the processes that have a gradient; not while a graph is
+    recorded.
     """
 
-    def __init__(
-        self, processes: Processes, bucket: Sequence[Tensor], recorded: bool, further: Sequence[bool] = ()
-    ) -> None:
+    def __init__(self, processes: Processes, bucket: Sequence[Tensor], recorded: bool) -> None:
         self._bucket, self._size, self._recorded = bucket, processes.size, recorded
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-        words = [] if recorded else [*(p.grad is not None for p in bucket), *further]
-        self._words = len(words)
-        self._sum = packed([*grads, *_numbers(words, grads[0])])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        self._sum = packed([*gradients, *([] if recorded else _counts(bucket))])
         self.wait = processes.begin_sum_(self._sum)
 
     @torch.no_grad()
@@ -179,31 +137,24 @@ class _Mean:
                 a graph is recorded.
         """
         self.wait()
-        *sums, counts = torch.split(self._sum, [*(p.numel() for p in self._bucket), self._words])
-        lacking = [p for p in self._bucket if p.grad is None]
-        if lacking and not self._recorded:
-            anywhere = dict(zip(self._bucket, counts.tolist(), strict=False))
+        lengths = [parameter.numel() for parameter in self._bucket]
+        *sums, counts = torch.split(self._sum, [*lengths, len(self._sum) - sum(lengths)])
+        lacking = [parameter for parameter in self._bucket if parameter.grad is None]
+        if not self._recorded:
+            anywhere = dict(zip(self._bucket, counts.tolist(), strict=True)) if lacking else {}
             elsewhere.difference_update(self._bucket)
-            elsewhere.update(p for p in lacking if anywhere[p])
+            elsewhere.update(parameter for parameter in lacking if anywhere[parameter])
         for parameter, total in zip(self._bucket, sums, strict=True):
             if parameter in elsewhere and parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
             if parameter.grad is not None:
                 parameter.grad.copy_(total.div_(self._size).view(parameter.shape))
 
-    def further(self) -> list[bool]:
-        """For each of the further words whether it is true in some process, once the mean has come; nothing
-        while a graph is recorded."""
-        words = self._sum[len(self._sum) - self._words :][len(self._bucket) :]
-        return [count > 0 for count in words.tolist()] if self._words else []
 
-
-def _numbers(words: Sequence[bool], like: Tensor) -> list[Tensor]:
-    """Ones and zeros that need no copy from the host."""
-    if all(words):
-        return [like.new_ones(len(words))]
-    one, zero = like.new_ones(1), like.new_zeros(1)
-    return [one if word else zero for word in words]
+def _counts(bucket: Sequence[Tensor]) -> list[Tensor]:
+    """1 for each parameter with a gradient, else 0, made on the device: the host would wait for a copy."""
+    kinds = {known: bucket[0].new_full((1,), float(known)) for known in (False, True)}
+    return [kinds[parameter.grad is not None] for parameter in bucket]
 
 
 def _filled(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
