@@ -50,9 +50,13 @@ class Slot(NamedTuple):
     default: Any = REQUIRED
 
 
+_type_hints: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
+"""Each text of a hint is compiled when it is read. A failure is not kept: a name may be defined later."""
+
+
 def fields_of(kind: Any, default: Any = REQUIRED) -> dict[str, Slot]:
     """The settings of a dataclass; with an object of it as ``default``, its values are their defaults."""
-    hints = get_type_hints(kind)
+    hints = _type_hints(kind)
     fields = [field for field in dataclasses.fields(kind) if field.init]
     return {
         field.name: Slot(hints[field.name], getattr(default, field.name, _default(field))) for field in fields
@@ -87,7 +91,7 @@ def arguments_of(kind: type, default: Any = REQUIRED) -> dict[str, Slot]:
 
 def _hints_of(init: Callable[..., Any]) -> dict[str, Any]:
     try:
-        return get_type_hints(init)
+        return _type_hints(init)
     except NameError:  # a name that its module imports for type checkers only
         return {}
 

@@ -187,12 +187,11 @@ def resolve(arguments: Sequence[str] | dict[str, Any]) -> Experiment:
     """
     parser = _parser()
     parsed = parser.parse_object(plain_settings(arguments))
-    # The parser has validated what it parsed; once more would take a fifth as long as all the rest.
-    tree = json.loads(parser.dump(parsed, format="json", skip_unset=False, skip_validation=True))
     try:
         made = parser.instantiate(parsed)
         settings = nest({name: made[name] for name in flat_hints()})
     except SettingError as error:
+        tree = json.loads(parser.dump(parsed, format="json", skip_unset=False, skip_validation=True))
         raise _located(error, tree) from error
     if not made.folder and (made.name in ("", "..") or Path(made.name).name != made.name):
         raise SettingError("name", repr(made.name), "a name without folders, or a --folder beside it")

@@ -90,10 +90,11 @@ class RunFolder:
                 "no such file beside checkpoints",
                 "the settings that the run began with, or another --folder",
             )
+        content = yaml.safe_dump(dict(config), sort_keys=False).encode()
         # A start that got nowhere leaves its settings behind; they need not be kept.
-        if path.exists() and self._has_results():
+        if path.exists() and self._has_results() and not _holds(path, content):
             self._compare(read_yaml(path), config)
-        write_atomic(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
+        write_atomic(path, content)
 
     def _compare(self, began: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Compare settings with those that a run began with.
@@ -276,6 +277,10 @@ class SilentFolder(RunFolder):
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row) + "\n"
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 def _same_file(one: object, other: object) -> bool:
