@@ -30,7 +30,7 @@ from softdefend.execution.network_mode import frozen
 from softdefend.experiments.catalog import combined
 from softdefend.experiments.config import packaged, resolve
 from softdefend.labels import Predictions, SoftTerm, Supervision
-from softdefend.training import SaveSettings
+from softdefend.training import SaveSettings, ValidateSettings
 from softdefend.training.config import RULES, flat_hints
 from softdefend.training.plain import plain
 from softdefend.training.step import Phase
@@ -109,10 +109,15 @@ def test_a_run_cut_anywhere_and_continued_ends_in_the_same_bits(
     monkeypatch.setenv("SOFTDEFEND_COMMIT", "none")  # asking git takes as long as three steps
 
     def start(folder):
-        # The run that nobody kills needs no checkpoints within its epochs.
-        save = SaveSettings(every_steps=1 if folder == "killed" else None)
-        rules = rule(label, 10), rule(objective), rule(weight)
-        return make_trainer(*rules, folder, net=tiny_net(10), data=digits, save=save)
+        return make_trainer(
+            *(rule(label, 10), rule(objective), rule(weight), folder),
+            net=tiny_net(10),
+            data=digits,
+            attack=PGD(steps=2),
+            validate=ValidateSettings(attack=PGD(steps=1)),
+            # The run that nobody kills needs no checkpoints within its epochs.
+            save=SaveSettings(every_steps=1 if folder == "killed" else None),
+        )
 
     whole, last = train_whole_and_killed(start, CUTS.get(weight, (4, 4)))
     assert_same(final(whole), final(last))
@@ -131,6 +136,7 @@ def test_training_learns_and_reports_what_it_measured(make_trainer, bundle, labe
         rule(label),
         getattr(softdefend, objective)(**GENTLE.get(objective, {})),
         optim=softdefend.OptimSettings(epochs=epochs, batch_size=12, lr=0.1),
+        validate=ValidateSettings(every=12, attack=PGD(steps=2)),
         save=SaveSettings(),
     )
     rows = []

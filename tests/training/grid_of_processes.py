@@ -1,4 +1,4 @@
-"""Trains combinations of rules for eight steps, as one process or as one of several.
+"""Trains combinations of rules for six steps, as one process or as one of several.
 
 Run as ``python grid_of_processes.py FOLDER WHICH``: FOLDER/SIZE-RANK.pt gets the tensors in which each ends.
 WHICH is ``all`` (the whole grid: minutes), ``pairs`` (each pair of rules in some combination, and VARIANTS),
@@ -31,7 +31,7 @@ from softdefend.training.step import Phase, TrainStep
 from tiny import K, tiny_net
 
 DEVICE = os.environ.get("GRID_DEVICE", "cpu")
-BATCH, EPOCHS, STEPS = 8, 4, 2
+BATCH, EPOCHS, STEPS = 8, 3, 2
 LABELS, OBJECTIVES, WEIGHTS = (RULES[kind].names() for kind in ("label", "objective", "weight"))
 AVERAGES = [name for name in WEIGHTS if name != "Plain" and getattr(softdefend, name)().passes == 1]
 GRID = list(itertools.product(LABELS, OBJECTIVES, [*WEIGHTS, *(f"AWP+{name}" for name in AVERAGES)]))
@@ -69,7 +69,8 @@ def rule(name: str):
 
 
 def train(names: tuple[str, str, str], batch_norm: str = "synchronized", **settings) -> dict[str, Tensor]:
-    """Eight steps in four epochs; all that they have changed, by name."""
+    """Six steps in three epochs, in which each rule comes to each of its phases; all that they have changed, by
+    name."""
     how = {name: settings.pop(name, False) for name in ("capture", "compile")}
     runtime = RuntimeSettings(device=DEVICE, threads=1, batch_norm=batch_norm, deterministic=True, **how)
     engine = Engine(runtime)
