@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -191,7 +192,8 @@ def test_at_the_deadline_a_job_is_stopped_with_all_that_it_started(coded, tmp_pa
 def test_a_stopped_scheduler_stops_its_jobs_with_all_that_they_started(tmp_path, number):
     """A scheduler in a process of its own, which is sent the signal once a job's child runs."""
     started, late = tmp_path / "started", tmp_path / "late"
-    child = f"import time; open({str(started)!r}, 'w'); time.sleep(1.5); open({str(late)!r}, 'w')"
+    tell = f"open({str(started)!r}, 'w').write(str(os.getpid()))"
+    child = f"import os, time; {tell}; time.sleep(1.5); open({str(late)!r}, 'w')"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     script = (
         "import sys; from pathlib import Path; from softdefend.experiments.parallel import Job, run_all\n"
@@ -202,14 +204,24 @@ def test_a_stopped_scheduler_stops_its_jobs_with_all_that_they_started(tmp_path,
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # background jobs ignore some
     )
-    while not started.exists():
+    while not (started.exists() and started.read_text()):
         assert process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.01)
     process.send_signal(number)
     code = process.wait(timeout=60)
     assert code == (-signal.SIGINT if number == signal.SIGINT else 128 + number)
-    time.sleep(1.6)
+    while runs(int(started.read_text())):
+        time.sleep(0.01)
     assert not late.exists()
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and does something; one that has ended may wait for its parent to look."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
 
 
 def test_the_handlers_of_signals_are_put_back(coded):

@@ -21,10 +21,12 @@ NURSERY = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 from softdefend.cli.main import main
+from softdefend.experiments.config import resolve
 
 arguments, kills, seed, epochs = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 draw = random.Random(seed)
 metrics = Path(arguments[-1]) / "metrics.jsonl"
+resolve(arguments[1:])  # which makes the parser, once for all
 
 def start():
     pid = os.fork()

@@ -369,7 +369,8 @@ def _check_source(study: Study, runs: Sequence[StudyRun], overrides: Sequence[st
     """Refuse one source for runs on several data sets."""
     if first_given(overrides, ("--data.source",)) is None:
         return
-    sources = {resolve([*study.protocol, *run.protocol]).data.source for run in runs}
+    protocols = {(*study.protocol, *run.protocol) for run in runs}
+    sources = {resolve(protocol).data.source for protocol in protocols}
     if len(sources) > 1:
         given = f"one source for runs on {' and '.join(sorted(sources))}"
         raise SettingError("--data.source", given, "it beside --only with the settings of one data set")
