@@ -356,13 +356,6 @@ def test_every_rule_has_a_card_a_preset_and_a_documented_source(name):
     assert kind.__doc__, f"{name} has no docstring of its own"
 
 
-@pytest.mark.parametrize("preset", packaged("preset"))
-@pytest.mark.parametrize("protocol", packaged("config"))
-def test_every_preset_resolves_with_every_protocol(protocol, preset):
-    experiment = resolve(["--config", protocol, "--preset", preset])
-    assert experiment.name == preset
-
-
 @pytest.fixture
 def example(request, tmp_path, monkeypatch):
     """The example of CONTRIBUTING.md in a module of somebody's own; afterwards it is forgotten."""

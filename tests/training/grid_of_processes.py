@@ -69,8 +69,7 @@ def rule(name: str):
 
 
 def train(names: tuple[str, str, str], batch_norm: str = "synchronized", **settings) -> dict[str, Tensor]:
-    """Six steps in three epochs, in which each rule comes to each of its phases; all that they have changed, by
-    name."""
+    """Six steps in three epochs, which hold every phase of every rule; what they have changed, by name."""
     how = {name: settings.pop(name, False) for name in ("capture", "compile")}
     runtime = RuntimeSettings(device=DEVICE, threads=1, batch_norm=batch_norm, deterministic=True, **how)
     engine = Engine(runtime)
