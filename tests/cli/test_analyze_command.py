@@ -81,3 +81,9 @@ def test_the_audit_writes_files_and_prints_what_it_believes(finished, tmp_path, 
     rows = (tmp_path / "labels.csv").read_text().splitlines()
     assert f"{len(rows) - 1} labels, another class believed for" in capsys.readouterr().out
     assert (tmp_path / "audit.html").read_text().count("Training image") == 5
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    run(words.split())
+    assert not (tmp_path / "earlier").exists()
+    run([*words.split(), "--score", "margin"])
+    assert (tmp_path / "labels.csv").read_bytes() != first["labels.csv"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "earlier" / "1").iterdir()} == first

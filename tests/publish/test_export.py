@@ -82,6 +82,17 @@ def test_torchs_own_formats_run_without_this_package(
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=0, atol=1e-4)
 
 
+def test_an_export_by_other_settings_leaves_a_copy(evaluated: Path, tmp_path: Path) -> None:
+    words = ["export", str(evaluated), "--format", "torchscript", "--output", str(tmp_path / "net.pt")]
+    for _ in range(2):
+        assert main([*words, *SIZE]) == 0
+    assert not (tmp_path / "earlier").exists()
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main([*words, "--size", "8", "--which", "last", *SIZE[2:]]) == 0
+    assert json.loads((tmp_path / "net.pt.json").read_text())["n"] == 8
+    assert {path.name: path.read_bytes() for path in (tmp_path / "earlier" / "1").iterdir()} == first
+
+
 def test_int8_says_what_it_costs(evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Against counts by hand: the adversarial images are made here, and tried by onnxruntime alone."""
     path = tmp_path / "small.onnx"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -37,7 +38,7 @@ from softdefend.analysis.runs import (
     source_positions,
 )
 from softdefend.core.errors import SettingError
-from softdefend.core.files import write_atomic
+from softdefend.core.files import keep_earlier, write_atomic
 from softdefend.report.content import (
     LINE_BREAK,
     Gallery,
@@ -49,6 +50,8 @@ from softdefend.report.content import (
     figures,
 )
 from softdefend.report.render import render_page
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +203,7 @@ def require_memory(network: AnalyzedNetwork) -> Tensor:
 
 
 def write_audit(audit: Audit, output: Path, top: int = 120) -> None:
-    """Write ``labels.csv``, ``audit.json`` and ``audit.html``.
+    """Write ``labels.csv``, ``audit.json`` and ``audit.html``. What they replace is kept in ``earlier/``.
 
     Args:
         output: folder of the three files.
@@ -222,9 +225,15 @@ def write_audit(audit: Audit, output: Path, top: int = 120) -> None:
         "curves": audit.curves,
     }
     page = render_page("Label audit", audit.network.run.name, _sections(audit, top))
-    write_atomic(output / "labels.csv", as_csv(audit.rows).encode())
-    write_atomic(output / "audit.json", json.dumps(finite(content), indent=1, allow_nan=False).encode())
-    write_atomic(output / "audit.html", page)
+    files = {
+        output / "labels.csv": as_csv(audit.rows).encode(),
+        output / "audit.json": json.dumps(finite(content), indent=1, allow_nan=False).encode(),
+    }
+    if any(path.is_file() and path.read_bytes() != written for path, written in files.items()):
+        kept = keep_earlier(*files, output / "audit.html")
+        _log.info(f"what stood in {output} is kept in {kept}")
+    for path, written in (*files.items(), (output / "audit.html", page)):
+        write_atomic(path, written)
 
 
 def _sections(audit: Audit, top: int) -> list[Section]:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import itertools
 import json
 import os
 import re
@@ -72,6 +73,22 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
+
+
+def keep_earlier(*paths: Path) -> Path:
+    """Copy files of one folder that are about to be replaced to ``earlier/NUMBER/`` beside them.
+
+    Returns:
+        The folder of the copies.
+
+    Raises:
+        SettingError: it cannot be written.
+    """
+    beside = paths[0].parent / "earlier"
+    kept = next(place for number in itertools.count(1) if not (place := beside / str(number)).exists())
+    for path in filter(Path.is_file, paths):
+        write_atomic(kept / path.name, path.read_bytes())
+    return kept
 
 
 def write_atomic(path: Path, content: bytes) -> None:

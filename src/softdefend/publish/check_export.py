@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from softdefend.attacks import Attack
 from softdefend.core.digest import file_digest
 from softdefend.core.environment import versions
 from softdefend.core.errors import SettingError
-from softdefend.core.files import move, write_atomic
+from softdefend.core.files import keep_earlier, move, parse_json, write_atomic
 from softdefend.core.identity import check_weights
+from softdefend.core.store import plain
 from softdefend.core.threat import ThreatModel
 from softdefend.core.weight_files import load_weights
 from softdefend.data import DataBundle, Resident, load, subset
@@ -28,6 +30,8 @@ from softdefend.execution.engine import resolve_device
 from softdefend.experiments.evaluate import open_run, run_identity
 from softdefend.experiments.network import make_net
 from softdefend.publish.export import SUFFIXES, Run, open_exported, quantize, write_network
+
+_log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
 """Largest difference of logits, in units of the largest logit where that is above one."""
@@ -72,6 +76,8 @@ def export_run(
         output: of the file; ``export/`` in the run folder if None. A ``.json`` of the same name is written.
         device: of the attacks; the file runs on the CPU.
 
+    What other settings or weights replace is kept in ``earlier/`` beside it.
+
     Returns:
         The file, and what stands in its JSON.
 
@@ -106,23 +112,37 @@ def export_run(
         found = measure(net, run, bundle, threat, settings, chosen)
         if settings.quantize is None:
             _refuse_difference(found, settings.format)
+        about = {
+            "file": path.name,
+            "sha256": file_digest(temporary),
+            "bytes": temporary.stat().st_size,
+            "weights": file_digest(weights),
+            "network": experiment.net.name,
+            "settings": asdict(settings),
+            "norm": threat.norm,
+            "eps": str(threat.eps),
+            **found,
+            "versions": versions(chosen),
+        }
+        described = path.with_name(f"{path.name}.json")
+        if path.is_file() and not _is_of(described, about):
+            _log.info(f"what stood at {path} is kept in {keep_earlier(path, described)}")
         move(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    about = {
-        "file": path.name,
-        "sha256": file_digest(path),
-        "bytes": path.stat().st_size,
-        "weights": file_digest(weights),
-        "network": experiment.net.name,
-        "settings": asdict(settings),
-        "norm": threat.norm,
-        "eps": str(threat.eps),
-        **found,
-        "versions": versions(chosen),
-    }
-    write_atomic(path.with_name(f"{path.name}.json"), (json.dumps(about, indent=1) + "\n").encode())
+    write_atomic(described, (json.dumps(about, indent=1) + "\n").encode())
     return path, about
+
+
+def _is_of(described: Path, about: dict[str, Any]) -> bool:
+    """Whether a description is of the same weights and settings; the bytes of a file differ from call to
+    call."""
+    try:
+        known = parse_json(described.read_bytes())
+    except (OSError, ValueError):
+        return False
+    names = ("weights", "settings")
+    return isinstance(known, dict) and all(known.get(name) == plain(about[name]) for name in names)
 
 
 def _check(settings: ExportSettings) -> None:
