@@ -44,7 +44,7 @@ def test_differences_are_those_of_the_evaluations_image_by_image(made):
         read_table(folder / f"l2_{name}-seed0/evaluation/last.parquet")
         for name in ("pgd-at", "sglr-reference")
     ]
-    for measure in ("pgd-10", "pgd-30-margin", "apgd-ce-5", "square-20"):
+    for measure in ("pgd-20", "pgd-10", "pgd-30-margin", "apgd-ce-5", "square-20"):
         expected = difference(*(one.attacks[measure].robust for one in tables))
         assert pair["differences"][measure]["p"] == expected.p
         assert pair["differences"][measure]["error"] == expected.error
@@ -55,7 +55,7 @@ def test_differences_are_those_of_the_evaluations_image_by_image(made):
         assert rate >= run["last"]["pgd-30-margin"] - 0.2  # images of another network are weaker
         assert other["name"] != run["name"]
     table = (folder / "differences.md").read_text().splitlines()
-    assert table[0].count("|") == 3 + 5 + 1 + 1
+    assert table[0].count("|") == 3 + 6 + 1 + 1
     assert "±" in table[2]
     assert "McNemar" in table[-1]
     assert "<svg" in (folder / "differences.svg").read_text()

@@ -176,8 +176,8 @@ def _normalized(
             running_var.lerp_(unbiased.to(running_var.dtype), momentum)
         scale = (variance + eps).rsqrt()
     normalization: Any = _Normalization
-    out: Tensor = normalization.apply(image, weight, bias, mean, scale, total, group)
-    return out
+    out: Tensor = normalization.apply(_wide(image), weight, bias, mean, scale, total, group)
+    return out.to(image.dtype)
 
 
 def _wide(image: Tensor) -> Tensor:
@@ -217,9 +217,10 @@ def _common(moments: Tensor, size: int, group: str) -> tuple[Tensor, Tensor, Ten
 
 
 class _Normalization(torch.autograd.Function):
-    """The layer from common statistics, with the gradient that these have.
+    """The layer from common statistics, with the gradient that these have; all in their type.
 
-    What is changed in place was made here: uncompiled, new memory costs more than arithmetic.
+    Results are new tensors that nothing changes in place, and are not cast: torch 2.11's compiler loses the
+    gradient of one that is.
     """
 
     @staticmethod
@@ -238,17 +239,15 @@ class _Normalization(torch.autograd.Function):
         ctx.group, ctx.type_of_bias = group, None if bias is None else bias.dtype
         out = _normal(image, mean, scale)
         if weight is not None:
-            out = out.mul_(weight.view(shape))
-        if bias is not None:
-            out = out.add_(bias.view(shape))
-        return out.to(image.dtype)
+            out = out * weight.view(shape)
+        return out if bias is None else out + bias.view(shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *slopes: Tensor) -> Any:
+    def backward(ctx: Any, slope: Tensor) -> Any:
         image, weight, mean, scale, total = ctx.saved_tensors
         dims, shape = _layout(image)
-        normal, slope = _normal(image, mean, scale), slopes[0].to(mean.dtype)
+        normal = _normal(image, mean, scale)
         of_bias, of_weight = slope.sum(dims), (slope * normal).sum(dims)
         of_image = None
         if ctx.needs_input_grad[0]:
@@ -257,9 +256,8 @@ class _Normalization(torch.autograd.Function):
             message = torch.stack([of_bias / total, of_weight / total])
             both = torch.ops._c10d_functional.all_reduce(message, "sum", ctx.group)
             level, along = torch.ops._c10d_functional.wait_tensor(both).unbind()
-            common = normal.mul_(along.view(shape)).add_(level.view(shape))
             factor = scale if weight is None else scale * weight
-            of_image = (slope - common).mul_(factor.view(shape)).to(slopes[0].dtype)
+            of_image = (slope - level.view(shape) - normal * along.view(shape)) * factor.view(shape)
         # Each process's own, as of every other parameter: the update takes their mean.
         learned = (
             None if weight is None else of_weight.to(weight.dtype),
@@ -269,6 +267,6 @@ class _Normalization(torch.autograd.Function):
 
 
 def _normal(image: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """The image around 0 with a variance of 1 in each channel, in the type of the statistics; new memory."""
+    """The image around 0 with a variance of 1 in each channel."""
     _, shape = _layout(image)
-    return (image - mean.view(shape)).mul_(scale.view(shape))
+    return (image - mean.view(shape)) * scale.view(shape)
