@@ -368,6 +368,26 @@ def train_step(name: str = "train_step") -> str:
     return table(head, lines)
 
 
+def scaling() -> str:
+    """Training steps on one and several GPUs, beside what the cost model predicts for several."""
+    rows = [row for row in read("scaling")["steps"] if not row["settings"]]
+    predicted = {_work(row): row for row in read("scaling_model")["rows"]}
+    lines = []
+    for row in (row for row in rows if row["processes"] > 1):
+        one = next(other for other in rows if _work(other) == (*_work(row)[:-1], 1))
+        cells = [row["net"], row["recipe"], row["batch_size"], row["processes"], f"{one['ms']:.2f}"]
+        cells += [f"{row['ms']:.2f}", f"{row['images_per_second']:.0f}", f"**{row['times_one']:.2f}**"]
+        cells += [f"{predicted[_work(row)]['times_one']:.2f}", f"{100 * row['messages_share']:.1f}%"]
+        cells.append(f"{100 * row['memory_share']:.2f}%" if "memory_share" in row else "–")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    head = "| network | recipe | batch | GPUs | one GPU, ms | ms a step | images a second | times one GPU "
+    return table(head + "| predicted | messages | of label memory |", lines)
+
+
+def _work(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["net"], row["recipe"], row["batch_size"], row["processes"]
+
+
 def timm_step() -> str:
     """Milliseconds of a step of timm's networks, compiled and captured against eager."""
     results = read("timm_step")
@@ -486,6 +506,8 @@ if __name__ == "__main__":
     speed = (
         train_step(),
         train_step("train_step_128"),
+        timm_step(),
+        scaling(),
         paths(),
         parallel_runs(),
         autoattack(),

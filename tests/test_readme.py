@@ -78,5 +78,14 @@ def test_every_results_table_is_what_the_result_files_say():
         assert tables[name]() in (ROOT / "docs" / "analysis.md").read_text()
     speed = (ROOT / "docs" / "speed.md").read_text()
     assert tables["train_step"]("train_step_128") in speed
-    for name in ("train_step", "paths", "parallel_runs", "autoattack", "label_memory", "cpu_epoch"):
+    assert tables["scaling"]() in (ROOT / "docs" / "scale.md").read_text()
+    for name in (
+        "train_step",
+        "timm_step",
+        "paths",
+        "parallel_runs",
+        "autoattack",
+        "label_memory",
+        "cpu_epoch",
+    ):
         assert tables[name]() in speed
