@@ -26,6 +26,12 @@ def test_help_and_the_import_leave_heavy_packages_alone(words):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_what_trains_and_evaluates_imports_no_compiler():
+    code = "import sys, softdefend.experiments.pipeline; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_every_name_is_what_type_checkers_are_told():
     told = {
         alias.name: node.module

@@ -79,8 +79,6 @@ class _Synchronized(nn.Module):
             return self._compiled(*given)
         return self._together(*given)
 
-    # A compiled network is cut here: only messages of plain layers are part of its graphs.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _together(self, *given: Any) -> Any:
         with messages_within(), _WholeBatch(self.processes.size, self.group):
             return super().forward(*given)
@@ -112,7 +110,10 @@ class _AnyShape(_BatchNorm):
 def _synchronized(kind: Any) -> type:
     plain: Any = _plain(kind)
     usual = plain.forward is _BatchNorm.forward
-    own = {"__module__": kind.__module__, "original": kind, "usual": usual}
+    # A compiled network is cut there: only messages of plain layers are part of its graphs. Not a decorator,
+    # which would import the compiler with this module.
+    cut = torch.compiler.disable(_Synchronized._together)  # type: ignore[no-untyped-call]
+    own = {"__module__": kind.__module__, "original": kind, "usual": usual, "_together": cut}
     return type(kind.__name__, (_Synchronized, plain), own)
 
 
