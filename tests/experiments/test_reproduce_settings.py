@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +62,28 @@ def test_differences_are_those_of_the_evaluations_image_by_image(made):
     assert "±" in table[2]
     assert "McNemar" in table[-1]
     assert "<svg" in (folder / "differences.svg").read_text()
+
+
+def test_the_result_file_keeps_percentages_and_differences(made, tmp_path, monkeypatch):
+    folder, rows = made
+    benchmarks, output = Path(__file__).parents[2] / "benchmarks", tmp_path / "settings.json"
+    monkeypatch.syspath_prepend(benchmarks)
+    monkeypatch.setattr(sys, "argv", ["settings.py", str(folder), "--output", str(output)])
+    try:
+        assert runpy.run_path(str(benchmarks / "settings.py"))["main"]() == 0
+    finally:
+        for name in ("collect", "common"):
+            sys.modules.pop(name, None)
+    content = json.loads(output.read_text())
+    assert [row["name"] for row in content["rows"]] == [row["name"] for row in rows]
+    for joined, row in zip(content["rows"], rows, strict=True):
+        assert joined["last"]["pgd-20"] == pytest.approx(100 * row["last"]["pgd-20"], abs=0.01)
+    ((found,), (expected,)) = (
+        [pair["differences"]["pgd-20"] for pair in pairs]
+        for pairs in (content["pairs"], json.loads((folder / "differences.json").read_text())["pairs"])
+    )
+    for name in ("lost", "won", "p", "error"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-6)
 
 
 def test_rows_of_two_machines_join(made, tmp_path):
