@@ -47,9 +47,7 @@ class Buckets:
         live = ([p for p in bucket if p.requires_grad] for bucket in self.buckets)
         trained = [bucket for bucket in live if bucket]
         recorded = loss.is_cuda and torch.cuda.is_current_stream_capturing()
-        messages = _Messages(
-            self.processes, [bucket for bucket in trained if bucket], _leaves(loss), recorded
-        )
+        messages = _Messages(self.processes, trained, _leaves(loss), recorded)
         hooks = [
             parameter.register_post_accumulate_grad_hook(messages.arrived)  # type: ignore[no-untyped-call]
             for bucket in trained
