@@ -43,5 +43,5 @@ def test_a_function_that_does_not_fit_is_refused_before_anything_is_written(
     before = sorted(path.name for path in (run_folder / "evaluation").iterdir())
     name = "fgsm-other_losses:climb"
     words = ["evaluate", str(run_folder), "--which", "last", "--attacks", name]
-    refused(words, "attack.loss", "other_losses:climb, which returned shape []", "shape [b]")
+    refused(words, "attack.loss", "other_losses:climb, which returned float32 of shape []", "shape [b]")
     assert sorted(path.name for path in (run_folder / "evaluation").iterdir()) == before
