@@ -6,12 +6,14 @@ python benchmarks/collect.py runs/mine --output benchmarks/results/mine.json
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from common import make_parser, write_json
+from softdefend.core.store import ResultStore
 
 ENVIRONMENT = ("softdefend", "commit", "torch", "python", "device", "started")
 
@@ -38,6 +40,23 @@ def figures(folder: Path) -> dict[str, Any]:
             "n": result["n"],
         }
     return row
+
+
+def read_row(path: Path) -> dict[str, Any]:
+    """A row that ``softdefend reproduce`` wrote.
+
+    Raises:
+        SystemExit: it did not write this file, or the file was altered.
+    """
+    content = ResultStore(path.parent).read(path.stem)
+    if content is None:
+        sys.exit(f"{path}: no row that softdefend reproduce wrote")
+    return content
+
+
+def percent(found: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's accuracies in percent, and its epoch."""
+    return {name: value if name == "epoch" else round(100 * value, 2) for name, value in found.items()}
 
 
 def environment(folder: Path) -> dict[str, Any]:

@@ -19,26 +19,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from collect import ENVIRONMENT, seconds
+from collect import ENVIRONMENT, percent, read_row, seconds
 from common import RESULTS, make_parser, write_json
-from softdefend.core.store import ResultStore
 from softdefend.experiments.reproduce import compared, settings
 
 
-def percent(found: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's accuracies."""
-    return {name: value if name == "epoch" else round(100 * value, 2) for name, value in found.items()}
-
-
 def join(path: Path) -> dict[str, Any]:
-    """One row.
-
-    Raises:
-        SystemExit: a file that ``softdefend reproduce`` did not write, or that was altered.
-    """
-    content = ResultStore(path.parent).read(path.stem)
-    if content is None:
-        sys.exit(f"{path}: no row that softdefend reproduce wrote")
+    """One row, figures in percent."""
+    content = read_row(path)
     protocol = content["inputs"]["protocol"]
     row = {name: content[name] for name in ("name", "setting", "recipe", "seed")}
     row |= {"data": protocol["data"]["name"], "net": protocol["net"]["name"], "epochs": protocol["epochs"]}

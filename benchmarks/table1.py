@@ -19,9 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from collect import ENVIRONMENT, seconds
+from collect import ENVIRONMENT, percent, read_row, seconds
 from common import RESULTS, make_parser, write_json
-from softdefend.core.store import ResultStore
 
 PUBLISHED = {
     "pgd-at": {"clean": 82.4, "robust": 41.4, "autoattack": 40.2},
@@ -48,21 +47,12 @@ def audited(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def join(path: Path) -> dict[str, Any]:
-    """One row, figures in percent.
-
-    Raises:
-        SystemExit: a file that ``softdefend reproduce`` did not write, or that was altered.
-    """
-    content, folder = ResultStore(path.parent).read(path.stem), path.with_suffix("")
-    if content is None:
-        sys.exit(f"{path}: no row that softdefend reproduce wrote")
+    """One row, figures in percent."""
+    content, folder = read_row(path), path.with_suffix("")
     row: dict[str, Any] = {name: content[name] for name in ("name", "recipe", "seed")}
     row["protocol"] = content["inputs"]["protocol"]
     for which in ("best", "last"):
-        row[which] = {
-            name: value if name == "epoch" else round(100 * value, 2)
-            for name, value in content[which].items()
-        }
+        row[which] = percent(content[which])
         evaluation = json.loads((folder / "evaluation" / f"{which}.json").read_text())
         ensemble = evaluation["attacks"]["autoattack"]
         row[which]["autoattack_seconds"] = round(ensemble["seconds"], 1)
