@@ -200,7 +200,7 @@ class Two(nn.Module):
     [
         (
             lambda: adapt(linear(), transform=lambda x: x[:4]),
-            "transform: got a function that returns shape [4,",
+            "transform: got a function that returns float32 of shape [4,",
         ),
         (lambda: adapt(linear(), transform=lambda x: None), "transform: got a function that returns a None"),
         (lambda: adapt(linear(), backward=lambda x: x[:4, 0, 0, :3]), "backward['net']: got a function that"),

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from softdefend.attacks.losses import described
 from softdefend.core.errors import SettingError, did_you_mean
 
 Backward = Literal["identity"] | Callable[[Tensor], Tensor]
@@ -76,7 +77,7 @@ class Adapted(nn.Module):
         if self.transform is not None:
             seen: Any = self.transform(image)
             if not isinstance(seen, Tensor) or seen.shape[:1] != image.shape[:1]:
-                given = f"a function that returns {_shown(seen)}"
+                given = f"a function that returns {described(seen)}"
                 raise SettingError("transform", given, f"one of as many images, {list(image.shape)}")
             image = seen
         logits: Tensor = self.net(image)
@@ -102,10 +103,6 @@ def _function(setting: str, backward: Any) -> Callable[[Tensor], Tensor]:
     return function
 
 
-def _shown(value: Any) -> str:
-    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
 class _Replaced:
     """The forward of a layer, with another function's gradient.
 
@@ -121,13 +118,13 @@ class _Replaced:
             # A copy: layers that work in place would change what the stand-in sees.
             result = self.forward(value.detach().clone(), *rest, **named)
         if not isinstance(result, Tensor):
-            given = f"a layer that returns {_shown(result)}"
+            given = f"a layer that returns {described(result)}"
             raise SettingError(f"backward[{self.name!r}]", given, "one that returns a tensor")
         if not torch.is_grad_enabled():
             return result
         smooth: Any = self.backward(value)
         if not isinstance(smooth, Tensor) or smooth.shape != result.shape:
-            given = f"a function that returns {_shown(smooth)}"
+            given = f"a function that returns {described(smooth)}"
             raise SettingError(f"backward[{self.name!r}]", given, f"the layer's shape {list(result.shape)}")
         replaced: Tensor = _WithGradientOf.apply(result, smooth)  # type: ignore[no-untyped-call]
         return replaced

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Self, final
 import torch
 from torch import Tensor
 
-from softdefend.attacks.losses import AttackLoss, checked, image_gradient
+from softdefend.attacks.losses import AttackLoss, checked_loss, image_gradient
 from softdefend.core.errors import SettingError
 from softdefend.core.goals import reaches, to_reach
 from softdefend.core.hints import check_fields, check_type
@@ -166,13 +166,13 @@ class Attack(ABC):
             if loss is not None:
                 raise SettingError("attack.target", "a target and a loss", "one of both")
             label = self.goal(target, len(image))
-            net = knowing(net, target)
+            net = with_known_target(net, target)
         if loss is not None and self.minimizes_distance:
             raise SettingError("attack.loss", "a loss", f"none: {self.name} minimises the distance")
         self.check(threat)
         masked = None if mask is None else Mask(free_values(mask, image), image)
         model = CountingModel(net, len(image), mask=masked)
-        climbed = None if loss is None else checked(loss)
+        climbed = None if loss is None else checked_loss(loss)
         context = AttackContext(model, CallerRandomness(generator, len(image)), loss=climbed)
         x_adv = self.run(model, image, label, threat, context)
         return x_adv if masked is None else masked(x_adv, None)
@@ -242,8 +242,8 @@ def free_values(mask: Tensor, image: Tensor) -> Tensor:
     return mask.expand(image.shape)
 
 
-def knowing(net: Forward, target: Tensor) -> Forward:
-    """A network that refuses classes to be reached, [b], that it has no logits for."""
+def with_known_target(net: Forward, target: Tensor) -> Forward:
+    """The network; when called it refuses a target [b] with classes that it has no logits for."""
     last = int(target.amax()) if len(target) else 0
 
     def forward(image: Tensor) -> Tensor:

@@ -223,7 +223,9 @@ def _check_reference(reference: Any) -> None:
         SettingError: no floating point numbers [b, k] with k >= 2.
     """
     if not isinstance(reference, Tensor) or reference.ndim != 2 or not reference.is_floating_point():
-        raise SettingError("attack.loss", f"{_made(reference)} as logits", "floating point numbers [b, k]")
+        raise SettingError(
+            "attack.loss", f"{described(reference)} as logits", "floating point numbers [b, k]"
+        )
     check_classes(reference)
 
 
@@ -237,8 +239,8 @@ def _check_alike(logits: Tensor, reference: Tensor, verb: str) -> None:
         raise SettingError("attack.loss", f"logits of {rows} images to {verb}", f"those of the {b} images")
 
 
-def _made(value: Any) -> str:
-    """What somebody gave, or a function returned, in words."""
+def described(value: Any) -> str:
+    """A value that somebody gave, or that a function returned, in words."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     return f"{value.dtype} of shape {list(value.shape)}".removeprefix("torch.")
@@ -252,18 +254,18 @@ def _check_values(value: Any, rows: int, who: str) -> Tensor:
     """
     if not isinstance(value, Tensor) or value.shape != (rows,) or not value.is_floating_point():
         accepted = "one floating point number for each image, shape [b]"
-        raise SettingError("attack.loss", f"{who}, which returned {_made(value)}", accepted)
+        raise SettingError("attack.loss", f"{who}, which returned {described(value)}", accepted)
     return value
 
 
-def checked(loss: Any) -> AttackLoss:
-    """A caller's loss that is refused where it is none.
+def checked_loss(loss: Any) -> AttackLoss:
+    """A caller's loss, refused where it is not a loss.
 
     Raises:
         SettingError: it is no function; in the loss, it returned something else than [b].
     """
     if not callable(loss):
-        raise SettingError("attack.loss", _made(loss), "a function of logits [b, k] that returns [b]")
+        raise SettingError("attack.loss", described(loss), "a function of logits [b, k] that returns [b]")
     return lambda logits: _check_values(loss(logits), len(logits), "a function")
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from softdefend.attacks.base import Attack, Randomness, free_values, knowing
+from softdefend.attacks.base import Attack, Randomness, free_values, with_known_target
 from softdefend.attacks.losses import hard_label, image_gradient, margin
 from softdefend.core.goals import fooled
 from softdefend.core.threat import Norm, ThreatModel, length
@@ -75,7 +75,7 @@ class MinimalAttack(Attack):
         """
         self.check_norm(norm)
         goal = hard_label(label) if target is None else self.goal(target, len(image))
-        net = net if target is None else knowing(net, target)
+        net = net if target is None else with_known_target(net, target)
         masked = None if mask is None else Mask(free_values(mask, image), image)
         model = net if isinstance(net, CountingModel) else CountingModel(net, len(image), mask=masked)
         context = AttackContext(model, CallerRandomness(generator, len(image)))

@@ -110,10 +110,10 @@ class _AnyShape(_BatchNorm):
 def _synchronized(kind: Any) -> type:
     plain: Any = _plain(kind)
     usual = plain.forward is _BatchNorm.forward
-    # A compiled network is cut there: only messages of plain layers are part of its graphs. Not a decorator,
-    # which would import the compiler with this module.
-    cut = torch.compiler.disable(_Synchronized._together)  # type: ignore[no-untyped-call]
-    own = {"__module__": kind.__module__, "original": kind, "usual": usual, "_together": cut}
+    # The compiler does not look into this method: only plain layers send messages within a compiled graph. It
+    # is not decorated where it stands, since that would import the compiler with this module.
+    whole = torch.compiler.disable(_Synchronized._together)  # type: ignore[no-untyped-call]
+    own = {"__module__": kind.__module__, "original": kind, "usual": usual, "_together": whole}
     return type(kind.__name__, (_Synchronized, plain), own)
 
 
@@ -220,8 +220,7 @@ def _common(moments: Tensor, size: int, group: str) -> tuple[Tensor, Tensor, Ten
 class _Normalization(torch.autograd.Function):
     """The layer from common statistics, with the gradient that these have; all in their type.
 
-    Results are new tensors that nothing changes in place, and are not cast: torch 2.11's compiler loses the
-    gradient of one that is.
+    Its result is neither changed in place nor cast: torch 2.11's compiler then loses the gradient.
     """
 
     @staticmethod

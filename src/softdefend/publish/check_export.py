@@ -125,7 +125,7 @@ def export_run(
             "versions": versions(chosen),
         }
         described = path.with_name(f"{path.name}.json")
-        if path.is_file() and not _is_of(described, about):
+        if path.is_file() and not _same_export(described, about):
             _log.info(f"what stood at {path} is kept in {keep_earlier(path, described)}")
         move(temporary, path)
     finally:
@@ -134,9 +134,9 @@ def export_run(
     return path, about
 
 
-def _is_of(described: Path, about: dict[str, Any]) -> bool:
-    """Whether a description is of the same weights and settings; the bytes of a file differ from call to
-    call."""
+def _same_export(described: Path, about: dict[str, Any]) -> bool:
+    """Whether the JSON beside an exported file names the same weights and settings. The file itself differs
+    from call to call."""
     try:
         known = parse_json(described.read_bytes())
     except (OSError, ValueError):
