@@ -363,6 +363,7 @@ def autoattack(count: int, args: argparse.Namespace, results: Results) -> None:
     own, table = found["attacks"]["autoattack"], copied / "evaluation" / "best.parquet"
     row = {
         "weights": digest(run / "best.safetensors"),
+        "data": found["name_of_data"],
         "precision": args.precision,
         "n": own["n"],
         "processes": count,

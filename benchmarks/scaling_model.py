@@ -196,6 +196,11 @@ def points_of(rows: Sequence[Row], net: str, recipe: str) -> dict[int, float]:
     }
 
 
+def plain_steps(scaling: dict[str, list[Row]]) -> list[Row]:
+    """The measured steps without further settings."""
+    return [row for row in scaling.get("steps", []) if not row["settings"]]
+
+
 def predictions(
     work: Sequence[Work], counts: Sequence[int], scaling: dict[str, list[Row]], single: Sequence[Row]
 ) -> list[Row]:
@@ -207,8 +212,8 @@ def predictions(
         scaling: what ``scaling.py`` has measured.
         single: further rows of one GPU.
     """
-    steps = [row for row in scaling.get("steps", []) if not row["settings"]]
-    link, found = fitted(scaling.get("messages", [])), []
+    steps, found = plain_steps(scaling), []
+    link = fitted(scaling.get("messages", []))
     for one in work:
         for recipe in dict.fromkeys(row["recipe"] for row in (*steps, *single) if row["net"] == one.net):
             own = points_of(steps, one.net, recipe)
@@ -270,8 +275,7 @@ def main() -> None:
     if rows:
         inputs = [path.name for path in (args.scaling, args.single) if path.exists()]
         write_json(args.output, {"inputs": inputs, "rows": rows})
-    steps = [row for row in scaling.get("steps", []) if not row["settings"]]
-    if line := left_out(work, [*steps, *single], args.scaling):
+    if line := left_out(work, [*plain_steps(scaling), *single], args.scaling):
         print(line, file=sys.stderr)
         sys.exit(2)
 

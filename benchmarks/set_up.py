@@ -22,7 +22,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common import RESULTS, make_parser, write_json
+from softdefend.core.environment import environment
+from softdefend.execution.engine import Engine, resolve_device
+from softdefend.experiments.bench import base_arguments
+from softdefend.experiments.config import resolve
+from softdefend.experiments.timed_step import ImageShape, TimedStep
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
 """Where compiled code is kept."""
@@ -30,13 +37,6 @@ CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
 
 def first_step(args: argparse.Namespace) -> dict[str, float]:
     """In this process: seconds from its start to the end of imports, of preparation and of first steps."""
-    import torch
-
-    from softdefend.execution.engine import Engine
-    from softdefend.experiments.bench import base_arguments
-    from softdefend.experiments.config import resolve
-    from softdefend.experiments.timed_step import ImageShape, TimedStep
-
     at = {"imported": time.time()}
     words = ["--net.name", args.net, "--preset", args.preset, "--runtime.device", args.device]
     experiment = resolve(base_arguments(words))
@@ -111,10 +111,6 @@ def main() -> None:
     if args.child:
         write_json(args.child, first_step(args))
         return
-    # After what is timed has no use for it: this process's own imports.
-    from softdefend.core.environment import environment
-    from softdefend.execution.engine import resolve_device
-
     content: dict[str, Any] = {"environment": environment(resolve_device(args.device))}
     content |= {"net": args.net, "preset": args.preset, "batch_size": args.batch}
     works = ["training"] + (args.precisions if args.run and args.n else [])
