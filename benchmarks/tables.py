@@ -425,6 +425,27 @@ def autoattack() -> str:
     return table(head, lines)
 
 
+def autoattack_rates() -> str:
+    """Floating-point operations a second of AutoAttack's parts on the robust ResNet-18; a gradient counts as
+    two forwards."""
+    trained, ceiling = read("train_step")["rows"], read("train_step_128")["ceiling_tflops"]
+    step = next(row for row in trained if (row["net"], row["recipe"]) == ("resnet18", "pgd-at"))
+    forward = step["tflop"] / 23 / step["batch_size"]  # PGD-10 training is 23 forwards' work
+    network = read("autoattack")["networks"]["robust-resnet18"]
+    members = network["exact"]["members"]
+    lines = []
+    for mode in ("exact", "fast"):
+        work = [forward * (row["forwards"] + 2 * row["backwards"]) for row in network[mode]["members"]]
+        spent = [row["seconds"] for row in network[mode]["members"]]
+        cells = [f"{tflop / seconds:.0f}" for tflop, seconds in zip(work, spent, strict=True)]
+        aim = sum(work) / (network["reference"]["seconds"] / {"exact": 4, "fast": 9}[mode])
+        cells += [f"{sum(work) / sum(spent):.0f}", f"{aim:.0f}"]
+        lines.append(f"| {mode} | " + " | ".join(cells) + " |")
+    names = " | ".join(row["name"] for row in members)
+    head = f"| mode | {names} | all | needed for the aim |"
+    return f"{table(head, lines)}\n\nTFLOP/s; a bf16 matrix product reaches {ceiling:.0f}."
+
+
 def label_memory() -> str:
     """The label memory at ImageNet-1k's size, by storage: megabytes, microseconds on CPU and GPU, errors."""
     head = (
@@ -511,6 +532,7 @@ if __name__ == "__main__":
         paths(),
         parallel_runs(),
         autoattack(),
+        autoattack_rates(),
         label_memory(),
         cpu_epoch(),
     )

@@ -85,6 +85,7 @@ def test_every_results_table_is_what_the_result_files_say():
         "paths",
         "parallel_runs",
         "autoattack",
+        "autoattack_rates",
         "label_memory",
         "cpu_epoch",
     ):
