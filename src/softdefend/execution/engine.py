@@ -166,12 +166,7 @@ def join(on_gpu: bool) -> Processes:
     place = place_of_this_process()
     if place is None:
         return ALONE
-    from lightning_fabric.strategies.ddp import DDPStrategy
-
-    # gloo takes what is on the CPU, such as messages of plain values; a GPU's tensors go by NCCL.
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    strategy = DDPStrategy(process_group_backend=backend, timeout=_PATIENCE)
-    fabric = _fabric(on_gpu, place.local_size, num_nodes=place.nodes, strategy=strategy)
+    fabric = _fabric(on_gpu, place)
     try:
         fabric.launch()
     except dist.DistError as error:
@@ -184,27 +179,27 @@ def join(on_gpu: bool) -> Processes:
     return Processes(fabric.global_rank, fabric.world_size)
 
 
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _fabric(on_gpu: bool, devices: Any, **options: Any) -> Any:
+def _fabric(on_gpu: bool, place: Place) -> Any:
+    """Of several processes. A single one does without: the import alone takes 2 s on a CPU's core."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its import touches deprecated names of its own dependencies
         from lightning_fabric import Fabric
+        from lightning_fabric.strategies.ddp import DDPStrategy
 
         # Its import sets this level itself.
         logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
-        return Fabric(accelerator="gpu" if on_gpu else "cpu", devices=devices, **options)
+        # gloo takes what is on the CPU, such as messages of plain values; a GPU's tensors go by NCCL.
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        strategy = DDPStrategy(process_group_backend=backend, timeout=_PATIENCE)
+        accelerator = "gpu" if on_gpu else "cpu"
+        return Fabric(
+            accelerator=accelerator, devices=place.local_size, num_nodes=place.nodes, strategy=strategy
+        )
 
 
-@cache
-def _fabric_of(device: torch.device, precision: str) -> Any:
-    """For this process alone. Made once: Fabric looks through all installed packages, for some 15 ms."""
-    on_gpu = device.type == "cuda"
-    mixed = "bf16-mixed" if precision == "bf16" else "32-true"
-    return _fabric(on_gpu, [device.index] if on_gpu else 1, precision=mixed)
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _resolve(settings: RuntimeSettings, on_gpu: bool) -> RuntimeSettings:
@@ -224,8 +219,8 @@ def _resolve(settings: RuntimeSettings, on_gpu: bool) -> RuntimeSettings:
 
 
 class Engine:
-    """A thin seam over Lightning Fabric: where tensors live, in which precision the network runs, and with
-    which other processes.
+    """Where tensors live, in which precision the network runs, and with which other processes (those by
+    Lightning Fabric).
 
     Raises:
         SettingError: a device that is absent, or an option that it does not have.
@@ -243,7 +238,6 @@ class Engine:
             keep_compiled_code()
         self._refuse_more_than_started()
         self.processes = join(on_gpu)
-        self._fabric = _fabric_of(self.device, settings.precision)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
 
@@ -260,8 +254,9 @@ class Engine:
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of forwards in training."""
-        context: AbstractContextManager[None] = self._fabric.autocast()
-        return context
+        if self.settings.precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     @contextlib.contextmanager
     def training_numerics(self) -> Iterator[None]:
