@@ -1,4 +1,4 @@
-"""Draw the learning curves of table1, beyond, short_schedule and analysis_runs in benchmarks/results.
+"""Draw the learning curves of several files in benchmarks/results.
 
 python benchmarks/plot_curves.py
 """
@@ -83,7 +83,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """All four figures."""
+    """All figures."""
     paper, short, long = read("table1"), read("short_schedule"), read("analysis_runs")
     held_out, curve = (
         ("val_robust", "1,000 validation images, PGD-10"),
@@ -92,6 +92,10 @@ def main() -> None:
     rows = [row | {"recipe": row["name"]} for row in paper["rows"]]
     panels = [[row for row in rows if ("trades" in row["name"]) == trades] for trades in (False, True)]
     draw("table1", f"ResNet-18, {paper['data']}", panels, curve)
+    for setting, runs in itertools.groupby(read("settings")["rows"], lambda row: row["setting"]):
+        found = [row | {"recipe": row["name"].removeprefix(f"{setting} ")} for row in runs]
+        title = f"{found[0]['net']}, {found[0]['data']}"
+        draw(setting.replace("-", "_"), title.replace("resnet18", "ResNet-18"), [found], held_out)
     full = [
         {"recipe": full_name(row["settings"]), "curve": row["curve"], "last": row}
         for row in read("beyond")["full"]

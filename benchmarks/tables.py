@@ -390,34 +390,35 @@ def _work(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def timm_step() -> str:
     """Milliseconds of a step of timm's networks, compiled and captured against eager."""
-    results = read("timm_step")
     head = (
         "| network | ms a step | eager, ms | times the eager step | images a second "
-        f"| share of {results['ceiling_tflops']:.0f} TFLOP/s | set-up, s | made later |"
+        "| share of the ceiling, TFLOP/s | set-up, s | made later |"
     )
+    measured = [(row, found) for found in map(read, ("timm_step", "timm_vit")) for row in found["rows"]]
     lines = []
-    for row in results["rows"]:
+    for row, results in measured:
         lines.append(
             f"| {row['net']} | {row['ms']:.1f} | {row['eager_ms']:.1f} | {row['eager_ratio']:.2f} "
-            f"| {1e3 * row['batch_size'] / row['ms']:.0f} | {100 * row['ceiling_share']:.0f}% "
+            f"| {1e3 * row['batch_size'] / row['ms']:.0f} "
+            f"| {100 * row['ceiling_share']:.0f}% of {results['ceiling_tflops']:.0f} "
             f"| {row['setup_seconds']:.0f} | {row['recompiled_after_warmup']} |"
         )
     return table(head, lines)
 
 
-def autoattack() -> str:
+def autoattack(name: str = "autoattack") -> str:
     """Seconds of AutoAttack standard, ours and the authors', and on how many images verdicts differ."""
     head = (
         "| network | mode | times the reference | seconds (set-up) | reference, s "
         "| robust, ours / reference | left robust what it broke |"
     )
     lines = []
-    for name, network in read("autoattack")["networks"].items():
+    for shown, network in read(name)["networks"].items():
         reference = network["reference"]
         for mode in ("exact", "fast"):
             own = network[mode]
             lines.append(
-                f"| {name} | {mode} | {network['times_faster_than_reference'][mode]:.2f} "
+                f"| {shown} | {mode} | {network['times_faster_than_reference'][mode]:.2f} "
                 f"| {own['seconds']:.1f} ({own['setup_seconds']:.1f}) | {reference['seconds']:.1f} "
                 f"| {own['robust']} / {reference['robust']} "
                 f"| {network['images_of_other_verdict'][mode]['left_robust']} |"
@@ -444,6 +445,28 @@ def autoattack_rates() -> str:
     names = " | ".join(row["name"] for row in members)
     head = f"| mode | {names} | all | needed for the aim |"
     return f"{table(head, lines)}\n\nTFLOP/s; a bf16 matrix product reaches {ceiling:.0f}."
+
+
+def set_up() -> str:
+    """Seconds before the first step of a new process, and around AutoAttack's search."""
+    content = read("set_up")
+    lines = []
+    for state in ("cold", "warm"):
+        at = content["training"][state]
+        cells = [f"{at[name]:.1f}" for name in ("imported", "prepared", "first_step")]
+        cells += [f"{content[mode][state]['set_up']:.1f}" for mode in ("exact", "fast")]
+        lines.append(f"| {state} | " + " | ".join(cells) + " |")
+    head = "| compiled code | imported | ready | first step made | AutoAttack exact, set-up | fast, set-up |"
+    return table(head, lines)
+
+
+def streaming() -> str:
+    """Images a second that the loader alone decodes."""
+    lines = [
+        f"| {row['workers']} | {row['images_per_second']:.0f} | {row['per_core']:.0f} |"
+        for row in read("streaming")["loader"]
+    ]
+    return table("| processes | images a second | of each |", lines)
 
 
 def label_memory() -> str:
@@ -509,6 +532,8 @@ if __name__ == "__main__":
     training = (
         table1(),
         table1(wide=False),
+        settings(),
+        setting_differences(),
         controls(),
         recipes(),
         beyond(),
@@ -532,7 +557,10 @@ if __name__ == "__main__":
         paths(),
         parallel_runs(),
         autoattack(),
+        autoattack("autoattack_tiny"),
         autoattack_rates(),
+        set_up(),
+        streaming(),
         label_memory(),
         cpu_epoch(),
     )

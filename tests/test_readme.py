@@ -70,7 +70,17 @@ def test_every_results_table_is_what_the_result_files_say():
     runs = (ROOT / "docs" / "runs.md").read_text()
     assert tables["table1"](wide=False) in README
     demos = tables["demo"](), tables["demo"]("demo_seeds_clean")
-    studies = ("table1", "controls", "recipes", "beyond", "beyond_full", "first_steps", "norms")
+    studies = (
+        "table1",
+        "controls",
+        "recipes",
+        "beyond",
+        "beyond_full",
+        "first_steps",
+        "norms",
+        "settings",
+        "setting_differences",
+    )
     trained = [tables[name]() for name in (*studies, "short_schedule", "sixty_epochs", "analysis", "audits")]
     for table in (*trained, *demos):
         assert table in runs
@@ -78,6 +88,8 @@ def test_every_results_table_is_what_the_result_files_say():
         assert tables[name]() in (ROOT / "docs" / "analysis.md").read_text()
     speed = (ROOT / "docs" / "speed.md").read_text()
     assert tables["train_step"]("train_step_128") in speed
+    assert tables["autoattack"]("autoattack_tiny") in speed
+    assert tables["streaming"]() in (ROOT / "docs" / "large_data.md").read_text()
     assert tables["scaling"]() in (ROOT / "docs" / "scale.md").read_text()
     for name in (
         "train_step",
@@ -86,6 +98,7 @@ def test_every_results_table_is_what_the_result_files_say():
         "parallel_runs",
         "autoattack",
         "autoattack_rates",
+        "set_up",
         "label_memory",
         "cpu_epoch",
     ):
