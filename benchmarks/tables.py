@@ -406,6 +406,32 @@ def timm_step() -> str:
     return table(head, lines)
 
 
+def protocol_costs() -> str:
+    """Hours of the large protocols, from measured steps."""
+    timm = {row["net"]: row for row in read("timm_step")["rows"]}
+    rows = [row for row in read("train_step")["rows"] if row["recipe"] == "pgd-at"]
+    steps = {(row["net"], row["batch_size"]): row for row in rows}
+    small, wide = steps["resnet18", 128], steps["wrn34_10", 128]
+    measured_units = (
+        2 * 3 + 3
+    )  # forward and backward to the image in each of three attack steps, and the update
+    costs = {
+        ("imagenet_resnet50", "pgd-at", 90): timm["timm:resnet50"]["seconds_per_epoch"],
+        ("imagenet_convnext_tiny", "pgd-at-ema", 50): timm["timm:convnext_tiny"]["seconds_per_epoch"]
+        * (2 * 2 + 3)
+        / measured_units,
+        # Four times the pixels and twice the images of CIFAR-10.
+        ("tinyimagenet_resnet18", "pgd-at", 200): 4 * small["seconds_per_epoch"] * 100_000 / 50_000,
+        ("cifar10_wrn34_10", "pgd-at", 200): wide["seconds_per_epoch"],
+    }
+    lines = []
+    for (protocol, preset, epochs), seconds in costs.items():
+        hours = seconds * epochs / 3600
+        many = f"{hours / 64:.2f}" if protocol.startswith("imagenet") else "too small a batch"
+        lines.append(f"| `{protocol}` | {preset} | {epochs} | {hours:.1f} | {hours / 8:.2f} | {many} |")
+    return table("| protocol | preset | epochs | 1 GPU, hours | 8 GPUs | 64 GPUs |", lines)
+
+
 def autoattack(name: str = "autoattack") -> str:
     """Seconds of AutoAttack standard, ours and the authors', and on how many images verdicts differ."""
     head = (
@@ -553,6 +579,7 @@ if __name__ == "__main__":
         train_step(),
         train_step("train_step_128"),
         timm_step(),
+        protocol_costs(),
         scaling(),
         paths(),
         parallel_runs(),
