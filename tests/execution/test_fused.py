@@ -121,8 +121,11 @@ def test_weights_are_taken_over_by_refresh_alone():
 def test_nothing_is_compiled_after_the_sizes_were_named(monkeypatch):
     import triton
 
+    from softdefend.execution.fused.kernels import convolve
+
     net, compiled = network("resnet18"), []
     kernels = fused(net, (3, 32, 32), torch.device("cuda"))
+    convolve.device_caches.clear()  # of what other tests of this process have compiled
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda *, src, **_: compiled.append(src.name))
     kernels.compile([24, 200], (3, 32, 32))
     assert "convolve" in compiled
