@@ -9,7 +9,7 @@ import torch
 
 import softdefend
 from killed_runs import train_whole_and_killed
-from softdefend import AWP, EMA, PGD, PGDAT, SGLR, SWA, Hard, OptimSettings
+from softdefend import AWP, EMA, PGD, PGDAT, SGLR, SWA, Hard, OptimSettings, Plain
 from softdefend.data import AugmentSettings
 from softdefend.training import RuntimeSettings, SaveSettings
 from softdefend.training.config import RULES
@@ -113,6 +113,22 @@ def test_a_captured_run_cut_and_continued_ends_in_the_same_bits(make_trainer, we
 
     whole, last = train_whole_and_killed(trainer, (2, 4))
     assert torch.equal(weights(whole), weights(last))
+
+
+@pytest.mark.parametrize("label", ["Hard", "SGLR", "ADR", "ReBAT"])
+@pytest.mark.parametrize("weight", [Plain, EMA, lambda: AWP(average=EMA(bn="average"))])
+def test_no_step_makes_the_host_wait(make_trainer, label, weight):
+    """Or the GPU would have nothing to do until the next step has been started."""
+    trainer = make_trainer(rule(label), PGDAT(), weight(), runtime=runtime(capture=True))
+    rows = trainer.train_data.plan(seed=0, epoch=0)[:16]
+    phase = Phase(*(part.phase(2) for part in trainer.recipe.rules))
+    for _ in range(2):
+        trainer._make_step(rows, phase)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer._make_step(rows, phase)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def weights_after(trainer, keys):

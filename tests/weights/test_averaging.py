@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from softdefend.core.errors import SettingError
 from softdefend.weights import EMA, Plain
@@ -21,6 +22,27 @@ def test_average_follows_the_warmed_up_recursion_in_plain_python():
         expected = value if expected is None else decay * expected + (1 - decay) * value
         np.testing.assert_allclose(rule.prediction.weight.detach(), expected, rtol=1e-6)
     assert net.weight.unique().item() == 4.0
+
+
+@pytest.mark.parametrize("bn", ["copy", "average"])
+def test_without_a_warmup_it_is_torchs_own_average(bn):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4, bias=False))
+    net[2].weight = nn.Parameter(net[2].weight.detach().T)  # not contiguous
+    theirs = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=bn == "average")
+    rule = EMA(decay=0.9, warmup=False, bn=bn)
+    rule.setup(about(net))
+    for _ in range(4):
+        net(torch.randn(8, 3))
+        with torch.no_grad():
+            for weight in net.parameters():
+                weight += torch.randn_like(weight)
+        rule.after_step()
+        theirs.update_parameters(net)
+    ours = rule.prediction.state_dict()
+    assert ours.pop("1.num_batches_tracked") == 4
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs.module.state_dict()[name])
 
 
 def test_batch_statistics_are_the_live_networks():

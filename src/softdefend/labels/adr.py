@@ -11,8 +11,8 @@ from torch import Tensor
 
 from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
+from softdefend.execution.average import NetworkAverage
 from softdefend.labels.base import LABELS, LabelRule, Predictions
-from softdefend.labels.own_average import OwnAverage
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
@@ -101,7 +101,7 @@ class ADR(LabelRule):
         super().setup(run)
         assert run.net is not None
         self.epochs = run.epochs
-        self._average = OwnAverage(run.net)
+        self._average = NetworkAverage(run.net)
         self.teacher = self._average.net
         self._forward = run.forward(self.teacher)
         # On the device: a captured step reads what the host writes between steps.
@@ -132,8 +132,8 @@ class ADR(LabelRule):
         self._average.move(self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self._average.state_dict()
+        return {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._cached = None
-        self._average.load_state_dict(state)
+        self.teacher.load_state_dict({name.removeprefix("teacher."): value for name, value in state.items()})

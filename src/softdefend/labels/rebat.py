@@ -11,9 +11,9 @@ from torch import Tensor
 
 from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
+from softdefend.execution.average import NetworkAverage
 from softdefend.labels.base import LABELS, LabelRule, Predictions, SoftTerm, Supervision
 from softdefend.labels.kd import mixture
-from softdefend.labels.own_average import OwnAverage
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
@@ -54,7 +54,7 @@ class ReBAT(LabelRule):
         assert run.net is not None
         # 1e-9: 0.525 * 200 may round to just above 105, which must not become epoch 106.
         self.first_epoch = math.ceil(self.start * run.epochs - 1e-9)
-        self._average = OwnAverage(run.net)
+        self._average = NetworkAverage(run.net)
         self.teacher = self._average.net
         self._forward = run.forward(self.teacher)
         self._begun = self.first_epoch == 0
@@ -92,8 +92,8 @@ class ReBAT(LabelRule):
         self._average.move(self.decay if self._begun else 0.0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self._average.state_dict()
+        return {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._cached = None
-        self._average.load_state_dict(state)
+        self.teacher.load_state_dict({name.removeprefix("teacher."): value for name, value in state.items()})

@@ -13,13 +13,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
+from softdefend.execution.average import NetworkAverage
 from softdefend.execution.batch_norm import statistics
 from softdefend.execution.network_mode import is_frozen, set_mode
 from softdefend.weights.base import WEIGHTS, WeightRule
 
 EMABatchNorm = Literal["copy", "average"]
 SWABatchNorm = Literal["reestimate", "copy"]
-Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 @WEIGHTS.register("EMA")
@@ -58,22 +58,8 @@ class EMA(WeightRule):
         super().setup(run)
         self._begins = self.start * run.epochs
 
-        @torch.no_grad()
-        def move(averaged: Tensors, live: Tensors, _: Tensor | int) -> None:
-            if averaged[0].is_floating_point():
-                decay = min(self.decay, self._warm()) if self.warmup else self.decay
-                torch._foreach_lerp_(averaged, live, 1 - decay)
-            else:  # how many batches BatchNorm has seen
-                torch._foreach_copy_(averaged, live)
-
-        with torch.no_grad():  # copies of a TorchScript network are no leaves otherwise
-            self.averaged = AveragedModel(self.net, multi_avg_fn=move, use_buffers=self.bn == "average")
-        # torch reads this count at every update: on the CPU that costs no device sync.
-        self.averaged.n_averaged = self.averaged.n_averaged.cpu()
-
-    def _warm(self) -> float:
-        updates = int(self.averaged.n_averaged)
-        return (1 + updates) / (10 + updates)
+        self._average = NetworkAverage(self.net, buffers=self.bn == "average")
+        self._updates = 0
 
     def advance(self, epoch: float) -> None:
         # 1e-9: a product such as 0.525 * 200 may round to just above a whole number of epochs.
@@ -81,20 +67,27 @@ class EMA(WeightRule):
 
     def after_step(self) -> None:
         if not self._begun:
-            self.averaged.n_averaged.zero_()  # torch then copies
-        self.averaged.update_parameters(self.net)
+            self._updates = 0
+        self._average.move(self._decay())
+        self._updates += 1
+
+    def _decay(self) -> float:
+        """That of the next update; 0, which copies, for the first."""
+        if self._updates == 0:
+            return 0.0
+        warm = (1 + self._updates) / (10 + self._updates)
+        return min(self.decay, warm) if self.warmup else self.decay
 
     @property
     def prediction(self) -> nn.Module:
-        module: nn.Module = self.averaged.module
-        return module
+        return self._average.net
 
     def state_dict(self) -> dict[str, Any]:
-        return {"averaged": self.averaged.module.state_dict(), "updates": int(self.averaged.n_averaged)}
+        return {"averaged": self._average.net.state_dict(), "updates": self._updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.averaged.module.load_state_dict(state["averaged"])
-        self.averaged.n_averaged.fill_(state["updates"])
+        self._average.net.load_state_dict(state["averaged"])
+        self._updates = state["updates"]
 
 
 @WEIGHTS.register("SWA")
