@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from softdefend.core.processes import Processes
+from softdefend.execution import batch_norm
 from softdefend.execution.folding import FoldedCopy
 from softdefend.models import NetSettings, build
 
@@ -49,6 +51,16 @@ def test_a_copy_computes_the_same_with_fewer_layers(name, left):
         places = [tensor.data_ptr() for tensor in made.net.parameters()]
         made.refresh()
         assert [tensor.data_ptr() for tensor in made.net.parameters()] == places
+
+
+def test_layers_that_several_processes_train_together_are_folded_as_well(monkeypatch):
+    monkeypatch.setattr(batch_norm, "_group", lambda: "0")
+    net, image = network("small_cnn"), torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    wanted = net(image)
+    batch_norm.synchronize(net, Processes(0, 2))
+    made = FoldedCopy(net)
+    assert len(made.pairs) == norms(net) > 0
+    torch.testing.assert_close(made.net(image), wanted)
 
 
 class Noisy(nn.Module):

@@ -88,7 +88,9 @@ class FoldedCopy:
                 continue
             conv, norm = layers[str(before.target)], layers[str(node.target)]
             single = calls.count(before.target) == 1 and calls.count(node.target) == 1
-            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and single:
+            # One that is synchronized in training mode is plain in evaluation mode.
+            kind = getattr(norm, "original", type(norm))
+            if type(conv) is nn.Conv2d and kind is nn.BatchNorm2d and single:
                 if norm.running_mean is None:
                     continue
                 self.pairs.append(Pair(str(before.target), conv, norm))
