@@ -97,6 +97,26 @@ def test_batches_are_those_of_images_on_the_device(source, residence, channels_l
     assert torch.equal(ours.take(index).image, theirs.take(index).image)
 
 
+@pytest.mark.parametrize("residence", ["stream", "host"])
+def test_batches_by_way_of_a_device_are_the_same(source, residence):
+    """A GPU arranges what it is given; here a CPU does."""
+
+    def upload(shape, dtype, fill):
+        room = torch.empty(shape, dtype=dtype)
+        fill(room)
+        return room
+
+    made = []
+    for way in (None, upload):
+        data = Augmented(load(settings(source, residence)).train, "cpu", AugmentSettings("none"))
+        data._upload = way
+        rows = data.plan(seed=0, epoch=0)
+        data.expect([rows])
+        data.load(rows)
+        made.append(data.batch(rows).image)
+    assert torch.equal(*made)
+
+
 @pytest.mark.parametrize("source", ["parquet"], indirect=True)
 def test_processes_decode_what_one_would(source):
     """Two of them, with a new plan in the middle of an epoch, and random parts of the images."""
@@ -116,6 +136,55 @@ def test_processes_decode_what_one_would(source):
     assert torch.equal(*made)
     assert torch.equal(made[0][2], made[0][4])  # the batch that both plans of the first epoch have
     assert not torch.equal(made[0][0], made[0][1])  # two views
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """100 images of noise, of several sizes, in two classes."""
+    draw = np.random.default_rng(0)
+    for i in range(100):
+        path = tmp_path / "photos" / "ab"[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(draw.integers(0, 256, (*draw.integers(9, 30, 2), 3), np.uint8)))
+    return tmp_path / "photos"
+
+
+def naive_parts(data: Augmented, files: list[Path], rows: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+    """Random parts, file by file, [b, c, 6, 6] in [0, 1]."""
+    parts = []
+    for row, seed in zip(rows.tolist(), seeds.tolist(), strict=True):
+        with Image.open(files[row]) as image:
+            box = data.crop.box(*image.size, seed)
+            part = np.asarray(image.resize((6, 6), Image.Resampling.BILINEAR, box))
+        parts.append(torch.from_numpy(part / np.float32(255)).permute(2, 0, 1))
+    return torch.stack(parts)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("views", [1, 2])
+def test_random_parts_are_those_of_a_naive_decoder(photos, monkeypatch, workers, views):
+    """To the bit, in batches of several chunks; also where the processes are faster than who takes what they
+    decoded: they must not write into it."""
+
+    def copy_late(place, content):
+        time.sleep(0.02)
+        place[...] = content
+
+    if workers:
+        monkeypatch.setattr("softdefend.data.loader.np.copyto", copy_late)
+    how = settings(photos, image_size=6, workers=workers, test_fraction=0.1)
+    train = load(how).train
+    data = Augmented(train, "cpu", AugmentSettings("resized-crop", scale=(0.3, 1.0)))
+    table = train.images.decoder.table
+    files = [photos / table.name(row) for row in train.images.rows.tolist()]
+    plan = data.plan(seed=0, epoch=0, views=views)
+    seeds = plan[:, -1:] if views == 1 else plan[:, [-2, -1]]
+    data.expect(plan.split(45))
+    for rows, seed in zip(plan.split(45), seeds.split(45), strict=True):
+        data.load(rows)
+        for view in range(views):
+            expected = naive_parts(data, files, rows[:, 0], seed[:, view])
+            assert torch.equal(data.batch(rows, view).image, expected)
 
 
 def ramp(width: int, height: int) -> np.ndarray:
@@ -165,7 +234,7 @@ def test_random_parts_are_where_their_draw_puts_them(tmp_path):
     images, crop = load(settings(folder, image_size=16)).train.images, RandomCrop((0.2, 0.5), (0.5, 2.0))
     for draw in range(20):
         left, top, right, bottom = crop.box(200, 120, draw)
-        image = images.decoder.part(0, crop, draw).astype(float)
+        image = next(images.decoder.parts(0, crop, [draw])).astype(float)
         np.testing.assert_allclose(image[0].mean(0)[1:-1], sampled(left, right, 16)[1:-1], atol=1.0)
         np.testing.assert_allclose(image[1].mean(1)[1:-1], sampled(top, bottom, 16)[1:-1], atol=1.0)
 
@@ -228,6 +297,20 @@ def test_processes_of_one_machine_share_its_cores(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+def test_chunks_are_full_also_where_an_epoch_began_at_its_last_image(photos, workers):
+    """A resumed run may; epochs of larger batches follow."""
+    train = load(settings(photos, image_size=6, workers=workers, test_fraction=0.1)).train
+    data = Augmented(train, "cpu", AugmentSettings("none"))
+    plan = data.plan(seed=0, epoch=0)
+    for batches in (plan[-1:].split(1), plan.split(45)):
+        data.expect(batches)
+        for rows in batches:
+            data.load(rows)
+            assert torch.equal(data.batch(rows).image, train.images[rows[:, 0]] / 255)
+    assert max(len(chunk.rows) for chunk in data._loader._coming) == 32
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_is_lost_later_is_one_line(tmp_path, workers):
     folder = ramp_folder(tmp_path / "some", [(9, 9)] * 16)
     data = Augmented(load(settings(folder, workers=workers)).train, "cpu", AugmentSettings("flip"))
@@ -237,6 +320,18 @@ def test_an_image_that_is_lost_later_is_one_line(tmp_path, workers):
     data.expect([rows])
     with pytest.raises(SettingError, match=r"data\.source: got .*\.png \(No such file or directory\)"):
         data.load(rows)
+
+
+def test_too_little_shared_memory_is_one_line(source, monkeypatch):
+    def refuse(tensor):
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1>: No space left on device"
+        )
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    data = Augmented(load(settings(source, workers=2)).train, "cpu", AugmentSettings("flip"))
+    with pytest.raises(SettingError, match=r"data\.workers: got 2 \(unable to .*; accepted: fewer processes"):
+        data.expect([data.plan(seed=0, epoch=0)])
 
 
 def test_too_many_images_for_the_memory_stay_on_disk_unless_told_otherwise(source, monkeypatch):

@@ -9,6 +9,7 @@ from picture_tools import encode
 
 from softdefend import EMA, PGDAT, SGLR, OptimSettings
 from softdefend.data import Augmented, AugmentSettings, DataSettings, load
+from softdefend.data.upload import Uploader
 from softdefend.training import RuntimeSettings
 from tiny import tiny_net
 
@@ -72,3 +73,38 @@ def test_batches_come_in_time_and_whole(bundle):
     for part, image in zip(rows, images, strict=True):
         own.load(part.cpu())
         torch.testing.assert_close(image.cpu(), own.batch(part.cpu()).image)
+
+
+def test_memory_is_written_again_only_after_its_copy():
+    """The device begins each copy long after the host could have written the next ones."""
+    upload = Uploader(torch.device("cuda"))
+    copies = []
+    for number in range(12):
+        torch.cuda._sleep(20_000_000)  # some 10 ms
+        copies.append(upload((64, 1024), torch.uint8, lambda room, number=number: room.fill_(number)).clone())
+    for number, copy in enumerate(copies):
+        assert (copy == number).all()
+
+
+@pytest.mark.parametrize("residence", ["host", "stream"])
+def test_pixels_come_in_the_order_of_the_images(tmp_path, residence):
+    """In color and not square; in one buffer for each size of batches, since a captured step reads it."""
+    pictures = np.random.default_rng(0).integers(0, 256, (90, 7, 5, 3), dtype=np.uint8)
+    for i, picture in enumerate(pictures):
+        path = tmp_path / "photos" / "ab"[i // 45] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(picture))
+    place = {"cache": str(tmp_path / "cache"), "validation": 10, "residence": residence, "workers": 2}
+    train = load(DataSettings(str(tmp_path / "photos"), **place)).train
+    expected, addresses = train.images[:].cuda(), {}
+    data = Augmented(train, "cuda", AugmentSettings("none"))
+    rows = data.plan(seed=0, epoch=0).split(40)
+    for _ in range(2):
+        data.expect(rows)
+        for part in rows:
+            data.load(part)
+            _, pixels = data._loaded
+            assert pixels.is_contiguous()
+            assert torch.equal(pixels[0], expected[part[:, 0]])
+            assert addresses.setdefault(len(part), pixels.data_ptr()) == pixels.data_ptr()
+    assert len(addresses) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -81,20 +82,22 @@ class Decoder:
         """
         return self._pixels(centered(self._picture(row), self.how), row)
 
-    def part(self, row: int, crop: RandomCrop, draw: int) -> np.ndarray[Any, Any]:
-        """A random part of the image of a row, [c, h, w] uint8, by bilinear filtering.
+    def parts(self, row: int, crop: RandomCrop, draws: Iterable[int]) -> Iterator[np.ndarray[Any, Any]]:
+        """Random parts of the image of a row, one a draw, each [c, h, w] uint8, by bilinear filtering.
 
         Raises:
             SettingError: it cannot be decoded.
         """
         image = self._picture(row)
-        box = crop.box(*image.size, draw)
-        return self._pixels(image.resize(self.size[::-1], Image.Resampling.BILINEAR, box), row)
+        for draw in draws:
+            box = crop.box(*image.size, draw)
+            yield self._pixels(image.resize(self.size[::-1], Image.Resampling.BILINEAR, box), row)
 
     def _picture(self, row: int) -> Image.Image:
         return picture(self.table.content(row), self.table.name(row), self.mode, self.how)
 
     def _pixels(self, image: Image.Image, row: int) -> np.ndarray[Any, Any]:
+        """[c, h, w], a view of [h, w, c]."""
         if image.size != self.size[::-1]:
             given = f"{self.table.name(row)} of {image.width}x{image.height} pixels"
             accepted = f"images of {self.size[1]}x{self.size[0]} pixels, or data.image_size"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from softdefend.data.base import Batch, Split
 from softdefend.data.encoded import EncodedImages, RandomCrop
 from softdefend.data.loader import Loader
 from softdefend.data.settings import Residence
+from softdefend.data.upload import Uploader
 
 _SHARE = 0.5
 """Of a GPU's free memory that images take at most where ``data.residence`` is auto."""
@@ -80,9 +80,9 @@ class Resident:
             given = "a resized crop of images that are not streamed"
             raise SettingError("augment.kind", given, "crop or crop-flip, or data.residence stream")
         self._loader: Loader | None = None
-        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._buffers: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._loaded: tuple[Tensor, Tensor] | None = None
-        self._copied: deque[torch.cuda.Event] = deque()
+        self._upload = Uploader(self._device) if self._device.type == "cuda" else None
         self._rows = torch.arange(h, device=device)
         self._columns = torch.arange(w, device=device)
         self._channels = torch.arange(c, device=device)
@@ -129,8 +129,7 @@ class Resident:
         if not isinstance(self._images, EncodedImages):
             return
         if self._loader is None:
-            pin = self._device.type == "cuda"
-            self._loader = Loader(self._images, self.crop, pin=pin)
+            self._loader = Loader(self._images, self.crop)
         rows = torch.split(torch.cat([*batches]).cpu(), [len(batch) for batch in batches]) if batches else ()
         self._loader.expect([(own[:, 0], self._draws(own)) for own in rows])
 
@@ -140,25 +139,31 @@ class Resident:
         the device at most."""
         if self._images is None:
             return
-        size = len(plan_rows)
-        if self._loader is None:
-            assert isinstance(self._images, Tensor)
-            pixels = self._images[plan_rows[:, 0].cpu()][None]
-            pixels = pixels.pin_memory() if self._device.type == "cuda" else pixels
-        else:
-            pixels = self._loader.next(size)
+        index, pixels = self._loaded = self._room(plan_rows)
+        index.copy_(plan_rows[:, 0])
+        if self._loader is not None:
+            self._bring(pixels.permute(0, 1, 3, 4, 2), self._loader.fill)
+            return
+        images, rows = self._images, plan_rows[:, 0].cpu()
+        assert isinstance(images, Tensor)
+        self._bring(pixels[0], lambda room: torch.index_select(images, 0, rows, out=room))
+
+    def _room(self, plan_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Buffers for a batch, always the same ones: positions [b], and pixels [views, b, c, h, w]."""
+        assert self._images is not None
+        size = (1 if self._loader is None else self._loader.views, len(plan_rows))
         if size not in self._buffers:
-            room = torch.empty(pixels.shape, dtype=pixels.dtype, device=self._device)
-            self._buffers[size] = plan_rows[:, 0].clone(), room
-        self._loaded = self._buffers[size]
-        for buffer, content in zip(self._loaded, (plan_rows[:, 0], pixels), strict=True):
-            buffer.copy_(content, non_blocking=True)
-        if self._device.type == "cuda":
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            self._copied.append(event)
-            if len(self._copied) > 2:
-                self._copied.popleft().synchronize()
+            shape, dtype = (*size, *self.image_shape), self._images.dtype
+            pixels = torch.empty(shape, dtype=dtype, device=self._device)
+            self._buffers[size] = plan_rows[:, 0].clone(), pixels
+        return self._buffers[size]
+
+    def _bring(self, place: Tensor, fill: Callable[[Tensor], object]) -> None:
+        """Fill a tensor on the device; on a GPU what is not contiguous is arranged there."""
+        if self._upload is None:
+            fill(place)
+        else:
+            place.copy_(self._upload(place.shape, place.dtype, fill))
 
     @property
     def waited(self) -> float | None:
