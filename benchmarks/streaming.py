@@ -4,15 +4,29 @@
     python benchmarks/streaming.py --folder /tmp/jpegs --device cuda
 
 Makes JPEGs of 500x375 pixels from random smooth images, and reads them again and again, as training reads
-ImageNet: a random part of each is brought to 224x224 pixels, flipped and jittered. First the loader alone, by
-number of processes. Then, on a GPU, PGD-3 training of a ResNet-50 in bf16: seconds a step with streamed
-batches and with one batch that stays, in turn; the share of waiting is what the former takes longer.
+ImageNet: a random part of each is brought to 224x224 pixels, flipped and jittered.
+
+First the loader alone, by number of processes: what ``load`` of a training step does, until the batch is on
+the device. ``main_ms`` and ``worker_ms`` are milliseconds of processor time an image, of all threads of this
+process and of the processes that decode. Without the latter, ``per_core_time`` is images a second of this
+process's own time, which other work on the machine hardly lengthens.
+
+Then, on a GPU, PGD-3 training of a ResNet-50 in bf16: seconds a step with streamed batches and with one batch
+that stays, in turn; the share of waiting is what the former takes longer. Of a step with streamed batches:
+
+- ``seconds_in_load``: this process's, until the batch is on its way to the device. Among them it waits for
+  the device, which it is two steps ahead of at most.
+- ``seconds_not_ready``: those of them in which images were not decoded yet.
+- ``worker_ms``: as above; so the processes would decode ``loader_images_per_second`` if none waited.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +44,7 @@ from softdefend.core.environment import environment
 from softdefend.core.rule import RunInfo
 from softdefend.core.threat import ThreatModel
 from softdefend.data import Augmented, AugmentSettings, DataSettings, load
+from softdefend.data.loader import AHEAD, CHUNK
 from softdefend.execution.engine import Engine, RuntimeSettings
 from softdefend.models import normalize
 from softdefend.training import OptimSettings, Recipe
@@ -65,28 +80,54 @@ def open_images(folder: Path, workers: int, size: int, device: torch.device) -> 
     return Augmented(load(settings).train, device, AUGMENT, channels_last=device.type == "cuda")
 
 
-def coming(data: Augmented, batch: int) -> Iterator[Tensor]:
-    """Whole batches of one epoch after another, decoded ahead within each."""
+def coming(data: Augmented, batch: int, count: int) -> Iterator[Tensor]:
+    """Whole batches of one epoch after another, decoded ahead as if all were of one: epochs of as few images
+    as these would begin too often."""
+    rows: list[Tensor] = []
     for epoch in itertools.count():
-        rows = [part for part in data.plan(seed=0, epoch=epoch).split(batch) if len(part) == batch]
-        data.expect(rows)
-        yield from rows
+        rows += [part for part in data.plan(seed=0, epoch=epoch).split(batch) if len(part) == batch]
+        if len(rows) >= count:
+            break
+    data.expect(rows[:count])
+    return iter(rows)
+
+
+def batches_ahead(workers: int, batch: int) -> int:
+    """How many batches the processes may have decoded before they are asked for."""
+    return math.ceil(workers * AHEAD * CHUNK / batch)
+
+
+def worker_seconds() -> float:
+    """Processor time of the processes that decode, since they began."""
+    ticks = 0
+    for process in multiprocessing.active_children():
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def loader_row(folder: Path, workers: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Images a second of the loader alone, after its processes have begun. Without any also images a second
-    of a core's own time, which other work on the machine does not lengthen."""
-    data = open_images(folder, workers, args.size, torch.device("cpu"))
-    rows = coming(data, args.batch)
-    for _ in range(2):
+    """The loader alone, after its processes have begun."""
+    device, ahead = torch.device(args.device), batches_ahead(workers, args.batch)
+    data = open_images(folder, workers, args.size, device)
+    rows = coming(data, args.batch, 2 + args.batches + 2 * ahead)
+    for _ in range(2 + ahead):
         data.load(next(rows))
-    started, own = time.perf_counter(), time.process_time()
+    _synchronize(device)
+    started, main, decoding = time.perf_counter(), time.process_time(), worker_seconds()
     for _ in range(args.batches):
         data.load(next(rows))
+    _synchronize(device)
     images, wall = args.batches * args.batch, time.perf_counter() - started
+    main, decoding = time.process_time() - main, worker_seconds() - decoding
     row = {"workers": workers, "images_per_second": round(images / wall, 1)}
     row["per_core"] = round(images / wall / max(workers, 1), 1)
-    return row if workers else {**row, "per_core_time": round(images / (time.process_time() - own), 1)}
+    row |= {"main_ms": _milliseconds(main, images), "worker_ms": _milliseconds(decoding, images)}
+    return row if workers else {**row, "per_core_time": round(images / main, 1)}
+
+
+def _milliseconds(seconds: float, images: int) -> float:
+    return round(1000 * seconds / images, 4)
 
 
 class Bottleneck(nn.Module):
@@ -138,33 +179,54 @@ def make_step(data: Augmented, engine: Engine, net: nn.Module) -> Callable[[Tens
     return lambda rows, key: step(rows, phase, key)
 
 
+class TimedLoad:
+    """``data.load`` that adds up its seconds, and those of them in which images were not decoded yet."""
+
+    def __init__(self, data: Augmented) -> None:
+        self.data, self.load = data, data.load
+        self.seconds = self.not_ready = 0.0
+
+    def __call__(self, rows: Tensor) -> None:
+        """Load a batch."""
+        started, waited = time.perf_counter(), self.data.waited or 0.0
+        self.load(rows)
+        self.seconds += time.perf_counter() - started
+        self.not_ready += (self.data.waited or 0.0) - waited
+
+
 def training_row(folder: Path, workers: int, args: argparse.Namespace, net: nn.Module) -> dict[str, Any]:
     """Seconds a step with streamed batches, with one that stays, and the share of waiting."""
     runtime = RuntimeSettings(
         device=args.device, precision=args.precision, channels_last=None, compile=None, capture=None
     )
     engine = Engine(runtime)
-    device = engine.device
-    data = open_images(folder, workers, args.size, device)
-    step, rows = make_step(data, engine, net), coming(data, args.batch)
-    load_batch, keys = data.load, itertools.count()
+    data = open_images(folder, workers, args.size, engine.device)
+    step, keys, load_batch = make_step(data, engine, net), itertools.count(), data.load
+    timed_load, ahead = TimedLoad(data), batches_ahead(workers, args.batch)
+    rows = coming(data, args.batch, ahead + args.repeats * (2 + ahead + args.batches))
 
-    def seconds(streamed: bool) -> float:
-        setattr(data, "load", load_batch if streamed else lambda rows: None)  # noqa: B010
-        kept = next(rows) if streamed else first
-        _synchronize(device)
+    def seconds(batches: list[Tensor], load_now: Callable[[Tensor], None]) -> float:
+        """Of a step."""
+        setattr(data, "load", load_now)  # noqa: B010
+        _synchronize(engine.device)
         started = time.perf_counter()
-        for number in range(args.batches):
-            step(kept if number == 0 or not streamed else next(rows), next(keys))
-        _synchronize(device)
-        return (time.perf_counter() - started) / args.batches
+        for batch in batches:
+            step(batch, next(keys))
+        _synchronize(engine.device)
+        return (time.perf_counter() - started) / len(batches)
 
+    times, decoding = [], 0.0
     with engine.training_numerics():
-        first = next(rows)
-        for rows_now in (first, next(rows), next(rows)):
-            step(rows_now, next(keys))
-        times = [(seconds(True), seconds(False)) for _ in range(args.repeats)]
+        for _ in range(args.repeats):
+            seconds(list(itertools.islice(rows, 2 + ahead)), load_batch)  # decoded during other steps
+            batches = list(itertools.islice(rows, args.batches))
+            decoding -= worker_seconds()
+            streamed = seconds(batches, timed_load)
+            decoding += worker_seconds()
+            times.append((streamed, seconds(batches[-1:] * args.batches, lambda rows: None)))
     streamed, kept = (median(column) for column in zip(*times, strict=True))
+    steps = args.repeats * args.batches
+    worker_ms = _milliseconds(decoding, steps * args.batch)
     return {
         "workers": workers,
         "batch": args.batch,
@@ -172,6 +234,10 @@ def training_row(folder: Path, workers: int, args: argparse.Namespace, net: nn.M
         "seconds_kept": round(kept, 5),
         "images_per_second": round(args.batch / streamed, 1),
         "share_waiting": round(max(0.0, 1 - kept / streamed), 4),
+        "seconds_in_load": round(timed_load.seconds / steps, 5),
+        "seconds_not_ready": round(timed_load.not_ready / steps, 5),
+        "worker_ms": worker_ms,
+        "loader_images_per_second": round(1000 * workers / worker_ms, 1) if worker_ms else None,
     }
 
 
@@ -188,7 +254,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="with cuda training is measured too")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--batches", type=int, default=10, help="of one measurement")
+    parser.add_argument("--batches", type=int, default=20, help="of one measurement")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--precision", default="bf16")
@@ -200,6 +266,8 @@ def main() -> None:
         "pixels": [WIDTH, HEIGHT],
         "bytes_per_image": size,
         "size": args.size,
+        "cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
         "loader": [],
         "training": [],
     }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,10 +29,25 @@ def test_it_measures_loader_and_training(streaming, tmp_path, monkeypatch):
     args = argparse.Namespace(size=16, batch=4, batches=2, repeats=1, device="cpu", precision="fp32")
     loader = streaming.loader_row(tmp_path / "jpegs", 0, args)
     assert loader["per_core"] == loader["images_per_second"] > 0
+    assert loader["per_core_time"] == pytest.approx(1000 / loader["main_ms"], rel=0.01)
+    assert loader["worker_ms"] == 0
     net = nn.Sequential(nn.Flatten(), nn.Linear(768, 1000))
     training = streaming.training_row(tmp_path / "jpegs", 0, args, net)
     assert 0 <= training["share_waiting"] < 1
-    assert training["seconds_streamed"] > 0
+    assert 0 < training["seconds_not_ready"] <= training["seconds_in_load"] < training["seconds_streamed"]
+
+
+def test_time_of_processes_is_that_of_their_cores(streaming):
+    """Python, which begins in a new process, takes some; waiting for it takes none."""
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    process.start()
+    try:
+        while streaming.worker_seconds() == 0:
+            time.sleep(0.01)
+        assert streaming.worker_seconds() < 30
+    finally:
+        process.terminate()
+        process.join()
 
 
 def test_its_network_is_resnet_50(streaming):
