@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,29 @@ def test_batch_statistics_are_the_live_networks():
         rule.after_step()
         assert torch.equal(rule.prediction[0].running_mean, net[0].running_mean)
     assert rule.prediction[0].running_mean.data_ptr() != net[0].running_mean.data_ptr()
+
+
+class Counting(nn.Module):
+    """Gives a buffer's name to a new tensor, and has a mask that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("mask", torch.tensor([0.0, -math.inf]), persistent=False)
+
+    def forward(self) -> None:
+        self.seen = self.seen + 1
+
+
+@pytest.mark.parametrize(("bn", "after_two"), [("copy", 2.0), ("average", 1.5)])
+def test_buffers_are_followed_to_other_tensors_and_masks_stay_what_they_are(bn, after_two):
+    net, rule = Counting(), EMA(decay=0.5, warmup=False, bn=bn)
+    rule.setup(about(net))
+    for _ in range(2):
+        net()
+        rule.after_step()
+    assert rule.prediction.seen == after_two
+    assert rule.prediction.mask.tolist() == [0.0, -math.inf]
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1])

@@ -39,7 +39,7 @@ class Uploader:
         copied = content.to(self._device, non_blocking=True)
         # Blocking: a thread that spins until then takes a core from the processes that decode.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         self._buffers.append((buffer, event))
         return copied
 

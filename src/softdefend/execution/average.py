@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,39 +16,50 @@ Pair = tuple[Tensor, Tensor]
 class NetworkAverage:
     """A frozen copy of a network in eval mode that follows its weights and buffers.
 
-    ``torch.optim.swa_utils.AveragedModel`` does the same, but copies its count to the device at every update,
-    which makes the host wait for the whole step on a GPU.
+    Averaged are weights, and those saved buffers that are numbers with fractions. All other buffers are
+    copied: how many batches BatchNorm has seen, or a mask that is no part of the weights.
+
+    ``torch.optim.swa_utils.AveragedModel`` does much the same, but copies its count to the device at every
+    update, which makes the host wait for the whole step on a GPU.
 
     Args:
-        live: the network that is trained. It changes in place.
-        buffers: average buffers that are numbers with fractions too; if not, copy all.
+        live: the network that is trained.
+        buffers: whether to average any; if not, all are copied.
     """
 
     def __init__(self, live: nn.Module, *, buffers: bool = True) -> None:
-        self.net = frozen_copy(live)
-        # Everything in a network changes in place, so its tensors can be looked up once.
-        weights = zip(self.net.parameters(), live.parameters(), strict=True)
-        others = zip(self.net.buffers(), live.buffers(), strict=True)
-        averaged, copied = ((weights, others), ()) if buffers else ((weights,), others)
-        found = _distinct(itertools.chain(*averaged))
-        self._averaged = [pair for pair in found if pair[0].is_floating_point()]
-        # Else how many batches BatchNorm has seen.
-        whole = [pair for pair in found if not pair[0].is_floating_point()]
-        self._copied = _distinct([*whole, *copied])
+        self.net, self._live = frozen_copy(live), live
+        saved = set(live.state_dict()) if buffers else set()
+        self._averaged = saved | {name for name, _ in live.named_parameters(remove_duplicate=False)}
 
     @torch.no_grad()
     def move(self, decay: float) -> None:
         """Average with weight ``decay``, in [0, 1], of the old values; 0 copies the live ones."""
-        for pairs, copies in ((self._averaged, decay == 0), (self._copied, True)):
-            if not pairs:
-                continue
-            averages, live = map(list, zip(*pairs, strict=True))
-            if copies:
-                torch._foreach_copy_(averages, live)
-            else:
-                torch._foreach_lerp_(averages, live, 1 - decay)
+        averaged, copied = list[Pair](), list[Pair]()
+        # Looked up at every step: a network may give a buffer's name to another tensor.
+        live = dict(_tensors(self._live))
+        for name, own in _distinct(_tensors(self.net)).items():
+            fractions = name in self._averaged and own.is_floating_point()
+            (averaged if fractions and decay > 0 else copied).append((own, live[name]))
+        if averaged:
+            torch._foreach_lerp_(*_columns(averaged), 1 - decay)
+        if copied:
+            torch._foreach_copy_(*_columns(copied))
 
 
-def _distinct(pairs: Iterable[Pair]) -> list[Pair]:
-    """Each tensor once, also one that stands under two names."""
-    return list({(ours.data_ptr(), ours.shape): (ours, live) for ours, live in pairs}.values())
+def _columns(pairs: list[Pair]) -> tuple[list[Tensor], list[Tensor]]:
+    return [own for own, _ in pairs], [live for _, live in pairs]
+
+
+def _tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights and buffers by name; one with two names twice."""
+    yield from net.named_parameters(remove_duplicate=False)
+    yield from net.named_buffers(remove_duplicate=False)
+
+
+def _distinct(named: Iterator[tuple[str, Tensor]]) -> Mapping[str, Tensor]:
+    """Each tensor once, by its first name; also where two share their memory, as in a scripted network."""
+    found: dict[tuple[int, torch.Size], tuple[str, Tensor]] = {}
+    for name, tensor in named:
+        found.setdefault((tensor.data_ptr(), tensor.shape), (name, tensor))
+    return dict(found.values())
