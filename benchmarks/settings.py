@@ -1,7 +1,7 @@
 """Join the rows of ``softdefend reproduce settings`` into benchmarks/results/settings.json.
 
     softdefend reproduce settings --only tiny-imagenet --folder runs/settings --data.source DIR \\
-        --data.name 'Tiny-ImageNet 32x32 (JPEG mirror)' --runtime.devices 2 --validate.precision fast \\
+        --data.name 'Tiny-ImageNet 32x32 (JPEG mirror)' --validate.precision fast --validate.every 2 \\
         --evaluate.precision fast --evaluate.curve_size 0 --evaluate.examples 0
     python benchmarks/settings.py runs/settings
 

@@ -412,9 +412,8 @@ def protocol_costs() -> str:
     rows = [row for row in read("train_step")["rows"] if row["recipe"] == "pgd-at"]
     steps = {(row["net"], row["batch_size"]): row for row in rows}
     small, wide = steps["resnet18", 128], steps["wrn34_10", 128]
-    measured_units = (
-        2 * 3 + 3
-    )  # forward and backward to the image in each of three attack steps, and the update
+    # Forward and backward to the image in each of three attack steps, and the update.
+    measured_units = 2 * 3 + 3
     costs = {
         ("imagenet_resnet50", "pgd-at", 90): timm["timm:resnet50"]["seconds_per_epoch"],
         ("imagenet_convnext_tiny", "pgd-at-ema", 50): timm["timm:convnext_tiny"]["seconds_per_epoch"]

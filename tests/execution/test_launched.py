@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from softdefend.core.errors import SettingError
@@ -81,3 +84,15 @@ def test_auto_is_a_process_for_each_gpu(monkeypatch):
         assert count_processes("cpu", "auto") == 1
         assert count_processes("cpu", 5) == 5
     assert RuntimeSettings().devices == 1
+
+
+def test_one_process_computes_in_bf16_without_the_distributed_library():
+    """Whose import takes longer than torch's own."""
+    code = """
+import sys, torch
+from softdefend.execution.engine import Engine, RuntimeSettings
+with Engine(RuntimeSettings(device="cpu", precision="bf16")).autocast():
+    print(torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype, "lightning_fabric" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["torch.bfloat16", "False"]

@@ -22,8 +22,8 @@ CHUNK = 32
 AHEAD = 2
 """Chunks that each process has in work or has finished."""
 BATCHES = 3
-"""Batches in main memory beside those, at most: on a GPU two that it copies, on a CPU a whole and a last one
-in training; and the chunk that is copied into one."""
+"""Batches in main memory beside those, at most. On a GPU two are on their way there; on a CPU an epoch's
+last, smaller batch has memory of its own. The rest is for the chunk that is being copied."""
 
 
 class Chunk(NamedTuple):
@@ -110,6 +110,7 @@ class Loader:
         self.waited = 0.0
         """Seconds for which batches were not ready when they were asked for, since :meth:`expect`."""
         self._ready: Iterator[Any] = iter(())
+        self._forget()
 
     def bound(self, batch: int) -> int:
         """Bytes of decoded images in memory at once, at most, in batches of a size and the expected views."""
@@ -131,6 +132,7 @@ class Loader:
         if views != self.views or size > self._coming.size:
             self._start(views, size)
         self._coming.batches = batches
+        assert self._chunks is not None
         self._ready = iter(self._chunks)
 
     def fill(self, batch: Tensor) -> None:
@@ -147,12 +149,18 @@ class Loader:
             np.copyto(place.numpy(), decoded.numpy())
             done += size
 
+    def _forget(self) -> None:
+        """End the processes and free the slots."""
+        self._chunks: DataLoader[Any] | None = None
+        self._slots = torch.empty(0, dtype=torch.uint8)
+
     def _start(self, views: int, size: int) -> None:
         """Make slots for ``size`` images, and processes that know them.
 
         torch asks for a new chunk before it hands out a finished one, so that with the latter there is one
         more than the processes have.
         """
+        self._forget()  # first: memory that processes share may be short
         workers, (c, h, w) = self.images.workers, self.images.shape[1:]
         slots = workers * AHEAD + 1
         self._slots = torch.empty(slots, views, size, h, w, c, dtype=torch.uint8)
@@ -160,7 +168,8 @@ class Loader:
             try:
                 self._slots.share_memory_()  # type: ignore[no-untyped-call]
             except RuntimeError as error:
-                raise self._lacking(error) from error
+                accepted = "fewer processes, or more memory that they can share (a container's --shm-size)"
+                raise SettingError("data.workers", f"{workers} ({one_line(error)})", accepted) from error
         self.views, self._coming = views, _Coming(self.images, size, slots)
         self._chunks = DataLoader(
             _Chunks(self.images.decoder, self.crop, self._slots),
@@ -178,13 +187,10 @@ class Loader:
         try:
             made = next(self._ready)
         except RuntimeError as error:  # of torch, about a process
-            raise self._lacking(error) from error
+            given = f"{self.images.workers} ({one_line(error)})"
+            accepted = "fewer processes, memory for them, and __name__ == '__main__' in your own script"
+            raise SettingError("data.workers", given, accepted) from error
         self.waited += time.perf_counter() - started
         if not isinstance(made, Decoded):
             raise SettingError(*made)
         return made
-
-    def _lacking(self, error: RuntimeError) -> SettingError:
-        given = f"{self.images.workers} ({one_line(error)})"
-        accepted = "fewer processes, memory for them, and __name__ == '__main__' in your own script"
-        return SettingError("data.workers", given, accepted)
