@@ -21,7 +21,8 @@ def lazy_copies(monkeypatch) -> dict[int, torch.Tensor]:
         def __init__(self, blocking):
             assert blocking  # a host that spins takes a core
 
-        def record(self):
+        def record(self, stream):
+            assert stream == "of cuda:1"  # whichever device is the current one
             self.number = len(handed) - 1
 
         def synchronize(self):
@@ -37,7 +38,8 @@ def lazy_copies(monkeypatch) -> dict[int, torch.Tensor]:
         assert pin_memory or size == 0
         return torch.empty(size, dtype=dtype).as_subclass(OfHost)
 
-    instead = SimpleNamespace(empty=empty, uint8=torch.uint8, cuda=SimpleNamespace(Event=Event))
+    cuda = SimpleNamespace(Event=Event, current_stream=lambda device: f"of {device}")
+    instead = SimpleNamespace(empty=empty, uint8=torch.uint8, cuda=cuda)
     monkeypatch.setattr("softdefend.data.upload.torch", instead)
     return made
 
@@ -45,7 +47,7 @@ def lazy_copies(monkeypatch) -> dict[int, torch.Tensor]:
 def test_memory_is_written_again_only_after_its_copy(lazy_copies):
     """Also where a smaller tensor, a larger one or one of another type comes between; the last two copies are
     not waited for."""
-    upload = Uploader(torch.device("cuda"))
+    upload = Uploader(torch.device("cuda:1"))
     shapes = [(4, 3), (4, 3), (2, 3), (4, 3), (7, 3), (4, 3), (1,), (7, 3)]
     for number, shape in enumerate(shapes):
         dtype = torch.float32 if number == 3 else torch.uint8
