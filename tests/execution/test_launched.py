@@ -87,7 +87,7 @@ def test_auto_is_a_process_for_each_gpu(monkeypatch):
 
 
 def test_one_process_computes_in_bf16_without_the_distributed_library():
-    """Whose import takes longer than torch's own."""
+    """Its import is slow."""
     code = """
 import sys, torch
 from softdefend.execution.engine import Engine, RuntimeSettings

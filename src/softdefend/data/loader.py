@@ -110,7 +110,8 @@ class Loader:
         self.waited = 0.0
         """Seconds for which batches were not ready when they were asked for, since :meth:`expect`."""
         self._ready: Iterator[Any] = iter(())
-        self._forget()
+        self._chunks: DataLoader[Any] | None = None
+        self._slots = torch.empty(0, dtype=torch.uint8)
 
     def bound(self, batch: int) -> int:
         """Bytes of decoded images in memory at once, at most, in batches of a size and the expected views."""
@@ -149,18 +150,14 @@ class Loader:
             np.copyto(place.numpy(), decoded.numpy())
             done += size
 
-    def _forget(self) -> None:
-        """End the processes and free the slots."""
-        self._chunks: DataLoader[Any] | None = None
-        self._slots = torch.empty(0, dtype=torch.uint8)
-
     def _start(self, views: int, size: int) -> None:
         """Make slots for ``size`` images, and processes that know them.
 
         torch asks for a new chunk before it hands out a finished one, so that with the latter there is one
         more than the processes have.
         """
-        self._forget()  # first: memory that processes share may be short
+        # The old ones end first: memory that processes share may be short.
+        self._chunks, self._slots = None, torch.empty(0, dtype=torch.uint8)
         workers, (c, h, w) = self.images.workers, self.images.shape[1:]
         slots = workers * AHEAD + 1
         self._slots = torch.empty(slots, views, size, h, w, c, dtype=torch.uint8)

@@ -139,17 +139,18 @@ class Resident:
         the device at most."""
         if self._images is None:
             return
-        index, pixels = self._loaded = self._room(plan_rows)
+        index, pixels = self._loaded = self._buffers_for(plan_rows)
         index.copy_(plan_rows[:, 0])
         if self._loader is not None:
-            self._bring(pixels.permute(0, 1, 3, 4, 2), self._loader.fill)
+            self._fill(pixels.permute(0, 1, 3, 4, 2), self._loader.fill)
             return
         images, rows = self._images, plan_rows[:, 0].cpu()
         assert isinstance(images, Tensor)
-        self._bring(pixels[0], lambda room: torch.index_select(images, 0, rows, out=room))
+        self._fill(pixels[0], lambda room: torch.index_select(images, 0, rows, out=room))
 
-    def _room(self, plan_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Buffers for a batch, always the same ones: positions [b], and pixels [views, b, c, h, w]."""
+    def _buffers_for(self, plan_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory for the positions [b] and the pixels [views, b, c, h, w] of a batch, the same for all of its
+        size."""
         assert self._images is not None
         size = (1 if self._loader is None else self._loader.views, len(plan_rows))
         if size not in self._buffers:
@@ -158,8 +159,9 @@ class Resident:
             self._buffers[size] = plan_rows[:, 0].clone(), pixels
         return self._buffers[size]
 
-    def _bring(self, place: Tensor, fill: Callable[[Tensor], object]) -> None:
-        """Fill a tensor on the device; on a GPU what is not contiguous is arranged there."""
+    def _fill(self, place: Tensor, fill: Callable[[Tensor], object]) -> None:
+        """Let ``fill`` write into a tensor on the device: on a GPU by way of pinned memory, in the order of
+        ``place``'s dimensions."""
         if self._upload is None:
             fill(place)
         else:

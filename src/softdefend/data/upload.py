@@ -1,4 +1,4 @@
-"""The way of batches from main memory to a GPU."""
+"""Copies of batches from main memory to a GPU."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 BUFFERS = 2
+"""Pinned tensors, used in turn."""
 
 
 class Uploader:
     """Brings tensors to a GPU through pinned memory, which it copies while the host goes on.
 
-    There are two buffers, used in turn. One is written again when the copy of it has ended, so the host is
-    two copies ahead of the device at most.
+    A buffer is written again when its copy has ended, so the host is two copies ahead of the device at most.
 
     Args:
         device: a GPU.

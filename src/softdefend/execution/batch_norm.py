@@ -36,8 +36,7 @@ def synchronize(net: nn.Module, processes: Processes) -> None:
         raise SettingError("runtime.batch_norm", given, accepted)
     for module in net.modules():
         if isinstance(module, _BatchNorm):
-            kind: Any = module.original if isinstance(module, _Synchronized) else type(module)
-            module.__class__ = _synchronized(kind)
+            module.__class__ = _synchronized(class_of(module))
             module.processes = processes  # type: ignore[assignment]
             module.group = _group()
 
@@ -46,6 +45,11 @@ def _group() -> Any:
     """The processes' name in torch's registry of groups."""
     together: Any = dist.group.WORLD
     return together.group_name
+
+
+def class_of(layer: nn.Module) -> type:
+    """A layer's class; of a synchronized one the class that it had before."""
+    return layer.original if isinstance(layer, _Synchronized) else type(layer)
 
 
 def separate(net: nn.Module) -> None:

@@ -180,7 +180,7 @@ def join(on_gpu: bool) -> Processes:
 
 
 def _fabric(on_gpu: bool, place: Place) -> Any:
-    """Of several processes. A single one does without: the import alone takes 2 s on a CPU's core."""
+    """What connects several processes. One alone does without it, since its import is slow."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its import touches deprecated names of its own dependencies
         from lightning_fabric import Fabric

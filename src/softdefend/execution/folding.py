@@ -9,6 +9,8 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from softdefend.execution.batch_norm import class_of
+
 _KNOWN = ("torch.nn.", "softdefend.models.")
 """Where classes of layers come from whose evaluation-mode forward is known to be the same at every call."""
 
@@ -88,9 +90,8 @@ class FoldedCopy:
                 continue
             conv, norm = layers[str(before.target)], layers[str(node.target)]
             single = calls.count(before.target) == 1 and calls.count(node.target) == 1
-            # One that is synchronized in training mode is plain in evaluation mode.
-            kind = getattr(norm, "original", type(norm))
-            if type(conv) is nn.Conv2d and kind is nn.BatchNorm2d and single:
+            # Synchronized normalization is plain in evaluation mode.
+            if type(conv) is nn.Conv2d and class_of(norm) is nn.BatchNorm2d and single:
                 if norm.running_mean is None:
                     continue
                 self.pairs.append(Pair(str(before.target), conv, norm))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
-from softdefend.execution.average import NetworkAverage
-from softdefend.labels.base import LABELS, LabelRule, Predictions
+from softdefend.labels.base import LABELS, Predictions
+from softdefend.labels.own_teacher import OwnTeacher
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
@@ -48,7 +48,7 @@ def cosine(first: float, last: float, progress: float) -> float:
 
 
 @LABELS.register("ADR")
-class ADR(LabelRule):
+class ADR(OwnTeacher):
     """Labels rectified by an exponential moving average of the network itself.
 
     The average (weights and buffers, in eval mode) predicts the clean image once a step. :func:`rectify`
@@ -67,7 +67,6 @@ class ADR(LabelRule):
     """
 
     source = "Wu et al., ICLR 2024, arXiv 2305.12118"
-    extra_units = 1.0
     softens_all = True
 
     def __init__(
@@ -99,14 +98,9 @@ class ADR(LabelRule):
 
     def setup(self, run: RunInfo) -> None:
         super().setup(run)
-        assert run.net is not None
         self.epochs = run.epochs
-        self._average = NetworkAverage(run.net)
-        self.teacher = self._average.net
-        self._forward = run.forward(self.teacher)
         # On the device: a captured step reads what the host writes between steps.
         self.temperature, self.interpolation = torch.zeros(2, device=run.labels.device).unbind()
-        self._cached: tuple[Tensor, Tensor] | None = None
         self.advance(0.0)
 
     def advance(self, epoch: float) -> None:
@@ -122,18 +116,7 @@ class ADR(LabelRule):
 
     @torch.no_grad()
     def _rectified(self, batch: Batch) -> Tensor:
-        """The target, from one forward of the teacher a step: a step needs it more than once."""
-        if self._cached is None or self._cached[0] is not batch.image:
-            self._cached = batch.image, self._forward(batch.image)
-        return rectify(self._cached[1], batch.label, self.temperature, self.interpolation)
+        return rectify(self.logits(batch.image), batch.label, self.temperature, self.interpolation)
 
     def after_step(self) -> None:
-        self._cached = None
-        self._average.move(self.decay)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._cached = None
-        self.teacher.load_state_dict({name.removeprefix("teacher."): value for name, value in state.items()})
+        self.follow(self.decay)

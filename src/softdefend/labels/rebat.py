@@ -11,16 +11,16 @@ from torch import Tensor
 
 from softdefend.core.errors import SettingError
 from softdefend.core.rule import RunInfo
-from softdefend.execution.average import NetworkAverage
-from softdefend.labels.base import LABELS, LabelRule, Predictions, SoftTerm, Supervision
+from softdefend.labels.base import LABELS, Predictions, SoftTerm, Supervision
 from softdefend.labels.kd import mixture
+from softdefend.labels.own_teacher import OwnTeacher
 
 if TYPE_CHECKING:
     from softdefend.data import Batch
 
 
 @LABELS.register("ReBAT")
-class ReBAT(LabelRule):
+class ReBAT(OwnTeacher):
     """The given label, and late in the run also what an average of the network's weights says of the
     adversarial image: CE(f(x'), y) + beta CE(f(x'), p_avg(x')).
 
@@ -39,7 +39,6 @@ class ReBAT(LabelRule):
     """
 
     source = "Wang et al., NeurIPS 2023, arXiv 2310.19360"
-    extra_units = 1.0
 
     def __init__(self, beta: float = 1.0, decay: float = 0.999, start: float = 0.525) -> None:
         if not (beta > 0 and math.isfinite(beta)):
@@ -51,14 +50,9 @@ class ReBAT(LabelRule):
 
     def setup(self, run: RunInfo) -> None:
         super().setup(run)
-        assert run.net is not None
         # 1e-9: 0.525 * 200 may round to just above 105, which must not become epoch 106.
         self.first_epoch = math.ceil(self.start * run.epochs - 1e-9)
-        self._average = NetworkAverage(run.net)
-        self.teacher = self._average.net
-        self._forward = run.forward(self.teacher)
         self._begun = self.first_epoch == 0
-        self._cached: tuple[Tensor, Tensor] | None = None
 
     def phase(self, epoch: int) -> str:
         return "pulled" if epoch >= self.first_epoch else "hard"
@@ -82,18 +76,7 @@ class ReBAT(LabelRule):
         hard = SoftTerm(self.one_hot(batch.label), 1.0)
         if phase == "hard":
             return (hard,)
-        # With CutMix a rule is called once for each of the two labels of the same images.
-        if self._cached is None or self._cached[0] is not image:
-            self._cached = image, F.softmax(self._forward(image), dim=1)
-        return hard, SoftTerm(self._cached[1], self.beta)
+        return hard, SoftTerm(F.softmax(self.logits(image), dim=1), self.beta)
 
     def after_step(self) -> None:
-        self._cached = None
-        self._average.move(self.decay if self._begun else 0.0)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._cached = None
-        self.teacher.load_state_dict({name.removeprefix("teacher."): value for name, value in state.items()})
+        self.follow(self.decay if self._begun else 0.0)
