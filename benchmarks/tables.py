@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 RESULTS = Path(__file__).parent / "results"
+PROTOCOLS = Path(__file__).parent.parent / "src/softdefend/configs/protocols"
 
 
 def read(name: str) -> dict[str, Any]:
@@ -411,24 +414,30 @@ def protocol_costs() -> str:
     timm = {row["net"]: row for row in read("timm_step")["rows"]}
     rows = [row for row in read("train_step")["rows"] if row["recipe"] == "pgd-at"]
     steps = {(row["net"], row["batch_size"]): row for row in rows}
-    small, wide = steps["resnet18", 128], steps["wrn34_10", 128]
-    # Forward and backward to the image in each of three attack steps, and the update.
-    measured_units = 2 * 3 + 3
-    costs = {
-        ("imagenet_resnet50", "pgd-at", 90): timm["timm:resnet50"]["seconds_per_epoch"],
-        ("imagenet_convnext_tiny", "pgd-at-ema", 50): timm["timm:convnext_tiny"]["seconds_per_epoch"]
-        * (2 * 2 + 3)
-        / measured_units,
-        # Four times the pixels and twice the images of CIFAR-10.
-        ("tinyimagenet_resnet18", "pgd-at", 200): 4 * small["seconds_per_epoch"] * 100_000 / 50_000,
-        ("cifar10_wrn34_10", "pgd-at", 200): wide["seconds_per_epoch"],
+    larger = 4 * 2  # Tiny-ImageNet has four times the pixels and twice the images of CIFAR-10
+    measured = {  # protocol: preset, seconds of an epoch, attack steps with which these were measured
+        "imagenet_resnet50": ("pgd-at", timm["timm:resnet50"]["seconds_per_epoch"], 3),
+        "imagenet_convnext_tiny": ("pgd-at-ema", timm["timm:convnext_tiny"]["seconds_per_epoch"], 3),
+        "tinyimagenet_resnet18": ("pgd-at", larger * steps["resnet18", 128]["seconds_per_epoch"], 10),
+        "cifar10_wrn34_10": ("pgd-at", steps["wrn34_10", 128]["seconds_per_epoch"], 10),
     }
     lines = []
-    for (protocol, preset, epochs), seconds in costs.items():
-        hours = seconds * epochs / 3600
+    for protocol, (preset, seconds, attack_steps) in measured.items():
+        settings = yaml.safe_load((PROTOCOLS / f"{protocol}.yaml").read_text())
+        epochs, own_steps = settings["optim"]["epochs"], settings["attack"]["init_args"]["steps"]
+        # Forward and backward to the image in each step of the attack, and the update.
+        hours = seconds * epochs / 3600 * (2 * own_steps + 3) / (2 * attack_steps + 3)
         many = f"{hours / 64:.2f}" if protocol.startswith("imagenet") else "too small a batch"
         lines.append(f"| `{protocol}` | {preset} | {epochs} | {hours:.1f} | {hours / 8:.2f} | {many} |")
     return table("| protocol | preset | epochs | 1 GPU, hours | 8 GPUs | 64 GPUs |", lines)
+
+
+def ema_costs() -> tuple[float, float]:
+    """Milliseconds that EMA adds to a step: least and most, of presets that are measured with and without."""
+    ms = {row["recipe"]: row["ms"] for row in read("preset_step")["rows"]}
+    pairs = [(name.removesuffix("-ema"), name) for name in ms if name.endswith("-ema")]
+    added = [ms[averaged] - ms[plain] for plain, averaged in pairs if plain in ms]
+    return min(added), max(added)
 
 
 def autoattack(name: str = "autoattack") -> str:

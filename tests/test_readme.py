@@ -88,6 +88,7 @@ def test_every_results_table_is_what_the_result_files_say():
     speed = (ROOT / "docs" / "speed.md").read_text()
     assert tables["train_step"]("train_step_128") in speed
     assert tables["autoattack"]("autoattack_tiny") in speed
+    assert "EMA added {:.1f} to {:.1f} ms to a step".format(*tables["ema_costs"]()) in speed
     for name in ("streaming", "protocol_costs"):
         assert tables[name]() in (ROOT / "docs" / "large_data.md").read_text()
     assert tables["scaling"]() in (ROOT / "docs" / "scale.md").read_text()
@@ -103,3 +104,11 @@ def test_every_results_table_is_what_the_result_files_say():
         "cpu_epoch",
     ):
         assert tables[name]() in speed
+
+
+def test_the_share_of_waiting_for_streamed_images_is_the_measured_one():
+    (row,) = json.loads((ROOT / "benchmarks/results/streaming.json").read_text())["training"]
+    streamed, kept = (round(1000 * row[name]) for name in ("seconds_streamed", "seconds_kept"))
+    said = " ".join((ROOT / "docs" / "large_data.md").read_text().split())
+    assert f"takes {streamed} ms, with a batch that stays {kept} ms" in said
+    assert f"the GPU waits for {100 * row['share_waiting']:.0f}% of the time" in said
